@@ -1,0 +1,230 @@
+"""The boundary between networks and everything above them: plain parameter dicts in, hidden states out."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.types import EncoderInputs, Params, TokenStats
+from diffusion_lm.nn import cross_entropy
+from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.masks import Visibility
+from diffusion_lm.nn.transformer import TransformerSpec
+
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+"""Pins an activation to the mesh by its logical axes."""
+
+
+def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The `Constrain` of a single device: returns `x`."""
+    del axes
+    return x
+
+
+@flax.struct.dataclass
+class Hidden:
+    """What a forward pass returns.
+
+    Attributes:
+      values_BTD: [B,Q,D] after the final norm, in the compute dtype; the head turns it into logits on request.
+      cache: the cache with the new tokens written, or None where none was given.
+    """
+
+    values_BTD: jax.Array
+    cache: KVCache | None = None
+
+
+@flax.struct.dataclass
+class EncoderState:
+    """An encoded source.
+
+    Attributes:
+      memory_BSD: the encoder's output, [B,S,D].
+      segment_ids: i32[B,S].
+      cross: keys and values of every decoder layer's cross-attention, projected once for the many forward passes of a
+        sampler; None in training, where each layer projects its own and nothing of size N has to be kept.
+    """
+
+    memory_BSD: jax.Array
+    segment_ids: jax.Array
+    cross: KVCache | None = None
+
+    def take_rows(self, rows: jax.Array) -> "EncoderState":
+        """Returns the state with its rows reordered or repeated by i32[B']."""
+        return EncoderState(
+            jnp.take(self.memory_BSD, rows, axis=0),
+            jnp.take(self.segment_ids, rows, axis=0),
+            None if self.cross is None else self.cross.take_rows(rows),
+        )
+
+
+class Architecture(Protocol):
+    """A network as pure functions of its parameters. Implementations are frozen dataclasses with value equality."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def spec(self) -> TransformerSpec:
+        """The fields by which families differ."""
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether `hidden` reads an encoder's stream."""
+
+    def init(self, key: jax.Array) -> Params:
+        """Returns fresh parameters as a nested dict of `spec.param_dtype` arrays; jit-able."""
+
+    def abstract_params(self) -> Params:
+        """Returns the parameters' shapes and dtypes without allocating them."""
+
+    def logical_axes(self) -> Any:
+        """Returns the tree of `init` with a tuple of logical axis names (or None) in place of each array."""
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        visibility: Visibility,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        encoder: EncoderInputs | EncoderState | None = None,
+        cache: KVCache | None = None,
+        dropout_keys: jax.Array | None = None,
+        constrain: Constrain = no_constraint,
+    ) -> Hidden:
+        """Runs the network up to its final norm.
+
+        Args:
+          params: from `init`.
+          tokens: i32[B,Q]; Q = T unless there is a cache.
+          visibility: who sees whom over the T slots. Packed examples and padding are kept apart on top of it.
+          positions: i32[B,Q]. Without a cache they count up by one inside each segment. With a cache they are the
+            tokens' slots on the canvas: keys and values are written there (slots >= T are not).
+          segment_ids: i32[B,T], of the whole canvas also when there is a cache.
+          encoder: source tokens, or what `encode` made of them; encoder-decoders only.
+          cache: from `init_cache`.
+          dropout_keys: key[B], one per row so that dropout does not depend on the split into microbatches; None is
+            deterministic.
+          constrain: pins activations to the mesh.
+        """
+
+    def head(self, params: Params) -> Head:
+        """Returns the output projection."""
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """Returns an empty cache for `length` slots."""
+
+    def encode(
+        self,
+        params: Params,
+        inputs: EncoderInputs,
+        *,
+        dropout_keys: jax.Array | None = None,
+        constrain: Constrain = no_constraint,
+        project: bool = True,
+    ) -> EncoderState:
+        """Encodes the source; `project` also computes the cross-attention keys and values of all layers."""
+
+    def count_parameters(self) -> dict[str, int]:
+        """Returns the number of parameters by part, and their "total"; rows that pad the vocabulary included."""
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Returns forward matmul FLOPs per token of the main stream, attention scores and logits included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundModel:
+    """An architecture with its parameters: all that objectives and samplers know of a network.
+
+    Attributes:
+      architecture: the network.
+      params: its parameters.
+      constrain: pins activations to the mesh.
+    """
+
+    architecture: Architecture
+    params: Params
+    constrain: Constrain = no_constraint
+
+    @property
+    def spec(self) -> TransformerSpec:
+        """The network's shape."""
+        return self.architecture.spec
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        visibility: Visibility,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        encoder: EncoderInputs | EncoderState | None = None,
+        cache: KVCache | None = None,
+        dropout_keys: jax.Array | None = None,
+    ) -> Hidden:
+        """Runs one forward pass; arguments as in `Architecture.hidden`."""
+        return self.architecture.hidden(
+            self.params,
+            tokens,
+            visibility=visibility,
+            positions=positions,
+            segment_ids=segment_ids,
+            encoder=encoder,
+            cache=cache,
+            dropout_keys=dropout_keys,
+            constrain=self.constrain,
+        )
+
+    def encode(self, inputs: EncoderInputs, *, dropout_keys: jax.Array | None = None) -> EncoderState:
+        """Encodes the source once, for several forward passes of the decoder."""
+        return self.architecture.encode(self.params, inputs, dropout_keys=dropout_keys, constrain=self.constrain)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """Returns an empty cache for `length` slots."""
+        return self.architecture.init_cache(batch, length)
+
+    def nll(self, hidden: Hidden, targets: jax.Array) -> jax.Array:
+        """Returns -log p(target) as f32[B,T] in nats, without holding [B,T,V]."""
+        return cross_entropy.chunked_nll(hidden.values_BTD, self._head(), targets, self.spec.logits_chunk)
+
+    def nll_terms(self, hidden: Hidden, targets: jax.Array) -> cross_entropy.NllTerms:
+        """Returns -log p(target), log Z and the mean -log p over the vocabulary, for z-loss and label smoothing."""
+        return cross_entropy.chunked_nll_terms(hidden.values_BTD, self._head(), targets, self.spec.logits_chunk)
+
+    def token_stats(
+        self,
+        hidden: Hidden,
+        *,
+        keys_BT: jax.Array | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        score: jax.Array | None = None,
+        forbidden: tuple[int, ...] = (),
+    ) -> TokenStats:
+        """Returns argmax, a draw and log-probabilities per token; see `cross_entropy.chunked_token_stats`."""
+        return cross_entropy.chunked_token_stats(
+            hidden.values_BTD,
+            self._head(),
+            self.spec.logits_chunk,
+            keys_BT=keys_BT,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            score=score,
+            forbidden=forbidden,
+        )
+
+    def logits(self, hidden: Hidden) -> jax.Array:
+        """Returns f32[B,T,V] over the real vocabulary: for tests, beam search and small vocabularies."""
+        return cross_entropy.logits(hidden.values_BTD, self._head())[..., : self.spec.vocab_size]
+
+    def _head(self) -> Head:
+        head = self.architecture.head(self.params)
+        # One gather of the sharded width here instead of one in every chunk.
+        return head.replace(weight_VD=self.constrain(head.weight_VD, ("vocab", "activation_embed")))

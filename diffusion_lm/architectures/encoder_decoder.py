@@ -1,0 +1,150 @@
+"""An encoder that reads the source in both directions, and a decoder that attends to it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from diffusion_lm.architectures import parts
+from diffusion_lm.architectures.base import Constrain, EncoderState, Hidden, no_constraint
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.types import EncoderInputs, Params
+from diffusion_lm.nn import stack
+from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.masks import Full, Visibility
+from diffusion_lm.nn.transformer import TransformerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoder:
+    """An encoder-decoder transformer with one input embedding for both streams; methods as in `Architecture`.
+
+    Under full visibility of the decoder's stream this is the network of encoder-decoder text diffusion.
+
+    Attributes:
+      spec: the network's shape, with encoder layers.
+    """
+
+    spec: TransformerSpec
+    needs_encoder = True
+
+    def __post_init__(self):
+        require(
+            self.spec.encoder_layers > 0,
+            "An encoder-decoder needs encoder layers",
+            where="TransformerSpec.encoder_layers",
+            fix="Bind encoder_layers, or use gin/models/decoder_only.gin.",
+        )
+
+    def init(self, key: jax.Array) -> Params:
+        """Returns fresh parameters."""
+        spec = self.spec
+        params: dict[str, Any] = {"embed": {"tokens": parts.init_tokens(spec, key, "embed", spec.embedding_std)}}
+        params |= parts.init_stream(spec, parts.named_key(key, "decoder"), spec.num_layers, has_cross=True)
+        params["encoder"] = parts.init_stream(spec, parts.named_key(key, "encoder"), spec.encoder_layers)
+        if not spec.tied_embeddings:
+            params["head"] = {"tokens": parts.init_tokens(spec, key, "head", spec.model_dim**-0.5)}
+        return params
+
+    def abstract_params(self) -> Params:
+        """Returns shapes and dtypes of the parameters."""
+        return jax.eval_shape(self.init, parts.abstract_key())
+
+    def logical_axes(self) -> Any:
+        """Returns the logical axes of the parameters."""
+        axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec, has_cross=True)
+        axes["encoder"] = parts.stream_axes(self.spec)
+        if not self.spec.tied_embeddings:
+            axes["head"] = {"tokens": ("vocab", "embed")}
+        return axes
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        visibility: Visibility,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        encoder: EncoderInputs | EncoderState | None = None,
+        cache: KVCache | None = None,
+        dropout_keys: jax.Array | None = None,
+        constrain: Constrain = no_constraint,
+    ) -> Hidden:
+        """Runs the decoder up to its final norm, and the encoder first where it is given tokens."""
+        if encoder is None:
+            raise ConfigError(
+                "An encoder-decoder was given no encoder's stream",
+                where="TrainRun.data",
+                fix="Use EncoderDecoderConverter, or gin/models/decoder_only.gin.",
+            )
+        if isinstance(encoder, EncoderInputs):
+            encoder = self.encode(params, encoder, dropout_keys=dropout_keys, constrain=constrain, project=False)
+        return Hidden(
+            *parts.run_stream(
+                self.spec,
+                params["embed"]["tokens"],
+                params,
+                tokens,
+                visibility=visibility,
+                positions=positions,
+                segment_ids=segment_ids,
+                encoder=encoder,
+                cache=cache,
+                dropout_keys=dropout_keys,
+                constrain=constrain,
+            )
+        )
+
+    def head(self, params: Params) -> Head:
+        """Returns the output projection."""
+        return parts.head_of(self.spec, params)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """Returns an empty cache of the decoder."""
+        return parts.empty_cache(self.spec, batch, length)
+
+    def encode(
+        self,
+        params: Params,
+        inputs: EncoderInputs,
+        *,
+        dropout_keys: jax.Array | None = None,
+        constrain: Constrain = no_constraint,
+        project: bool = True,
+    ) -> EncoderState:
+        """Encodes the source; `project` also computes the cross-attention keys and values of all layers."""
+        memory_BSD, _ = parts.run_stream(
+            self.spec,
+            params["embed"]["tokens"],
+            params["encoder"],
+            inputs.tokens,
+            visibility=Full(),
+            positions=inputs.positions,
+            segment_ids=inputs.segment_ids,
+            encoder=None,
+            cache=None,
+            dropout_keys=parts.encoder_dropout_keys(dropout_keys),
+            constrain=constrain,
+        )
+        cross = stack.project_memory(self.spec, params["blocks"], memory_BSD) if project else None
+        return EncoderState(memory_BSD, inputs.segment_ids, cross)
+
+    def count_parameters(self) -> dict[str, int]:
+        """Returns the number of parameters by part."""
+        return parts.count(self.abstract_params())
+
+    def flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
+        """Returns forward matmul FLOPs per token of the decoder's stream, its share of the encoder included.
+
+        Args:
+          context_length: length of the decoder's stream.
+          encoder_length: length of the encoder's stream; None = as long as the decoder's.
+        """
+        spec = self.spec
+        encoder_length = context_length if encoder_length is None else encoder_length
+        decoder = spec.num_layers * parts.block_flops(spec, context_length, encoder_length) + parts.logit_flops(spec)
+        projection = spec.num_layers * 2 * spec.model_dim * 2 * spec.kv_heads * spec.head_dim
+        per_source_token = spec.encoder_layers * parts.block_flops(spec, encoder_length) + projection
+        return decoder + per_source_token * encoder_length / context_length

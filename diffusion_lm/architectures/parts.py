@@ -1,0 +1,173 @@
+"""What single-stream networks and encoder-decoders have in common: embedding, one stream through a stack, head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.architectures.base import Constrain, EncoderState
+from diffusion_lm.core.errors import require
+from diffusion_lm.core.rng import fold_in_each, stream_number
+from diffusion_lm.core.types import Params
+from diffusion_lm.nn import stack
+from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.embeddings import relative_bias
+from diffusion_lm.nn.layers import Context, row_dropout
+from diffusion_lm.nn.masks import Segments, Visibility, same_segment
+from diffusion_lm.nn.transformer import TransformerSpec
+
+# Dropout sites outside the blocks; far above any layer index, which is folded into the same keys.
+_EMBEDDING_SITE, _OUTPUT_SITE, _ENCODER_SITE = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
+
+
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """Returns the initialisation key of a part, so that parts shared by two architectures start out equal."""
+    return jax.random.fold_in(key, stream_number(name))
+
+
+def init_stream(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: bool = False) -> Params:
+    """Returns the parameters of one stream without token embeddings: blocks, final norm, positions."""
+    dtype = jnp.dtype(spec.param_dtype)
+    params: dict[str, Any] = {
+        "blocks": stack.init_stack(spec, named_key(key, "blocks"), layers, has_cross),
+        "final_norm": stack.init_norm(spec),
+    }
+    if spec.position == "relative_bias":
+        shape = (spec.relative_buckets, spec.num_heads)
+        initializer = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        params["relative_bias"] = initializer(named_key(key, "relative_bias"), shape, dtype)
+    if spec.position == "learned":
+        assert spec.max_positions is not None
+        shape = (spec.max_positions, spec.model_dim)
+        params["positions"] = spec.embedding_std * jax.random.normal(named_key(key, "positions"), shape, dtype)
+    return params
+
+
+def stream_axes(spec: TransformerSpec, has_cross: bool = False) -> Any:
+    """Returns the logical axes of `init_stream`'s tree."""
+    axes = {"blocks": stack.stack_axes(spec, has_cross), "final_norm": stack.norm_axes(spec)}
+    if spec.position == "relative_bias":
+        axes["relative_bias"] = ("relative_buckets", "heads")
+    if spec.position == "learned":
+        axes["positions"] = ("positions", "embed")
+    return axes
+
+
+def init_tokens(spec: TransformerSpec, key: jax.Array, name: str, std: float) -> jax.Array:
+    """Returns a [padded V,D] matrix for the embedding or the head."""
+    shape = (spec.padded_vocab_size, spec.model_dim)
+    return std * jax.random.normal(named_key(key, name), shape, jnp.dtype(spec.param_dtype))
+
+
+def head_of(spec: TransformerSpec, params: Params) -> Head:
+    """Returns the output projection: the embedding where tied."""
+    return Head(
+        weight_VD=params["embed"]["tokens"] if spec.tied_embeddings else params["head"]["tokens"],
+        scale=spec.logit_scale,
+        vocab_size=spec.vocab_size,
+        softcap=spec.logit_softcap,
+    )
+
+
+def run_stream(
+    spec: TransformerSpec,
+    embedding_VD: jax.Array,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    visibility: Visibility,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    encoder: EncoderState | None,
+    cache: KVCache | None,
+    dropout_keys: jax.Array | None,
+    constrain: Constrain,
+) -> tuple[jax.Array, KVCache | None]:
+    """Runs tokens through embedding, blocks and final norm; arguments as in `Architecture.hidden`.
+
+    Returns:
+      Hidden states [B,Q,D] and the cache.
+
+    Raises:
+      ConfigError: the stream is longer than learned positions reach.
+    """
+    length = segment_ids.shape[1]
+    require(
+        spec.max_positions is None or length <= spec.max_positions,
+        f"A stream of {length} tokens is longer than max_positions = {spec.max_positions}",
+        where="TransformerSpec.max_positions",
+        fix="Shorten the rows or raise max_positions.",
+    )
+    dropout_keys = dropout_keys if spec.dropout_rate > 0 else None
+    x = jnp.take(embedding_VD, tokens, axis=0, mode="clip").astype(spec.compute_dtype)
+    if spec.position == "learned":
+        x = x + jnp.take(params["positions"], positions, axis=0, mode="clip").astype(x.dtype)
+    x = row_dropout(x, spec.dropout_rate, dropout_keys, _EMBEDDING_SITE)
+    x = constrain(x, ("batch", "length", "activation_embed"))
+
+    q_slots = None if cache is None else positions
+    bias = None
+    if spec.position == "relative_bias":
+        bias = relative_bias(
+            params["relative_bias"],
+            q_slots,
+            length,
+            bidirectional=spec.relative_bidirectional,
+            max_distance=spec.relative_max_distance,
+        )
+    memory_mask = None
+    if encoder is not None:
+        q_segments = segment_ids if cache is None else jnp.take_along_axis(segment_ids, positions, axis=1, mode="clip")
+        memory_mask = same_segment(q_segments, encoder.segment_ids)
+    context = Context(
+        mask=(visibility & Segments(segment_ids)).dense(q_slots, length),
+        positions=positions,
+        bias=bias,
+        memory_BSD=None if encoder is None or encoder.cross is not None else encoder.memory_BSD,
+        memory_mask=memory_mask,
+        dropout_keys=dropout_keys,
+        constrain=constrain,
+    )
+    cross = None if encoder is None else encoder.cross
+    x, cache = stack.run_stack(spec, params["blocks"], x, context, cache=cache, cross=cross)
+    x = stack.run_norm(spec, params["final_norm"], x)
+    return row_dropout(x, spec.dropout_rate, dropout_keys, _OUTPUT_SITE), cache
+
+
+def encoder_dropout_keys(keys: jax.Array | None) -> jax.Array | None:
+    """Returns the row keys of the encoder, apart from the decoder's."""
+    return None if keys is None else fold_in_each(keys, jnp.full(keys.shape, _ENCODER_SITE))
+
+
+def empty_cache(spec: TransformerSpec, batch: int, length: int) -> KVCache:
+    """Returns an empty cache of the (decoder) stack."""
+    return KVCache.empty(spec.num_layers, batch, length, spec.kv_heads, spec.head_dim, spec.compute_dtype)
+
+
+def block_flops(spec: TransformerSpec, context_length: float, memory_length: float | None = None) -> float:
+    """Returns forward matmul FLOPs of one block per token that attends to `context_length` tokens.
+
+    With `memory_length` the block has cross-attention; projecting the memory is counted per memory token elsewhere.
+    """
+    D, HE, KE = spec.model_dim, spec.num_heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    attention = 2 * D * (2 * HE + 2 * KE) + 4 * HE * context_length
+    cross = 0.0 if memory_length is None else 2 * D * 2 * HE + 4 * HE * memory_length
+    return attention + cross + 2 * D * spec.mlp_dim * (3 if spec.gated else 2)
+
+
+def logit_flops(spec: TransformerSpec) -> float:
+    """Returns forward FLOPs of one token's logits."""
+    return 2.0 * spec.model_dim * spec.padded_vocab_size
+
+
+def count(params: Params) -> dict[str, int]:
+    """Returns the number of parameters by top-level part, embeddings with their vocabulary padding, and "total"."""
+    names = {"embed": "embedding"}
+    counts = {names.get(part, part): sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in params.items()}
+    return counts | {"total": sum(counts.values())}
+
+
+def abstract_key() -> jax.Array:
+    """Returns the shape of a PRNG key, made without touching a device."""
+    return jax.eval_shape(lambda: jax.random.key(0))

@@ -1,0 +1,123 @@
+"""One stack over one stream. Decoder-only, prefix-LM and encoder-only are this network under different visibility."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from diffusion_lm.architectures import parts
+from diffusion_lm.architectures.base import Constrain, EncoderState, Hidden, no_constraint
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.types import EncoderInputs, Params
+from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.masks import Visibility
+from diffusion_lm.nn.transformer import TransformerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleStream:
+    """A single-stream transformer; methods as in `Architecture`.
+
+    Attributes:
+      spec: the network's shape, without encoder layers.
+    """
+
+    spec: TransformerSpec
+    needs_encoder = False
+
+    def __post_init__(self):
+        require(
+            self.spec.encoder_layers == 0,
+            f"A single-stream network has no encoder, but encoder_layers = {self.spec.encoder_layers}",
+            where="TransformerSpec.encoder_layers",
+            fix="Use gin/models/encoder_decoder.gin, or bind 0.",
+        )
+
+    def init(self, key: jax.Array) -> Params:
+        """Returns fresh parameters."""
+        spec = self.spec
+        params = {"embed": {"tokens": parts.init_tokens(spec, key, "embed", spec.embedding_std)}}
+        params |= parts.init_stream(spec, parts.named_key(key, "decoder"), spec.num_layers)
+        if not spec.tied_embeddings:
+            params["head"] = {"tokens": parts.init_tokens(spec, key, "head", spec.model_dim**-0.5)}
+        return params
+
+    def abstract_params(self) -> Params:
+        """Returns shapes and dtypes of the parameters."""
+        return jax.eval_shape(self.init, parts.abstract_key())
+
+    def logical_axes(self) -> Any:
+        """Returns the logical axes of the parameters."""
+        axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec)
+        if not self.spec.tied_embeddings:
+            axes["head"] = {"tokens": ("vocab", "embed")}
+        return axes
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        visibility: Visibility,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        encoder: EncoderInputs | EncoderState | None = None,
+        cache: KVCache | None = None,
+        dropout_keys: jax.Array | None = None,
+        constrain: Constrain = no_constraint,
+    ) -> Hidden:
+        """Runs the network up to its final norm."""
+        if encoder is not None:
+            raise _no_encoder()
+        return Hidden(
+            *parts.run_stream(
+                self.spec,
+                params["embed"]["tokens"],
+                params,
+                tokens,
+                visibility=visibility,
+                positions=positions,
+                segment_ids=segment_ids,
+                encoder=None,
+                cache=cache,
+                dropout_keys=dropout_keys,
+                constrain=constrain,
+            )
+        )
+
+    def head(self, params: Params) -> Head:
+        """Returns the output projection."""
+        return parts.head_of(self.spec, params)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """Returns an empty cache."""
+        return parts.empty_cache(self.spec, batch, length)
+
+    def encode(
+        self,
+        params: Params,
+        inputs: EncoderInputs,
+        *,
+        dropout_keys: jax.Array | None = None,
+        constrain: Constrain = no_constraint,
+        project: bool = True,
+    ) -> EncoderState:
+        """Raises `ConfigError`: there is no encoder."""
+        raise _no_encoder()
+
+    def count_parameters(self) -> dict[str, int]:
+        """Returns the number of parameters by part."""
+        return parts.count(self.abstract_params())
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Returns forward matmul FLOPs per token."""
+        return self.spec.num_layers * parts.block_flops(self.spec, context_length) + parts.logit_flops(self.spec)
+
+
+def _no_encoder() -> ConfigError:
+    return ConfigError(
+        "A single-stream network was given an encoder's stream",
+        where="TrainRun.data",
+        fix="Use SingleStreamConverter, or gin/models/encoder_decoder.gin.",
+    )

@@ -1,0 +1,126 @@
+"""What a gin file says, one statement at a time, in values that need no gin to be read."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+Origin = Literal["command line", "given file", "included file"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A `@target` (or `@target()`, then `called`) inside a bound value."""
+
+    target: Any
+    called: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Macro:
+    """A `%name` inside a bound value."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Required:
+    """`%gin.REQUIRED`: a macro that the user has to give."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown:
+    """A value that is known only when it is built, such as the result of a function."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One statement `scope/Class.parameter = value`, or `scope/MACRO = value`.
+
+    Attributes:
+      scope: the scope, or the name of the macro (with its scopes).
+      selector: gin's complete name of the class or function; empty for macros.
+      parameter: the parameter's name; empty for macros.
+      value: what was bound; references and macros stand as `Reference` and `Macro`.
+      target: the class or function itself; None for macros.
+      where: `file:line`, or the flag.
+      origin: who said so.
+    """
+
+    scope: str
+    selector: str
+    parameter: str
+    value: Any
+    target: Any
+    where: str
+    origin: Origin
+
+    @property
+    def is_macro(self) -> bool:
+        """Whether this defines a macro."""
+        return not self.selector
+
+    @property
+    def class_name(self) -> str:
+        """The last part of the selector."""
+        return self.selector.rsplit(".", 1)[-1]
+
+    @property
+    def name(self) -> str:
+        """The binding as a user writes it, without the modules: `ar/TrainRun.steps` or `TRAIN_STEPS`."""
+        if self.is_macro:
+            return self.scope
+        name = f"{self.class_name}.{self.parameter}"
+        return f"{self.scope}/{name}" if self.scope else name
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What identifies the parameter: a later binding of the same key replaces an earlier one."""
+        return self.scope, self.selector, self.parameter
+
+
+Current = Mapping[tuple[str, str, str], Binding]
+"""For each key the binding that holds."""
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yields what a bound value consists of, containers opened."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from leaves(key)
+            yield from leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def macros_in(value: Any) -> list[str]:
+    """Returns the names of the macros that a bound value refers to."""
+    return [leaf.name for leaf in leaves(value) if isinstance(leaf, Macro)]
+
+
+def follow(value: Any, current: Current) -> tuple[Any, list[Binding]]:
+    """Returns the value with macros replaced by theirs, and the macros that were followed, outermost last."""
+    if isinstance(value, Macro):
+        source = current[value.name, "", ""]
+        followed, deeper = follow(source.value, current)
+        return followed, [*deeper, source]
+    if isinstance(value, list | tuple):
+        pairs = [follow(one, current) for one in value]
+        return type(value)(one for one, _ in pairs), [source for _, sources in pairs for source in sources]
+    if isinstance(value, Mapping):
+        pairs = [follow(one, current) for one in value.values()]
+        return dict(zip(value, (one for one, _ in pairs), strict=True)), [one for _, found in pairs for one in found]
+    return value, []
+
+
+def shown(value: Any) -> str:
+    """Returns a bound value as it would be written in a gin file."""
+    if isinstance(value, Reference):
+        return f"@{value.target.__name__}{'()' if value.called else ''}"
+    if isinstance(value, Macro):
+        return f"%{value.name}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return repr(value)

@@ -1,0 +1,40 @@
+"""Runs the arms of a Comparison, scores them on its tasks, and writes results.json, results.md and report/index.html.
+
+Stages that arms share run once; what is finished is skipped. Run the same command again to go on."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from diffusion_lm.cli.arguments import RESOLVED, add_gin, load_config, record_config
+from diffusion_lm.cli.materialise import ensure
+from diffusion_lm.cli.output import progress, say
+from diffusion_lm.core.files import write_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    add_gin(parser)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the comparison")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs the verb and returns the content of results.json."""
+    from diffusion_lm.parallel import multihost
+    from diffusion_lm.recipes.comparison import Comparison, compare
+    from diffusion_lm.recipes.tables import quality_terminal
+
+    loaded = load_config(arguments)
+    multihost.initialize()
+    comparison = loaded.build(Comparison)
+    ensure(comparison, arguments)
+    workdir = Path(arguments.workdir).expanduser()
+    if multihost.is_primary():
+        record_config(loaded, workdir, claimed_by="comparison.json")
+    result = compare(comparison, workdir, log=progress)
+    if multihost.is_primary():
+        write_text(workdir / RESOLVED, loaded.resolved())
+        quality_terminal(result.results)
+        say(f"table   {result.table}")
+        say(f"report  {result.report}")
+    return dict(result.results)

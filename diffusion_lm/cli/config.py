@@ -1,0 +1,316 @@
+"""gin files in, objects out: the only module that imports gin.
+
+gin 0.5.0 rejects an unknown class or parameter, in a message of many lines; it accepts a misspelt macro, a wrong type
+and a binding that nothing reads. `load` reads the files itself, statement by statement, with gin's own parser, so that
+it knows where each binding stands, and adds what is missing:
+
+* Every class, parameter, module and macro that is named must exist, in every file; the error names the near ones.
+* Every value must fit the annotation of its parameter (`type_checks.py`), macros followed to their value.
+* What was said must matter. In a file given with `--gin_file`, a macro must be referred to by some binding, and a
+  parameter must belong to an object that is built. A binding given on the command line must moreover be read, and not
+  be shadowed by a more specific scope. *Included* files are presets, which offer more than one root takes: there only
+  the first two rules hold.
+
+gin keeps its state in its module, so there is one configuration at a time: `load` forgets the previous one.
+"""
+
+import dataclasses
+import re
+import tokenize
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gin
+from gin import config as gin_config
+from gin import config_parser
+
+from diffusion_lm.cli import binding_checks, gin_names
+from diffusion_lm.cli.bindings import Binding, Current, Macro, Origin, Reference, Required, Unknown
+from diffusion_lm.cli.search_path import find_gin_file
+from diffusion_lm.core.errors import ConfigError
+
+T = TypeVar("T")
+
+_MACRO = "gin.macro"
+_BARE_WORD = re.compile(r"[A-Za-z_./~][\w./:~+=@-]*")
+_PYTHON_WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A configuration that was read and checked, and from which objects can be built.
+
+    Attributes:
+      bindings: every binding in the order in which they were read, replaced ones included.
+      files: the files that were read.
+    """
+
+    bindings: tuple[Binding, ...]
+    files: tuple[Path, ...]
+
+    @property
+    def current(self) -> Current:
+        """The bindings that hold: for each key the one that was read last."""
+        return {binding.key: binding for binding in self.bindings}
+
+    def binds(self, target: type) -> bool:
+        """Returns whether some binding is for `target`, which is how a gin file says what it configures."""
+        return any(binding.target is target for binding in self.bindings)
+
+    def build(self, target: type[T]) -> T:
+        """Returns the configured object of class `target`, after checking that every binding mattered.
+
+        Raises:
+          ConfigError: nothing configures `target`, a required parameter is not bound, the object rejects its values,
+            or a binding has no effect.
+        """
+        if not self.binds(target):
+            raise ConfigError(
+                f"the gin files do not configure a {target.__name__}",
+                where=", ".join(str(path) for path in self.files[:3]),
+                fix="Give one that does with --gin_file, e.g. from gin/recipes/.",
+            )
+        return self._build(lambda: gin.get_configurable(target)())
+
+    def build_macro(self, name: str) -> Any:
+        """Returns the value of a macro, its references built; checks and errors as in `build`."""
+        if (name, "", "") not in self.current:
+            raise ConfigError(
+                f"the gin files do not define the macro {name}",
+                where=", ".join(str(path) for path in self.files[:3]),
+                fix="Give a file that does.",
+            )
+
+        def evaluate() -> Any:
+            with gin.config_scope(name.split("/")):
+                return gin.get_configurable(gin_config.macro)()
+
+        return self._build(evaluate)
+
+    def _build(self, make: Callable[[], T]) -> T:
+        gin_config._OPERATIVE_CONFIG.clear()
+        try:
+            built = make()
+        except ConfigError as error:
+            raise ConfigError(error.what, where=self._with_source(error.where), fix=error.fix) from error
+        except TypeError as error:
+            raise _missing_parameters(error) or error from error.__cause__
+        operative = gin_config._OPERATIVE_CONFIG
+        used = {key: set(values) for key, values in operative.items() if key[1] != _MACRO}
+        binding_checks.check_effect(self.current, used, {scope for scope, selector in operative if selector == _MACRO})
+        return built
+
+    def resolved(self) -> str:
+        """Returns what `build` used, defaults included, as the text of one gin file that includes no other."""
+        return gin.operative_config_str(max_line_length=120)
+
+    def _with_source(self, where: str) -> str:
+        """Adds to `Class.parameter` the places that bound it."""
+        sources = [one.where for one in self.current.values() if not one.is_macro and one.name.endswith(where)]
+        return f"{where}, set at {' and '.join(sources)}" if where and sources else where
+
+
+def load(
+    gin_files: Sequence[str],
+    bindings: Sequence[str] = (),
+    search_path: Sequence[str] = (),
+    *,
+    macros: Sequence[str] = (),
+) -> Config:
+    """Reads gin files, then bindings that override them, and checks all that can be checked without building.
+
+    Args:
+      gin_files: names of gin files (`find_gin_file` says where they are looked for), later ones override earlier ones.
+      bindings: `NAME=VALUE` for a macro, or `Class.parameter=VALUE`, `scope/Class.parameter=VALUE`,
+        `module.Class.parameter=VALUE`; needs no import: every module that some file imports is known.
+      search_path: folders to look in, between the current folder and the packaged one.
+      macros: macros that will be built by name, e.g. the `SAMPLER` of a sampler's file; nothing need refer to them.
+
+    Raises:
+      ConfigError: with file and line, as the module's docstring lists.
+    """
+    if not gin_files:
+        raise ConfigError("no gin file is given", fix="Add --gin_file, e.g. --gin_file gin/recipes/quickstart.gin.")
+    gin.clear_config()
+    reader = _Reader(tuple(search_path))
+    for name in gin_files:
+        reader.read_file(name, "given file", where="--gin_file")
+    for text in bindings:
+        reader.read_flag(text)
+    config = Config(tuple(reader.bindings), tuple(dict.fromkeys(reader.files)))
+    binding_checks.check_macros(config.bindings, config.current, roots=macros)
+    binding_checks.check_types(config.current)
+    return config
+
+
+class _Delegate(gin_config.ParserDelegate):
+    """Resolves references while gin parses a value, with errors of our own."""
+
+    def __init__(self, context: gin_config.ParseContext, modules: Iterable[types.ModuleType] = ()):
+        super().__init__()
+        self._context, self._modules = context, modules
+
+    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
+        scopes, _, selector = scoped_selector.rpartition("/")
+        selector, _ = gin_names.configurable(self._context, selector, self._modules)
+        return super().configurable_reference(f"{scopes}/{selector}" if scopes else selector, evaluate)
+
+
+class _SyntaxOnly(config_parser.ParserDelegate):
+    """Lets a value be parsed for its syntax alone."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
+        return None
+
+    def macro(self, macro_name: str) -> None:
+        return None
+
+
+class _Reader:
+    """Reads statements into gin, remembering where each stood."""
+
+    def __init__(self, search_path: tuple[str, ...]):
+        self.bindings: list[Binding] = []
+        self.files: list[Path] = []
+        self._search_path = search_path
+        self._modules: dict[str, types.ModuleType] = {}
+        self._open: list[Path] = []
+
+    def read_file(self, name: str, origin: Origin, where: str) -> None:
+        path = find_gin_file(name, self._search_path, where=where)
+        if path.resolve() in self._open:
+            raise ConfigError(f"{name} includes itself", where=where, fix="Remove the include.")
+        self.files.append(path)
+        self._open.append(path.resolve())
+        with open(path, encoding="utf-8") as stream, gin_config._parse_scope() as context:
+            for statement, line in _statements(stream, _Delegate(context), name):
+                self._process(statement, context, f"{name}:{line}", origin)
+            gin_config._IMPORTS.update(context.imports)
+        self._open.pop()
+
+    def read_flag(self, text: str) -> None:
+        """Reads one `NAME=VALUE` of the command line."""
+        key, equals, value = (part.strip() for part in text.partition("="))
+        where = f"--gin.{key}"
+        if not equals or not key or not value:
+            raise ConfigError(f"{where} gives no value", fix="Write --gin.NAME=VALUE.")
+        with gin_config._parse_scope() as context:
+            context._enable_dynamic_registration()
+            for module in self._modules:
+                context.process_import(config_parser.ImportStatement(module, False, None, None))
+            modules = self._modules.values()
+            scope, _, dotted = key.rpartition("/")
+            if "." in dotted:
+                short, parameter = dotted.rsplit(".", 1)
+                selector, _ = _located(where, lambda: gin_names.configurable(context, short, modules))
+                key = f"{scope}/{selector}.{parameter}" if scope else f"{selector}.{parameter}"
+            line = f"{key} = {_with_quotes(value, where)}"
+            for statement, _ in _statements(line, _Delegate(context, modules), where):
+                self._process(statement, context, where, "command line")
+
+    def _process(self, statement: Any, context: gin_config.ParseContext, where: str, origin: Origin) -> None:
+        match statement:
+            case config_parser.ImportStatement():
+                module = _located(where, lambda: gin_names.import_module(context, statement))
+                if module is not None:
+                    self._modules[statement.module] = module
+            case config_parser.IncludeStatement():
+                self.read_file(statement.filename, "included file", where)
+            case config_parser.BlockDeclaration():
+                _located(where, lambda: gin_names.configurable(context, statement.selector, ()))
+            case config_parser.BindingStatement():
+                self._bind(statement, context, where, origin)
+
+    def _bind(self, statement: Any, context: gin_config.ParseContext, where: str, origin: Origin) -> None:
+        scope, selector, parameter, value, _ = statement
+        if not parameter:
+            name = f"{scope}/{selector}" if scope else selector
+            key = (name, _MACRO)
+            self.bindings.append(Binding(name, "", "", _plain(value), None, where, origin))
+        else:
+            _, found = _located(where, lambda: gin_names.configurable(context, selector, ()))
+            _located(where, lambda: gin_names.check_parameter(found.wrapped, parameter))
+            key = (scope, found.selector)
+            self.bindings.append(Binding(scope, found.selector, parameter, _plain(value), found.wrapped, where, origin))
+        gin_config._CONFIG.setdefault(key, {})[parameter or "value"] = value
+
+
+def _statements(source: Any, delegate: config_parser.ParserDelegate, name: str) -> Iterator[tuple[Any, int]]:
+    """Yields each statement with its line; gin's errors about the text become one sentence with file and line."""
+    parser = None
+    try:
+        parser = config_parser.ConfigParser(source, delegate)
+        while (statement := parser.parse_statement()) is not None:
+            line = statement.location.line_num
+            yield statement, line
+    except SyntaxError as error:
+        raise ConfigError(
+            f"gin cannot read {(error.text or '').strip()!r}: {str(error.msg).splitlines()[0].rstrip('.')}",
+            where=_place(name, error.lineno),
+            fix="Write Class.parameter = value, with strings in quotes.",
+        ) from error
+    except tokenize.TokenError as error:
+        message, (line, _) = error.args
+        raise ConfigError(
+            f"gin cannot read the text: {message}", where=_place(name, line), fix="Close the bracket or string."
+        ) from error
+    except ConfigError as error:
+        line = parser.current_token.start[0] if parser else 1
+        raise ConfigError(error.what, where=error.where or _place(name, line), fix=error.fix) from error
+
+
+def _place(name: str, line: int | None) -> str:
+    return name if name.startswith("--gin.") else f"{name}:{line}"
+
+
+def _located(where: str, call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except ConfigError as error:
+        raise ConfigError(error.what, where=error.where or where, fix=error.fix) from error
+
+
+def _plain(value: Any) -> Any:
+    """Returns a bound value with gin's references replaced by those of `bindings.py`."""
+    if isinstance(value, gin_config.ConfigurableReference):
+        if value.configurable.selector == _MACRO:
+            return Macro("/".join(value.scopes))
+        if value.configurable.module == "gin":
+            return Required() if value.scopes == ["gin.REQUIRED"] else Unknown()
+        return Reference(value.configurable.wrapped, value.evaluate)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return value
+
+
+def _with_quotes(value: str, where: str) -> str:
+    """Returns the text of a value, with the quotes that a shell took off a plain word put back."""
+    word = _PYTHON_WORDS.get(value.lower())
+    if word and value != word:
+        raise ConfigError(f"{value} is no Python value", where=where, fix=f"Write {word}, or quote it: \"'{value}'\".")
+    if not word and _BARE_WORD.fullmatch(value):
+        return repr(value)
+    try:
+        config_parser.ConfigParser(value, _SyntaxOnly()).parse_value()
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise ConfigError(
+            f"gin cannot read the value {value}", where=where, fix=f"Quote a string twice: {where}=\"'...'\"."
+        ) from error
+    return value
+
+
+def _missing_parameters(error: TypeError) -> ConfigError | None:
+    """Returns the sentence for a call that lacks arguments, or None for a `TypeError` of another kind."""
+    found = re.search(r"(\w+)\.__init__\(\) missing \d+ required [\w-]+ arguments?: (.*)", str(error).splitlines()[0])
+    if not found:
+        return None
+    names = re.findall(r"'(\w+)'", found[2])
+    return ConfigError(
+        f"{found[1]} needs {', '.join(names)}, which no gin file gives",
+        where=f"{found[1]}.{names[0]}",
+        fix=f"Bind it in a gin file, or with --gin.{found[1]}.{names[0]}=VALUE.",
+    )

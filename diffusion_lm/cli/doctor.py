@@ -1,0 +1,193 @@
+"""Checks that this machine can run all of it: versions, devices, folders, gin files, tasks, and one training step.
+
+Exit code 0 if every check passes, 1 otherwise. What only `materialise` needs may be missing."""
+
+import argparse
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from diffusion_lm.cli import environment, output
+from diffusion_lm.cli.search_path import packaged_folder
+
+REQUIRED: tuple[str, ...] = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "gin-config",
+    "numpy",
+    "grain",
+    "array-record",
+)
+REQUIRED += ("sentencepiece", "sacrebleu", "rich", "jinja2")
+FOR_TASKS = ("seqio", "tensorflow", "tensorflow-datasets", "babel", "num2words")
+
+
+class Skipped(Exception):
+    """The check does not apply here; not a failure."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    parser.add_argument(
+        "--task", action="append", default=[], metavar="NAME", help="also check that this task resolves"
+    )
+    parser.add_argument("--no_tasks", action="store_true", help="leave out the checks that import TensorFlow")
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Runs the verb; returns the checks and the exit code."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("python", _python),
+        ("packages", _packages),
+        ("packages for tasks", _packages_for_tasks),
+        ("devices", _devices),
+        ("compile cache", _compile_cache),
+        ("data folder", _data_folder),
+        ("gin files", _gin_files),
+        ("one training step", _one_step),
+    ]
+    if not arguments.no_tasks:
+        checks.append(("tasks", lambda: _tasks(arguments.task)))
+    results = [_check(name, call) for name, call in checks]
+    output.table(["", "check", "found"], [(r["status"], r["name"], r["found"]) for r in results], fold=[2])
+    failed = [r["name"] for r in results if r["status"] == "FAIL"]
+    output.say(f"\n{'failed: ' + ', '.join(failed) if failed else 'all is well'}")
+    return {"ok": not failed, "checks": results}, environment.EXIT_FAILED if failed else environment.EXIT_OK
+
+
+def _check(name: str, call: Callable[[], str]) -> dict[str, str]:
+    output.progress(f"checking {name}")
+    try:
+        return {"name": name, "status": "ok", "found": call()}
+    except Skipped as reason:
+        return {"name": name, "status": "-", "found": str(reason)}
+    except Exception as error:  # whatever goes wrong in a check is its finding
+        return {
+            "name": name,
+            "status": "FAIL",
+            "found": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        }
+
+
+def _python() -> str:
+    return f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+
+
+def _versions(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    found, missing = [], []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    return found, missing
+
+
+def _packages() -> str:
+    found, missing = _versions(REQUIRED)
+    if missing:
+        raise RuntimeError(f"not installed: {', '.join(missing)}; run pip install diffusion-lm")
+    return ", ".join(found)
+
+
+def _packages_for_tasks() -> str:
+    found, missing = _versions(FOR_TASKS)
+    if missing:
+        raise Skipped(f"not installed: {', '.join(missing)}; only materialise needs them")
+    return ", ".join(found)
+
+
+def _devices() -> str:
+    import jax
+
+    devices = jax.devices()
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}" + (
+        f", {output.size(memory)} each" if memory else ""
+    )
+
+
+def _writable(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder):
+        pass
+    return f"{folder}, {output.size(shutil.disk_usage(folder).free)} free"
+
+
+def _compile_cache() -> str:
+    folder = environment.compile_cache_folder()
+    if folder is None:
+        raise Skipped("off (DIFFUSION_LM_COMPILE_CACHE)")
+    return _writable(folder)
+
+
+def _data_folder() -> str:
+    from diffusion_lm.data.store import default_root
+
+    return _writable(default_root())
+
+
+def _gin_files() -> str:
+    folder = packaged_folder()
+    files = list(folder.rglob("*.gin"))
+    if not files:
+        raise RuntimeError(f"there are none in {folder}")
+    return f"{len(files)} in {folder}"
+
+
+def _tasks(names: list[str]) -> str:
+    if _versions(FOR_TASKS)[1]:
+        raise Skipped("not checked: packages are missing")
+    from diffusion_lm.data import seqio_source
+    from diffusion_lm.data.materialise import TASK_MODULES
+
+    environment.import_modules(TASK_MODULES)
+    for name in names:
+        seqio_source.get_task(name)
+    registered = list(seqio_source.seqio.TaskRegistry.names())
+    return f"{len(registered)} registered" + (f"; {', '.join(names)} resolve" if names else "")
+
+
+def _one_step() -> str:
+    """Trains a small network for one step on random tokens and returns its loss."""
+    import jax
+    import numpy as np
+
+    from diffusion_lm.architectures.single_stream import SingleStream
+    from diffusion_lm.core.types import Batch
+    from diffusion_lm.nn.transformer import TransformerSpec
+    from diffusion_lm.objectives.autoregressive import Autoregressive
+    from diffusion_lm.parallel.mesh import MeshSpec
+    from diffusion_lm.parallel.rules import LogicalRules
+    from diffusion_lm.parallel.shardings import place_batch
+    from diffusion_lm.training.optimizers import AdamW
+    from diffusion_lm.training.step import make_program
+
+    spec = TransformerSpec(vocab_size=64, num_layers=2, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64)
+    program = make_program(SingleStream(spec), Autoregressive(), AdamW(), mesh=MeshSpec(), rules=LogicalRules())
+    shape = (2 * jax.device_count(), 16)
+    slots = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    arrays: dict[str, Any] = dict(
+        tokens=np.random.default_rng(0).integers(3, 64, shape, dtype=np.int32),
+        target_mask=slots > 0,
+        loss_weights=(slots > 0).astype(np.float32),
+        segment_ids=np.ones(shape, np.int32),
+        positions=slots,
+        example_ids=np.repeat(np.arange(shape[0], dtype=np.uint32)[:, None], shape[1], axis=1),
+    )
+    key = jax.random.key(0)
+    placed = place_batch(Batch(**arrays), LogicalRules(), program.mesh)
+    _, stats = program.step(program.init(key), placed, key, np.float32(1e-3))
+    loss = float(stats.terms.loss)
+    if not np.isfinite(loss):
+        raise RuntimeError(f"the loss is {loss}")
+    return f"loss {loss:.3f} (ln 64 = 4.159)"

@@ -1,0 +1,187 @@
+"""What a training run costs, worked out from shapes: nothing is allocated, compiled or read."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.parallel.mesh import MeshSpec
+from diffusion_lm.parallel.rules import LogicalRules
+from diffusion_lm.parallel.shardings import ShardingRow, batch_divisor, sharding_table
+from diffusion_lm.training.optimizers import decay_mask
+from diffusion_lm.training.run import TrainRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes per device.
+
+    Attributes:
+      parameters: one shard of the parameters.
+      ema: one shard of the moving average; 0 where none is kept.
+      optimizer: one shard of the optimizer's state.
+      gradients: one shard of the float32 gradients, twice with microbatches (the part and the sum).
+      activations: what the backward pass keeps of the forward passes of one microbatch, and one chunk of logits; an
+        estimate from the matrix shapes and the rematerialisation policy.
+    """
+
+    parameters: int
+    ema: int
+    optimizer: int
+    gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.parameters + self.ema + self.optimizer + self.gradients + self.activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The cost of one training run.
+
+    Attributes:
+      parameters: count by part, without the total.
+      total_parameters: their sum.
+      devices: number of devices that the figures below are for.
+      mesh: size of each mesh axis.
+      rows: one row per array: shape, logical axes, sharding, bytes per device.
+      decays: name of each array -> whether weight decay applies to it.
+      forward_flops_per_token: matmul FLOPs of one forward pass per token.
+      train_flops_per_token: of a step: three times that for each forward pass of the objective.
+      passes: forward passes of a step.
+      tokens_per_step: slots of the main stream in a batch.
+      encoder_tokens_per_step: slots of the encoder's stream in a batch.
+      memory: bytes per device.
+    """
+
+    parameters: dict[str, int]
+    total_parameters: int
+    devices: int
+    mesh: dict[str, int]
+    rows: list[ShardingRow]
+    decays: dict[str, bool]
+    forward_flops_per_token: float
+    train_flops_per_token: float
+    passes: int
+    tokens_per_step: int
+    encoder_tokens_per_step: int
+    memory: Memory
+
+    @property
+    def flops_per_step(self) -> float:
+        """Training FLOPs of one step, over all devices."""
+        return self.train_flops_per_token * self.tokens_per_step
+
+
+def smallest_device_count(mesh: MeshSpec) -> int:
+    """Returns the fewest devices that a mesh can be laid over."""
+    return math.prod(size for size in dataclasses.astuple(mesh) if size != -1)
+
+
+def estimate(run: TrainRun, devices: int | None = None) -> Estimate:
+    """Returns what `run` costs on `devices` devices (default: the fewest that its mesh allows).
+
+    Raises:
+      ConfigError: the mesh does not fit that number of devices.
+    """
+    devices = devices or smallest_device_count(run.mesh)
+    sizes = run.mesh.sizes(devices)
+    mesh: Any = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    axes, abstract = run.model.logical_axes(), run.model.abstract_params()
+    rows = sharding_table(axes, abstract, run.rules, mesh)
+    counts = dict(run.model.count_parameters())
+    total = counts.pop("total", sum(counts.values()))
+    passes = run.objective.needs().passes
+    forward = _forward_flops(run)
+    encoder_length = run.data.encoder_length or 0
+    decays = jax.tree_util.tree_leaves_with_path(decay_mask(axes))
+    return Estimate(
+        parameters=counts,
+        total_parameters=total,
+        devices=devices,
+        mesh=sizes,
+        rows=rows,
+        decays={jax.tree_util.keystr(path, simple=True, separator="/"): bool(value) for path, value in decays},
+        forward_flops_per_token=forward,
+        train_flops_per_token=3.0 * passes * forward,
+        passes=passes,
+        tokens_per_step=run.batch_size * run.data.row_length,
+        encoder_tokens_per_step=run.batch_size * encoder_length,
+        memory=_memory(run, rows, abstract, axes, sizes, batch_divisor(run.rules, mesh), passes),
+    )
+
+
+def _forward_flops(run: TrainRun) -> float:
+    if run.data.encoder_length:
+        model: Any = run.model
+        return model.flops_per_token(run.data.row_length, encoder_length=run.data.encoder_length)
+    return run.model.flops_per_token(run.data.row_length)
+
+
+def _memory(
+    run: TrainRun, rows: list[ShardingRow], abstract: Any, axes: Any, sizes: dict[str, int], divisor: int, passes: int
+) -> Memory:
+    parameters = sum(row.bytes_per_device for row in rows)
+    # Gradients are float32 whatever the parameters are stored in.
+    gradients = sum(row.bytes_per_device // jnp.dtype(row.dtype).itemsize * 4 for row in rows)
+    share = {row.shape: row.bytes_per_device / (math.prod(row.shape) * jnp.dtype(row.dtype).itemsize) for row in rows}
+    state = jax.eval_shape(run.optimizer.transformation(axes).init, abstract)
+    optimizer = sum(
+        math.ceil(leaf.size * leaf.dtype.itemsize * share.get(tuple(leaf.shape), 1.0))
+        for leaf in jax.tree.leaves(state)
+    )
+    return Memory(
+        parameters=parameters,
+        ema=0 if run.ema_decay is None else parameters,
+        optimizer=optimizer,
+        gradients=gradients * (1 if run.microbatches == 1 else 2),
+        activations=_activations(run, sizes, divisor, passes),
+    )
+
+
+def _activations(run: TrainRun, sizes: dict[str, int], divisor: int, passes: int) -> int:
+    spec = run.model.spec
+    rows = math.ceil(run.batch_size / run.microbatches / divisor)
+    item, tensor = jnp.dtype(spec.dtype).itemsize, sizes["tensor"]
+    length = math.ceil(run.data.row_length / sizes["sequence"])
+    source = math.ceil((run.data.encoder_length or 0) / sizes["sequence"])
+    decoder = spec.num_layers * length * _kept_per_token(spec, run.data.row_length, item, tensor)
+    if source:
+        decoder += (
+            spec.num_layers * length * _kept_per_token(spec, run.data.encoder_length or 0, item, tensor, mlp=False)
+        )
+        decoder += spec.encoder_layers * source * _kept_per_token(spec, run.data.encoder_length or 0, item, tensor)
+    chunk = min(spec.logits_chunk, rows * length)
+    logits = 2 * 4 * chunk * spec.padded_vocab_size // tensor
+    return int(rows * passes * decoder + logits)
+
+
+def _kept_per_token(spec: Any, keys: int, item: int, tensor: int, *, mlp: bool = True) -> float:
+    """Returns the bytes of one block that the backward pass keeps per token which attends to `keys` tokens."""
+    width = spec.model_dim
+    heads = (spec.num_heads * spec.head_dim + 2 * spec.kv_heads * spec.head_dim) / tensor
+    gates = 2 if spec.mlp in ("geglu", "swiglu") else 1
+    hidden = gates * spec.mlp_dim / tensor if mlp else 0.0
+    scores = 4.0 * spec.num_heads * keys / tensor
+    outputs = 2 * width + heads + hidden
+    kept = {
+        "full": width * item,
+        "dots_no_batch": (width + outputs) * item,
+        "dots": (width + outputs + spec.num_heads * spec.head_dim / tensor) * item + scores,
+        # Norms, activation and gate product, and the float32 softmax beside the scores.
+        "none": (3 * width + 2 * outputs) * item + 2 * scores,
+    }
+    return kept[spec.remat]
+
+
+def describe_rules(rules: LogicalRules) -> dict[str, str]:
+    """Returns each logical axis and the mesh axes that it is split over, as text."""
+    found = {}
+    for field in dataclasses.fields(rules):
+        value = getattr(rules, field.name)
+        found[field.name] = "-" if value is None else value if isinstance(value, str) else "+".join(value)
+    return found

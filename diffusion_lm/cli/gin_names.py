@@ -1,0 +1,144 @@
+"""From a name in a gin file to a module, a class or a parameter; a name that leads nowhere is told its near ones."""
+
+import inspect
+import pkgutil
+import sys
+import types
+from collections.abc import Iterable
+from typing import Any
+
+from diffusion_lm.core.errors import ConfigError, near_names
+
+
+def import_module(context: Any, statement: Any) -> types.ModuleType | None:
+    """Lets gin process an import statement; returns the module, or None for gin's own `__gin__` statements.
+
+    Raises:
+      ConfigError: there is no such module (with near names), or it needs a package that is not installed.
+    """
+    try:
+        context.process_import(statement)
+    except ModuleNotFoundError as error:
+        if error.name and not statement.module.startswith(error.name):
+            raise ConfigError(
+                f"{statement.module} needs the package {error.name}, which is not installed",
+                fix=f"Install it: pip install {error.name.partition('.')[0]}.",
+            ) from error
+        raise ConfigError(
+            f"there is no module {statement.module}{_near_modules(statement.module)}",
+            fix="Correct the import; `from package import module` takes a module, not a class.",
+        ) from error
+    return sys.modules.get(statement.module)
+
+
+def _near_modules(module: str) -> str:
+    package, _, name = module.rpartition(".")
+    parent = sys.modules.get(package)
+    if parent is None or not hasattr(parent, "__path__"):
+        return ""
+    return near_names(name, [found.name for found in pkgutil.iter_modules(parent.__path__)])
+
+
+def configurable(context: Any, selector: str, modules: Iterable[types.ModuleType]) -> tuple[str, Any]:
+    """Returns the selector as gin knows it and gin's record of the class or function.
+
+    Args:
+      context: gin's parse context, with the imports of the file.
+      selector: `module.Class`; with `modules` also `Class` alone.
+      modules: modules in which a short name is looked up; empty inside a gin file, where gin's own rule holds.
+
+    Raises:
+      ConfigError: the name leads nowhere, to several classes, or to something that cannot be configured.
+    """
+    modules = tuple(modules)
+    if modules:
+        selector = _expand(selector, modules)
+    try:
+        _, values = context._resolve_selector(selector) if context._dynamic_registration else ((), ())
+        if values and not callable(values[-1]):
+            raise ConfigError(
+                f"{selector} is a {type(values[-1]).__name__}, not a class or function",
+                fix=f"Name a class in it: {', '.join(public_names(values[-1])[:5])}.",
+            )
+        found = context.get_configurable(selector)
+    except NameError as error:
+        head = selector.partition(".")[0]
+        known = [statement.bound_name() for statement in context.imports if not statement.module.startswith("__gin__")]
+        raise ConfigError(
+            f"{head!r} of {selector} is not imported in this file{near_names(head, known)}",
+            fix="Add `from package import module` at the top; names are module.Class.",
+        ) from error
+    except AttributeError as error:
+        raise _unknown_attribute(context, selector) from error
+    if found is None:
+        raise ConfigError(
+            f"there is no class or function {selector}",
+            fix="Let the file begin with `from __gin__ import dynamic_registration`, then import the module.",
+        )
+    return selector, found
+
+
+def check_parameter(target: Any, parameter: str) -> None:
+    """Raises `ConfigError`, with near names, unless `target` (a class or function) takes `parameter`."""
+    parameters = inspect.signature(target).parameters
+    if parameter in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return
+    raise ConfigError(
+        f"{target.__name__} has no parameter {parameter!r}{near_names(parameter, parameters)}",
+        fix=f"It takes {', '.join(parameters)}.",
+    )
+
+
+def public_names(module: Any) -> list[str]:
+    """Returns the classes and functions of a module, its own ones first."""
+    found = {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value))
+    }
+    own = [name for name, value in found.items() if value.__module__ == module.__name__]
+    return own + [name for name in found if name not in own]
+
+
+def _unknown_attribute(context: Any, selector: str) -> ConfigError:
+    parts = selector.split(".")
+    for length in range(1, len(parts)):
+        try:
+            _, values = context._resolve_selector(".".join(parts[: length + 1]))
+        except AttributeError:
+            _, values = context._resolve_selector(".".join(parts[:length]))
+            owner, name = values[-1], parts[length]
+            known = public_names(owner) if isinstance(owner, types.ModuleType) else dir(owner)
+            return ConfigError(
+                f"{'.'.join(parts[:length])} has no {name!r}{near_names(name, known)}",
+                fix=f"It has {', '.join(known[:6])}." if isinstance(owner, types.ModuleType) else "Correct the name.",
+            )
+    return ConfigError(f"there is no class or function {selector}", fix="Correct the name.")
+
+
+def _expand(selector: str, modules: tuple[types.ModuleType, ...]) -> str:
+    """Returns the full name of what a short one such as `TrainRun` or `run.TrainRun` stands for in `modules`."""
+    found: dict[int, str] = {}
+    parts = selector.split(".")
+    for split in range(len(parts)):
+        prefix, attributes = ".".join(parts[:split]), parts[split:]
+        for module in modules:
+            if prefix and module.__name__ != prefix and not module.__name__.endswith(f".{prefix}"):
+                continue
+            value: Any = module
+            for name in attributes:
+                value = getattr(value, name, None)
+            if callable(value):
+                is_home = getattr(value, "__module__", None) == module.__name__
+                if is_home or id(value) not in found:
+                    found[id(value)] = ".".join([module.__name__, *attributes])
+    names = list(found.values())
+    if len(names) > 1:
+        raise ConfigError(f"{selector} may mean {' or '.join(sorted(names))}", fix="Write the module as well.")
+    if not names:
+        known = {name for module in modules for name in public_names(module)}
+        raise ConfigError(
+            f"there is no class or function {selector} in what the gin files import{near_names(selector, known)}",
+            fix="Correct the name, or include a gin file that imports it.",
+        )
+    return names[0]

@@ -1,0 +1,126 @@
+"""Writes SeqIO tasks to ArrayRecord files, which training then reads without TensorFlow. What is there is skipped.
+
+Name tasks with --task, or give a recipe with --gin_file to write everything that its pipelines read."""
+
+import argparse
+import os
+import subprocess
+import sys
+from typing import Any
+
+from diffusion_lm.cli.arguments import add_gin, build_root, load_config
+from diffusion_lm.cli.environment import import_quietly
+from diffusion_lm.cli.output import progress, table
+from diffusion_lm.core.errors import ConfigError, require
+
+_STDERR = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    add_gin(parser)
+    parser.add_argument("--task", action="append", default=[], metavar="NAME", help="SeqIO task; may be repeated")
+    parser.add_argument("--split", action="append", default=[], metavar="NAME", help="its splits (default: train)")
+    parser.add_argument("--root", metavar="DIR", help="where to (default: ~/.cache/diffusion_lm/data)")
+    parser.add_argument(
+        "--chunk_length", type=int, metavar="N", help="cut documents of pretraining tasks into N tokens"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="write only the first N records")
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs the verb and returns one object per split."""
+    from diffusion_lm.data.grain_source import GrainSource
+    from diffusion_lm.data.materialise import TASK_MODULES
+    from diffusion_lm.data.store import MANIFEST
+
+    sources = [
+        GrainSource(task, split, arguments.root, arguments.chunk_length)
+        for task in arguments.task
+        for split in arguments.split or ["train"]
+    ]
+    if arguments.gin_file or arguments.gin:
+        from diffusion_lm.cli.walk import parts
+
+        require(
+            not (arguments.root or arguments.chunk_length or arguments.split),
+            "--root, --split and --chunk_length are for --task",
+            where="--gin_file",
+            fix="A recipe says them itself: bind GrainSource.root with --gin.",
+        )
+        sources += parts(build_root(load_config(arguments)), GrainSource)
+    if not sources:
+        raise ConfigError("nothing to write is named", fix="Give --task NAME, or a recipe with --gin_file.")
+    options: dict[str, Any] = {"modules": (*TASK_MODULES, *arguments.module)}
+    if arguments.limit is not None:
+        options["limit"] = arguments.limit
+    results = []
+    for number, source in enumerate(sources, 1):
+        progress(f"{number}/{len(sources)}  {source.task}/{source.split} -> {source.folder}")
+        try:
+            if not (source.folder / MANIFEST).is_file():
+                import_quietly("seqio")
+            manifest = source.materialise(**options)
+        except ModuleNotFoundError as error:
+            raise _needs(error.name, source) from error
+        results.append(
+            {
+                "task": manifest.task,
+                "split": manifest.split,
+                "records": manifest.count,
+                "target_tokens": manifest.target_tokens,
+                "max_inputs_length": manifest.max_inputs_length,
+                "max_targets_length": manifest.max_targets_length,
+                "folder": str(source.folder),
+            }
+        )
+    columns = ["task", "split", "records", "target tokens", "longest inputs", "longest targets"]
+    rows = [
+        (
+            r["task"],
+            r["split"],
+            f"{r['records']:,}",
+            f"{r['target_tokens']:,}",
+            r["max_inputs_length"],
+            r["max_targets_length"],
+        )
+        for r in results
+    ]
+    table(columns, rows, right=[2, 3, 4, 5])
+    return results
+
+
+def _needs(package: str | None, source: Any) -> ConfigError:
+    return ConfigError(
+        f"writing task {source.task!r} needs the package {package}, which is not installed",
+        where=f"{source.task}/{source.split}",
+        fix=f"Install it, or copy {source.folder} from a machine that has it.",
+    )
+
+
+def ensure(root: Any, arguments: argparse.Namespace) -> None:
+    """Writes the datasets of the configured object `root` that are not there yet, so that one command does all.
+
+    TensorFlow stays out of this process: it would take GPU memory, and training has no use for it. What is printed goes
+    to stderr.
+
+    Raises:
+      SystemExit: writing them failed; the error is printed.
+    """
+    from diffusion_lm.cli.walk import parts
+    from diffusion_lm.data.grain_source import GrainSource
+    from diffusion_lm.data.store import MANIFEST
+
+    missing = [source for source in parts(root, GrainSource) if not (source.folder / MANIFEST).is_file()]
+    if not missing:
+        return
+    progress(f"writing {len(missing)} datasets that are not there yet")
+    flags = [("--gin_file", arguments.gin_file), ("--gin_search_path", arguments.gin_search_path)]
+    flags.append(("--module", arguments.module))
+    command = [sys.executable, "-m", "diffusion_lm.cli.main", "materialise"]
+    command += [part for flag, values in flags for value in values for part in (flag, value)]
+    command += [f"--gin.{binding}" for binding in arguments.gin]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # accelerators belong to this process
+    done = subprocess.run(command, stdout=_STDERR, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)

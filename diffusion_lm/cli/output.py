@@ -1,0 +1,136 @@
+"""Results on stdout, progress on stderr; tables that are pretty on a terminal and plain in a pipe."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion_lm.core.files import write_text
+
+MAX_WIDTH = 100
+
+
+def progress(text: str) -> None:
+    """Prints a line about what is going on to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def say(text: str = "") -> None:
+    """Prints a line of the result to stdout."""
+    print(text, flush=True)
+
+
+def heading(text: str) -> None:
+    """Prints a heading of the result."""
+    console = _console()
+    if console.is_terminal:
+        console.print(f"\n[bold]{text}[/bold]")
+    else:
+        say(f"\n{text}")
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    right: Sequence[int] = (),
+    fold: Sequence[int] | None = None,
+) -> None:
+    """Prints rows of text, at most 100 columns wide.
+
+    Args:
+      columns: headings.
+      rows: cells, printed with `str`.
+      right: numbers of the columns that are aligned to the right.
+      fold: numbers of the columns whose cells may continue on a further line; None = all but the first.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, name in enumerate(columns):
+        justify: Any = "right" if number in right else "left"
+        folds = number in fold if fold is not None else number > 0
+        grid.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not folds)
+    for row in rows:
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    console = _console()
+    if console.is_terminal:
+        console.print(grid)
+        return
+    with console.capture() as captured:
+        console.print(grid)
+    say("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def facts(pairs: Sequence[tuple[str, Any]]) -> None:
+    """Prints names and values in two columns."""
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        say(f"  {name:<{width}}  {value}")
+
+
+def write_result(path: str | None, result: Any) -> None:
+    """Writes the machine-readable result of a verb to `path` ("-" is stdout); nothing where no path is given."""
+    if path is None:
+        return
+    text = json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(Path(path).expanduser(), text)
+
+
+def plain(value: Any) -> Any:
+    """Returns what JSON can hold of a value: dataclasses as objects with their class, paths and others as text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.repr}
+        return {"class": type(value).__name__, **fields}
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+def count(number: float) -> str:
+    """Returns `281.6M (281,562,240)`; small numbers stand alone."""
+    exact = f"{number:,.0f}"
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            digits = f"{number / size:.2f}" if letter == "B" else f"{number / size:.1f}"
+            return f"{digits}{letter} ({exact})"
+    return exact
+
+
+def size(number: float) -> str:
+    """Returns a number of bytes as `1.05 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.2f} {unit}"
+        number /= 1024
+    raise AssertionError
+
+
+def flops(number: float, unit: str = "FLOP") -> str:
+    """Returns a number of floating-point operations as `1.7 GFLOP`; without `unit` as `1.7 G`."""
+    for limit, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= limit:
+            return f"{number / limit:.2f} {letter}{unit}"
+    return f"{number:.0f} {unit}".strip()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    return Console(
+        file=sys.stdout, highlight=False, width=min(MAX_WIDTH, console.width) if console.is_terminal else MAX_WIDTH
+    )

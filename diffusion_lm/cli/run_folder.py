@@ -1,0 +1,127 @@
+"""Opening what `train` or `compare` left: the configuration, the parameters, and what they can be scored on."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.cli import config
+from diffusion_lm.cli.arguments import RESOLVED, build_root
+from diffusion_lm.cli.search_path import split_search_path
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.evaluation.generation import GenerationEvaluation
+from diffusion_lm.evaluation.likelihood import BoundEvaluation
+from diffusion_lm.recipes.comparison import Comparison
+from diffusion_lm.training.checkpoint import finished_steps, restore_params
+from diffusion_lm.training.run import TrainRun
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run folder.
+
+    Attributes:
+      folder: where it is.
+      run: how it was trained.
+      evaluations: what it is scored on: the run's own evaluations, or those of the comparison that it is a stage of.
+      step: the checkpoint that is used.
+    """
+
+    folder: Path
+    run: TrainRun
+    evaluations: tuple[Any, ...]
+    step: int
+
+    def load(self) -> BoundModel:
+        """Returns the model with its parameters on the run's mesh."""
+        import jax
+
+        from diffusion_lm.parallel.shardings import make_constrain, tree_shardings
+
+        mesh, model = self.run.mesh.build(), self.run.model
+        abstract = model.abstract_params()
+        like = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            tree_shardings(model.logical_axes(), abstract, self.run.rules, mesh),
+        )
+        params = restore_params(self.folder, step=self.step, like=like)
+        return BoundModel(model, params, make_constrain(mesh, self.run.rules))
+
+    @property
+    def generation(self) -> tuple[GenerationEvaluation, ...]:
+        """The evaluations that decode."""
+        return tuple(one for one in self.evaluations if isinstance(one, GenerationEvaluation))
+
+
+def open_run(arguments: argparse.Namespace, *, bindings: Sequence[str]) -> OpenRun:
+    """Returns the run of `--workdir`, configured by `--gin_file` or else by the resolved.gin that lies there.
+
+    Raises:
+      ConfigError: there is no configuration or no checkpoint.
+    """
+    folder = Path(arguments.workdir).expanduser()
+    files = arguments.gin_file or [str(_resolved_file(folder))]
+    root = build_root(config.load(files, bindings, split_search_path(arguments.gin_search_path)))
+    steps = finished_steps(folder)
+    if not steps or arguments.step not in (None, *steps):
+        which = f" of step {arguments.step}" if steps else ""
+        raise ConfigError(
+            f"there is no checkpoint{which} in {folder}",
+            where="--step" if steps else "--workdir",
+            fix=f"Choose one of {', '.join(map(str, steps))}." if steps else "Train first, or name another run folder.",
+        )
+    step = steps[-1] if arguments.step is None else arguments.step
+    if isinstance(root, Comparison):
+        return _stage(root, folder, step)
+    return OpenRun(folder, root, root.evaluations, step)
+
+
+def _resolved_file(folder: Path) -> Path:
+    if (folder / "comparison.json").exists():
+        stages = sorted(path.name for path in (folder / "stages").glob("*"))
+        raise ConfigError(
+            f"{folder} is a comparison of several runs",
+            where="--workdir",
+            fix=f"Name one: {folder}/stages/NAME with NAME one of {', '.join(stages)}.",
+        )
+    for candidate in (folder / RESOLVED, folder.parent.parent / RESOLVED):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(
+        f"there is no run in {folder}: it has no {RESOLVED}",
+        where="--workdir",
+        fix="Name a folder that train or compare wrote, or add --gin_file.",
+    )
+
+
+def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
+    """Returns a stage of a comparison, scored as the comparison scores the arms that end in it."""
+    stages = {stage.name: stage for stage in comparison.stages}
+    if folder.name not in stages:
+        raise ConfigError(
+            f"the comparison {comparison.name!r} has no stage {folder.name!r}",
+            where="--workdir",
+            fix=f"Its stages are {', '.join(stages)}.",
+        )
+    run = stages[folder.name].run
+    evaluations: list[Any] = []
+    for arm in comparison.arms:
+        for task in comparison.tasks:
+            if arm.stage_for(task.name).name != folder.name:
+                continue
+            evaluations.append(GenerationEvaluation(task, arm.sampler_for(task.name), seed=comparison.seed))
+            if comparison.bound_limit:
+                evaluations.append(
+                    BoundEvaluation(
+                        data=dataclasses.replace(task.data, converter=run.data.converter),
+                        objective=run.objective,
+                        name=f"bound/{task.name}",
+                        limit=comparison.bound_limit,
+                        batch_size=task.batch_size,
+                        seed=comparison.seed,
+                    )
+                )
+    return OpenRun(folder, run, tuple(evaluations), step)

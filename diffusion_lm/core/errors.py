@@ -1,0 +1,30 @@
+"""Errors for users: each says what is wrong, where it was said, and what to do about it, in one sentence."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A wrong input. The command line prints it as one line and exits with code 2 (`--debug` shows the traceback).
+
+    Attributes:
+      what: what is wrong, with the offending value.
+      where: the gin parameter, flag or file that said so; may be empty where `what` already names it.
+      fix: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = ""):
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(" ".join(part for part in (what + (f" ({where})" if where else "") + ".", fix) if part))
+
+
+def near_names(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """Returns `"; did you mean a, b?"` for the known names closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def require(condition: bool, what: str, *, where: str = "", fix: str = "") -> None:
+    """Raises `ConfigError` unless `condition` holds; for the `__post_init__` of configured dataclasses."""
+    if not condition:
+        raise ConfigError(what, where=where, fix=fix)

@@ -1,0 +1,141 @@
+"""The values that travel between floors. Dimension letters: `core/shapes.py`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Params = Mapping[str, Any]
+"""A plain nested dict of arrays; no module and no box crosses the floor of the architectures."""
+
+
+@flax.struct.dataclass
+class EncoderInputs:
+    """The encoder's stream of an encoder-decoder.
+
+    Attributes:
+      tokens: i32[B,S].
+      segment_ids: i32[B,S]; 0 = padding, >0 = the packed example, numbered as in the main stream.
+      positions: i32[B,S], restarting in every packed example.
+    """
+
+    tokens: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+
+
+class Batch(flax.struct.PyTreeNode):
+    """One layout for all architectures; converters in `data/` produce it.
+
+    Every example opens with a conditioning token (BOS), so `target_mask` is False at the first slot of each example.
+
+    Attributes:
+      tokens: i32[B,T]. Decoder-only: conditioning then target, contiguous. Encoder-decoder: BOS then target.
+      target_mask: bool[B,T], True where a token is to be generated; the rest is conditioning and is never noised.
+      loss_weights: f32[B,T], 0 on conditioning and on unscored filler.
+      segment_ids: i32[B,T], 0 = padding that nothing may see, >0 = number of the packed example.
+      positions: i32[B,T], restarting in every packed example.
+      example_ids: u32[B,T], stable id of the source example of each token: the root of its noise.
+      encoder: the encoder's stream, or None for single-stream architectures.
+    """
+
+    tokens: jax.Array
+    target_mask: jax.Array
+    loss_weights: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+    example_ids: jax.Array
+    encoder: EncoderInputs | None = None
+
+    @property
+    def row_ids(self) -> jax.Array:
+        """u32[B], the id of each row's first example: the root of what is drawn once per row (dropout, sampling)."""
+        return self.example_ids[:, 0]
+
+
+@flax.struct.dataclass
+class WeightedMean:
+    """A mean kept as its two sums, so that merging over microbatches, hosts and batches is exact."""
+
+    total: jax.Array
+    weight: jax.Array
+
+    def __add__(self, other: "WeightedMean") -> "WeightedMean":
+        return WeightedMean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> jax.Array:
+        """total / weight, and 0 where nothing was weighed."""
+        return jnp.where(self.weight > 0, self.total / jnp.where(self.weight > 0, self.weight, 1), 0.0)
+
+
+@flax.struct.dataclass
+class LossTerms:
+    """What an objective returns: sums and weights, never a mean. Additive over microbatches, hosts and devices.
+
+    Attributes:
+      loss_sum: f32[], the sum whose quotient by the global `weight` is differentiated.
+      weight: f32[], what the training step divides by, once, globally.
+      metrics: named means for the log; all additive too.
+    """
+
+    loss_sum: jax.Array
+    weight: jax.Array
+    metrics: Mapping[str, WeightedMean] = flax.struct.field(default_factory=dict)
+
+    def __add__(self, other: "LossTerms") -> "LossTerms":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def loss(self) -> jax.Array:
+        """loss_sum / weight, and 0 for a batch in which nothing is scored."""
+        return WeightedMean(self.loss_sum, self.weight).value
+
+
+@flax.struct.dataclass
+class TokenStats:
+    """Per-token summaries of the next-token distribution, computed without ever holding [B,T,V].
+
+    Attributes:
+      argmax: i32[B,T], the most likely token.
+      sample: i32[B,T], a draw under the proposal's temperature, top-k and top-p (equal to `argmax` at temperature 0).
+      sample_log_prob: f32[B,T], log-probability of `sample` under the model at temperature 1 without filters.
+      target_log_prob: f32[B,T], log-probability of the tokens that were asked about (0 where none were).
+    """
+
+    argmax: jax.Array
+    sample: jax.Array
+    sample_log_prob: jax.Array
+    target_log_prob: jax.Array
+
+
+@flax.struct.dataclass
+class Trace:
+    """The canvas after each forward pass, for playback.
+
+    Attributes:
+      tokens: i32[steps,B,T]; steps that an early exit skipped repeat the final canvas.
+    """
+
+    tokens: jax.Array
+
+
+@flax.struct.dataclass
+class Decoded:
+    """What a sampler returns.
+
+    Attributes:
+      tokens: i32[B,T], the prompt's canvas with the target window filled in; after the end of a target comes PAD.
+      lengths: i32[B], generated tokens before EOS, PAD or the end of the window (none of these is counted).
+      scores: f32[B], the score by which candidates were ranked (higher is better); each sampler documents its own.
+      forward_passes: i32[B], network calls made while the row was in the batch, candidates counted one each.
+      trace: the canvas step by step where the sampler was asked to keep it.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    scores: jax.Array
+    forward_passes: jax.Array
+    trace: Trace | None = None

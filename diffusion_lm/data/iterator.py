@@ -1,0 +1,362 @@
+"""The data of a run: a mixture of sources, a converter, and a position. The position is a batch number, nothing else.
+
+Batch `i` is a pure function of (pipeline, i, batch size): it does not depend on the number of hosts, each of which
+reads its own slice of the rows, nor on which batches were read before. Resuming needs no state but the number.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from diffusion_lm.core.errors import require
+from diffusion_lm.core.special import SpecialTokens
+from diffusion_lm.core.types import Batch
+from diffusion_lm.data import counted
+from diffusion_lm.data.converters import Converter, Example, too_long_error
+from diffusion_lm.data.grain_source import GrainSource, OpenSource
+from diffusion_lm.data.order import PERIOD, Order
+from diffusion_lm.data.packing import PackingPlan, pack
+from diffusion_lm.data.prefetch import BatchIterator
+from diffusion_lm.data.pretraining import Pretraining
+from diffusion_lm.data.schema import Manifest, Record
+from diffusion_lm.data.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What the converter's lengths do to one source in one epoch.
+
+    Attributes:
+      task: name of the task.
+      split: its split.
+      examples: number of examples.
+      cut_inputs: examples whose conditioning is cut.
+      cut_targets: examples whose target (or piece of text) is cut.
+      rows: rows of a batch that the examples fill.
+      filled: part of the rows' slots of the main stream that hold a token or scored filler.
+    """
+
+    task: str
+    split: str
+    examples: int
+    cut_inputs: int
+    cut_targets: int
+    rows: int
+    filled: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPipeline:
+    """Batches for training and evaluation. Opens its files when it is first asked for anything that stands in them.
+
+    Attributes:
+      sources: what is mixed; all must share one vocabulary.
+      converter: lays examples out.
+      weights: share of each source in the rows of the mixture; None = together they are one dataset, of which every
+        example comes once an epoch.
+      seed: root of the order and of the pretraining splits.
+      shuffle: False = stored order; True = a new global order every epoch.
+      pack: several examples share a row where they fit. Rows hold examples of one source.
+      pretraining: makes inputs and targets from the records of sources that have targets only.
+    """
+
+    sources: tuple[GrainSource, ...]
+    converter: Converter
+    weights: tuple[float, ...] | None = None
+    seed: int = 0
+    shuffle: bool = True
+    pack: bool = False
+    pretraining: Pretraining | None = None
+
+    def __post_init__(self):
+        sources = (self.sources,) if isinstance(self.sources, GrainSource) else tuple(self.sources)
+        object.__setattr__(self, "sources", sources)
+        require(bool(sources), "no source is named", where="DataPipeline.sources", fix="Name at least one.")
+        if self.weights is not None:
+            weights = tuple(float(weight) for weight in self.weights)
+            object.__setattr__(self, "weights", weights)
+            require(
+                len(weights) == len(sources),
+                f"{len(weights)} weights for {len(sources)} sources",
+                where="DataPipeline.weights",
+                fix="Give one weight a source.",
+            )
+            require(
+                all(weight * PERIOD >= sum(weights) > 0 for weight in weights),
+                f"weights {weights} give a source less than 1 row in {PERIOD}",
+                where="DataPipeline.weights",
+                fix="Give every source a positive share, or leave it out.",
+            )
+
+    # What trainers, evaluations and `explain` ask about.
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """The manifest of each source."""
+        return tuple(source.manifest for source in self._open)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary that all sources share."""
+        return self._open[0].vocabulary
+
+    @property
+    def specials(self) -> SpecialTokens:
+        """The special tokens that all sources share."""
+        return self._open[0].manifest.specials
+
+    @property
+    def row_length(self) -> int:
+        """T, slots of the main stream."""
+        return self.converter.row_length
+
+    @property
+    def encoder_length(self) -> int | None:
+        """S, slots of the encoder's stream; None without an encoder."""
+        return self.converter.encoder_length
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows of one epoch: every row of every source once."""
+        return sum(plan.rows for plan in self._plans)
+
+    def fit(self) -> tuple[Fit, ...]:
+        """Returns, for each source, how its examples fit the rows; what `too_long` cuts is counted here."""
+        return tuple(map(self._fit, self._open, self._plans, self._parts))
+
+    def abstract_batch(self, batch_size: int) -> Batch:
+        """Returns the shapes and dtypes of a batch; opens nothing."""
+        return self.converter.abstract_batch(batch_size)
+
+    # Training.
+
+    def batch(self, index: int, batch_size: int, *, process_index: int = 0, process_count: int = 1) -> Batch:
+        """Returns this process's rows of global batch `index` as numpy arrays.
+
+        Args:
+          index: number of the batch, from 0; there is no last one.
+          batch_size: rows of the global batch.
+          process_index: which contiguous slice of the rows, of `process_count` equal ones.
+          process_count: number of slices.
+        """
+        start, count = _slice(batch_size, process_index, process_count)
+        sources, numbers, epochs = self._order.places(index * batch_size + start + np.arange(count))
+        members = [self._plans[source].row(number) for source, number in zip(sources, numbers, strict=True)]
+        rows = [
+            [self._example(record, int(source), int(epoch)) for record in records]
+            for records, source, epoch in zip(self._read(sources, members), sources, epochs, strict=True)
+        ]
+        return self.converter.batch(rows, self.specials, training=True)
+
+    def iterator(
+        self,
+        batch_size: int,
+        *,
+        position: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int = 2,
+    ) -> BatchIterator:
+        """Returns an endless iterator from global batch `position` on; a thread makes `prefetch` batches ahead."""
+        self.check()
+        _slice(batch_size, process_index, process_count)
+
+        def read(index: int) -> Batch:
+            return self.batch(index, batch_size, process_index=process_index, process_count=process_count)
+
+        return BatchIterator(read, position, prefetch)
+
+    # Evaluation: stored order, one example a row, nothing packed.
+
+    def eval_batches(
+        self, batch_size: int, limit: int | None = None, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[tuple[Batch, list[Record]]]:
+        """Yields teacher-forced batches of the first `limit` examples, with their records.
+
+        The last batch is filled with copies of its last example whose loss weights are 0; they have no record.
+        """
+        for examples, records in self._evaluation(batch_size, limit, process_index, process_count):
+            batch = self.converter.batch([[example] for example in examples], self.specials, training=False)
+            np.asarray(batch.loss_weights)[len(records) :] = 0
+            yield batch, records
+
+    def prompt_batches(
+        self, batch_size: int, limit: int | None = None, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[tuple[Batch, list[Record]]]:
+        """Yields prompts of the first `limit` examples, with PAD in the target window, and their records.
+
+        The last batch is filled with copies of its last example; they have no record.
+        """
+        for examples, records in self._evaluation(batch_size, limit, process_index, process_count):
+            yield self.converter.prompts(examples, self.specials), records
+
+    def check(self, *, evaluation: bool = False) -> None:
+        """Opens everything and raises `ConfigError` for whatever would fail later.
+
+        A source is missing or unreadable, vocabularies differ, the pretraining transform is missing or has no use,
+        sentinels are missing, packing cannot be planned, or an example does not fit and may not be cut (with
+        `evaluation`, targets may not be cut unless `too_long` says so).
+        """
+        for source, part in zip(self._open, self._parts, strict=True):
+            self._check_lengths(source, part, evaluation)
+        assert self._order.sizes
+
+    # Inside.
+
+    @functools.cached_property
+    def _open(self) -> tuple[OpenSource, ...]:
+        opened = tuple(source.open() for source in self.sources)
+        first = opened[0].manifest
+        for source in opened[1:]:
+            require(
+                source.manifest.vocabulary_sha256 == first.vocabulary_sha256
+                and source.manifest.specials == first.specials,
+                f"tasks {first.task!r} and {source.manifest.task!r} were materialised with different vocabularies",
+                where="DataPipeline.sources",
+                fix="Materialise both with one vocabulary, or train on one of them.",
+            )
+        text_only = [source.manifest.task for source in opened if not source.manifest.has_inputs]
+        require(
+            not text_only or self.pretraining is not None,
+            f"task {text_only[0] if text_only else ''!r} has targets only",
+            where="DataPipeline.pretraining",
+            fix="Say how text becomes inputs and targets: PrefixSplit, SpanCorruption or CausalLM.",
+        )
+        require(
+            bool(text_only) or self.pretraining is None,
+            f"{type(self.pretraining).__name__} is given, but every source has inputs and targets of its own",
+            where="DataPipeline.pretraining",
+            fix="Leave it out.",
+        )
+        if self.pretraining is not None:
+            require(
+                not (self.pack and self.encoder_length is not None and not self.pretraining.fixed_split),
+                "packing needs fixed lengths, but a prefix split on an encoder-decoder changes them every epoch",
+                where="DataPipeline.pack",
+                fix="Set pack to False.",
+            )
+            require(
+                not self.pretraining.needs_sentinels or bool(opened[0].vocabulary.sentinel_ids),
+                f"the vocabulary has no sentinels <extra_id_0>, ... for {type(self.pretraining).__name__}",
+                where="DataPipeline.pretraining",
+                fix="Build the vocabulary with extra ids, or use PrefixSplit.",
+            )
+            require(
+                self.converter.max_piece(self.pretraining) > 0,
+                "the row is too short for any text",
+                where=f"{type(self.converter).__name__}.target_length",
+                fix="Raise it.",
+            )
+        return opened
+
+    @functools.cached_property
+    def _sentinels(self) -> tuple[int, ...]:
+        needed = self.pretraining is not None and self.pretraining.needs_sentinels
+        return self.vocabulary.sentinel_ids if needed else ()
+
+    @functools.cached_property
+    def _piece_length(self) -> int:
+        return self.converter.max_piece(self.pretraining) if self.pretraining is not None else 0
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Pretraining | None, ...]:
+        """The transform of each source: None for those with inputs of their own."""
+        return tuple(None if source.manifest.has_inputs else self.pretraining for source in self._open)
+
+    @functools.cached_property
+    def _plans(self) -> tuple[PackingPlan, ...]:
+        plans = []
+        for number, (source, part) in enumerate(zip(self._open, self._parts, strict=True)):
+            count = source.manifest.count
+            if not self.pack:
+                plans.append(PackingPlan.single(count))
+                continue
+            order = np.arange(count)
+            if self.shuffle:
+                order = counted.permute(order, count, counted.key("packing", self.seed, number))
+            plans.append(pack(self.converter.costs(source.lengths, part), self.converter.capacity, order))
+        return tuple(plans)
+
+    @functools.cached_property
+    def _order(self) -> Order:
+        return Order(tuple(plan.rows for plan in self._plans), self.weights, self.seed, self.shuffle)
+
+    def _check_lengths(self, source: OpenSource, part: Pretraining | None, evaluation: bool) -> None:
+        """Raises where `too_long` forbids to cut what does not fit, before any step is spent."""
+        policy = self.converter.too_long
+        for name, length, room in self._rooms(source, part):
+            kept = policy == "error" or (policy == "truncate_inputs" and evaluation and name == "target" and not part)
+            if kept and length.max(initial=0) > room:
+                raise too_long_error(self.converter, name, int(length.max()), room)
+
+    def _rooms(self, source: OpenSource, part: Pretraining | None) -> list[tuple[str, np.ndarray, int]]:
+        """Returns (name, i32[n] lengths, room) of what the converter may have to cut."""
+        if part is not None:
+            return [("target", source.lengths[:, 1], self.converter.max_piece(part))]
+        room = self.converter.target_window.room(self.converter.target_length)
+        return [
+            ("conditioning", source.lengths[:, 0], self.converter.inputs_length),
+            ("target", source.lengths[:, 1], room),
+        ]
+
+    def _fit(self, source: OpenSource, plan: PackingPlan, part: Pretraining | None) -> Fit:
+        cut = {name: int((lengths > room).sum()) for name, lengths, room in self._rooms(source, part)}
+        used = int(self.converter.costs(source.lengths, part)[:, 0].sum())
+        return Fit(
+            task=source.manifest.task,
+            split=source.manifest.split,
+            examples=source.manifest.count,
+            cut_inputs=cut.get("conditioning", 0),
+            cut_targets=cut["target"],
+            rows=plan.rows,
+            filled=used / (plan.rows * self.row_length),
+        )
+
+    def _read(self, sources: np.ndarray, members: Sequence[np.ndarray]) -> list[list[Record]]:
+        """Returns the records of each row, of source `sources[row]`, with one read per source: reads are not free."""
+        rows: list[list[Record]] = [[] for _ in members]
+        for source in np.unique(sources):
+            here = np.flatnonzero(sources == source).tolist()
+            records = iter(self._open[source].records(np.concatenate([members[row] for row in here])))
+            for row in here:
+                rows[row] = list(itertools.islice(records, len(members[row])))
+        return rows
+
+    def _example(self, record: Record, source: int, epoch: int) -> Example:
+        part = self._parts[source]
+        if part is None:
+            return Example(record.inputs, record.targets, record.example_id)
+        piece = record.targets[: self._piece_length]
+        key = counted.key("pretraining", self.seed, epoch, record.example_id)
+        inputs, targets = part.split(piece, key, eos_id=self.specials.eos_id, sentinel_ids=self._sentinels)
+        return Example(inputs, targets, record.example_id, part.target_window)
+
+    def _evaluation(
+        self, batch_size: int, limit: int | None, process_index: int, process_count: int
+    ) -> Iterator[tuple[Sequence[Example], list[Record]]]:
+        """Yields the examples of each batch, filled up, and the records of those that are no filler."""
+        first, count = _slice(batch_size, process_index, process_count)
+        stored = Order(tuple(source.manifest.count for source in self._open), None, self.seed, shuffle=False)
+        total = sum(stored.sizes) if limit is None else min(limit, sum(stored.sizes))
+        for start in range(0, total, batch_size):
+            wanted = np.arange(start + first, start + first + count)
+            sources, indices, _ = stored.places(np.minimum(wanted, total - 1))
+            records = list(itertools.chain.from_iterable(self._read(sources, list(indices[:, None]))))
+            examples = [self._example(record, int(s), epoch=0) for s, record in zip(sources, records, strict=True)]
+            yield examples, records[: int((wanted < total).sum())]
+
+
+def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
+    """Returns the first row and the number of rows of one process."""
+    require(batch_size > 0, f"batch_size = {batch_size} is not positive", where="batch_size", fix="Use 1 or more.")
+    require(
+        batch_size % process_count == 0,
+        f"batch_size = {batch_size} does not divide by {process_count} processes",
+        where="batch_size",
+        fix="Use a multiple of the number of processes.",
+    )
+    count = batch_size // process_count
+    return process_index * count, count

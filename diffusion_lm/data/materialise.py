@@ -1,0 +1,113 @@
+"""From a SeqIO task to a folder that Grain reads without TensorFlow (SeqIO's own caching needs apache-beam)."""
+
+import itertools
+from collections.abc import Sequence
+
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.data.schema import Manifest
+from diffusion_lm.data.store import (
+    RECORDS_PER_SHARD,
+    PathLike,
+    default_root,
+    read_manifest,
+    split_folder,
+    write_records,
+)
+
+TASK_MODULES = (
+    "diffusion_lm_tasks.embedded",
+    "diffusion_lm_tasks.translation",
+    "diffusion_lm_tasks.code_synthesis",
+    "diffusion_lm_tasks.extractive_qa",
+    "diffusion_lm_tasks.pretraining",
+)
+"""Modules that register tasks when imported."""
+
+
+def materialise(
+    task: str,
+    split: str = "train",
+    root: PathLike | None = None,
+    *,
+    chunk_length: int | None = None,
+    limit: int | None = None,
+    modules: Sequence[str] = TASK_MODULES,
+    records_per_shard: int = RECORDS_PER_SHARD,
+) -> Manifest:
+    """Writes one split of a SeqIO task to `ROOT/<task>/<split>/` and returns its manifest; returns at once when done.
+
+    Atomic: the folder appears under its name only when complete. Resumable: a killed writer goes on after its last
+    complete shard. Deterministic: records stand in the task's own order and their ids follow from it.
+
+    Args:
+      task: name of a SeqIO task.
+      split: name of one of its splits.
+      root: where datasets live; default `default_root()`.
+      chunk_length: longest piece, in tokens, into which documents of a task without inputs are cut; None = whole.
+      limit: write only the first so many records; None = all.
+      modules: imported first, because they register tasks.
+      records_per_shard: records in each ArrayRecord file.
+
+    Raises:
+      ConfigError: unknown task or split; the folder holds a dataset made with other options; a token of the data is
+        MASK or lies outside the vocabulary; or chunk_length is given for a task with inputs.
+    """
+    for name, value in (("chunk_length", chunk_length), ("limit", limit)):
+        require(value is None or value > 0, f"{name} = {value} is not positive", fix="Leave it out or give 1 or more.")
+    folder = split_folder(task, split, root)
+    done = _finished(folder, chunk_length, limit)
+    if done is not None:
+        return done
+    from diffusion_lm.data import seqio_source
+
+    seqio_task = seqio_source.get_task(task, modules)
+    vocabulary = seqio_source.task_vocabulary(seqio_task)
+    require(
+        chunk_length is None or "inputs" not in seqio_task.output_features,
+        f"chunk_length = {chunk_length} was given for task {task!r}, which has inputs",
+        fix="Only documents of pretraining tasks are cut; leave chunk_length out.",
+    )
+    manifest = Manifest(
+        task=task,
+        split=split,
+        specials=vocabulary.specials,
+        metrics=seqio_source.metric_paths(seqio_task),
+        chunk_length=chunk_length,
+        limit=limit,
+    )
+    records = seqio_source.task_records(seqio_task, split, vocabulary=vocabulary, chunk_length=chunk_length)
+    try:
+        return write_records(
+            folder,
+            itertools.islice(records, limit),
+            manifest,
+            vocabulary=vocabulary,
+            records_per_shard=records_per_shard,
+        )
+    except ConfigError:
+        # Another program may have finished the same split while this one waited for its lock.
+        done = _finished(folder, chunk_length, limit)
+        if done is None:
+            raise
+        return done
+
+
+def materialise_command(task: str, split: str, root: PathLike | None = None, chunk_length: int | None = None) -> str:
+    """Returns the command line that makes the dataset; errors about a missing one quote it."""
+    command = f"diffusion-lm materialise --task {task} --split {split} --root {root or default_root()}"
+    return command + (f" --chunk_length {chunk_length}" if chunk_length else "")
+
+
+def _finished(folder, chunk_length: int | None, limit: int | None) -> Manifest | None:
+    """Returns the manifest of a finished split; raises `ConfigError` where it was made with other options."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    for name, wanted in (("chunk_length", chunk_length), ("limit", limit)):
+        found = getattr(manifest, name)
+        require(
+            found == wanted,
+            f"{folder} was materialised with {name} = {found}, not {wanted}",
+            fix="Delete the folder or choose another root.",
+        )
+    return manifest

@@ -1,0 +1,141 @@
+"""What a materialised dataset consists of: records, and one manifest that says how to read them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.special import SpecialTokens
+
+FORMAT_VERSION = 1
+"""Raised when a reader of the old version would misread files of the new one."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+    """One example as it is stored: tokens without BOS, EOS and padding, which are the converters' business.
+
+    Attributes:
+      inputs: i32[inputs_length], the conditioning; empty for pretraining records.
+      targets: i32[targets_length]. The last piece of a pretraining document ends with EOS, because there the end is
+        part of the text.
+      example_id: u32, stable id of the example: `example_number(f"{task}/{split}/{index}")`.
+      inputs_text: the text of `inputs` before tokenisation.
+      targets_text: the text of `targets` before tokenisation.
+      reference: what the task's metrics compare a prediction with; any JSON value.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    example_id: int
+    inputs_text: str = ""
+    targets_text: str = ""
+    reference: Any = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "inputs", np.asarray(self.inputs, np.int32).reshape(-1))
+        object.__setattr__(self, "targets", np.asarray(self.targets, np.int32).reshape(-1))
+        object.__setattr__(self, "example_id", int(self.example_id))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Record) and self.encode() == other.encode()
+
+    def __hash__(self) -> int:
+        return self.example_id
+
+    def encode(self) -> bytes:
+        """Returns the record as msgpack bytes; tokens are little-endian i32."""
+        return msgpack.packb(
+            (
+                self.inputs.astype("<i4").tobytes(),
+                self.targets.astype("<i4").tobytes(),
+                self.example_id,
+                self.inputs_text,
+                self.targets_text,
+                self.reference,
+            )
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Record":
+        """Returns the record of `encode`'s bytes. Sequences inside `reference` come back as lists, as in JSON."""
+        inputs, targets, example_id, inputs_text, targets_text, reference = msgpack.unpackb(data)
+        return cls(
+            np.frombuffer(inputs, "<i4"),
+            np.frombuffer(targets, "<i4"),
+            example_id,
+            inputs_text,
+            targets_text,
+            reference,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """`manifest.json` of one split of one task.
+
+    Attributes:
+      task: name of the SeqIO task.
+      split: name of its split.
+      specials: the special tokens of the vocabulary.
+      count: number of records.
+      vocabulary: file name of the SentencePiece model beside the manifest; empty where none was stored.
+      vocabulary_sha256: hash of that file (or any name of the vocabulary where none was stored); sources are mixed
+        only when these agree.
+      metrics: the task's metric functions as import paths, `"module:function"`.
+      has_inputs: False for pretraining records, which have targets only.
+      max_inputs_length: longest `inputs`, in tokens.
+      max_targets_length: longest `targets`, in tokens.
+      target_tokens: sum of the lengths of all `targets`.
+      chunk_length: longest piece into which documents were cut, or None where they were left whole.
+      limit: the number of records asked for, or None for all.
+      shards: file names of the ArrayRecord shards, in order.
+      format_version: version of this layout.
+    """
+
+    task: str
+    split: str
+    specials: SpecialTokens
+    count: int = 0
+    vocabulary: str = ""
+    vocabulary_sha256: str = ""
+    metrics: tuple[str, ...] = ()
+    has_inputs: bool = True
+    max_inputs_length: int = 0
+    max_targets_length: int = 0
+    target_tokens: int = 0
+    chunk_length: int | None = None
+    limit: int | None = None
+    shards: tuple[str, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self):
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        object.__setattr__(self, "shards", tuple(self.shards))
+
+    def to_json(self) -> str:
+        """Returns the text of `manifest.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "manifest.json") -> "Manifest":
+        """Returns the manifest of `to_json`'s text.
+
+        Raises:
+          ConfigError: the text is no manifest, or one of another format version.
+        """
+        again = "Delete the folder and materialise the task again."
+        try:
+            fields: Mapping[str, Any] = json.loads(text)
+            version = fields["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError("the manifest of a dataset is unreadable", where=where, fix=again) from error
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"the dataset has format version {version}, this program reads {FORMAT_VERSION}", where=where, fix=again
+            )
+        return cls(**{**fields, "specials": SpecialTokens(**fields["specials"])})

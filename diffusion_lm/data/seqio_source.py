@@ -1,0 +1,126 @@
+"""Reading SeqIO tasks: the only module of this floor that needs TensorFlow, and it is imported only to materialise."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+
+from diffusion_lm.core.errors import ConfigError, near_names
+from diffusion_lm.core.rng import example_number
+from diffusion_lm.data.schema import Record
+from diffusion_lm.data.vocabulary import Vocabulary
+
+
+def get_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
+    """Returns a registered SeqIO task, after importing the `modules` that register tasks.
+
+    Raises:
+      ConfigError: a module cannot be imported, or no task has that name.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"cannot import {module!r}, which should register tasks ({error})", fix="Install it or mend its name."
+            ) from error
+    if name not in seqio.TaskRegistry.names():
+        imported = ", ".join(modules) or "none"
+        raise ConfigError(
+            f"no task is called {name!r}{near_names(name, seqio.TaskRegistry.names())}",
+            fix=f"Name the module that registers it with --module (imported: {imported}).",
+        )
+    return seqio.TaskRegistry.get(name)
+
+
+def task_vocabulary(task: seqio.Task) -> Vocabulary:
+    """Returns the vocabulary of a task's targets, which its inputs must share; SeqIO's extra ids are kept."""
+    targets = task.output_features["targets"].vocabulary
+    inputs = task.output_features.get("inputs", task.output_features["targets"]).vocabulary
+    if not isinstance(targets, seqio.SentencePieceVocabulary) or inputs != targets:
+        raise ConfigError(
+            f"task {task.name!r} must use one SentencePiece vocabulary for its inputs and targets",
+            fix="Give both features the same seqio.SentencePieceVocabulary.",
+        )
+    return Vocabulary(targets.sp_model)
+
+
+def metric_paths(task: seqio.Task) -> tuple[str, ...]:
+    """Returns the import paths `"module:function"` of a task's metric functions."""
+    paths = []
+    for metric in task.metric_fns:
+        name = getattr(metric, "__qualname__", "")
+        if not name.isidentifier():
+            raise ConfigError(
+                f"metric {metric!r} of task {task.name!r} cannot be imported by name",
+                fix="Use a plain function of a module: no lambda, no partial, no method.",
+            )
+        paths.append(f"{metric.__module__}:{name}")
+    return tuple(paths)
+
+
+def task_records(
+    task: seqio.Task, split: str, *, vocabulary: Vocabulary, chunk_length: int | None = None
+) -> Iterator[Record]:
+    """Yields the records of one split in the task's own order, unshuffled.
+
+    An EOS that the task's preprocessors appended is removed; converters put it back where it belongs. Targets of tasks
+    without inputs are documents: each one ends with EOS and is cut into pieces of at most `chunk_length` tokens.
+
+    Raises:
+      ConfigError: the task has no such split, or its preprocessors make features other than `inputs` and `targets`.
+    """
+    if split not in task.splits:
+        raise ConfigError(
+            f"task {task.name!r} has no split {split!r}{near_names(split, task.splits)}",
+            fix=f"Its splits are {', '.join(task.splits)}.",
+        )
+    if "targets" not in task.output_features:
+        raise ConfigError(f"task {task.name!r} makes no `targets`", fix="Name its output features inputs and targets.")
+    has_inputs = "inputs" in task.output_features
+    eos_id = vocabulary.specials.eos_id
+    index = 0
+    for example in task.get_dataset(sequence_length=None, split=split, shuffle=False).as_numpy_iterator():
+        targets = _without_eos(example["targets"], eos_id)
+        if not has_inputs:
+            document = np.append(targets, eos_id)
+            for piece in np.split(document, range(chunk_length or len(document), len(document), chunk_length or 1)):
+                yield Record(targets[:0], piece, example_number(f"{task.name}/{split}/{index}"))
+                index += 1
+            continue
+        inputs = _without_eos(example["inputs"], eos_id)
+        inputs_text = _text(example.get("inputs_pretokenized"), inputs, vocabulary)
+        targets_text = _text(example.get("targets_pretokenized"), targets, vocabulary)
+        yield Record(
+            inputs=inputs,
+            targets=targets,
+            example_id=example_number(f"{task.name}/{split}/{index}"),
+            inputs_text=inputs_text,
+            targets_text=targets_text,
+            reference=_json(task.postprocess_fn(targets_text, example=example, is_target=True)),
+        )
+        index += 1
+
+
+def _without_eos(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    return tokens[:-1] if len(tokens) and tokens[-1] == eos_id else tokens
+
+
+def _text(text: Any, tokens: np.ndarray, vocabulary: Vocabulary) -> str:
+    """The text that the task kept beside the tokens, or else the tokens decoded."""
+    return _json(text) if isinstance(text, bytes | str) else vocabulary.decode(tokens)
+
+
+def _json(value: Any) -> Any:
+    """Turns what a postprocessor returned (bytes, arrays, tuples) into JSON values."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, np.ndarray | np.generic):
+        return _json(value.tolist())
+    if isinstance(value, dict):
+        return {_json(key): _json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    return value

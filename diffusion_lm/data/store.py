@@ -1,0 +1,180 @@
+"""The folder of one materialised split: `ROOT/<task>/<split>/` with manifest.json, lengths.npy and ArrayRecord shards.
+
+A split appears under its name only when it is complete. It is written to `<split>.partial` beside it, shard by shard,
+and a writer that was killed goes on after its last complete shard.
+"""
+
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.special import SpecialTokens
+from diffusion_lm.data.schema import Manifest, Record
+from diffusion_lm.data.vocabulary import Vocabulary
+
+MANIFEST = "manifest.json"
+LENGTHS = "lengths.npy"
+VOCABULARY = "vocabulary.model"
+RECORDS_PER_SHARD = 50_000
+
+PathLike = str | os.PathLike[str]
+
+
+def default_root() -> Path:
+    """Returns where datasets live: `$DIFFUSION_LM_CACHE/data`, or `~/.cache/diffusion_lm/data`."""
+    cache = os.environ.get("DIFFUSION_LM_CACHE")
+    return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "diffusion_lm") / "data"
+
+
+def split_folder(task: str, split: str, root: PathLike | None = None) -> Path:
+    """Returns the folder of one split of one task under `root` (default `default_root()`)."""
+    return (Path(root).expanduser() if root else default_root()) / task / split
+
+
+def read_manifest(folder: PathLike) -> Manifest | None:
+    """Returns the manifest of a materialised split, or None where the folder holds none."""
+    path = Path(folder) / MANIFEST
+    return Manifest.from_json(path.read_text(), where=str(path)) if path.is_file() else None
+
+
+def check_tokens(tokens: np.ndarray, specials: SpecialTokens, name: str) -> None:
+    """Raises `ConfigError` where `tokens` holds MASK or an id outside the vocabulary (trap T35)."""
+    if specials.mask_id is not None and (tokens == specials.mask_id).any():
+        raise ConfigError(
+            f"{name} contains the MASK token {specials.mask_id} as data: masked diffusion could not tell it from noise",
+            fix="Remove the mask symbol from the text in the task's preprocessors, or give the vocabulary another one.",
+        )
+    if tokens.size and not (int(tokens.min()) >= 0 and int(tokens.max()) < specials.vocab_size):
+        raise ConfigError(
+            f"{name} contains a token outside the vocabulary of {specials.vocab_size} tokens",
+            fix="Materialise the task again with the vocabulary that the manifest names.",
+        )
+
+
+def write_records(
+    path: PathLike,
+    records: Iterable[Record],
+    manifest: Manifest,
+    *,
+    vocabulary: Vocabulary | None = None,
+    records_per_shard: int = RECORDS_PER_SHARD,
+) -> Manifest:
+    """Writes one split into the folder `path` and returns its manifest with counts, lengths and shards filled in.
+
+    Args:
+      path: folder of the split, as `split_folder` names it; it must not hold a manifest yet.
+      records: the records in order. After an interruption the same iterable in the same order must be given again.
+      manifest: task, split, specials, metrics and options; what depends on the records is computed here.
+      vocabulary: stored beside the records when given; its specials must be the manifest's.
+      records_per_shard: records in each ArrayRecord file.
+
+    Raises:
+      ConfigError: the folder is already complete, a record holds MASK or an id outside the vocabulary, or there is no
+        record at all.
+    """
+    folder = Path(path)
+    if vocabulary is not None:
+        require(
+            vocabulary.specials == manifest.specials,
+            f"the manifest of {manifest.task!r} names special tokens that its vocabulary does not have",
+            fix="Use Vocabulary.specials.",
+        )
+        manifest = dataclasses.replace(manifest, vocabulary=VOCABULARY, vocabulary_sha256=vocabulary.sha256)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(folder.with_name(folder.name + ".lock")):
+        require(
+            not (folder / MANIFEST).exists(), f"the folder {folder} already holds a dataset", fix="Delete it first."
+        )
+        partial = folder.with_name(folder.name + ".partial")
+        _open_partial(partial, manifest, records_per_shard)
+        lengths, shards = _write_shards(partial, records, manifest, records_per_shard)
+        require(
+            len(lengths) > 0,
+            f"split {manifest.split!r} of task {manifest.task!r} has no records",
+            fix="Check the task's source and its preprocessors.",
+        )
+        np.save(partial / LENGTHS, lengths)
+        if vocabulary is not None:
+            (partial / VOCABULARY).write_bytes(vocabulary.model)
+        manifest = dataclasses.replace(
+            manifest,
+            count=len(lengths),
+            max_inputs_length=int(lengths[:, 0].max()),
+            max_targets_length=int(lengths[:, 1].max()),
+            target_tokens=int(lengths[:, 1].sum(dtype=np.int64)),
+            has_inputs=bool(lengths[:, 0].any()),
+            shards=tuple(shards),
+        )
+        for leftover in [*partial.glob("*.lengths.npy"), partial / "progress.json"]:
+            leftover.unlink()
+        (partial / MANIFEST).write_text(manifest.to_json())
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    return manifest
+
+
+def _open_partial(partial: Path, manifest: Manifest, records_per_shard: int) -> None:
+    """Makes `partial` a folder that holds complete shards of this very dataset, or nothing."""
+    progress = json.dumps([json.loads(manifest.to_json()), records_per_shard])
+    path = partial / "progress.json"
+    if not (path.is_file() and path.read_text() == progress):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        path.write_text(progress)
+
+
+def _write_shards(
+    partial: Path, records: Iterable[Record], manifest: Manifest, records_per_shard: int
+) -> tuple[np.ndarray, list[str]]:
+    """Writes what is missing; returns i32[count, 2] lengths of inputs and targets, and the names of the shards."""
+    from array_record.python import array_record_module
+
+    lengths: list[np.ndarray] = []
+    shards: list[str] = []
+    remaining = iter(records)
+    while True:
+        name = f"records-{len(shards):05d}.array_record"
+        sidecar = partial / f"{name}.lengths.npy"
+        if sidecar.is_file():
+            done = np.load(sidecar)
+            for _ in itertools.islice(remaining, len(done)):
+                pass
+        else:
+            rows: list[tuple[int, int]] = []
+            writer = array_record_module.ArrayRecordWriter(str(partial / name), "group_size:1")
+            for record in itertools.islice(remaining, records_per_shard):
+                where = f"record {len(shards) * records_per_shard + len(rows)} of {manifest.task}/{manifest.split}"
+                check_tokens(record.inputs, manifest.specials, where)
+                check_tokens(record.targets, manifest.specials, where)
+                writer.write(record.encode())
+                rows.append((len(record.inputs), len(record.targets)))
+            writer.close()
+            done = np.asarray(rows, np.int32).reshape(-1, 2)
+            if len(done):
+                np.save(sidecar.with_suffix(".tmp.npy"), done)
+                os.replace(sidecar.with_suffix(".tmp.npy"), sidecar)
+            else:
+                (partial / name).unlink()
+        if len(done):
+            lengths.append(done)
+            shards.append(name)
+        if len(done) < records_per_shard:
+            return (np.concatenate(lengths) if lengths else np.zeros((0, 2), np.int32)), shards
+
+
+@contextmanager
+def _exclusive(lock: Path) -> Iterator[None]:
+    """Holds a file lock, so that two programs that want the same split write it once; a killed holder lets go."""
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,116 @@
+"""How a model learns where a target ends: what stands behind the target's tokens, and whether it is scored.
+
+Whichever filler is noised and scored is the length model (papers: arXiv 2401.17181 section 3.2 for `PadFilled`).
+"""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from diffusion_lm.core.errors import require
+from diffusion_lm.core.special import SpecialTokens
+
+
+class TargetWindow(Protocol):
+    """A rule that turns the tokens of a target into the slots that a model generates."""
+
+    def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
+        """Returns how many slots targets of `lengths` (i64[n], tokens) take when at most `capacity` are there."""
+        ...
+
+    def room(self, capacity: int) -> int:
+        """Returns the longest target, in tokens, that `capacity` slots hold whole."""
+        ...
+
+    def fill(self, targets: np.ndarray, specials: SpecialTokens, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns tokens i32[w] and loss weights f32[w]; targets that do not fit are cut at their end, EOS first."""
+        ...
+
+    def prompt_slots(self, capacity: int) -> int:
+        """Returns how many slots a sampler fills."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactTokens:
+    """The target's own tokens and nothing else: pieces of documents, which do not end where the row does."""
+
+    def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
+        """Returns the lengths, at most `capacity`."""
+        return np.minimum(lengths, capacity)
+
+    def room(self, capacity: int) -> int:
+        """Returns `capacity`."""
+        return capacity
+
+    def fill(self, targets: np.ndarray, specials: SpecialTokens, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first `capacity` target tokens, all scored."""
+        del specials
+        tokens = targets[:capacity]
+        return tokens, np.ones(len(tokens), np.float32)
+
+    def prompt_slots(self, capacity: int) -> int:
+        """Returns `capacity`."""
+        return capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactEos:
+    """The target, then EOS, all scored; nothing behind it. The window of autoregressive models."""
+
+    def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
+        """Returns the lengths with EOS, at most `capacity`."""
+        return np.minimum(lengths + 1, capacity)
+
+    def room(self, capacity: int) -> int:
+        """Returns `capacity` less the slot of EOS."""
+        return capacity - 1
+
+    def fill(self, targets: np.ndarray, specials: SpecialTokens, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the target and EOS, all scored; a target that is cut loses its EOS, because it does not end there."""
+        tokens = np.append(targets, np.int32(specials.eos_id))[:capacity]
+        return tokens, np.ones(len(tokens), np.float32)
+
+    def prompt_slots(self, capacity: int) -> int:
+        """Returns `capacity`: the sampler stops at EOS."""
+        return capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class PadFilled:
+    """The target, EOS, then PAD to the end of the window, all noised and scored: AR2Diff, section 3.2.
+
+    Attributes:
+      window: slots of the window; None = the converter's `target_length`.
+    """
+
+    window: int | None = None
+
+    def __post_init__(self):
+        require(
+            self.window is None or self.window > 0,
+            f"window = {self.window} is not positive",
+            where="PadFilled.window",
+            fix="Give the number of slots, or None for the converter's target_length.",
+        )
+
+    def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
+        """Returns the window's size for every target."""
+        return np.full_like(lengths, self.prompt_slots(capacity))
+
+    def room(self, capacity: int) -> int:
+        """Returns the window's size less the slot of EOS."""
+        return self.prompt_slots(capacity) - 1
+
+    def fill(self, targets: np.ndarray, specials: SpecialTokens, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the window's tokens, all scored, PAD included."""
+        window = self.prompt_slots(capacity)
+        tokens = np.full(window, specials.pad_id, np.int32)
+        kept = np.append(targets, np.int32(specials.eos_id))[:window]
+        tokens[: len(kept)] = kept
+        return tokens, np.ones(window, np.float32)
+
+    def prompt_slots(self, capacity: int) -> int:
+        """Returns the window's size."""
+        return capacity if self.window is None else min(self.window, capacity)

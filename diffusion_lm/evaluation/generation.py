@@ -1,0 +1,170 @@
+"""Decodes the prompts of a task and scores what comes out."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_lm.architectures.base import Architecture, BoundModel
+from diffusion_lm.core.errors import require
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import Batch, Decoded
+from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.data.schema import Record
+from diffusion_lm.evaluation.metrics import METRICS, Metric
+from diffusion_lm.samplers.base import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationTask:
+    """Held-out prompts and the metric that scores their completions.
+
+    Attributes:
+      name: key of the task in result files.
+      data: where the prompts come from; its converter fixes the window that the sampler fills.
+      metric: a name of `evaluation.metrics.METRICS`.
+      label: how reports call the task; the name where empty.
+      limit: number of examples, from the start of the split; None = all of them.
+      batch_size: prompts decoded at once.
+      samples: completions drawn per prompt (pass@k draws several); each has keys of its own.
+    """
+
+    name: str
+    data: DataPipeline
+    metric: str
+    label: str = ""
+    limit: int | None = None
+    batch_size: int = 32
+    samples: int = 1
+
+    def __post_init__(self):
+        require(
+            self.metric in METRICS,
+            f"unknown metric '{self.metric}'",
+            where="GenerationTask.metric",
+            fix=f"Use one of {', '.join(sorted(METRICS))}.",
+        )
+        require(self.samples >= 1, f"samples = {self.samples}", where="GenerationTask.samples", fix="Draw at least 1.")
+        require(
+            self.batch_size >= 1, f"batch_size = {self.batch_size}", where="GenerationTask.batch_size", fix="Use >= 1."
+        )
+
+    @property
+    def scorer(self) -> Metric:
+        """The metric object that `metric` names."""
+        return METRICS[self.metric]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Completions of one task, with what they cost.
+
+    Attributes:
+      records: the examples, in order.
+      predictions: `samples` decoded strings for each example.
+      scores: the sampler's own score of each completion, f32[examples, samples].
+      lengths: generated tokens of each completion, EOS and filler not counted, i32[examples, samples].
+      forward_passes: network calls per completion, i32[examples, samples] (candidates counted one each).
+      seconds: wall time of decoding, without compilation of the first batch shape.
+    """
+
+    records: tuple[Record, ...]
+    predictions: tuple[tuple[str, ...], ...]
+    scores: np.ndarray
+    lengths: np.ndarray
+    forward_passes: np.ndarray
+    seconds: float
+
+
+@functools.cache
+def compiled_generate(architecture: Architecture, sampler: Sampler):
+    """Returns the jitted `(params, prompt, keys) -> Decoded`, one per architecture and sampler in a process."""
+
+    def generate(params, prompt: Batch, keys: StreamKeys) -> Decoded:
+        return sampler.generate(BoundModel(architecture, params), prompt, keys)
+
+    return jax.jit(generate)
+
+
+def generate(
+    architecture: Architecture, params: Any, sampler: Sampler, task: GenerationTask, *, seed: int = 0
+) -> Generation:
+    """Decodes every prompt of `task`. A completion depends on (seed, example id, sample number), not on its batch."""
+    decode = compiled_generate(architecture, sampler)
+    vocabulary = task.data.vocabulary
+    records: list[Record] = []
+    columns: dict[str, list] = {name: [] for name in ("predictions", "scores", "lengths", "forward_passes")}
+    seconds = 0.0
+    for index, (prompt, batch_records) in enumerate(task.data.prompt_batches(task.batch_size, limit=task.limit)):
+        rows = []
+        for sample in range(task.samples):
+            keys = StreamKeys.create(seed, sample)
+            if index == 0 and sample == 0:  # compile outside the clock (T55)
+                jax.block_until_ready(decode(params, prompt, keys))
+            started = time.perf_counter()
+            rows.append(jax.device_get(decode(params, prompt, keys)))
+            seconds += time.perf_counter() - started
+        records.extend(batch_records)
+        texts = [target_texts(decoded, prompt, vocabulary) for decoded in rows]
+        for row in range(len(batch_records)):  # the rows past the records only fill the last batch
+            columns["predictions"].append(tuple(text[row] for text in texts))
+            for name in ("scores", "lengths", "forward_passes"):
+                columns[name].append([getattr(decoded, name)[row] for decoded in rows])
+    return Generation(
+        records=tuple(records),
+        predictions=tuple(columns["predictions"]),
+        scores=np.asarray(columns["scores"], np.float32),
+        lengths=np.asarray(columns["lengths"], np.int32),
+        forward_passes=np.asarray(columns["forward_passes"], np.int32),
+        seconds=seconds,
+    )
+
+
+def target_texts(decoded: Decoded, prompt: Batch, vocabulary: Any) -> list[str]:
+    """Returns the generated text of each row: the first `lengths` tokens of its target window."""
+    starts = np.argmax(np.asarray(prompt.target_mask), axis=1)
+    tokens, lengths = np.asarray(decoded.tokens), np.asarray(decoded.lengths)
+    return [vocabulary.decode(tokens[b, starts[b] : starts[b] + lengths[b]].tolist()) for b in range(len(lengths))]
+
+
+def score(task: GenerationTask, generation: Generation) -> tuple[float, np.ndarray, dict[str, float]]:
+    """Returns the task's headline value, its per-example statistics (for intervals) and the secondary values."""
+    metric = task.scorer
+    predictions: Sequence[Any] = generation.predictions
+    if not metric.multiple_samples:
+        predictions = [samples[0] for samples in generation.predictions]
+    statistics = metric.per_example_batch([record.reference for record in generation.records], predictions)
+    return metric.aggregate(statistics), statistics, metric.secondary(statistics)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationEvaluation:
+    """Decodes a task during training; the trainer calls `run` every `every` steps.
+
+    Attributes:
+      task: what to decode; keep its `limit` small.
+      sampler: how to decode it.
+      every: period in steps; 0 = only after the last step.
+      seed: root of the decoding noise; frozen, so that curves compare models and not draws.
+    """
+
+    task: GenerationTask
+    sampler: Sampler
+    every: int = 0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Prefix of the values in the log."""
+        return f"decode/{self.task.name}"
+
+    def run(self, model: BoundModel, step: int) -> dict[str, float]:
+        """Returns the metric's headline and secondary values."""
+        del step
+        result = generate(model.architecture, model.params, self.sampler, self.task, seed=self.seed)
+        value, _, secondary = score(self.task, result)
+        return {self.task.scorer.primary_key: value, **secondary}

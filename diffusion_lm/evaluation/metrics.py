@@ -1,0 +1,251 @@
+"""Metrics with their sufficient statistics, so that corpus scores can be bootstrapped over examples.
+
+Each `Metric` turns a (reference, prediction) into a row of additive statistics; the corpus score is a function of the
+*sum* of the rows. For BLEU the rows are n-gram counts and lengths, for means they are (value, 1). All scores are
+percentages. The functions `bleu`, `squad`, `pass_at_k` and `exact_match` are thin wrappers with SeqIO's signature
+`metric(targets, predictions) -> dict`.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+
+from diffusion_lm.core.errors import require
+from diffusion_lm.evaluation.code_runner import run_programs
+
+Values = Callable[[np.ndarray], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric as statistics per example and scores of their sum.
+
+    Attributes:
+      name: key in `METRICS`.
+      primary_key: the headline among the scores.
+      label: how reports call the headline.
+      rows: `(references, predictions) -> f64[N, K]`, one row of statistics per example.
+      values: `f64[K] -> {name: score}` from the summed rows; every score is a percentage.
+      multiple_samples: predictions are sequences of samples (pass@k) rather than strings.
+      conditions: what a reader needs in order to compare the number with another paper's.
+    """
+
+    name: str
+    primary_key: str
+    label: str
+    rows: Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
+    values: Values
+    multiple_samples: bool = False
+    conditions: str = ""
+
+    def per_example_batch(self, references: Sequence[Any], predictions: Sequence[Any]) -> np.ndarray:
+        """Returns the statistics f64[N, K]; raises ConfigError where the two sequences differ in length."""
+        require(
+            len(references) == len(predictions),
+            f"{len(references)} references but {len(predictions)} predictions",
+            where=f"metric {self.name}",
+            fix="Give one prediction for each reference; a missing one is an empty string.",
+        )
+        return self.rows(references, predictions)
+
+    def per_example(self, reference: Any, prediction: Any) -> np.ndarray:
+        """Returns the statistics f64[K] of one example."""
+        return self.per_example_batch([reference], [prediction])[0]
+
+    def all_values(self, statistics: np.ndarray) -> dict[str, float]:
+        """Returns every score of the statistics f64[N, K], or of their sum f64[K]."""
+        statistics = np.asarray(statistics, np.float64)
+        return self.values(statistics.sum(0) if statistics.ndim == 2 else statistics)
+
+    def aggregate(self, statistics: np.ndarray) -> float:
+        """Returns the headline score of the statistics f64[N, K], or of their sum f64[K]."""
+        return self.all_values(statistics)[self.primary_key]
+
+    def secondary(self, statistics: np.ndarray) -> dict[str, float]:
+        """Returns the scores beside the headline."""
+        return {name: value for name, value in self.all_values(statistics).items() if name != self.primary_key}
+
+    def __call__(self, references: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+        """Returns every score of a corpus."""
+        return self.all_values(self.per_example_batch(references, predictions))
+
+
+# --- BLEU (Papineni et al. 2002) as sacrebleu computes it: 13a tokenisation, mixed case, exponential smoothing ---
+
+
+@functools.cache
+def _bleu() -> BLEU:
+    return BLEU(tokenize="13a", smooth_method="exp", effective_order=False)
+
+
+def bleu_signature() -> str:
+    """Returns sacrebleu's signature of the configuration, e.g. `nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|...`."""
+    scorer = BLEU(tokenize="13a", smooth_method="exp", effective_order=False)
+    scorer.corpus_score(["a"], [["a"]])
+    return str(scorer.get_signature())
+
+
+def _bleu_rows(references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
+    rows = []
+    for reference, prediction in zip(references, predictions, strict=True):
+        score = _bleu().corpus_score([prediction], [[reference]])
+        rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
+    return np.asarray(rows, np.float64).reshape(-1, 10)
+
+
+def _bleu_values(total: np.ndarray) -> dict[str, float]:
+    counts = [round(float(x)) for x in total]
+    if not counts[0]:
+        return {"bleu": 0.0, "length_ratio": 0.0}
+    score = BLEU.compute_bleu(
+        correct=counts[2:6],
+        total=counts[6:10],
+        sys_len=counts[0],
+        ref_len=counts[1],
+        smooth_method="exp",
+        effective_order=False,
+    )
+    return {"bleu": float(score.score), "length_ratio": 100.0 * counts[0] / max(counts[1], 1)}
+
+
+# --- SQuAD v1.1 (Rajpurkar et al. 2016), the rules of the official evaluate-v1.1.py ---
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-cases, deletes ASCII punctuation, replaces the articles by a space and folds white space, in that order."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_f1(prediction: str, answer: str) -> float:
+    """Token overlap F1 of the normalised texts; 0 where no token is shared (also when both are empty)."""
+    predicted, gold = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    shared = sum((Counter(predicted) & Counter(gold)).values())
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(predicted), shared / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _answers(reference: Any) -> list[str]:
+    if isinstance(reference, Mapping):
+        reference = reference["answers"]
+    return [reference] if isinstance(reference, str) else list(reference)
+
+
+def _squad_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+    rows = []
+    for reference, prediction in zip(references, predictions, strict=True):
+        answers = _answers(reference)
+        exact = max((float(normalize_answer(prediction) == normalize_answer(a)) for a in answers), default=0.0)
+        f1 = max((answer_f1(prediction, a) for a in answers), default=0.0)
+        rows.append([exact, f1, 1.0])
+    return np.asarray(rows, np.float64).reshape(-1, 3)
+
+
+def _mean(total: np.ndarray, column: int) -> float:
+    return 100.0 * float(total[column] / total[-1]) if total[-1] else 0.0
+
+
+# --- pass@k (Chen et al. 2021, section 2.1) ---
+
+
+def pass_at_k_estimate(samples: int, correct: int, k: int) -> float:
+    """Returns the unbiased estimate 1 - C(n-c, k) / C(n, k) of the chance that one of k samples passes.
+
+    Raises:
+      ConfigError: for k below 1 or above the number of samples, where the estimator does not exist.
+    """
+    require(1 <= k <= samples, f"k = {k} with {samples} samples", where="pass@k", fix="Draw at least k samples.")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def program_with_tests(reference: Mapping[str, Any], solution: str) -> str:
+    """Returns the program that passes if the solution does: the solution, the set-up code, then the tests.
+
+    `reference` is `{"setup": str, "tests": [statement, ...]}`. A completion may close with MBPP's `[DONE]`.
+    """
+    solution = solution.split("[DONE]")[0]
+    return "\n".join([solution, reference.get("setup", ""), *reference["tests"]]) + "\n"
+
+
+def _code_rows(references: Sequence[Any], predictions: Sequence[Any]) -> np.ndarray:
+    references = [json.loads(r) if isinstance(r, str) else r for r in references]
+    samples = [[p] if isinstance(p, str) else list(p) for p in predictions]
+    programs = [program_with_tests(r, s) for r, group in zip(references, samples, strict=True) for s in group]
+    results = iter(run_programs(programs))
+    rows = []
+    for group in samples:
+        n, correct = len(group), sum(next(results).passed for _ in group)
+        if n:
+            rows.append([pass_at_k_estimate(n, correct, 1), pass_at_k_estimate(n, correct, n), n, 1.0])
+        else:
+            rows.append([0.0, 0.0, 0.0, 1.0])
+    return np.asarray(rows, np.float64).reshape(-1, 4)
+
+
+def _code_values(total: np.ndarray) -> dict[str, float]:
+    """`pass_at_k` is at k = the (mean) number of samples drawn, as the Pass@80 of AR2Diff is with 80 samples."""
+    samples = float(total[2] / total[3]) if total[3] else 0.0
+    return {"pass_at_1": _mean(total, 0), "pass_at_k": _mean(total, 1), "k": samples}
+
+
+def _exact_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+    rows = [
+        [float(any(p.strip() == a.strip() for a in _answers(r))), 1.0]
+        for r, p in zip(references, predictions, strict=True)
+    ]
+    return np.asarray(rows, np.float64).reshape(-1, 2)
+
+
+_SQUAD_VALUES: Values = lambda total: {"f1": _mean(total, 1), "em": _mean(total, 0)}  # noqa: E731
+_OFFICIAL = "official SQuAD v1.1 normalisation; maximum over the gold answers"
+_ESTIMATOR = "unbiased estimator 1 - C(n-c,k)/C(n,k); all tests of a problem must pass"
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("bleu", "bleu", "BLEU", _bleu_rows, _bleu_values, conditions=f"sacrebleu {bleu_signature()}"),
+        Metric("squad", "f1", "F1", _squad_rows, _SQUAD_VALUES, conditions=_OFFICIAL),
+        Metric("pass_at_1", "pass_at_1", "pass@1", _code_rows, _code_values, True, _ESTIMATOR),
+        Metric("pass_at_k", "pass_at_k", "pass@k", _code_rows, _code_values, True, _ESTIMATOR),
+        Metric(
+            "exact_match",
+            "exact_match",
+            "exact match",
+            _exact_rows,
+            lambda total: {"exact_match": _mean(total, 0)},
+            conditions="equal after stripping white space",
+        ),
+    )
+}
+"""Every metric by name. `aggregate` of the summed `per_example_batch` rows gives the corpus score."""
+
+
+def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Corpus BLEU of sacrebleu (signature: `bleu_signature()`), and the length ratio in percent."""
+    return METRICS["bleu"](targets, predictions)
+
+
+def squad(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+    """F1 and exact match in percent; each target is `{"answers": [str, ...]}`, a list of answers, or one answer."""
+    return METRICS["squad"](targets, predictions)
+
+
+def pass_at_k(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+    """pass@1 and pass@k, k the number of samples; targets `{"setup", "tests"}`, predictions lists of code."""
+    return METRICS["pass_at_k"](targets, predictions)
+
+
+def exact_match(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+    """Share of predictions equal to (one of) the reference(s) up to surrounding white space, in percent."""
+    return METRICS["exact_match"](targets, predictions)

@@ -1,0 +1,89 @@
+"""Tokens and positions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def rotary(x_BQHE: jax.Array, positions_BQ: jax.Array, theta: float) -> jax.Array:
+    """Rotates each head's halves by angles that grow with the position (RoPE, arXiv 2104.09864; LLaMA's half split).
+
+    Args:
+      x_BQHE: queries or keys; E even.
+      positions_BQ: i32[B|1,Q].
+      theta: base of the geometric series of wavelengths.
+
+    Returns:
+      The rotated array in the dtype of `x_BQHE`; angles and rotation are float32.
+    """
+    half = x_BQHE.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BQ[:, :, None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    left, right = jnp.split(x_BQHE.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BQHE.dtype)
+
+
+def relative_buckets(distance: jax.Array, *, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
+    """Returns T5's bucket of each relative distance (arXiv 1910.10683, section 2.1).
+
+    Half of the buckets are exact small distances, the other half grows logarithmically up to `max_distance`.
+
+    Args:
+      distance: i32[...], key position minus query position.
+      bidirectional: gives past and future half of the buckets each; otherwise every future key shares bucket 0 with
+        the query itself.
+      buckets: number of rows of the table.
+      max_distance: distance from which all share the last bucket.
+
+    Returns:
+      i32[...] in [0, buckets).
+    """
+    if bidirectional:
+        buckets //= 2
+        offset: jax.Array | int = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        offset = 0
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    logarithmic = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return offset + jnp.where(distance < exact, distance, logarithmic)
+
+
+def relative_bias(
+    table: jax.Array, q_slots: jax.Array | None, num_keys: int, *, bidirectional: bool, max_distance: int
+) -> jax.Array:
+    """Returns the bias that a whole stack adds to its attention scores, made once per forward pass.
+
+    It depends on slots, not on position ids: inside a packed example both differ by the same amount, and across
+    examples nothing is seen.
+
+    Args:
+      table: [buckets,H].
+      q_slots: i32[B,Q], the queries' slots; None means all slots 0..num_keys-1.
+      num_keys: T.
+      bidirectional: see `relative_buckets`.
+      max_distance: see `relative_buckets`.
+
+    Returns:
+      f32[1,H,T,T] for all slots, f32[B,H,Q,T] otherwise.
+    """
+    buckets, heads = table.shape
+    table = table.astype(jnp.float32)
+    if q_slots is not None:
+        distance_BQT = jnp.arange(num_keys) - q_slots[:, :, None]
+        ids = relative_buckets(distance_BQT, bidirectional=bidirectional, buckets=buckets, max_distance=max_distance)
+        return jnp.moveaxis(table[ids], 3, 1)
+    # The matrix is Toeplitz. Its 2T diagonals come from a small matmul, and reading them with a stride one short of
+    # their number shifts each row by one: no gather of T*T entries, and no scatter of as many in the backward pass.
+    period = 2 * num_keys
+    distance = jnp.arange(period)
+    distance = jnp.where(distance < num_keys, distance, distance - period)
+    ids = relative_buckets(distance, bidirectional=bidirectional, buckets=buckets, max_distance=max_distance)
+    diagonals = jax.nn.one_hot(ids, buckets, dtype=jnp.float32) @ table
+    rows = jnp.broadcast_to(diagonals.T[:, None, :], (heads, num_keys, period)).reshape(heads, num_keys * period)
+    rows = rows[:, : num_keys * (period - 1)].reshape(heads, num_keys, period - 1)
+    return rows[None, :, :, :num_keys]

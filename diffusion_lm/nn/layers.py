@@ -1,0 +1,258 @@
+"""The layers of one block, as Linen modules. Nothing of Linen leaves this floor: see `nn/stack.py`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.rng import fold_in_each
+from diffusion_lm.nn.attention import attend
+from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.embeddings import rotary
+from diffusion_lm.nn.transformer import TransformerSpec
+
+
+class Context(flax.struct.PyTreeNode):
+    """What every block of a stack needs besides its input.
+
+    Attributes:
+      mask: bool[B|1,Q,T], who sees whom.
+      positions: i32[B,Q].
+      bias: f32[B|1,H,Q,T], the stack's relative bias, or None.
+      memory_BSD: the encoder's output where each block projects its own keys and values, or None.
+      memory_mask: bool[B,Q,S], or None without an encoder.
+      dropout_keys: key[B], or None.
+      constrain: pins activations to the mesh.
+    """
+
+    mask: jax.Array
+    positions: jax.Array
+    bias: jax.Array | None = None
+    memory_BSD: jax.Array | None = None
+    memory_mask: jax.Array | None = None
+    dropout_keys: jax.Array | None = None
+    constrain: Callable = flax.struct.field(pytree_node=False, default=lambda x, axes: x)
+
+
+def row_dropout(x_BTD: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax.Array:
+    """Drops entries with one key per row, so that a row's pattern does not depend on its microbatch; None = identity.
+
+    Args:
+      x_BTD: any [B,...] array.
+      rate: probability of dropping; the rest is scaled by 1 / (1 - rate).
+      keys: key[B] or None.
+      site: number of the place in the network, folded into the keys.
+    """
+    if keys is None or rate == 0:
+        return x_BTD
+    keys = fold_in_each(keys, jnp.full(keys.shape, site))
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys)
+    return jnp.where(kept, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+
+
+def fan_in_normal(fan_in: int):
+    """Normal initialiser with variance 1 / fan_in, for kernels with several input or output axes."""
+    return nn.initializers.normal(fan_in**-0.5)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, in float32."""
+
+    spec: TransformerSpec
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x normalised, in the compute dtype."""
+        spec, size, dtype = self.spec, x.shape[-1], jnp.dtype(self.spec.param_dtype)
+        y = x.astype(jnp.float32)
+        if spec.norm == "layernorm":
+            y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + spec.norm_eps)
+        y = y * _parameter(self, "scale", nn.initializers.ones, (size,), ("norm",), dtype)
+        if spec.norm == "layernorm" and spec.use_bias:
+            y = y + _parameter(self, "bias", nn.initializers.zeros, (size,), ("norm",), dtype)
+        return y.astype(spec.compute_dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention, over the stream itself or over an encoder's memory.
+
+    Attributes:
+      spec: the network's shape.
+      cross: whether keys and values come from the encoder; then they carry no positions.
+    """
+
+    spec: TransformerSpec
+    cross: bool = False
+
+    def setup(self):
+        """Declares the parameters, so that keys and values can also be projected on their own."""
+        spec = self.spec
+        D, H, K, E = spec.model_dim, spec.num_heads, spec.kv_heads, spec.head_dim
+        dtype = jnp.dtype(spec.param_dtype)
+        # T5 has no 1/sqrt(E) in front of the scores; its initialiser makes the queries smaller by that much.
+        query_fan_in = D * E if spec.attention_scale == "none" else D
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        self.query = _parameter(
+            self, "query", fan_in_normal(query_fan_in), (D, H, E), ("embed", "heads", "head_dim"), dtype
+        )
+        self.key = _parameter(self, "key", fan_in_normal(D), (D, K, E), kv_axes, dtype)
+        self.value = _parameter(self, "value", fan_in_normal(D), (D, K, E), kv_axes, dtype)
+        self.output = _parameter(self, "output", fan_in_normal(H * E), (H, E, D), ("heads", "head_dim", "embed"), dtype)
+        zeros = nn.initializers.zeros
+        if spec.use_bias or spec.qkv_bias:
+            self.query_bias = _parameter(self, "query_bias", zeros, (H, E), ("heads", "head_dim"), dtype)
+            self.key_bias = _parameter(self, "key_bias", zeros, (K, E), ("kv_heads", "head_dim"), dtype)
+            self.value_bias = _parameter(self, "value_bias", zeros, (K, E), ("kv_heads", "head_dim"), dtype)
+        if spec.use_bias:
+            self.output_bias = _parameter(self, "output_bias", zeros, (D,), ("norm",), dtype)
+        if spec.qk_norm:
+            self.query_norm = Norm(spec)
+            self.key_norm = Norm(spec)
+
+    def keys_values(self, x_BTD: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Returns (k_BTKE, v_BTKE) of a stream, position encoding applied."""
+        k = self._project(x_BTD, self.key, "key_bias")
+        v = self._project(x_BTD, self.value, "value_bias")
+        if self.spec.qk_norm:
+            k = self.key_norm(k)
+        if self.spec.position == "rope" and not self.cross:
+            assert positions is not None
+            k = rotary(k, positions, self.spec.rope_theta)
+        return k, v
+
+    def queries(self, x_BQD: jax.Array, positions: jax.Array) -> jax.Array:
+        """Returns scaled q_BQHE, position encoding applied."""
+        spec = self.spec
+        q = self._project(x_BQD, self.query, "query_bias")
+        if spec.qk_norm:
+            q = self.query_norm(q)
+        if spec.position == "rope" and not self.cross:
+            q = rotary(q, positions, spec.rope_theta)
+        return q * jnp.asarray(spec.head_dim**-0.5, q.dtype) if spec.attention_scale == "inverse_sqrt" else q
+
+    def __call__(self, x_BQD, keys_values, context: Context) -> jax.Array:
+        """Returns [B,Q,D]: what the queries of `x_BQD` read from (k_BTKE, v_BTKE)."""
+        spec, constrain = self.spec, context.constrain
+        mask = context.memory_mask if self.cross else context.mask
+        assert mask is not None
+        q = constrain(self.queries(x_BQD, context.positions), ("batch", "length", "heads", "head_dim"))
+        out = attend(
+            q,
+            *keys_values,
+            mask=mask,
+            bias=None if self.cross else context.bias,
+            softcap=spec.attention_softcap,
+            implementation=spec.attention,
+        )
+        out = constrain(out, ("batch", "length", "heads", "head_dim"))
+        out = jnp.einsum("BQHE,HED->BQD", out, self.output.astype(out.dtype))
+        return out + self.output_bias.astype(out.dtype) if spec.use_bias else out
+
+    def _project(self, x_BTD, kernel, bias_name: str):
+        out = jnp.einsum("BTD,DHE->BTHE", x_BTD, kernel.astype(x_BTD.dtype))
+        if self.spec.use_bias or self.spec.qkv_bias:
+            out = out + getattr(self, bias_name).astype(out.dtype)
+        return out
+
+
+class Mlp(nn.Module):
+    """The feed-forward layer."""
+
+    spec: TransformerSpec
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """Returns [B,T,D]."""
+        spec, x, dtype = self.spec, x_BTD, jnp.dtype(self.spec.param_dtype)
+        D, F = spec.model_dim, spec.mlp_dim
+        activation = {"geglu": nn.gelu, "gelu": nn.gelu, "swiglu": nn.silu, "relu": nn.relu}[spec.mlp]
+
+        def linear(name, x, shape, axes):
+            out = x @ _parameter(self, name, fan_in_normal(shape[0]), shape, axes, dtype).astype(x.dtype)
+            if spec.use_bias:
+                bias_axes = ("mlp",) if axes[1] == "mlp" else ("norm",)
+                bias = _parameter(self, f"{name}_bias", nn.initializers.zeros, shape[1:], bias_axes, dtype)
+                out = out + bias.astype(x.dtype)
+            return out
+
+        h = linear("up", x, (D, F), ("embed", "mlp"))
+        h = activation(linear("gate", x, (D, F), ("embed", "mlp"))) * h if spec.gated else activation(h)
+        h = context.constrain(h, ("batch", "length", "mlp"))
+        h = row_dropout(h, spec.dropout_rate, context.dropout_keys, site=1)
+        return linear("down", h, (F, D), ("mlp", "embed"))
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention, cross-attention where there is an encoder, and MLP.
+
+    Attributes:
+      spec: the network's shape.
+      has_cross: whether the block reads an encoder's memory.
+    """
+
+    spec: TransformerSpec
+    has_cross: bool = False
+
+    def setup(self):
+        """Names the layers."""
+        self.attention_norm = Norm(self.spec)
+        self.attention = Attention(self.spec)
+        if self.has_cross:
+            self.cross_attention_norm = Norm(self.spec)
+            self.cross_attention = Attention(self.spec, cross=True)
+        self.mlp_norm = Norm(self.spec)
+        self.mlp = Mlp(self.spec)
+
+    def __call__(
+        self,
+        x_BQD: jax.Array,
+        context: Context,
+        layer: jax.Array | int,
+        cache: KVCache | None = None,
+        cross: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs the block.
+
+        Args:
+          x_BQD: the residual stream.
+          context: masks, positions and the like.
+          layer: index of this block, for its dropout and its part of the cache.
+          cache: keys and values of earlier tokens, or None to attend to the stream's own.
+          cross: projected (k_BSKE, v_BSKE) of the memory, or None to project `context.memory_BSD` here.
+
+        Returns:
+          The residual stream and the cache with this block's keys and values written.
+        """
+        spec, keys = self.spec, context.dropout_keys
+        if keys is not None:
+            keys = fold_in_each(keys, jnp.full(keys.shape, layer))
+            context = context.replace(dropout_keys=keys)
+
+        normed = self.attention_norm(x_BQD)
+        keys_values = self.attention.keys_values(normed, context.positions)
+        if cache is not None:
+            cache = cache.write(layer, context.positions, *keys_values)
+            keys_values = cache.read(layer)
+        x_BQD = x_BQD + row_dropout(self.attention(normed, keys_values, context), spec.dropout_rate, keys, site=2)
+
+        if self.has_cross:
+            if cross is None:
+                assert context.memory_BSD is not None
+                cross = self.cross_attention.keys_values(context.memory_BSD, None)
+            read = self.cross_attention(self.cross_attention_norm(x_BQD), cross, context)
+            x_BQD = x_BQD + row_dropout(read, spec.dropout_rate, keys, site=3)
+
+        x_BQD = x_BQD + row_dropout(self.mlp(self.mlp_norm(x_BQD), context), spec.dropout_rate, keys, site=4)
+        return context.constrain(x_BQD, ("batch", "length", "activation_embed")), cache
+
+    def project_memory(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns this block's cross-attention (k_BSKE, v_BSKE)."""
+        return self.cross_attention.keys_values(memory_BSD, None)
+
+
+def _parameter(module: nn.Module, name: str, initializer, shape, axes, dtype) -> Any:
+    return module.param(name, nn.with_logical_partitioning(initializer, axes), shape, dtype)

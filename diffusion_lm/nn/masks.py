@@ -1,0 +1,185 @@
+"""Attention visibility as an algebra: who may see whom is an argument of a forward pass, never part of a network.
+
+A `Visibility` is a pytree expression that carries its own per-row arrays. `&` and `|` combine expressions; `dense`
+evaluates one for the queries at hand, all slots of a row in training or the one slot that is decoded from a cache.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.errors import ConfigError, near_names
+
+VISIBILITY_NAMES = ("causal", "full", "prefix", "prefix_blind")
+
+
+class Visibility:
+    """Base of all expressions. Slots are indices into the row, not position ids."""
+
+    def dense(self, q_slots: jax.Array | None, num_keys: int) -> jax.Array:
+        """Evaluates the expression.
+
+        Args:
+          q_slots: i32[B,Q], the slots of the queries; None means all slots 0..num_keys-1.
+          num_keys: T, the number of key slots.
+
+        Returns:
+          bool[B|1,Q,T], True where the query may attend to the key; the leading axis is 1 where rows do not differ.
+        """
+        raise NotImplementedError
+
+    def __and__(self, other: "Visibility") -> "Visibility":
+        return And(self, other)
+
+    def __or__(self, other: "Visibility") -> "Visibility":
+        return Or(self, other)
+
+
+@flax.struct.dataclass
+class And(Visibility):
+    """Seen when both sides allow it."""
+
+    left: Visibility
+    right: Visibility
+
+    def dense(self, q_slots, num_keys):
+        return self.left.dense(q_slots, num_keys) & self.right.dense(q_slots, num_keys)
+
+
+@flax.struct.dataclass
+class Or(Visibility):
+    """Seen when either side allows it."""
+
+    left: Visibility
+    right: Visibility
+
+    def dense(self, q_slots, num_keys):
+        return self.left.dense(q_slots, num_keys) | self.right.dense(q_slots, num_keys)
+
+
+@flax.struct.dataclass
+class Causal(Visibility):
+    """A query sees its own slot and the slots before it."""
+
+    def dense(self, q_slots, num_keys):
+        return jnp.arange(num_keys) <= _slots(q_slots, num_keys)[:, :, None]
+
+
+@flax.struct.dataclass
+class Full(Visibility):
+    """Every query sees every key."""
+
+    def dense(self, q_slots, num_keys):
+        return jnp.ones((1, _slots(q_slots, num_keys).shape[1], num_keys), bool)
+
+
+@flax.struct.dataclass
+class Conditioning(Visibility):
+    """Keys that are conditioning are seen by every query; prefix-LM is `Causal() | Conditioning(~target_mask)`.
+
+    Attributes:
+      is_conditioning: bool[B,T].
+    """
+
+    is_conditioning: jax.Array
+
+    def dense(self, q_slots, num_keys):
+        rows, queries = self.is_conditioning.shape[0], _slots(q_slots, num_keys).shape[1]
+        return jnp.broadcast_to(self.is_conditioning[:, None, :], (rows, queries, num_keys))
+
+
+@flax.struct.dataclass
+class BlindConditioning(Visibility):
+    """Conditioning queries do not see target keys; target queries see everything.
+
+    `Full() & BlindConditioning(c)` keeps the conditioning's states independent of the canvas, so they can be cached.
+
+    Attributes:
+      is_conditioning: bool[B,T].
+    """
+
+    is_conditioning: jax.Array
+
+    def dense(self, q_slots, num_keys):
+        is_conditioning_q = _at_queries(self.is_conditioning, q_slots)
+        return ~is_conditioning_q[:, :, None] | self.is_conditioning[:, None, :]
+
+
+@flax.struct.dataclass
+class Block(Visibility):
+    """Block-causal: a query sees the keys of its own block and of earlier blocks.
+
+    Attributes:
+      size: tokens per block; static.
+      starts: i32[B], the slot where block 0 begins (the first target slot); everything before it is one block that
+        all later blocks see. None means slot 0.
+    """
+
+    size: int = flax.struct.field(pytree_node=False)
+    starts: jax.Array | None = None
+
+    def dense(self, q_slots, num_keys):
+        starts = jnp.zeros((1,), jnp.int32) if self.starts is None else self.starts
+
+        def block_of(slots_BT):
+            return jnp.maximum(jnp.floor_divide(slots_BT - starts[:, None], self.size), -1)
+
+        return block_of(jnp.arange(num_keys)[None])[:, None, :] <= block_of(_slots(q_slots, num_keys))[:, :, None]
+
+
+@flax.struct.dataclass
+class Segments(Visibility):
+    """Only tokens of the same packed example see each other; segment 0 (padding) neither sees nor is seen.
+
+    Attributes:
+      segment_ids: i32[B,T].
+    """
+
+    segment_ids: jax.Array
+
+    def dense(self, q_slots, num_keys):
+        return same_segment(_at_queries(self.segment_ids, q_slots), self.segment_ids)
+
+
+def same_segment(q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
+    """Returns bool[B,Q,T] from i32[B,Q] and i32[B,T]: equal and not padding. Cross-attention uses it directly."""
+    return (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] > 0)
+
+
+def named_visibility(name: str, target_mask: jax.Array) -> Visibility:
+    """Returns the visibility that objectives and samplers name in configuration.
+
+    Args:
+      name: "causal" (left to right), "full" (bidirectional), "prefix" (bidirectional over the conditioning, causal
+        over the target) or "prefix_blind" (bidirectional, but conditioning does not see the target).
+      target_mask: bool[B,T], as in `Batch`.
+
+    Raises:
+      ConfigError: for any other name.
+    """
+    match name:
+        case "causal":
+            return Causal()
+        case "full":
+            return Full()
+        case "prefix":
+            return Causal() | Conditioning(~target_mask)
+        case "prefix_blind":
+            return Full() & BlindConditioning(~target_mask)
+    raise ConfigError(
+        f"There is no visibility {name!r}{near_names(name, VISIBILITY_NAMES)}",
+        where="visibility",
+        fix=f"Choose one of {', '.join(VISIBILITY_NAMES)}.",
+    )
+
+
+def _slots(q_slots: jax.Array | None, num_keys: int) -> jax.Array:
+    """Returns the query slots as i32[B|1,Q]."""
+    return jnp.arange(num_keys)[None] if q_slots is None else q_slots
+
+
+def _at_queries(values_BT: jax.Array, q_slots: jax.Array | None) -> jax.Array:
+    """Picks per-slot values at the query slots; slots past the end read the last one."""
+    if q_slots is None:
+        return values_BT
+    return jnp.take_along_axis(values_BT, q_slots, axis=1, mode="clip")

@@ -1,0 +1,71 @@
+"""Exact categorical draws in float32.
+
+The usual Gumbel-argmax is not exact there: a float32 uniform on a grid of 2^-23 cannot produce a Gumbel value above
+about 16, so unlikely tokens of a large vocabulary come out too rarely, as if by a hidden top-p. Inverting the
+cumulative distribution on two levels has no such cut, needs two uniforms a token instead of V, and adds up the small
+probabilities inside a block before it adds them to the large ones.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def filter_logits(logits: jax.Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
+    """Returns the logits of the proposal: first temperature, then top-k, then top-p on what is left.
+
+    Args:
+      logits: f32[...,V].
+      temperature: > 0; `draw` goes to the argmax as it goes to 0 (exact ties stay ties).
+      top_k: keeps the k largest (and ties with the k-th); 0 keeps all.
+      top_p: keeps the smallest set of largest tokens whose mass reaches p, the most likely one always; 1 keeps all.
+
+    Returns:
+      f32[...,V], -inf where a token was removed.
+    """
+    # The maximum goes first, so that a tiny temperature sends the others to -inf and never the maximum to +inf.
+    out = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+    if 0 < top_k < out.shape[-1]:
+        smallest_kept = jax.lax.top_k(out, top_k)[0][..., -1:]
+        out = jnp.where(out >= smallest_kept, out, -jnp.inf)
+    if top_p < 1:
+        descending = jnp.sort(out, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        kept = jnp.maximum((mass_before < top_p).sum(axis=-1, keepdims=True), 1)
+        smallest_kept = jnp.take_along_axis(descending, kept - 1, axis=-1)
+        out = jnp.where(out >= smallest_kept, out, -jnp.inf)
+    return out
+
+
+def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """Draws one token per distribution: a block of the vocabulary by one uniform, the token inside it by another.
+
+    Args:
+      keys: typed PRNG keys [...], one per distribution, so a draw does not depend on its neighbours.
+      logits: f32[...,V], unnormalised; -inf is never drawn.
+
+    Returns:
+      i32[...].
+    """
+    V = logits.shape[-1]
+    size = 2 ** math.ceil(math.log2(max(V, 2)) / 2)
+    blocks = -(-V // size)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights = jnp.pad(weights, [(0, 0)] * (logits.ndim - 1) + [(0, blocks * size - V)])
+    weights = weights.reshape(*logits.shape[:-1], blocks, size)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.reshape(-1)).reshape(*keys.shape, 2)
+    block = _invert(uniforms[..., 0], weights.sum(axis=-1))
+    inside = jnp.take_along_axis(weights, block[..., None, None], axis=-2)[..., 0, :]
+    return (block * size + _invert(uniforms[..., 1], inside)).astype(jnp.int32)
+
+
+def _invert(uniform: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the first index whose cumulative weight exceeds uniform * total; never one of weight 0."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    # A parallel cumulative sum is not monotonic to the last bit, so a token of weight 0 could exceed the threshold
+    # that its predecessor just missed: ask for a positive weight too.
+    candidates = (cumulative > uniform[..., None] * cumulative[..., -1:]) & (weights > 0)
+    first = jnp.argmax(candidates, axis=-1)
+    return jnp.where(candidates.any(axis=-1), first, jnp.argmax(weights, axis=-1))

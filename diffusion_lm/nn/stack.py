@@ -1,0 +1,117 @@
+"""Stacks of blocks as pure functions. The parameters of the N blocks lie on a leading `layers` axis, always; whether
+the compiled program loops over them or unrolls them is a matter of execution and leaves checkpoints alone."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.types import Params
+from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.layers import Block, Context, Norm
+from diffusion_lm.nn.remat import rematerialise
+from diffusion_lm.nn.transformer import TransformerSpec
+
+
+def init_stack(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: bool = False) -> Params:
+    """Returns the parameters of `layers` blocks, stacked: block i's do not depend on how many there are."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(layers))
+    return jax.vmap(lambda key: _values(_init_block(spec, key, has_cross)))(keys)
+
+
+def stack_axes(spec: TransformerSpec, has_cross: bool = False) -> Any:
+    """Returns the logical axes of `init_stack`'s tree, each tuple beginning with "layers"."""
+    boxed = jax.eval_shape(lambda: _init_block(spec, jax.random.key(0), has_cross))
+    return jax.tree.map(lambda box: ("layers", *box.names), boxed, is_leaf=_is_box)
+
+
+def run_stack(
+    spec: TransformerSpec,
+    blocks: Params,
+    x_BQD: jax.Array,
+    context: Context,
+    *,
+    cache: KVCache | None = None,
+    cross: KVCache | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Runs all blocks.
+
+    Args:
+      spec: the network's shape.
+      blocks: from `init_stack`.
+      x_BQD: embedded tokens in the compute dtype.
+      context: masks, positions and the like; a block has cross-attention where there is a `memory_mask`.
+      cache: read and written at `context.positions`, or None.
+      cross: every layer's projected cross-attention keys and values, or None to project as they are needed.
+
+    Returns:
+      The residual stream before the final norm, and the cache.
+    """
+    block = Block(spec, has_cross=context.memory_mask is not None)
+
+    def one(x_BQD, cache, params, layer, cross):
+        cross = None if cross is None else (cross.keys_NBTKE, cross.values_NBTKE)
+        return block.apply({"params": params}, x_BQD, context, layer, cache, cross)
+
+    one = rematerialise(one, spec.remat)
+    layers = jax.tree.leaves(blocks)[0].shape[0]
+    if spec.scan_layers:
+        (x_BQD, cache), _ = jax.lax.scan(
+            lambda carry, xs: (one(*carry, *xs), None), (x_BQD, cache), (blocks, jnp.arange(layers), cross)
+        )
+        return x_BQD, cache
+    # `unstack` transposes to one concatenation; indexing would transpose to N additions of the whole stack.
+    leaves, tree = jax.tree.flatten((blocks, cross))
+    for layer, slices in enumerate(zip(*map(jnp.unstack, leaves), strict=True)):
+        params, layer_cross = jax.tree.unflatten(tree, slices)
+        x_BQD, cache = one(x_BQD, cache, params, layer, layer_cross)
+    return x_BQD, cache
+
+
+def project_memory(spec: TransformerSpec, blocks: Params, memory_BSD: jax.Array) -> KVCache:
+    """Returns the cross-attention keys and values of all layers, [N,B,S,K,E]."""
+    block = Block(spec, has_cross=True)
+    project = jax.vmap(lambda params: block.apply({"params": params}, memory_BSD, method=block.project_memory))
+    return KVCache(*project(blocks))
+
+
+def init_norm(spec: TransformerSpec) -> Params:
+    """Returns the parameters of a final norm."""
+    return _values(_init_norm(spec))
+
+
+def norm_axes(spec: TransformerSpec) -> Any:
+    """Returns the logical axes of `init_norm`'s tree."""
+    return jax.tree.map(lambda box: box.names, jax.eval_shape(lambda: _init_norm(spec)), is_leaf=_is_box)
+
+
+def run_norm(spec: TransformerSpec, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """Applies a final norm."""
+    normed: Any = Norm(spec).apply({"params": params}, x_BTD)
+    return normed
+
+
+def _init_block(spec: TransformerSpec, key: jax.Array, has_cross: bool):
+    """Returns one block's boxed parameters; inside jit or vmap the dummy pass costs nothing."""
+    context = Context(
+        mask=jnp.ones((1, 1, 1), bool),
+        positions=jnp.zeros((1, 1), jnp.int32),
+        memory_BSD=jnp.zeros((1, 1, spec.model_dim), spec.compute_dtype) if has_cross else None,
+        memory_mask=jnp.ones((1, 1, 1), bool) if has_cross else None,
+    )
+    x = jnp.zeros((1, 1, spec.model_dim), spec.compute_dtype)
+    return Block(spec, has_cross=has_cross).init(key, x, context, 0)["params"]
+
+
+def _init_norm(spec: TransformerSpec):
+    return Norm(spec).init(jax.random.key(0), jnp.zeros((1, 1, spec.model_dim)))["params"]
+
+
+def _is_box(leaf) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def _values(boxed) -> Params:
+    # `nn.unbox` would constrain the sharding, by rules of a context that is not ours.
+    return jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box)

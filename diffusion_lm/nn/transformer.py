@@ -1,0 +1,187 @@
+"""The shape of a network: model families differ by these fields and by nothing else."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from diffusion_lm.core.errors import near_names, require
+from diffusion_lm.nn.attention import IMPLEMENTATIONS
+from diffusion_lm.nn.remat import POLICIES
+
+_CHOICES = {
+    "mlp": ("geglu", "swiglu", "gelu", "relu"),
+    "norm": ("rmsnorm", "layernorm"),
+    "position": ("relative_bias", "rope", "learned", "none"),
+    "attention_scale": ("none", "inverse_sqrt"),
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "remat": tuple(POLICIES),
+    "attention": IMPLEMENTATIONS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerSpec:
+    """A pre-norm transformer. The defaults are T5 v1.1 (arXiv 2002.05202); LLaMA is `position="rope"`, `mlp="swiglu"`,
+    `attention_scale="inverse_sqrt"`, `tied_embeddings=False` and fewer `num_kv_heads`.
+
+    Attributes:
+      vocab_size: tokens of the vocabulary.
+      num_layers: blocks of the (decoder) stack.
+      model_dim: width D of the residual stream.
+      num_heads: query heads H.
+      head_dim: size E of one head; H * E need not equal D.
+      mlp_dim: width F of the feed-forward layer (of each of the two halves of a gated one).
+      num_kv_heads: key/value heads K, a divisor of H; None = H.
+      mlp: "geglu" and "swiglu" are gated (tanh GELU, SiLU); "gelu" and "relu" are not.
+      norm: "rmsnorm" or "layernorm".
+      norm_eps: added to the variance.
+      position: "relative_bias" (T5, one table per stack), "rope", "learned" or "none".
+      rope_theta: base of RoPE's wavelengths.
+      relative_buckets: rows of the relative-bias table.
+      relative_max_distance: distance from which relative positions share a bucket.
+      relative_bidirectional: tells future distances apart. Also on for causal models, where it costs half of the
+        buckets: a diffusion stage may then start from an AR checkpoint and change only loss and visibility, without
+        every future distance being taken for distance 0.
+      max_positions: longest stream; required by learned positions, None = unlimited.
+      tied_embeddings: the output projection is the input embedding.
+      tied_logit_scale: logits are divided by sqrt(D) when tied, as in T5.
+      use_bias: biases in all linear layers (and in "layernorm").
+      qkv_bias: biases in the query, key and value projections (Qwen2).
+      qk_norm: normalises each head's queries and keys (Qwen3).
+      embedding_std: standard deviation of fresh embeddings.
+      attention_scale: "none" (T5, which initialises the queries smaller instead) or "inverse_sqrt" of the head size.
+      attention_softcap: soft cap of the attention scores, or None (Gemma 2 uses 50).
+      logit_softcap: soft cap of the logits, or None (Gemma 2 uses 30).
+      dropout_rate: on embeddings, on what each layer adds to the residual stream, inside the MLP and on the output.
+      vocab_multiple: the embedding has this multiple of rows; those past the vocabulary are never emitted.
+      encoder_layers: blocks of the encoder; 0 for single-stream networks.
+      dtype: of the computation; softmax, norms and logits are float32 in any case.
+      param_dtype: of the stored parameters.
+      scan_layers: runs the blocks as a loop of the compiled program (quick to compile) or unrolled (faster on CPU).
+        The parameters are stacked either way, so checkpoints do not depend on it.
+      remat: what the backward pass keeps: "none" (keeps all), "full", "dots" or "dots_no_batch"; see `nn/remat.py`.
+      logits_chunk: most tokens whose logits are held at a time.
+      attention: implementation, "xla" or "cudnn".
+    """
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_kv_heads: int | None = None
+    mlp: str = "geglu"
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-6
+    position: str = "relative_bias"
+    rope_theta: float = 10000.0
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    relative_bidirectional: bool = True
+    max_positions: int | None = None
+    tied_embeddings: bool = True
+    tied_logit_scale: bool = True
+    use_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    embedding_std: float = 1.0
+    attention_scale: str = "none"
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    dropout_rate: float = 0.0
+    vocab_multiple: int = 128
+    encoder_layers: int = 0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan_layers: bool = True
+    remat: str = "none"
+    logits_chunk: int = 4096
+    attention: str = "xla"
+
+    def __post_init__(self):
+        positive = ("vocab_size", "num_layers", "model_dim", "num_heads", "head_dim", "mlp_dim", "relative_buckets")
+        for name in (*positive, "relative_max_distance", "vocab_multiple", "logits_chunk"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                f"{name} = {value!r} is not a positive whole number",
+                where=f"TransformerSpec.{name}",
+                fix="Give a whole number from 1 up.",
+            )
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            require(
+                value in choices,
+                f"{name} = {value!r} is unknown{near_names(str(value), choices)}",
+                where=f"TransformerSpec.{name}",
+                fix=f"Choose one of {', '.join(choices)}.",
+            )
+        require(
+            self.num_heads % self.kv_heads == 0,
+            f"{self.num_heads} query heads cannot share {self.kv_heads} key/value heads evenly",
+            where="TransformerSpec.num_kv_heads",
+            fix="Choose a divisor of num_heads.",
+        )
+        require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            f"RoPE rotates pairs, and head_dim = {self.head_dim} is odd",
+            where="TransformerSpec.head_dim",
+            fix="Choose an even head_dim.",
+        )
+        require(
+            self.position != "learned" or self.max_positions is not None,
+            "Learned positions need a longest stream",
+            where="TransformerSpec.max_positions",
+            fix="Bind max_positions, or choose position = 'rope'.",
+        )
+        half = self.relative_buckets // (2 if self.relative_bidirectional else 1) // 2
+        require(
+            self.position != "relative_bias" or 0 < half < self.relative_max_distance,
+            f"{self.relative_buckets} buckets do not fit relative_max_distance = {self.relative_max_distance}",
+            where="TransformerSpec.relative_buckets",
+            fix="Give at least 4 buckets and a max distance above a quarter of them.",
+        )
+        require(
+            0 <= self.dropout_rate < 1,
+            f"dropout_rate = {self.dropout_rate} is no probability below 1",
+            where="TransformerSpec.dropout_rate",
+            fix="Choose a rate in [0, 1).",
+        )
+        require(
+            self.encoder_layers >= 0,
+            f"encoder_layers = {self.encoder_layers} is negative",
+            where="TransformerSpec.encoder_layers",
+            fix="Use 0 for single-stream networks.",
+        )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def kv_heads(self) -> int:
+        """K, the number of key/value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_heads // self.kv_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.mlp in ("geglu", "swiglu")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """`dtype` as a dtype."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor in front of the logits."""
+        return self.model_dim**-0.5 if self.tied_embeddings and self.tied_logit_scale else 1.0

@@ -1,0 +1,121 @@
+"""The interface of objectives and what all of them share: one forward pass, scored sums, per-token reports."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.errors import near_names, require
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
+from diffusion_lm.nn.masks import VISIBILITY_NAMES, named_visibility
+from diffusion_lm.noise.weighting import BoundKind
+
+Model = Any
+"""A `BoundModel` (architectures/base.py): an architecture with its parameters. Tests hand in tables instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What an objective asks of the model and of the run.
+
+    Attributes:
+      visibility: name of the attention visibility it trains under.
+      passes: forward passes of the network per training step; the FLOPs of a step are a multiple of it.
+      mask_token: whether the vocabulary must have a MASK token.
+      encoder: whether it only works on encoder-decoders.
+    """
+
+    visibility: str
+    passes: int = 1
+    mask_token: bool = False
+    encoder: bool = False
+
+
+class Objective(Protocol):
+    """A frozen dataclass, configured by one gin file."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def bound_kind(self) -> BoundKind:
+        """What `bound` says about the likelihood: "exact", "nelbo" (a bound) or "pseudo" (neither)."""
+        ...
+
+    def needs(self) -> Needs:
+        """Returns what it asks of the model and of the run."""
+        ...
+
+    def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
+        """Returns the sums to be differentiated; `train` turns dropout on (where the model has any)."""
+        ...
+
+    def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
+        """Returns the evaluation sums: no dropout, fixed noise levels, and the same noise at every training step."""
+        ...
+
+
+def check_visibility(name: str, where: str) -> None:
+    """Raises `ConfigError` unless `name` is a visibility."""
+    require(
+        name in VISIBILITY_NAMES,
+        f"there is no visibility {name!r}{near_names(str(name), VISIBILITY_NAMES)}",
+        where=where,
+        fix=f"Choose one of {', '.join(VISIBILITY_NAMES)}.",
+    )
+
+
+def frozen(keys: StreamKeys) -> StreamKeys:
+    """Returns the keys of step 0, so that evaluations of the same weights agree whenever they are made (trap T31)."""
+    return keys.replace(step=jnp.zeros((), jnp.int32))
+
+
+class Forward:
+    """The forward passes of one loss over one batch: same visibility, one encoder pass, dropout keyed per row and pass.
+
+    Dropout is a function of (seed, step, pass, row id), so it is invariant to microbatches and to the mesh.
+    """
+
+    def __init__(self, model: Model, batch: Batch, keys: StreamKeys, *, visibility: str, train: bool, passes: int = 1):
+        self._model, self._batch = model, batch
+        self._keys = keys if train else None
+        self._visibility = named_visibility(visibility, batch.target_mask)
+        self._encoder = batch.encoder
+        if batch.encoder is not None and passes > 1:
+            self._encoder = model.encode(batch.encoder, dropout_keys=self._dropout_keys("encoder"))
+
+    def __call__(self, tokens: jax.Array, pass_number: int = 0):
+        """Returns the `Hidden` of i32[B,T] tokens standing in for the batch's own."""
+        with jax.named_scope(f"objective/pass_{pass_number}"):
+            return self._model(
+                tokens,
+                visibility=self._visibility,
+                positions=self._batch.positions,
+                segment_ids=self._batch.segment_ids,
+                encoder=self._encoder,
+                dropout_keys=self._dropout_keys(f"decoder/{pass_number}"),
+            )
+
+    def _dropout_keys(self, site: str) -> jax.Array | None:
+        return None if self._keys is None else self._keys.per_example(f"dropout/{site}", self._batch.row_ids)
+
+
+def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns f32[], the sum of values x weights in which unweighted values take no part, not even as NaN."""
+    scored = weights != 0
+    return jnp.sum(jnp.where(scored, values, 0.0) * jnp.where(scored, weights, 0.0), dtype=jnp.float32)
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> WeightedMean:
+    """Returns the mean of `values` under `weights` as its two sums."""
+    return WeightedMean(total=weighted_sum(values, weights), weight=jnp.sum(weights, dtype=jnp.float32))
+
+
+def real_tokens(batch: Batch, pad_id: int) -> jax.Array:
+    """Returns f32[B,T], 1 on scored target tokens that are not PAD filler (EOS counts): what AR and diffusion share.
+
+    A diffusion model that learns length by scored PAD has an easy loss on the filler; only the loss per *real* token
+    may stand beside an autoregressive one.
+    """
+    return (batch.target_mask & (batch.loss_weights > 0) & (batch.tokens != pad_id)).astype(jnp.float32)

@@ -1,0 +1,203 @@
+"""From logical axis names to shardings, and the table of them that `explain` prints."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffusion_lm.core.types import Batch
+from diffusion_lm.parallel.rules import LogicalRules
+
+Axes = Sequence[str | None]
+Constrain = Callable[[jax.Array, Axes], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """A dimension that was not split as the rules say.
+
+    Attributes:
+      logical: the logical axis.
+      size: its size.
+      mesh_axes: the mesh axes that it was not split over.
+      reason: why not.
+    """
+
+    logical: str
+    size: int
+    mesh_axes: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.logical} ({self.size}) not split over {', '.join(self.mesh_axes)}: {self.reason}"
+
+
+def resolve(
+    axes: Axes, rules: LogicalRules, shape: Sequence[int], mesh: Mesh
+) -> tuple[PartitionSpec, tuple[Fallback, ...]]:
+    """Returns the partition of one array and the dimensions that could not be split as the rules say.
+
+    A dimension keeps the leading mesh axes of its rule as long as they divide it, and a mesh axis splits at most one
+    dimension of an array (the first that asks for it). Mesh axes of size 1 are left out.
+
+    Args:
+      axes: one logical name (or None) per dimension.
+      rules: logical axis -> mesh axes.
+      shape: sizes of the dimensions.
+      mesh: the mesh.
+
+    Raises:
+      ConfigError: a logical axis has no rule.
+    """
+    assert len(axes) == len(shape), f"{len(axes)} logical axes {tuple(axes)} for an array of shape {tuple(shape)}"
+    used: set[str] = set()
+    parts: list[str | tuple[str, ...] | None] = []
+    fallbacks = []
+    for logical, size in zip(axes, shape, strict=True):
+        wanted = [axis for axis in rules.mesh_axes(logical) if mesh.shape[axis] > 1]
+        kept: list[str] = []
+        for position, axis in enumerate(wanted):
+            pieces = math.prod(mesh.shape[name] for name in (*kept, axis))
+            if axis in used:
+                reason = "another dimension of the array already is"
+            elif size % pieces:
+                reason = f"{size} does not divide by {pieces}"
+            else:
+                kept.append(axis)
+                continue
+            fallbacks.append(Fallback(str(logical), size, tuple(wanted[position:]), reason))
+            break
+        used.update(kept)
+        parts.append(None if not kept else kept[0] if len(kept) == 1 else tuple(kept))
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts), tuple(fallbacks)
+
+
+def spec_for(axes: Axes, rules: LogicalRules, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Returns the partition of one array; see `resolve` for dimensions that do not divide."""
+    return resolve(axes, rules, shape, mesh)[0]
+
+
+def is_axes(node: Any) -> bool:
+    """True for a leaf of a tree of logical axes: a tuple of names and Nones (a scalar's is the empty tuple)."""
+    return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
+
+
+def tree_shardings(axes_tree: Any, abstract_tree: Any, rules: LogicalRules, mesh: Mesh) -> Any:
+    """Returns a tree of `NamedSharding`s for a tree of arrays or `ShapeDtypeStruct`s.
+
+    Args:
+      axes_tree: the same structure, with a tuple of logical names at each leaf (`Architecture.logical_axes()`).
+      abstract_tree: anything whose leaves have a shape.
+      rules: logical axis -> mesh axes.
+      mesh: the mesh.
+    """
+    return jax.tree.map(
+        lambda axes, leaf: NamedSharding(mesh, spec_for(axes, rules, leaf.shape, mesh)),
+        axes_tree,
+        abstract_tree,
+        is_leaf=is_axes,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a value that is whole on every device (keys, counters, metrics)."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shardings(batch: Any, rules: LogicalRules, mesh: Mesh) -> Any:
+    """Returns the shardings of a tree of [B, T, ...] arrays: rows over `batch`, tokens over `length`."""
+
+    def one(leaf: Any) -> NamedSharding:
+        axes = ("batch", "length")[: len(leaf.shape)] + (None,) * (len(leaf.shape) - 2)
+        return NamedSharding(mesh, spec_for(axes, rules, leaf.shape, mesh))
+
+    return jax.tree.map(one, batch)
+
+
+def batch_divisor(rules: LogicalRules, mesh: Mesh) -> int:
+    """Returns the number that the rows of a (micro)batch must divide by to be split over the whole mesh."""
+    return math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
+
+
+def place_batch(batch: Batch, rules: LogicalRules, mesh: Mesh) -> Batch:
+    """Returns the global batch on the devices, from the rows that this process holds.
+
+    On one process these are all rows. On P processes each holds the rows of its own devices, B / P of them.
+    """
+    processes = jax.process_count()
+    if processes == 1:
+        return jax.device_put(batch, batch_shardings(batch, rules, mesh))
+
+    def one(leaf: Any) -> jax.Array:
+        rows = np.asarray(leaf)
+        shape = (rows.shape[0] * processes, *rows.shape[1:])
+        sharding = batch_shardings(jax.ShapeDtypeStruct(shape, rows.dtype), rules, mesh)
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return jax.tree.map(one, batch)
+
+
+def make_constrain(mesh: Mesh, rules: LogicalRules) -> Constrain:
+    """Returns `constrain(x, axes)`, which pins an activation inside a jitted function to the rules.
+
+    Mesh and rules are closed over: rules in a context variable silently vanish for whatever is traced outside it.
+    """
+    if mesh.size == 1:
+        return lambda x, axes: x
+
+    def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_for(axes, rules, x.shape, mesh)))
+
+    return constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRow:
+    """One line of the sharding table.
+
+    Attributes:
+      name: path of the array, e.g. `blocks/attention/query`.
+      shape: global shape.
+      dtype: name of the dtype.
+      axes: logical axes.
+      spec: mesh axes of each dimension, as text.
+      bytes_per_device: size of one shard.
+      fallbacks: what could not be split as the rules say, as text.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+    spec: str
+    bytes_per_device: int
+    fallbacks: tuple[str, ...]
+
+
+def sharding_table(axes_tree: Any, abstract_tree: Any, rules: LogicalRules, mesh: Mesh) -> list[ShardingRow]:
+    """Returns one row per array of the tree, in the tree's order."""
+    axes_leaves = jax.tree.leaves(axes_tree, is_leaf=is_axes)
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_tree)
+    assert len(axes_leaves) == len(leaves), "the tree of logical axes has another structure than the parameters"
+    rows = []
+    for axes, (path, leaf) in zip(axes_leaves, leaves, strict=True):
+        spec, fallbacks = resolve(axes, rules, leaf.shape, mesh)
+        shard = NamedSharding(mesh, spec).shard_shape(tuple(leaf.shape))
+        rows.append(
+            ShardingRow(
+                name=jax.tree_util.keystr(path, simple=True, separator="/"),
+                shape=tuple(leaf.shape),
+                dtype=str(leaf.dtype),
+                axes=tuple(axes),
+                spec=", ".join("+".join(p) if isinstance(p, tuple) else p or "-" for p in spec) or "whole",
+                bytes_per_device=math.prod(shard) * leaf.dtype.itemsize,
+                fallbacks=tuple(str(fallback) for fallback in fallbacks),
+            )
+        )
+    return rows

@@ -1,0 +1,31 @@
+"""The denoising of one example, frame by frame, as text."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_lm.architectures.base import Architecture
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.evaluation.generation import GenerationTask, compiled_generate
+from diffusion_lm.samplers.base import Sampler
+
+
+def record_playback(
+    architecture: Architecture, params: Any, sampler: Sampler, task: GenerationTask, *, seed: int = 0
+) -> dict[str, Any]:
+    """Decodes the task's first example with the sampler's trace kept.
+
+    Returns:
+      `{"input", "reference", "frames"}`; a frame is the list of token pieces of the target window after one forward
+      pass, PAD as the empty string.
+    """
+    prompt, records = next(iter(task.data.prompt_batches(1, limit=1)))
+    decode = compiled_generate(architecture, dataclasses.replace(sampler, keep_trace=True))
+    decoded = jax.device_get(decode(params, prompt, StreamKeys.create(seed)))
+    window = np.flatnonzero(np.asarray(prompt.target_mask)[0])
+    vocabulary = task.data.vocabulary
+    steps = int(decoded.trace.tokens.shape[0])
+    frames = [[vocabulary.piece(int(token)) for token in decoded.trace.tokens[s, 0, window]] for s in range(steps)]
+    return {"input": records[0].inputs_text, "reference": records[0].targets_text, "frames": frames}

@@ -1,0 +1,259 @@
+"""Writes the report of a comparison: one HTML file with everything in it, which opens anywhere, a phone included.
+
+The page asks nothing of a network: styles, script and charts are inline, and its content security policy allows that
+script alone. Text from models and data sets is escaped by the template engine, never trusted.
+"""
+
+import base64
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from diffusion_lm.core.files import write_text
+from diffusion_lm.recipes import charts, summary, svg, tables
+from diffusion_lm.recipes.crossover import crossovers, speed_sentences, speed_series
+from diffusion_lm.recipes.formatting import MISSING, count, is_number
+from diffusion_lm.recipes.showcase import Player, SampleCard, player, sample_cards
+from diffusion_lm.recipes.stage_chart import stage_chart, stage_forest
+from diffusion_lm.recipes.svg import Style, arm_styles
+from diffusion_lm.recipes.training_curves import curve_panels
+
+_TEMPLATES = Path(__file__).with_name("templates")
+_COSTS = ("forward_passes_per_sample", "generated_tokens_per_sample")
+
+
+def write(
+    results: Mapping[str, Any],
+    workdir: Path,
+    *,
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    speed: Mapping[str, Any] | None,
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    playback: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    """Writes `workdir/report/index.html` and returns its path. The same input gives the same bytes.
+
+    Every part but `arms` and `tasks` may be missing or empty; the page then leaves that part out and says so.
+
+    Args:
+      results: content of `results.json`:
+        `name`, `title`, `notes` [str], `fingerprint`, `versions` {name: version}, `config` (text);
+        `arms` [{`name`, `label`, `family` ("none", "ar", "diffusion"), `parameters`, `train_tokens`, `stages`
+        [{`name`, `initial`, `steps`, `tokens`, `objective`}]}];
+        `tasks` [{`name`, `label`, `metric`, `metric_label`, `higher_is_better`, `examples`}];
+        `cells` {arm: {task: {`value`, `low`, `high`, `examples`, `per_example`, `secondary` {name: number},
+        `conditions` {name: value}}}};
+        `differences` {task: [{`arm`, `against`, `value`, `low`, `high`}]} from `statistics.all_differences`;
+        `bounds` {arm: {task: {`nll_per_real_token`, `kind`, ...}}}.
+      workdir: the comparison's folder.
+      curves: for each stage, the rows of its metrics.jsonl.
+      speed: `{"device", "rows": [{"label", "family", "length", "seconds", "spread", "batch_size",
+        "forward_passes"}]}`, with `spread` = (max - min) / median; or None.
+      samples: for each task, `[{"input", "reference", "outputs": {arm: {"text", "score"}}}]`.
+      playback: for each task, `{"arm", "input", "reference", "frames": [[piece, ...], ...]}`, a frame after each
+        forward pass, and optionally `start`, the canvas before the first one.
+    """
+    path = Path(workdir) / "report" / "index.html"
+    write_text(path, render(results, curves=curves, speed=speed, samples=samples, playback=playback))
+    return path
+
+
+def render(
+    results: Mapping[str, Any],
+    *,
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    speed: Mapping[str, Any] | None,
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    playback: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Returns the page that `write` writes; the arguments are the same."""
+    results = _filled(results)
+    arms, tasks = results["arms"], results["tasks"]
+    styles = arm_styles([(arm["name"], arm.get("family", "none")) for arm in arms])
+    labels = {arm["name"]: arm["label"] for arm in arms}
+    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    cards: list[tuple[Mapping[str, Any], list[SampleCard]]] = [
+        (task, sample_cards(samples[task["name"]], arms, len(tasks))) for task in tasks if samples.get(task["name"])
+    ]
+    players: list[tuple[Mapping[str, Any], str, Player]] = []
+    for task in tasks:
+        played = playback.get(task["name"])
+        if played and (shown := player(played)):
+            players.append((task, labels.get(played.get("arm", ""), ""), shown))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["count"] = count
+    environment.globals["marker"] = svg.marker
+    return environment.get_template("report.html").render(
+        results=results,
+        arms=arms,
+        tasks=tasks,
+        styles=styles,
+        said=summary.summarise(results, speed),
+        style_sheet=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+        dot_plots=[(task, _dot_plot(results, task, styles)) for task in tasks],
+        quality=tables.quality_rows(results),
+        headings=[tables.task_heading(task) for task in tasks],
+        intervals=tables.INTERVALS,
+        forest=(forest := stage_forest(arms)),
+        stage_chart=_stage_chart(results, forest, styles),
+        curve_panels=curve_panels(arms, curves, styles),
+        speed=_speed(speed),
+        cards=cards,
+        players=players,
+        settings=_settings(results),
+        costs=_costs(results),
+        bounds=_bounds(results),
+        secondary=_secondary(results),
+        missing=MISSING,
+    )
+
+
+def _filled(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives every optional field a value, so that the template may name it."""
+    empty: dict[str, Any] = {"notes": [], "fingerprint": "", "versions": {}, "config": "", "cells": {}, "bounds": {}}
+    filled = {**empty, **results, "title": results.get("title") or results["name"]}
+    arm_fields: dict[str, Any] = {"family": "none", "stages": [], "train_tokens": 0, "parameters": 0}
+    task_fields: dict[str, Any] = {"metric": "", "higher_is_better": True, "examples": 0}
+    filled["arms"] = [{**arm_fields, "label": arm["name"], **arm} for arm in results["arms"]]
+    filled["tasks"] = [
+        {**task_fields, "label": task["name"], "metric_label": task.get("metric", ""), **task}
+        for task in results["tasks"]
+    ]
+    return filled
+
+
+def _dot_plot(results: Mapping[str, Any], task: Mapping[str, Any], styles: Mapping[str, Style]) -> Markup:
+    best = summary.best_arms(results, task)
+    dots, reference = [], None
+    for arm in results["arms"]:
+        measured = summary.cell(results, arm["name"], task["name"])
+        low, high = (summary.bounds_of(measured) if measured else None) or (None, None)
+        value = measured["value"] if measured else None
+        dots.append(charts.Dot(arm["label"], styles[arm["name"]], value, low, high, arm["name"] in best))
+        if arm.get("family") == "ar" and reference is None:
+            reference = dots[-1]
+    unit = task.get("metric_label") or task.get("metric") or ""
+    places = summary.digits(results, task["name"])
+    return charts.dot_plot(dots, title=task["label"], unit=unit, places=places, reference=reference)
+
+
+def _stage_chart(results: Mapping[str, Any], forest: Sequence[Any], styles: Mapping[str, Style]) -> Markup | None:
+    if not forest:
+        return None
+    captions = {}
+    for arm in results["arms"]:
+        tokens = arm.get("train_tokens")
+        caption = f"{count(tokens)} training tokens" if tokens else "no training"
+        captions[arm["label"]] = (caption, styles[arm["name"]])
+    return stage_chart(forest, captions)
+
+
+def _speed(speed: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Charts (wide and narrow), legend, sentence and table of the speed study; None where there is none."""
+    series = speed_series(speed)
+    if not series or speed is None:
+        return None
+    ramp = itertools.cycle(svg.STEP_STYLES)
+    looks = [(one, svg.AR_STYLE if one.kind == "ar" else next(ramp)) for one in series]
+    crossings = crossovers(series)
+    lengths = sorted({n for one in series for n in one.lengths})
+    times = [dict(zip(one.lengths, one.seconds, strict=True)) for one in series]
+    batches = sorted({row["batch_size"] for row in speed["rows"] if is_number(row.get("batch_size"))})
+    return {
+        "wide": charts.speed_chart(looks, crossings, width=1000, height=430, direct=True),
+        "narrow": charts.speed_chart(looks, crossings, width=charts.PANEL, height=330, direct=False),
+        "legend": [(one.label, style) for one, style in looks],
+        "sentences": speed_sentences(speed),
+        "columns": [one.label for one in series],
+        "rows": [(n, [f"{t[n]:.3g}" if n in t else MISSING for t in times]) for n in lengths],
+        "device": speed.get("device") or "",
+        "batch": ", ".join(str(b) for b in batches),
+        "crosses": any(found.length for found in crossings),
+    }
+
+
+def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Decoding settings, each distinct set once, with the arms and tasks it was used for."""
+    used: dict[tuple[tuple[str, str], ...], dict[str, list[str]]] = {}
+    for arm, task, measured in _scored(results):
+        conditions = measured.get("conditions") or {}
+        pairs = tuple((key.replace("_", " "), _plain(value)) for key, value in conditions.items() if key not in _COSTS)
+        if pairs:
+            used.setdefault(pairs, {}).setdefault(arm["label"], []).append(task["label"])
+    entries = []
+    for pairs, by_arm in used.items():
+        all_tasks = all(len(tasks) == len(results["tasks"]) for tasks in by_arm.values())
+        names = by_arm if all_tasks else [f"{arm} ({', '.join(tasks)})" for arm, tasks in by_arm.items()]
+        entries.append((", ".join(names), list(pairs)))
+    return entries
+
+
+def _costs(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tuple[str, str]]]]:
+    """Per arm, (forward passes, generated tokens) of a completion for each task; empty where nothing was counted."""
+    rows = []
+    for arm in results["arms"]:
+        cells = []
+        for task in results["tasks"]:
+            conditions = (summary.cell(results, arm["name"], task["name"]) or {}).get("conditions") or {}
+            passes, tokens = (conditions.get(key) for key in _COSTS)
+            cells.append(
+                (
+                    f"{passes:,.1f}".removesuffix(".0") if is_number(passes) else MISSING,
+                    f"for {tokens:,.1f} tokens" if is_number(tokens) else "",
+                )
+            )
+        rows.append((arm, cells))
+    return rows if any(cell[0] != MISSING for _, cells in rows for cell in cells) else []
+
+
+def _scored(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
+    return [
+        (arm, task, measured)
+        for arm in results["arms"]
+        for task in results["tasks"]
+        if (measured := summary.cell(results, arm["name"], task["name"]))
+    ]
+
+
+def _bounds(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tuple[str, str]]]]:
+    """Per arm, (value, kind) for each task; empty where no bound was measured."""
+    measured = results.get("bounds") or {}
+    rows = []
+    for arm in results["arms"]:
+        cells = []
+        for task in results["tasks"]:
+            bound = measured.get(arm["name"], {}).get(task["name"]) or {}
+            value = bound.get("nll_per_real_token", bound.get("loss"))
+            cells.append((f"{value:.3f}", bound.get("kind") or "") if is_number(value) else (MISSING, ""))
+        rows.append((arm, cells))
+    return rows if any(cell[0] != MISSING for _, cells in rows for cell in cells) else []
+
+
+def _secondary(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    return [
+        (f"{arm['label']}, {task['label']}", [(key.replace("_", " "), _plain(value)) for key, value in found.items()])
+        for arm, task, measured in _scored(results)
+        if (found := measured.get("secondary"))
+    ]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

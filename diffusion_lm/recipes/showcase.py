@@ -1,0 +1,193 @@
+"""What a reader looks at rather than measures: completions side by side, and the denoising frame by frame."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from diffusion_lm.recipes.charts import change_map
+from diffusion_lm.recipes.formatting import is_number
+
+# The page stays under a megabyte whatever it is given.
+MAX_OUTPUTS = 150  # outputs shown in all, over tasks and arms
+MAX_CARDS = 8  # examples shown per task
+MAX_TEXT = 1000  # characters shown of one output
+MAX_INPUT = 2000
+MAX_FRAMES = 40
+MAX_POSITIONS = 256
+_SCATTERED = 60  # pieces beyond which marks would be noise
+_WORD = re.compile(r"\n[ \t]*|\w+|[^\w\s]")  # an indented line start counts as a word: it does in Python
+_RELATED = 0.3  # share of an output that must match the reference before differences are worth marking
+
+Segments = list[tuple[str, str]]
+
+
+class Output(NamedTuple):
+    """One arm's completion: pieces of text and how each relates to the reference."""
+
+    arm: Mapping[str, Any]
+    segments: Segments
+    score: str
+    exact: bool
+
+
+class SampleCard(NamedTuple):
+    """One example with every arm's completion; `code` asks for a monospaced face."""
+
+    input: str
+    reference: str
+    outputs: list[Output]
+    code: bool
+
+
+class Player(NamedTuple):
+    """A playback, ready to draw.
+
+    Attributes:
+      input, reference: the example.
+      labels: name of each frame.
+      pieces: distinct (text, kind) of the tokens; kind is "" or "pad", "eos", "newline".
+      frames: indices into `pieces`.
+      changed: positions that differ from the frame before.
+      drawing: the change map.
+    """
+
+    input: str
+    reference: str
+    labels: list[str]
+    pieces: list[tuple[str, str]]
+    frames: list[list[int]]
+    changed: list[list[int]]
+    drawing: Markup
+
+    def tokens(self, index: int) -> list[tuple[str, str, bool]]:
+        """Returns (text, kind, changed) of each token of a frame."""
+        marked = set(self.changed[index])
+        return [(*self.pieces[piece], position in marked) for position, piece in enumerate(self.frames[index])]
+
+    def data(self) -> dict[str, Any]:
+        """What the script needs to step through the frames."""
+        return {"labels": self.labels, "pieces": self.pieces, "frames": self.frames, "changed": self.changed}
+
+
+def sample_cards(
+    samples: Sequence[Mapping[str, Any]], arms: Sequence[Mapping[str, Any]], tasks: int = 1
+) -> list[SampleCard]:
+    """Prepares the first examples of one of `tasks` tasks, outputs in the order of the arms."""
+    code = any("\n" in str(sample.get("reference", "")).strip() for sample in samples)
+    cards = []
+    for sample in samples[: max(1, min(MAX_CARDS, MAX_OUTPUTS // (len(arms) * tasks)))]:
+        reference = _cut(str(sample.get("reference", "")), MAX_TEXT)
+        outputs = []
+        for arm in arms:
+            found = sample.get("outputs", {}).get(arm["name"])
+            if found is None:
+                continue
+            text = _cut(str(found.get("text", "")), MAX_TEXT)
+            score = f"{found['score']:.1f}" if is_number(found.get("score")) else ""
+            outputs.append(Output(arm, differences(reference, text), score, text.strip() == reference.strip()))
+        cards.append(SampleCard(_cut(str(sample.get("input", "")), MAX_INPUT), reference, outputs, code))
+    return cards
+
+
+def differences(reference: str, output: str) -> Segments:
+    """Splits `output` at word level into (text, kind): "" as in the reference, "extra", or "missing" before the next.
+
+    An output that hardly touches the reference comes back unmarked: all of it differs, and colour would not help.
+    """
+    if not output.strip():
+        return []
+    old, new = list(_WORD.finditer(reference)), list(_WORD.finditer(output))
+    pairs = _common([word.group() for word in old], [word.group() for word in new])
+    if sum(len(new[j].group().strip()) for _, j in pairs) < _RELATED * len("".join(output.split())):
+        return [(output, "")]
+    segments: Segments = []
+    done = old_at = new_at = 0  # characters of `output` and words of both that are behind us
+    for i, j in [*pairs, (len(old), len(new))]:
+        extra = [word for word in new[new_at:j] if word.group().strip()]
+        absent = " ".join(word.group() for word in old[old_at:i] if word.group().strip())
+        if extra:
+            segments += [(output[done : extra[0].start()], ""), (output[extra[0].start() : extra[-1].end()], "extra")]
+            done = extra[-1].end()
+        elif absent:
+            here = new[j].start() if j < len(new) else done
+            segments += [(output[done:here], ""), (absent, "missing")]
+            done = here
+        end = new[j].end() if j < len(new) else len(output)
+        segments.append((output[done:end], ""))
+        done, old_at, new_at = end, i + 1, j + 1
+    grouped = itertools.groupby((segment for segment in segments if segment[0]), key=lambda segment: segment[1])
+    joined = [("".join(text for text, _ in group), kind) for kind, group in grouped]
+    return joined if len(joined) <= _SCATTERED else [(output, "")]
+
+
+def _common(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
+    """Longest common subsequence as index pairs, in time len(old) x len(new) whatever the text.
+
+    (difflib takes cubic time on the repetitive text that weak models write.)
+    """
+    codes = {word: code for code, word in enumerate({*old, *new})}
+    new_codes = np.array([codes[word] for word in new], np.int64)
+    lengths = np.zeros((len(old) + 1, len(new) + 1), np.int32)
+    for i, word in enumerate(old):
+        matched = lengths[i, :-1] + (new_codes == codes[word])
+        lengths[i + 1, 1:] = np.maximum.accumulate(np.maximum(lengths[i, 1:], matched))
+    pairs = []
+    i, j = len(old), len(new)
+    while i and j:
+        if old[i - 1] == new[j - 1] and lengths[i, j] == lengths[i - 1, j - 1] + 1:
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+        elif lengths[i - 1, j] == lengths[i, j]:
+            i -= 1
+        else:
+            j -= 1
+    return pairs[::-1]
+
+
+def player(played: Mapping[str, Any]) -> Player | None:
+    """Prepares a playback; None where it has no frames."""
+    frames = [[_display(str(piece)) for piece in frame[:MAX_POSITIONS]] for frame in played.get("frames") or ()]
+    labels = [f"pass {index}" for index in range(1, len(frames) + 1)]
+    if frames and played.get("start"):
+        frames.insert(0, [_display(str(piece)) for piece in played["start"][:MAX_POSITIONS]])
+        labels.insert(0, "start")
+    if not frames:
+        return None
+    if len(frames) > MAX_FRAMES:
+        kept = sorted({round(i * (len(frames) - 1) / (MAX_FRAMES - 1)) for i in range(MAX_FRAMES)})
+        frames, labels = [frames[i] for i in kept], [labels[i] for i in kept]
+    changed = [[] if labels[0] == "start" else list(range(len(frames[0])))]
+    for before, after in itertools.pairwise(frames):
+        changed.append([i for i, piece in enumerate(after) if i >= len(before) or before[i] != piece])
+    pieces = sorted({piece for frame in frames for piece in frame})
+    index = {piece: number for number, piece in enumerate(pieces)}
+    positions = max(len(frame) for frame in frames)
+    return Player(
+        input=_cut(str(played.get("input", "")), MAX_INPUT),
+        reference=_cut(str(played.get("reference", "")), MAX_TEXT),
+        labels=labels,
+        pieces=pieces,
+        frames=[[index[piece] for piece in frame] for frame in frames],
+        changed=changed,
+        drawing=change_map(labels, positions, [set(c) for c in changed]),
+    )
+
+
+def _display(piece: str) -> tuple[str, str]:
+    """Text and kind of a vocabulary piece (SentencePiece marks spaces with U+2581 and bytes with <0xNN>)."""
+    if piece in ("", "<pad>", "[PAD]"):
+        return "·", "pad"
+    if piece in ("</s>", "<eos>", "[EOS]"):
+        return "end", "eos"
+    text = piece.replace("\u2581", " ").replace("<0x0A>", "\n")
+    if text.strip(" ") and not text.strip(" \n"):
+        return "↵" * text.count("\n") + text, "newline"
+    return text, ""
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit:,} more characters)"

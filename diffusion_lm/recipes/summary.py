@@ -1,0 +1,286 @@
+"""What the numbers of a comparison say, in sentences, with no more confidence than they carry.
+
+Reads the plain data of `results.json` (see `report.write` for its fields). Two arms count as apart only where the
+evidence says so: a paired bootstrap whose interval excludes zero, or, lacking that, intervals that do not overlap.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion_lm.recipes import statistics
+from diffusion_lm.recipes.crossover import speed_sentences
+from diffusion_lm.recipes.formatting import count, is_number
+
+Results = Mapping[str, Any]
+
+
+class Verdict(NamedTuple):
+    """One arm against another on one task.
+
+    Attributes:
+      outcome: "ahead", "behind" or "open" (the data do not separate them), for the first arm.
+      difference: first minus second, in the metric's unit.
+      low, high: interval of the difference; None where only the two separate intervals were compared.
+    """
+
+    outcome: str
+    difference: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Summary(NamedTuple):
+    """The head of the report: one sentence, then what else is worth knowing."""
+
+    lede: str
+    findings: tuple[str, ...]
+
+
+def cell(results: Results, arm: str, task: str) -> Mapping[str, Any] | None:
+    """The measured cell of an arm on a task, or None where there is none."""
+    found = results.get("cells", {}).get(arm, {}).get(task)
+    return found if found and is_number(found.get("value")) else None
+
+
+def bounds_of(measured: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Confidence interval of a cell, or None where it has none."""
+    low: Any = measured.get("low")
+    high: Any = measured.get("high")
+    return (float(low), float(high)) if is_number(low) and is_number(high) else None
+
+
+def digits(results: Results, task: str) -> int:
+    """Decimals to print: 1 for scores up to 100, 3 for metrics that live in [0, 1]."""
+    values = [abs(c["value"]) for arm in results["arms"] if (c := cell(results, arm["name"], task))]
+    highs = [abs(b[1]) for arm in results["arms"] if (c := cell(results, arm["name"], task)) and (b := bounds_of(c))]
+    return 3 if values and 0 < max(values + highs) <= 1.0 else 1
+
+
+def best_arms(results: Results, task: Mapping[str, Any]) -> set[str]:
+    """Names of the arms with the best printed score on a task (several when they tie as printed)."""
+    places = digits(results, task["name"])
+    measured = {arm["name"]: cell(results, arm["name"], task["name"]) for arm in results["arms"]}
+    scores = {name: round(found["value"], places) for name, found in measured.items() if found}
+    if len(scores) < 2 or len(set(scores.values())) == 1:
+        return set()
+    best = (max if task.get("higher_is_better", True) else min)(scores.values())
+    return {name for name, score in scores.items() if score == best}
+
+
+def compare(results: Results, task: Mapping[str, Any], first: str, second: str) -> Verdict | None:
+    """Compares two arms on a task by the strongest evidence at hand; None where one of them has no score."""
+    name = task["name"]
+    one, two = cell(results, first, name), cell(results, second, name)
+    if one is None or two is None:
+        return None
+    difference = one["value"] - two["value"]
+    sign = 1.0 if task.get("higher_is_better", True) else -1.0
+    interval = _recorded_difference(results, name, first, second) or _paired_bootstrap(one, two)
+    if interval:
+        low, high = interval
+        apart = low > 0 or high < 0
+        return Verdict(_outcome(apart, sign * difference), difference, low, high)
+    bounds_one, bounds_two = bounds_of(one), bounds_of(two)
+    apart = bool(bounds_one and bounds_two and (bounds_one[0] > bounds_two[1] or bounds_two[0] > bounds_one[1]))
+    return Verdict(_outcome(apart, sign * difference), difference)
+
+
+def _outcome(apart: bool, gain: float) -> str:
+    return "open" if not apart or gain == 0 else ("ahead" if gain > 0 else "behind")
+
+
+def _recorded_difference(results: Results, task: str, first: str, second: str) -> tuple[float, float] | None:
+    for row in results.get("differences", {}).get(task, ()):
+        if (row["arm"], row["against"]) == (first, second):
+            return row["low"], row["high"]
+        if (row["arm"], row["against"]) == (second, first):
+            return -row["high"], -row["low"]
+    return None
+
+
+def _paired_bootstrap(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Paired interval from per-example scores, where the task's score is their mean (so not for corpus BLEU)."""
+    tables = []
+    for measured in (one, two):
+        values = measured.get("per_example")
+        if not values or not all(is_number(v) for v in values):
+            return None
+        mean = float(np.mean(values))
+        if not math.isclose(mean, measured["value"], rel_tol=1e-6, abs_tol=1e-9):
+            return None
+        tables.append(statistics.mean_rows(np.asarray(values, np.float64)))
+    if tables[0].shape != tables[1].shape:
+        return None
+    difference = statistics.paired_difference(tables[0], tables[1], statistics.ratio)
+    return difference.low, difference.high
+
+
+def transferred_arms(results: Results) -> list[Mapping[str, Any]]:
+    """Diffusion arms that share a trained stage with an AR arm (AR2Diff), in order of their training tokens."""
+    ar_stages = {s["name"] for a in _family(results, "ar") for s in a.get("stages", ()) if s.get("steps")}
+    found = [a for a in _family(results, "diffusion") if any(s["name"] in ar_stages for s in a.get("stages", ()))]
+    return sorted(found, key=lambda arm: arm.get("train_tokens") or 0)
+
+
+def summarise(results: Results, speed: Mapping[str, Any] | None = None) -> Summary:
+    """Computes the headline and the findings from the numbers alone."""
+    findings = [
+        *_transfer(results),
+        *_more_transfer_steps(results),
+        *_above_untrained(results),
+        *speed_sentences(speed),
+        *_forward_passes(results),
+        *_caveats(results),
+    ]
+    return Summary(_lede(results), tuple(findings))
+
+
+def _family(results: Results, family: str) -> list[Mapping[str, Any]]:
+    return [arm for arm in results["arms"] if arm.get("family") == family]
+
+
+def _best_of(results: Results, task: Mapping[str, Any], arms: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    scored = [arm for arm in arms if cell(results, arm["name"], task["name"])]
+    sign = 1 if task.get("higher_is_better", True) else -1
+    return max(scored, key=lambda arm: sign * results["cells"][arm["name"]][task["name"]]["value"], default=None)
+
+
+def _scores(results: Results, task: Mapping[str, Any], first: str, second: str) -> str:
+    places, name = digits(results, task["name"]), task["name"]
+    values = [cell(results, arm, name)["value"] for arm in (first, second)]  # type: ignore[index]
+    return f"{values[0]:.{places}f} against {values[1]:.{places}f} {task.get('metric_label', task.get('metric', ''))}"
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _lede(results: Results) -> str:
+    clauses: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
+    for task in results["tasks"]:
+        ar, diffusion = (_best_of(results, task, _family(results, f)) for f in ("ar", "diffusion"))
+        if ar is None or diffusion is None:
+            continue
+        verdict = compare(results, task, diffusion["name"], ar["name"])
+        scores = _scores(results, task, diffusion["name"], ar["name"])
+        if verdict and verdict.outcome == "behind":
+            scores = _scores(results, task, ar["name"], diffusion["name"])
+        if verdict:
+            label = "" if verdict.outcome == "behind" else f"{diffusion['label']}, "
+            clauses[verdict.outcome].append(f"{task['label']} ({label}{scores})")
+    sentences = []
+    if clauses["ahead"]:
+        sentences.append(f"Diffusion is ahead of autoregression on {_joined(clauses['ahead'])}.")
+    if clauses["behind"]:
+        sentences.append(f"Autoregression is ahead on {_joined(clauses['behind'])}.")
+    if clauses["open"]:
+        sentences.append(f"The data do not separate the two on {_joined(clauses['open'])}.")
+    if sentences:
+        return " ".join(sentences)
+    best = []
+    for task in results["tasks"]:
+        if arm := _best_of(results, task, results["arms"]):
+            value = results["cells"][arm["name"]][task["name"]]["value"]
+            score = f"{value:.{digits(results, task['name'])}f} {task.get('metric_label', '')}".strip()
+            best.append(f"{task['label']} ({arm['label']}, {score})")
+    return f"Highest scores: {_joined(best)}." if best else "No arm has been scored yet."
+
+
+def _groups(pairs: Iterable[tuple[str, Verdict | None]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
+    for label, verdict in pairs:
+        if verdict:
+            groups[verdict.outcome].append(label)
+    return groups
+
+
+def _transfer(results: Results) -> list[str]:
+    transferred = transferred_arms(results)
+    names = {arm["name"] for arm in transferred}
+    scratch = [arm for arm in _family(results, "diffusion") if arm["name"] not in names]
+    pairs, chosen = [], []
+    for task in results["tasks"]:
+        best, base = _best_of(results, task, transferred), _best_of(results, task, scratch)
+        if best and base:
+            pairs.append((task["label"], compare(results, task, best["name"], base["name"])))
+            chosen.append(best["label"])
+    if not pairs:
+        return []
+    if len(set(chosen)) == 1:
+        of = f", the best of {len(transferred)} arms that start from an AR stage," if len(transferred) > 1 else ""
+        start = f"{chosen[0]}{of}"
+    else:
+        start = f"The best of {len(transferred)} arms that start from an AR stage"
+        pairs = [(f"{label} ({arm})", verdict) for (label, verdict), arm in zip(pairs, chosen, strict=True)]
+    groups = _groups(pairs)
+    parts: list[str] = []
+    for outcome, words in (("ahead", "ahead of"), ("behind", "behind"), ("open", "not separated from")):
+        if groups[outcome]:
+            parts.append(f"{words} {'it' if parts else 'diffusion from scratch'} on {_joined(groups[outcome])}")
+    return [f"{start} is {'; '.join(parts)}."]
+
+
+def _more_transfer_steps(results: Results) -> list[str]:
+    arms = transferred_arms(results)
+    if len(arms) < 2:
+        return []
+    first, last = arms[0], arms[-1]
+    parts = []
+    for task in results["tasks"]:
+        if verdict := compare(results, task, last["name"], first["name"]):
+            note = " (not separated)" if verdict.outcome == "open" else ""
+            parts.append(f"{task['label']} {verdict.difference:+.{digits(results, task['name'])}f}{note}")
+    extra = (last.get("train_tokens") or 0) - (first.get("train_tokens") or 0)
+    budget = f" for {count(extra)} more training tokens" if extra > 0 else ""
+    return [f"From {first['label']} to {last['label']}: {', '.join(parts)}{budget}."] if parts else []
+
+
+def _above_untrained(results: Results) -> list[str]:
+    trained = [arm for arm in results["arms"] if arm.get("family") != "none"]
+    checked, failures = 0, []
+    for untrained in _family(results, "none"):
+        for task in results["tasks"]:
+            for arm in trained:
+                if verdict := compare(results, task, arm["name"], untrained["name"]):
+                    checked += 1
+                    if verdict.outcome != "ahead":
+                        failures.append(f"{arm['label']} on {task['label']}")
+    if not checked:
+        return []
+    if failures:
+        shown = _joined(failures[:4]) + (f" ({len(failures) - 4} more)" if len(failures) > 4 else "")
+        return [f"Not clearly above the untrained network: {shown}."]
+    return ["Every trained arm is clearly above the untrained network on every task."]
+
+
+def _forward_passes(results: Results) -> list[str]:
+    parts = []
+    for family, label in (("ar", "autoregressive"), ("diffusion", "diffusion")):
+        passes = [
+            c["conditions"]["forward_passes_per_sample"]
+            for arm in _family(results, family)
+            for task in results["tasks"]
+            if (c := cell(results, arm["name"], task["name"]))
+            and is_number((c.get("conditions") or {}).get("forward_passes_per_sample"))
+        ]
+        if passes:
+            low, high = min(passes), max(passes)
+            spread = f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
+            parts.append(f"{spread} for the {label} arms")
+    return [f"Forward passes per completion behind these scores: {', '.join(parts)}."] if parts else []
+
+
+def _caveats(results: Results) -> list[str]:
+    found = []
+    tokens = [arm["train_tokens"] for arm in results["arms"] if arm.get("family") != "none" and arm.get("train_tokens")]
+    if tokens and max(tokens) > 1.01 * min(tokens):
+        found.append(
+            f"The arms do not all have the same training budget: {count(min(tokens))} to {count(max(tokens))} tokens."
+        )
+    small = [task["label"] for task in results["tasks"] if is_number(task.get("examples")) and task["examples"] < 100]
+    if small:
+        found.append(f"Fewer than 100 held-out examples on {_joined(small)}: read those intervals before the scores.")
+    return found

@@ -1,0 +1,161 @@
+"""The quality matrix, arms by tasks with intervals and the best arm bold: as Markdown and in the terminal."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from diffusion_lm.core.files import write_text
+from diffusion_lm.recipes import summary
+from diffusion_lm.recipes.formatting import MISSING
+
+MAX_COLUMNS = 100
+
+
+class QualityCell(NamedTuple):
+    """One printed score: `value` and `interval` as text (interval empty where there is none)."""
+
+    value: str
+    interval: str
+    best: bool
+
+    @property
+    def text(self) -> str:
+        """Value and interval on one line."""
+        return f"{self.value} {self.interval}".strip()
+
+
+def quality_rows(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[QualityCell]]]:
+    """Returns, for each arm in order, its printed cells in the order of the tasks."""
+    best = {task["name"]: summary.best_arms(results, task) for task in results["tasks"]}
+    rows = []
+    for arm in results["arms"]:
+        cells = []
+        for task in results["tasks"]:
+            measured = summary.cell(results, arm["name"], task["name"])
+            if measured is None:
+                cells.append(QualityCell(MISSING, "", False))
+                continue
+            places, bounds = summary.digits(results, task["name"]), summary.bounds_of(measured)
+            interval = f"[{bounds[0]:.{places}f}, {bounds[1]:.{places}f}]" if bounds else ""
+            cells.append(QualityCell(f"{measured['value']:.{places}f}", interval, arm["name"] in best[task["name"]]))
+        rows.append((arm, cells))
+    return rows
+
+
+def task_heading(task: Mapping[str, Any]) -> str:
+    """Column heading, e.g. `Translation (BLEU)`; an arrow down marks metrics where less is better."""
+    metric = task.get("metric_label") or task.get("metric") or ""
+    less = "" if task.get("higher_is_better", True) else " ↓"
+    return f"{task['label']} ({metric}){less}" if metric else f"{task['label']}{less}"
+
+
+def quality_markdown(results: Mapping[str, Any]) -> str:
+    """The matrix as GitHub Markdown, at most 100 columns wide: tasks that do not fit continue in a further table."""
+    rows = quality_rows(results)
+    first = ["Arm", *(_escaped(_short(arm["label"])) for arm, _ in rows)]
+    columns = [
+        [_escaped(task_heading(task)), *(f"**{c.value}** {c.interval}".strip() if c.best else c.text for c in column)]
+        for task, column in zip(results["tasks"], _transposed(rows), strict=True)
+    ]
+    groups: list[list[list[str]]] = [[]]
+    for column in columns:
+        if groups[-1] and _width([first, *groups[-1], column]) > MAX_COLUMNS:
+            groups.append([])
+        groups[-1].append(column)
+    return "\n\n".join(_markdown_table([first, *group]) for group in groups)
+
+
+def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> str:
+    """The whole of `results.md`: what was found, the matrix, how to read it."""
+    said = summary.summarise(results, speed)
+    parts = [f"# {_escaped(results.get('title') or results['name'])}", _escaped(said.lede)]
+    if said.findings:
+        parts.append("\n".join(f"- {_escaped(finding)}" for finding in said.findings))
+    parts += [quality_markdown(results), INTERVALS]
+    notes = list(results.get("notes") or ())
+    if notes:
+        parts.append("\n".join(f"- {_escaped(note)}" for note in notes))
+    if results.get("fingerprint"):
+        parts.append(f"Configuration `{results['fingerprint']}`.")
+    return "\n\n".join(parts) + "\n"
+
+
+INTERVALS = "Brackets: 95 % confidence interval over the held-out examples. Bold: best score of the column."
+
+
+def write_markdown(results: Mapping[str, Any], workdir: Path, speed: Mapping[str, Any] | None = None) -> Path:
+    """Writes `workdir/results.md` in one piece and returns its path."""
+    path = Path(workdir) / "results.md"
+    write_text(path, markdown(results, speed))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a JSON-lines log; a last line that a killed run left unfinished is skipped."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    whole, last = lines[:-1], lines[-1]
+    rows = [json.loads(line) for line in whole if line.strip()]
+    with contextlib.suppress(json.JSONDecodeError):
+        rows += [json.loads(last)] if last.strip() else []
+    return rows
+
+
+def quality_terminal(results: Mapping[str, Any], file: TextIO | None = None) -> None:
+    """Prints the matrix to `file` (standard output by default), at most 100 columns wide, bold on a terminal."""
+    file = file or sys.stdout
+    console = Console(file=file, highlight=False)
+    width = console.width = min(MAX_COLUMNS, console.width) if console.is_terminal else MAX_COLUMNS
+    rows = quality_rows(results)
+    label_width = max((len(_short(arm["label"])) for arm, _ in rows), default=3)
+    cell_width = max([len(c.text) for _, cells in rows for c in cells] + [14])
+    per_table = max(1, (width - label_width - 4) // (cell_width + 2))
+    for start in range(0, len(results["tasks"]), per_table):
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table.add_column("Arm", no_wrap=True)
+        for task in results["tasks"][start : start + per_table]:
+            table.add_column(Text(task_heading(task)), justify="right", max_width=max(cell_width, 14))
+        for arm, cells in rows:
+            texts = [Text(c.text, style="bold" if c.best else "") for c in cells[start : start + per_table]]
+            table.add_row(Text(_short(arm["label"])), *texts)
+        console.print(table)
+    console.print(Text(INTERVALS, style="dim"))
+
+
+def _transposed(rows: list[tuple[Mapping[str, Any], list[QualityCell]]]) -> list[list[QualityCell]]:
+    return [list(column) for column in zip(*(cells for _, cells in rows), strict=True)]
+
+
+def _short(label: str, limit: int = 32) -> str:
+    return label if len(label) <= limit else label[: limit - 1] + "…"
+
+
+def _escaped(text: str) -> str:
+    """Keeps a cell in its column and model-made text from becoming markup."""
+    text = " ".join(str(text).split())
+    for mark in ("\\", "|", "<", "`", "*", "_", "[", "]"):
+        text = text.replace(mark, "\\" + mark)
+    return text
+
+
+def _width(columns: Iterable[list[str]]) -> int:
+    return sum(max(map(len, column)) + 3 for column in columns) + 1
+
+
+def _markdown_table(columns: list[list[str]]) -> str:
+    widths = [max(3, *map(len, column)) for column in columns]
+    lines = []
+    for i, row in enumerate(zip(*columns, strict=True)):
+        padded = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(f"| {' | '.join([row[0].ljust(widths[0]), *padded])} |")
+        if i == 0:
+            rule = ["-" * w if k == 0 else "-" * (w - 1) + ":" for k, w in enumerate(widths)]
+            lines.append(f"| {' | '.join(rule)} |")
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""Left-to-right forward passes over ragged prompts, with a key/value cache or, for comparison, without one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.types import Batch
+from diffusion_lm.nn.masks import named_visibility
+from diffusion_lm.samplers.base import Model, Window
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftToRight:
+    """The forward passes of one decode: `prefill` once, then `advance` by one token a row.
+
+    Each row has a cursor of its own, so prompts of different lengths share a batch without left padding: positions, and
+    with them the results, are those of the row alone (trap T41).
+
+    Attributes:
+      model: the bound network.
+      prompt: the prompts.
+      window: their target windows.
+      visibility: "causal" or "prefix".
+      use_cache: False runs the whole canvas in every step; same tokens, for tests and as the naive baseline.
+    """
+
+    model: Model
+    prompt: Batch
+    window: Window
+    visibility: str
+    use_cache: bool = True
+
+    def encode(self) -> Any:
+        """Returns the encoder's state, computed once per decode, or None for single-stream models."""
+        return None if self.prompt.encoder is None else self.model.encode(self.prompt.encoder)
+
+    def prefill(self, canvas: jax.Array, encoder: Any) -> tuple[Any, Any]:
+        """Runs the conditioning: one forward pass over i32[B,T] whose window is still empty.
+
+        Returns:
+          (hidden, cache): `hidden.values_BTD` is [B,1,D], the state before the first target token. Cache entries of the
+          empty window are meaningless and are overwritten before anything can see them.
+        """
+        cache = self.model.init_cache(*canvas.shape) if self.use_cache else None
+        hidden = self._whole(canvas, encoder, cache)
+        return _at_slots(hidden, self.window.starts - 1), hidden.cache
+
+    def advance(
+        self, canvas: jax.Array, slots: jax.Array, moving: jax.Array, encoder: Any, cache: Any
+    ) -> tuple[Any, Any]:
+        """Runs one forward pass after the token at `slots` was written.
+
+        Args:
+          canvas: i32[B,T].
+          slots: i32[B], the slot of each row's newest token.
+          moving: bool[B]; rows that are done write nothing into the cache.
+          encoder: from `encode`.
+          cache: from `prefill` or the last `advance`.
+
+        Returns:
+          (hidden [B,1,D], cache): the states that predict the tokens at `slots + 1`.
+        """
+        if cache is None:
+            return _at_slots(self._whole(canvas, encoder, None), slots), None
+        length = canvas.shape[1]
+        tokens = jnp.take_along_axis(canvas, jnp.minimum(slots, length - 1)[:, None], axis=1)
+        hidden = self.model(
+            tokens,
+            visibility=named_visibility(self.visibility, self.prompt.target_mask),
+            positions=jnp.where(moving, slots, length)[:, None],
+            segment_ids=self.prompt.segment_ids,
+            encoder=encoder,
+            cache=cache,
+        )
+        return hidden.replace(cache=None), hidden.cache
+
+    def _whole(self, canvas: jax.Array, encoder: Any, cache: Any) -> Any:
+        # Slots, not the batch's positions: those are 0 on padding, whose keys would land on slot 0 of the cache.
+        slots = jnp.broadcast_to(jnp.arange(canvas.shape[1], dtype=jnp.int32), canvas.shape)
+        return self.model(
+            canvas,
+            visibility=named_visibility(self.visibility, self.prompt.target_mask),
+            positions=slots,
+            segment_ids=self.prompt.segment_ids,
+            encoder=encoder,
+            cache=cache,
+        )
+
+
+def _at_slots(hidden: Any, slots: jax.Array) -> Any:
+    """Returns the hidden states at one slot a row, [B,1,D]."""
+    slots = jnp.clip(slots, 0, hidden.values_BTD.shape[1] - 1)
+    return hidden.replace(values_BTD=jnp.take_along_axis(hidden.values_BTD, slots[:, None, None], axis=1), cache=None)

@@ -1,0 +1,116 @@
+"""Identity of a configuration: its plain-data form, its fingerprint, and the card that marks a run folder."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.files import read_json, write_json
+
+CARD = "run_card.json"
+_REPORTED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffusion-lm")
+
+
+def plain(value: Any) -> Any:
+    """Returns a configured object as JSON data: dataclasses as `{"class": ..., fields...}`, everything else as it is.
+
+    Raises:
+      TypeError: the value (or a part of it) is neither a dataclass nor plain data.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", **fields}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    raise TypeError(f"{value!r} of a configuration is neither a dataclass nor plain data")
+
+
+def fingerprint(value: Any) -> str:
+    """Returns the SHA-256 of a configured object's plain form; equal configurations have equal fingerprints."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
+
+
+def claim_folder(workdir: Path, identity: Mapping[str, Any]) -> None:
+    """Marks `workdir` as the folder of the run with this identity, or checks that it is.
+
+    Args:
+      workdir: the run folder; created if missing.
+      identity: plain data that determines the run's numbers.
+
+    Raises:
+      ConfigError: the folder belongs to a run of another configuration; names the first field that differs.
+    """
+    path = workdir / CARD
+    if path.exists():
+        found = read_json(path)["identity"]
+        difference = first_difference(found, json.loads(json.dumps(identity)))
+        if difference is not None:
+            raise ConfigError(
+                f"{workdir} is the run folder of another configuration: {difference}",
+                where=str(path),
+                fix="Choose another --workdir, or restore the old value.",
+            )
+        return
+    if jax.process_index() == 0:
+        devices = jax.devices()
+        write_json(
+            path,
+            {
+                "identity": identity,
+                "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+                "versions": installed_versions(),
+                "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+            },
+        )
+
+
+def first_difference(there: Any, here: Any, name: str = "TrainRun") -> str | None:
+    """Returns where two plain values differ, as "NAME is A there and B here", or None."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping) and there.get("class") == here.get("class"):
+        for key in [*there, *(key for key in here if key not in there)]:
+            difference = first_difference(there.get(key), here.get(key), f"{name}.{key}")
+            if difference:
+                return difference
+        return None
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for index, (a, b) in enumerate(zip(there, here, strict=True)):
+            difference = first_difference(a, b, f"{name}[{index}]")
+            if difference:
+                return difference
+        return None
+    return None if there == here else f"{name} is {_short(there)} there and {_short(here)} here"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and "class" in value:
+        return value["class"].rsplit(".", 1)[-1]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Returns the versions of Python and of the packages that numbers depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _REPORTED}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

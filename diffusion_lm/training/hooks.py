@@ -1,0 +1,247 @@
+"""What happens around the steps: the log, the progress line, evaluations, the preemption signal."""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+from jax.experimental import multihost_utils
+from rich import progress as rich_progress
+from rich.console import Console
+
+from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.training.metrics import Clock, Window, row_summary
+from diffusion_lm.training.step import StepStats
+from diffusion_lm.training.writers import Row, open_writers
+
+RESTART_EXIT_CODE = 75
+"""Exit code of a preempted run (`EX_TEMPFAIL`): start the same command again and it continues."""
+
+
+class Preempted(SystemExit):
+    """The run was told to stop (SIGTERM), has saved its state and exits with `RESTART_EXIT_CODE`."""
+
+    def __init__(self, step: int):
+        super().__init__(RESTART_EXIT_CODE)
+        self.step = step
+
+
+class Preemption:
+    """Watches for the signal to stop while it is entered.
+
+    With several processes JAX's preemption service watches instead: one signalled process is enough, and all of them
+    learn of it at the same step.
+    """
+
+    def __init__(self):
+        self._asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "Preemption":
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop before the next step; every process must ask at every step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+
+class Evaluation(Protocol):
+    """Something that is measured during training."""
+
+    @property
+    def name(self) -> str:
+        """Name in the log; unique in a run."""
+
+    @property
+    def every(self) -> int:
+        """Period in steps; 0 = only after the last step, where every evaluation runs."""
+
+    def run(self, model: BoundModel, step: int) -> Mapping[str, float]:
+        """Returns named numbers about the parameters after `step` updates."""
+
+
+def evaluation_due(evaluation: Evaluation, step: int, steps: int) -> bool:
+    """Whether an evaluation runs after `step` of `steps` updates."""
+    return step == steps or (evaluation.every > 0 and step > 0 and step % evaluation.every == 0)
+
+
+class Log:
+    """Turns step statistics into rows and a progress line, one step behind the devices.
+
+    A step's statistics are fetched only once the next step is dispatched, so the devices never wait for the host.
+
+    Args:
+      workdir: the run folder.
+      steps: updates of the whole run.
+      batch_size: rows per update.
+      every: steps per row.
+      learning_rate: step (from 0) -> learning rate.
+      flops_per_token: training FLOPs per token.
+      peak_flops: of all devices together, or None.
+      step: updates made before this log opens.
+      window: the open window of a restored run.
+      keep: which rows of an earlier part of this run stay in the log.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        steps: int,
+        batch_size: int,
+        every: int,
+        learning_rate: Callable[[int], float],
+        flops_per_token: float,
+        peak_flops: float | None,
+        step: int,
+        window: Window,
+        keep: Callable[[Row], bool],
+    ):
+        self._steps, self._batch_size, self._every = steps, batch_size, every
+        self._learning_rate = learning_rate
+        self._flops, self._peak = flops_per_token, peak_flops
+        self.window = window
+        primary = jax.process_index() == 0
+        self._writers = open_writers(workdir, keep, step) if primary else []
+        self._display = _display(steps, step) if primary else _Silent()
+        self._clock = Clock(step, window.tokens)
+        self._pending: tuple[int, StepStats] | None = None
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for writer in self._writers:
+            writer.close()
+        self._display.close()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Measures how long a step waits for its batch."""
+        start = time.perf_counter()
+        yield
+        self._clock.waited(time.perf_counter() - start)
+
+    def push(self, step: int, stats: StepStats) -> None:
+        """Takes the statistics of the update that was just dispatched, and fetches those of the one before it."""
+        self.drain()
+        self._pending = (step, stats)
+
+    def drain(self) -> None:
+        """Fetches what is still on the devices and writes the row that it completes."""
+        if self._pending is None:
+            return
+        (step, stats), self._pending = self._pending, None
+        self.window.add(step, jax.device_get(stats))
+        if step % self._every == 0 or step == self._steps:
+            row = {
+                "step": step,
+                "kind": "train",
+                "examples": step * self._batch_size,
+                "tokens": self.window.tokens,
+                "learning_rate": self._learning_rate(step - 1),
+                **self.window.means(),
+                "timing": self._clock.read(step, self.window.tokens, self._flops, self._peak),
+            }
+            self._write(row)
+            self._display.show(row)
+
+    def evaluation(self, name: str, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Writes the row of one evaluation."""
+        named = {f"{name}/{key}": value for key, value in values.items()}
+        self._write({"step": step, "kind": "evaluation", **named, "timing": {f"{name}/seconds": seconds}})
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+        self._display.note(f"step {step}/{self._steps}  {name}  {numbers}")
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keeps the time of evaluations and saving out of the speed."""
+        start = time.perf_counter()
+        yield
+        self._clock.paused(time.perf_counter() - start)
+
+    def note(self, text: str) -> None:
+        """Shows a line above the progress line."""
+        self._display.note(text)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        for writer in self._writers:
+            writer.write(row)
+
+
+class _Silent:
+    """The display of processes that do not write."""
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        """Shows nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class _PlainLines(_Silent):
+    """One line per row on stderr, for logs and pipes."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Prints the row's line."""
+        self.note(row_summary(row, self._steps))
+
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Bar(_Silent):
+    """A progress bar on a terminal."""
+
+    def __init__(self, steps: int, done: int):
+        self._progress = rich_progress.Progress(
+            rich_progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            rich_progress.BarColumn(bar_width=24),
+            rich_progress.TextColumn("{task.fields[status]}"),
+            console=Console(stderr=True),
+        )
+        self._steps = steps
+        self._task = self._progress.add_task("train", total=steps, completed=done, status="compiling")
+        self._progress.start()
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Moves the bar to the row's step."""
+        status = row_summary(row, self._steps).split("  ", 1)[1]
+        self._progress.update(self._task, completed=row["step"], status=status)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._progress.stop()
+
+
+def _display(steps: int, done: int) -> _Silent:
+    return _Bar(steps, done) if sys.stderr.isatty() and steps > done else _PlainLines(steps)

@@ -1,0 +1,179 @@
+"""Sums of the log window, speed, and model FLOPs utilisation (MFU)."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.training.step import StepStats
+
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by prefix of `jax.Device.device_kind`. A TPU
+# "device" is what JAX shows as one: a core on v2 and v3, a chip from v4 on.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4 lite": 138e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+@dataclasses.dataclass
+class Window:
+    """The steps since the last row of the log, as sums on the host; saved with checkpoints, so that rows written after
+    a resume equal those of an undisturbed run.
+
+    Attributes:
+      sums: name -> [total, weight] in float64.
+      tokens: tokens that are not padding since step 0 of the run.
+    """
+
+    sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    tokens: int = 0
+
+    def add(self, step: int, stats: StepStats) -> None:
+        """Adds one step's statistics, already on the host.
+
+        Raises:
+          ConfigError: the loss or the gradient is no longer a finite number.
+        """
+        terms = stats.terms
+        values: dict[str, tuple[Any, Any]] = {
+            "loss": (terms.loss_sum, terms.weight),
+            "grad_norm": (stats.grad_norm, 1.0),
+        }
+        values |= {name: (mean.total, mean.weight) for name, mean in terms.metrics.items()}
+        for name, (total, weight) in values.items():
+            if name in ("loss", "grad_norm") and not math.isfinite(float(total)):
+                raise ConfigError(
+                    f"the {name.replace('grad_norm', 'gradient')} of step {step} is {float(total)}",
+                    where="TrainRun.optimizer",
+                    fix="Lower the learning rate or lengthen its warmup; earlier checkpoints of the run are intact.",
+                )
+            entry = self.sums.setdefault(name, [0.0, 0.0])
+            entry[0] += float(total)
+            entry[1] += float(weight)
+        self.tokens += int(stats.tokens)
+
+    def means(self) -> dict[str, float]:
+        """Returns total / weight of every name (0 where nothing was weighed) and empties the window."""
+        means = {name: total / weight if weight > 0 else 0.0 for name, (total, weight) in self.sums.items()}
+        self.sums = {}
+        return means
+
+
+class Clock:
+    """Speed of the steps since the last reading."""
+
+    def __init__(self, step: int, tokens: int):
+        self._restart(step, tokens)
+
+    def _restart(self, step: int, tokens: int) -> None:
+        self._start, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
+        self._step, self._tokens = step, tokens
+
+    def waited(self, seconds: float) -> None:
+        """Notes that a step waited for its batch."""
+        self._waited += seconds
+
+    def paused(self, seconds: float) -> None:
+        """Leaves out time that was not training: evaluations and saving."""
+        self._paused += seconds
+
+    def read(self, step: int, tokens: int, flops_per_token: float, peak_flops: float | None) -> dict[str, float]:
+        """Returns the speed of the window that ends now and starts the next one.
+
+        Args:
+          step: updates whose results have arrived.
+          tokens: tokens of these updates that are not padding (padding is no useful work).
+          flops_per_token: training FLOPs per token.
+          peak_flops: of all devices together, or None if unknown; `mfu` is left out then.
+        """
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        per_second = (tokens - self._tokens) / seconds
+        timing = {
+            "seconds": seconds,
+            "tokens_per_second": per_second,
+            "steps_per_second": (step - self._step) / seconds,
+            "data_wait_s": self._waited,
+        }
+        if peak_flops:
+            timing["mfu"] = per_second * flops_per_token / peak_flops
+        self._restart(step, tokens)
+        return timing
+
+
+def train_flops_per_token(architecture: Any, objective: Any, row_length: int) -> float:
+    """Returns the FLOPs of training on one token: forward and backward (3 x forward), for each forward pass."""
+    return 3.0 * objective.needs().passes * architecture.flops_per_token(row_length)
+
+
+def peak_flops() -> float | None:
+    """Returns the peak FLOP/s of all devices together, or None where it is not known.
+
+    Accelerators: the data sheet's dense bf16 peak. CPUs have no useful data sheet: there the peak is measured, once per
+    process, as the best of a few float32 matrix products, so MFU on a CPU says how close the step comes to that.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _measured_cpu_peak()
+    kinds = sorted((kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)), key=len)
+    return PEAK_FLOPS[kinds[-1]] * jax.device_count() if kinds else None
+
+
+@functools.cache
+def _measured_cpu_peak(size: int = 768, repeats: int = 5) -> float:
+    product = jax.jit(jnp.matmul)
+    a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32))
+    product(a, a).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def short_number(value: float) -> str:
+    """Returns 12345.6 as "12.3k"."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def clock_time(seconds: float) -> str:
+    """Returns 83 as "1:23" and 3723 as "1:02:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def row_summary(row: Mapping[str, Any], total: int) -> str:
+    """Returns the progress line of a row of the log: `step 400/2000  loss 3.214  12.3k tok/s  MFU 31%  ETA 1:23`."""
+    timing = row["timing"]
+    speed = short_number(timing["tokens_per_second"])
+    parts = [f"step {row['step']}/{total}", f"loss {row['loss']:.3f}", f"{speed} tok/s"]
+    if "mfu" in timing:
+        parts.append(f"MFU {timing['mfu']:.0%}")
+    if timing["steps_per_second"] > 0:
+        parts.append(f"ETA {clock_time((total - row['step']) / timing['steps_per_second'])}")
+    return "  ".join(parts)

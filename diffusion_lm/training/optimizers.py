@@ -1,0 +1,189 @@
+"""Optimizers: frozen dataclasses that hold an update rule and a learning-rate schedule, apart from each other.
+
+`transformation` is the rule at learning rate 1; the compiled step multiplies its result by the learning rate of the
+moment, which the host computes from `schedule`. Parameters of all layers are stored stacked on a leading `layers` axis;
+that is a storage choice, so no rule here lets it matter: what Adafactor reduces over is one layer's matrix.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from diffusion_lm.core.errors import require
+from diffusion_lm.parallel.shardings import is_axes
+from diffusion_lm.training.schedules import Constant, InverseSqrt, Schedule
+
+_NEVER_DECAYED = ("embed", "positions", "norm", "bias")
+
+
+class Optimizer(Protocol):
+    """An update rule and its schedule; a frozen dataclass with the field `schedule`."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate of each step."""
+
+    def transformation(self, axes: Any) -> optax.GradientTransformation:
+        """Returns the rule at learning rate 1; the step subtracts its result times the learning rate.
+
+        Args:
+          axes: tree of logical axes of the parameters (`Architecture.logical_axes()`).
+        """
+
+
+def decay_mask(axes: Any) -> Any:
+    """Returns the tree of booleans that says which parameters decay: matrices, except embeddings.
+
+    Norm scales, biases (the relative position bias too) and embeddings do not decay. A parameter counts as a matrix
+    if it has two axes besides the stacked `layers`.
+    """
+
+    def decays(path, leaf_axes) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
+        dims = [axis for axis in leaf_axes if axis != "layers"]
+        return len(dims) >= 2 and not any(part in name for part in _NEVER_DECAYED)
+
+    return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=is_axes)
+
+
+def _clip(norm: float | None) -> list[optax.GradientTransformation]:
+    return [] if norm is None else [optax.clip_by_global_norm(norm)]
+
+
+def _check_number(optimizer: Any, field: str, low: float, high: float = float("inf")) -> None:
+    value = getattr(optimizer, field)
+    require(
+        isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high,
+        f"{field} = {value!r} lies outside [{low:g}, {high:g}]",
+        where=f"{type(optimizer).__name__}.{field}",
+        fix="Give a number of that range.",
+    )
+
+
+def _check_schedule(optimizer: Any) -> None:
+    require(
+        callable(getattr(optimizer.schedule, "value", None)),
+        f"schedule = {optimizer.schedule!r} is no schedule",
+        where=f"{type(optimizer).__name__}.schedule",
+        fix="Give one of training.schedules, e.g. @schedules.Cosine().",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101).
+
+    Attributes:
+      schedule: the learning rate; it multiplies the decay too.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decay per unit of learning rate, on matrices only (`decay_mask`).
+      clip_norm: gradients are scaled down to this global norm; None = never.
+    """
+
+    schedule: Schedule = Constant(1e-3)
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        _check_schedule(self)
+        _check_number(self, "b1", 0, 1)
+        _check_number(self, "b2", 0, 1)
+        _check_number(self, "eps", 0)
+        _check_number(self, "weight_decay", 0)
+        if self.clip_norm is not None:
+            _check_number(self, "clip_norm", 0)
+
+    def transformation(self, axes: Any) -> optax.GradientTransformation:
+        """Returns clip, Adam, decay."""
+        return optax.chain(
+            *_clip(self.clip_norm),
+            optax.scale_by_adam(self.b1, self.b2, self.eps),
+            optax.add_decayed_weights(self.weight_decay, mask=decay_mask(axes)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Adafactor as T5 and T5X use it (arXiv 1804.04235): factored, relative to the parameter's scale, no momentum.
+
+    As in T5X, each layer of the stack is a parameter of its own, and the two axes of attention heads count as one:
+    the second moment of `[embed, heads, head_dim]` is factored like that of a matrix `[embed, heads * head_dim]`.
+
+    Attributes:
+      schedule: the learning rate, relative to each parameter's root mean square.
+      decay_rate: exponent c of the second moment's decay `1 - step^-c`.
+      clipping_threshold: largest root mean square of an update; None = not clipped.
+      multiply_by_parameter_scale: updates are relative to the parameter's root mean square (at least 1e-3).
+      min_dim_size_to_factor: matrices with a smaller side keep a full second moment.
+      clip_norm: gradients are scaled down to this global norm first; T5 does not.
+    """
+
+    schedule: Schedule = InverseSqrt()
+    decay_rate: float = 0.8
+    clipping_threshold: float | None = 1.0
+    multiply_by_parameter_scale: bool = True
+    min_dim_size_to_factor: int = 128
+    clip_norm: float | None = None
+
+    def __post_init__(self):
+        _check_schedule(self)
+        _check_number(self, "decay_rate", 0, 1)
+        _check_number(self, "min_dim_size_to_factor", 1)
+        if self.clipping_threshold is not None:
+            _check_number(self, "clipping_threshold", 1)
+        if self.clip_norm is not None:
+            _check_number(self, "clip_norm", 0)
+
+    def transformation(self, axes: Any) -> optax.GradientTransformation:
+        """Returns Adafactor at learning rate 1, layer by layer."""
+        rule = optax.adafactor(
+            learning_rate=None,
+            min_dim_size_to_factor=self.min_dim_size_to_factor,
+            decay_rate=self.decay_rate,
+            multiply_by_parameter_scale=self.multiply_by_parameter_scale,
+            clipping_threshold=self.clipping_threshold,
+        )
+        # optax's rule ends in a factor of -1; the step subtracts.
+        return optax.chain(*_clip(self.clip_norm), per_matrix(optax.chain(rule, optax.scale(-1.0)), axes))
+
+
+def per_matrix(rule: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
+    """Applies a leaf-wise `rule` to each layer's matrix instead of to the stacked, many-axed arrays.
+
+    Args:
+      rule: a transformation that treats every array on its own.
+      axes: tree of logical axes; `layers` in front is mapped over, `heads, head_dim` are joined.
+    """
+
+    def matrix(leaf_axes, array):
+        shape: list[int] = []
+        for i, (axis, size) in enumerate(zip(leaf_axes, array.shape, strict=True)):
+            if axis == "head_dim" and i and leaf_axes[i - 1] in ("heads", "kv_heads"):
+                shape[-1] *= size
+            else:
+                shape.append(size)
+        return array.reshape(shape)
+
+    def mapped(function, leaf_axes):
+        return jax.vmap(function) if leaf_axes[:1] == ("layers",) else function
+
+    def init(params):
+        return jax.tree.map(lambda a, p: mapped(rule.init, a)(matrix(a, p)), axes, params, is_leaf=is_axes)
+
+    def update(gradients, states, params):
+        def one(leaf_axes, gradient, state, param):
+            new, state = mapped(rule.update, leaf_axes)(matrix(leaf_axes, gradient), state, matrix(leaf_axes, param))
+            return new.reshape(gradient.shape), state
+
+        pairs = jax.tree.map(one, axes, gradients, states, params, is_leaf=is_axes)
+        updates, new_states = (jax.tree.map(lambda _, pair, i=i: pair[i], axes, pairs, is_leaf=is_axes) for i in (0, 1))
+        return updates, new_states
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,175 @@
+"""Learning-rate schedules: plain functions of the step, computed on the host and passed into the compiled step.
+
+Two runs that differ only in their schedule or in their number of steps therefore share one compiled program. All
+schedules count from 0: `value(0, total)` is the learning rate of the first update.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar, Protocol
+
+from diffusion_lm.core.errors import require
+
+
+class Schedule(Protocol):
+    """A learning rate for every step of a run."""
+
+    needs_total: ClassVar[bool]
+
+    def value(self, step: int, total: int) -> float:
+        """Returns the learning rate of update number `step` (from 0) in a run of `total` updates."""
+
+
+def linear_warmup(step: int, warmup_steps: int) -> float:
+    """Returns the factor (step + 1) / warmup_steps up to 1: no update is wasted at a learning rate of 0."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def _check(schedule, rate: str, *counts: str) -> None:
+    name = type(schedule).__name__
+    value = getattr(schedule, rate)
+    require(
+        isinstance(value, int | float) and not isinstance(value, bool) and value > 0,
+        f"{rate} = {value!r} is no positive number",
+        where=f"{name}.{rate}",
+        fix="Give a learning rate such as 1e-3.",
+    )
+    for count in counts:
+        value = getattr(schedule, count)
+        require(
+            isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+            f"{count} = {value!r} is no number of steps",
+            where=f"{name}.{count}",
+            fix="Give a whole number >= 0.",
+        )
+
+
+def _check_fraction(schedule, field: str) -> None:
+    value = getattr(schedule, field)
+    require(
+        isinstance(value, int | float) and 0 <= value <= 1,
+        f"{field} = {value!r} is no fraction",
+        where=f"{type(schedule).__name__}.{field}",
+        fix="Give a number from 0 to 1.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """`peak` after a linear warmup; T5's fine-tuning uses 1e-3 with Adafactor.
+
+    Attributes:
+      peak: the learning rate.
+      warmup_steps: length of the linear warmup.
+    """
+
+    peak: float
+    warmup_steps: int = 0
+
+    needs_total: ClassVar[bool] = False
+
+    def __post_init__(self):
+        _check(self, "peak", "warmup_steps")
+
+    def value(self, step: int, total: int) -> float:
+        """Returns the learning rate of update `step`."""
+        del total
+        return self.peak * linear_warmup(step, self.warmup_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseSqrt:
+    """T5's pretraining schedule, `scale / sqrt(max(step, warmup_steps))`: flat during the warmup, then decaying.
+
+    Source: arXiv 1910.10683, section 3.1.2, with scale 1 and 10,000 steps. With `ramp` the flat part becomes a linear
+    ramp, as in arXiv 1706.03762.
+
+    Attributes:
+      scale: the numerator; the highest learning rate is `scale / sqrt(warmup_steps)`.
+      warmup_steps: where the decay begins.
+      ramp: climb linearly to the highest learning rate instead of starting there.
+    """
+
+    scale: float = 1.0
+    warmup_steps: int = 10_000
+    ramp: bool = False
+
+    needs_total: ClassVar[bool] = False
+
+    def __post_init__(self):
+        _check(self, "scale", "warmup_steps")
+
+    def value(self, step: int, total: int) -> float:
+        """Returns the learning rate of update `step`."""
+        del total
+        rate = self.scale / math.sqrt(max(step, self.warmup_steps, 1))
+        return rate * linear_warmup(step, self.warmup_steps) if self.ramp else rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """Linear warmup to `peak`, then half a cosine down to `final_fraction * peak` at the end of the run.
+
+    Attributes:
+      peak: the highest learning rate.
+      warmup_steps: length of the linear warmup.
+      final_fraction: learning rate of the end, as a fraction of `peak`.
+    """
+
+    peak: float
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+
+    needs_total: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check(self, "peak", "warmup_steps")
+        _check_fraction(self, "final_fraction")
+
+    def value(self, step: int, total: int) -> float:
+        """Returns the learning rate of update `step`."""
+        if step < self.warmup_steps:
+            return self.peak * linear_warmup(step, self.warmup_steps)
+        done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.peak * (self.final_fraction + (1.0 - self.final_fraction) * cosine)
+
+
+@dataclasses.dataclass(frozen=True)
+class WSD:
+    """Warmup, stable, decay: `peak` until the last part of the run, then down to `final_fraction * peak`.
+
+    Attributes:
+      peak: the stable learning rate.
+      warmup_steps: length of the linear warmup.
+      decay_fraction: part of the run, at its end, in which the learning rate falls.
+      final_fraction: learning rate of the end, as a fraction of `peak`.
+      shape: "linear", or "sqrt" for `1 - sqrt(progress)` (arXiv 2405.18392).
+    """
+
+    peak: float
+    warmup_steps: int = 0
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.0
+    shape: str = "linear"
+
+    needs_total: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check(self, "peak", "warmup_steps")
+        _check_fraction(self, "decay_fraction")
+        _check_fraction(self, "final_fraction")
+        require(
+            self.shape in ("linear", "sqrt"), f"shape {self.shape!r}", where="WSD.shape", fix="Use 'linear' or 'sqrt'."
+        )
+
+    def value(self, step: int, total: int) -> float:
+        """Returns the learning rate of update `step`."""
+        rate = self.peak * linear_warmup(step, self.warmup_steps)
+        decay_steps = round(self.decay_fraction * total)
+        into_decay = step - (total - decay_steps)
+        if into_decay <= 0:
+            return rate
+        done = min(1.0, into_decay / decay_steps)
+        falling = 1.0 - (math.sqrt(done) if self.shape == "sqrt" else done)
+        return rate * (self.final_fraction + (1.0 - self.final_fraction) * falling)

@@ -1,0 +1,246 @@
+"""The training step: pure, microbatched, sharded, donated, and compiled once for all runs that share it.
+
+The step divides by the batch's global weight once; microbatches, devices and hosts only ever contribute sums, so the
+split changes nothing but the order of additions (traps T10, T26 to T28).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffusion_lm.architectures.base import Architecture, BoundModel
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import Batch, LossTerms, Params
+from diffusion_lm.objectives.base import Objective
+from diffusion_lm.parallel.mesh import MeshSpec
+from diffusion_lm.parallel.rules import LogicalRules
+from diffusion_lm.parallel.shardings import make_constrain, replicated, tree_shardings
+from diffusion_lm.training.optimizers import Optimizer
+from diffusion_lm.training.schedules import Constant
+from diffusion_lm.training.state import TrainState
+
+
+@flax.struct.dataclass
+class StepStats:
+    """What one step reports; all scalars, whole on every device.
+
+    Attributes:
+      terms: the batch's loss and metrics as sums.
+      grad_norm: f32[], global norm of the gradient before clipping.
+      tokens: i32[], tokens of the batch that are not padding, those of an encoder included.
+    """
+
+    terms: LossTerms
+    grad_norm: jax.Array
+    tokens: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled functions of a run; runs that differ only in data, schedule, seed or length share one.
+
+    Attributes:
+      mesh: the devices.
+      state_shardings: a `TrainState` of shardings: where each array lies.
+      abstract_state: shapes and dtypes of the state, with their shardings.
+      init: `key -> TrainState`, from fresh parameters.
+      adopt: `params -> TrainState`, from copies of given parameters (the caller's are not donated).
+      step: `(state, batch, root key, learning rate f32[]) -> (state, StepStats)`; donates the state.
+    """
+
+    mesh: Mesh
+    state_shardings: Any
+    abstract_state: TrainState
+    init: Callable[[jax.Array], TrainState]
+    adopt: Callable[[Params], TrainState]
+    step: Callable[[TrainState, Batch, jax.Array, Any], tuple[TrainState, StepStats]]
+
+
+def make_program(
+    architecture: Architecture,
+    objective: Objective,
+    optimizer: Optimizer,
+    *,
+    mesh: MeshSpec,
+    rules: LogicalRules,
+    microbatches: int = 1,
+    ema_decay: float | None = None,
+) -> Program:
+    """Returns the program of these settings, the same one for equal settings in a process.
+
+    The schedule is no part of it: learning rates are arguments of the step.
+    """
+    rule = dataclasses.replace(optimizer, schedule=Constant(1.0))  # type: ignore[type-var]
+    return _program(architecture, objective, rule, mesh, rules, microbatches, ema_decay)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+    architecture: Architecture,
+    objective: Objective,
+    optimizer: Optimizer,
+    mesh_spec: MeshSpec,
+    rules: LogicalRules,
+    microbatches: int,
+    ema_decay: float | None,
+) -> Program:
+    mesh = mesh_spec.build()
+    axes = architecture.logical_axes()
+    rule = optimizer.transformation(axes)
+
+    def adopt(params: Params) -> TrainState:
+        copy = functools.partial(jax.tree.map, jnp.copy)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=copy(params),
+            opt_state=rule.init(params),
+            ema=None if ema_decay is None else copy(params),
+        )
+
+    abstract = jax.eval_shape(adopt, architecture.abstract_params())
+    shardings = _state_shardings(abstract, axes, rules, mesh)
+    step = functools.partial(
+        train_step,
+        architecture=architecture,
+        objective=objective,
+        rule=rule,
+        mesh=mesh,
+        rules=rules,
+        params_shardings=shardings.params,
+        microbatches=microbatches,
+        ema_decay=ema_decay,
+    )
+    return Program(
+        mesh=mesh,
+        state_shardings=shardings,
+        abstract_state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        ),
+        init=jax.jit(lambda key: adopt(architecture.init(key)), out_shardings=shardings),
+        adopt=jax.jit(adopt, out_shardings=shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    root: jax.Array,
+    learning_rate: jax.Array,
+    *,
+    architecture: Architecture,
+    objective: Objective,
+    rule: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: LogicalRules,
+    params_shardings: Any,
+    microbatches: int,
+    ema_decay: float | None,
+) -> tuple[TrainState, StepStats]:
+    """Returns the state after one update and what the batch looked like to the state before it.
+
+    A batch in which nothing is scored changes nothing but the step counter (trap T15).
+    """
+    constrain = make_constrain(mesh, rules)
+    keys = StreamKeys(root=root, step=state.step)
+
+    def loss(params: Params, part: Batch) -> tuple[jax.Array, LossTerms]:
+        terms = objective.loss(BoundModel(architecture, params, constrain), part, keys, train=True)
+        return terms.loss_sum, terms
+
+    gradient_sum, terms = sum_over_microbatches(
+        jax.value_and_grad(loss, has_aux=True), state.params, batch, microbatches, mesh, rules, params_shardings
+    )
+    scored = terms.weight > 0
+    gradient = jax.tree.map(lambda g: g / jnp.where(scored, terms.weight, 1.0), gradient_sum)
+    grad_norm = jnp.where(scored, optax.tree.norm(gradient), 0.0)
+
+    with jax.named_scope("optimizer"):
+        direction, opt_state = rule.update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(
+            lambda p, u: (p - learning_rate * u.astype(jnp.float32)).astype(p.dtype), state.params, direction
+        )
+        ema = state.ema
+        if ema is not None and ema_decay is not None:
+            ema = jax.tree.map(lambda e, p: (ema_decay * e + (1.0 - ema_decay) * p).astype(e.dtype), ema, params)
+    updated = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
+    kept = jax.tree.map(lambda new, old: jnp.where(scored, new, old), updated, state)
+    stats = StepStats(terms=terms, grad_norm=grad_norm, tokens=_count_tokens(batch))
+    return kept.replace(step=state.step + 1), stats
+
+
+def sum_over_microbatches(
+    value_and_grad: Callable[[Params, Batch], tuple[tuple[jax.Array, LossTerms], Params]],
+    params: Params,
+    batch: Batch,
+    microbatches: int,
+    mesh: Mesh,
+    rules: LogicalRules,
+    params_shardings: Any,
+) -> tuple[Params, LossTerms]:
+    """Returns the f32 sums of the gradients and of the loss terms over equal parts of the batch, one part at a time.
+
+    Row i goes to part i mod microbatches: the rows of one device are spread over all parts, so none has to travel.
+    """
+
+    def one(part: Batch) -> tuple[Params, LossTerms]:
+        (_, terms), gradient = value_and_grad(params, part)
+        gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+        return jax.lax.with_sharding_constraint(gradient, params_shardings), terms
+
+    if microbatches == 1:
+        return one(batch)
+
+    def split(leaf: jax.Array) -> jax.Array:
+        parts = leaf.reshape(leaf.shape[0] // microbatches, microbatches, *leaf.shape[1:]).swapaxes(0, 1)
+        spec = PartitionSpec(None, rules.mesh_axes("batch"))
+        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, spec))
+
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), zeros, parts)
+    return sums
+
+
+def _count_tokens(batch: Batch) -> jax.Array:
+    count = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
+    return count if batch.encoder is None else count + jnp.sum(batch.encoder.segment_ids > 0, dtype=jnp.int32)
+
+
+def _state_shardings(abstract: TrainState, axes: Any, rules: LogicalRules, mesh: Mesh) -> Any:
+    """Shards the parameters by the rules, whatever in the optimizer mirrors a parameter like it, and nothing else."""
+    params = tree_shardings(axes, abstract.params, rules, mesh)
+    by_path = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(abstract.params), jax.tree.leaves(params), strict=True
+        )
+    }
+
+    def mirror(path, leaf):
+        for param_path, (shape, sharding) in by_path.items():
+            length = len(param_path)
+            if leaf.shape == shape and any(path[i : i + length] == param_path for i in range(len(path) - length + 1)):
+                return sharding
+        return replicated(mesh)
+
+    return abstract.replace(  # type: ignore[attr-defined]
+        step=replicated(mesh),
+        params=params,
+        opt_state=jax.tree_util.tree_map_with_path(mirror, abstract.opt_state),
+        ema=None if abstract.ema is None else params,
+    )
+
+
+def enable_compile_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder` across processes; call it before anything is compiled."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,105 @@
+"""Starting one network from the parameters of another, with a report of what happened to every array."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.types import Params
+from diffusion_lm.parallel.shardings import is_axes
+
+RESIZABLE = ("vocab", "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferReport:
+    """What became of the arrays of both sides; names are paths such as `blocks/attention/query`.
+
+    Attributes:
+      mapped: taken over as they are.
+      resized: `(name, source shape, target shape)`; what both have is taken over, new rows keep their fresh values.
+      added: only in the target; keep their fresh values.
+      dropped: only in the source.
+    """
+
+    mapped: tuple[str, ...]
+    resized: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    added: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"transfer: {len(self.mapped)} arrays mapped, {len(self.resized)} resized, {len(self.added)} added, "
+            f"{len(self.dropped)} dropped"
+        ]
+        lines += [f"  resized  {name}  {list(old)} -> {list(new)}" for name, old, new in self.resized]
+        lines += [f"  added    {name}  (fresh)" for name in self.added]
+        lines += [f"  dropped  {name}" for name in self.dropped]
+        return "\n".join(lines)
+
+
+def transfer(source: Params, target: Params, axes: Any) -> tuple[Params, TransferReport]:
+    """Returns `target` with every array that `source` has too replaced by it, and the report.
+
+    Dtypes and shardings are the target's. The axes `vocab` and `positions` may differ in size; others may not.
+
+    Args:
+      source: parameters of the trained network.
+      target: freshly initialised parameters of the network to train.
+      axes: logical axes of the target (`Architecture.logical_axes()`).
+
+    Raises:
+      ConfigError: an array has another shape in an axis that cannot be resized, or nothing matches.
+    """
+    old = dict(named_leaves(source))
+    leaf_axes = jax.tree.leaves(axes, is_leaf=is_axes)
+    mapped, resized, added, leaves = [], [], [], []
+    for (name, fresh), dims in zip(named_leaves(target), leaf_axes, strict=True):
+        given = old.get(name)
+        if given is None:
+            added.append(name)
+            leaves.append(fresh)
+        elif given.shape == fresh.shape:
+            mapped.append(name)
+            leaves.append(_like(given, fresh))
+        else:
+            leaves.append(_resize(name, given, fresh, dims))
+            resized.append((name, tuple(given.shape), tuple(fresh.shape)))
+    dropped = sorted(set(old) - set(mapped) - {name for name, _, _ in resized})
+    if not mapped and not resized:
+        raise ConfigError(
+            "no array of the checkpoint has a counterpart in the model",
+            where="TrainRun.initial",
+            fix="Start from a checkpoint of the same family of networks.",
+        )
+    report = TransferReport(tuple(mapped), tuple(resized), tuple(added), tuple(dropped))
+    return jax.tree.unflatten(jax.tree.structure(target), leaves), report
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Returns the arrays of a tree with their paths, `a/b/c`."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _like(given: Any, fresh: Any) -> jax.Array:
+    value = jnp.asarray(given)
+    value = value.astype(fresh.dtype) if value.dtype != fresh.dtype else value
+    return jax.device_put(value, fresh.sharding)
+
+
+def _resize(name: str, given: Any, fresh: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
+    same_rank = given.ndim == fresh.ndim
+    differing = [axis for axis, a, b in zip(dims, given.shape, fresh.shape, strict=False) if a != b]
+    if not same_rank or any(axis not in RESIZABLE for axis in differing):
+        raise ConfigError(
+            f"'{name}' has shape {list(given.shape)} in the checkpoint and {list(fresh.shape)} in the model",
+            where="TrainRun.model",
+            fix="Use the checkpoint's width, heads and layers; only vocabulary and positions can be resized.",
+        )
+    common = tuple(slice(0, min(a, b)) for a, b in zip(given.shape, fresh.shape, strict=True))
+    return jax.device_put(fresh.at[common].set(jnp.asarray(given)[common].astype(fresh.dtype)), fresh.sharding)

@@ -1,0 +1,111 @@
+"""SQuAD v1.1: through TFDS with whole contexts, and from local files with contexts cut to a window.
+
+Prompt as in T5: `question: ... context: ...`; the reference is the list of gold answers; the metric is the official
+F1 / exact match. The TFDS names are kept for the splits: SQuAD's dev set is `validation`, there is no public test set.
+
+Window policy of the local task (`CONTEXT_CHARACTERS`): a context that is too long is cut to a run of whole sentences.
+For training the run is placed so that the answer lies inside. For evaluation the answer is unknown, so the run is the
+one that shares most words with the question; an answer outside it counts as missed.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+import seqio
+import tensorflow as tf
+
+from diffusion_lm.evaluation import metrics
+from diffusion_lm_tasks import local_files, preprocessors, vocabularies
+
+CONTEXT_CHARACTERS = 1200
+
+
+def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Makes the prompt, the first gold answer as target, all of them as `answers`; drops unanswered questions."""
+
+    def convert(example):
+        answers = example["answers"]["text"]
+        return {
+            "inputs": tf.strings.join(["question: ", example["question"], " context: ", example["context"]]),
+            "targets": answers[0],
+            "answers": answers,
+        }
+
+    dataset = dataset.filter(lambda example: tf.size(example["answers"]["text"]) > 0)
+    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def answers_reference(text: str, example=None, is_target: bool = False):
+    """Returns `{"answers": [...]}` of a target, the text of a prediction."""
+    if not is_target:
+        return text
+    return {"answers": [answer.decode() for answer in example["answers"]]}
+
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.findall(r"\w+", text.lower()) if len(word) > 3}
+
+
+def window(context: str, question: str, span: tuple[int, int] | None, limit: int = CONTEXT_CHARACTERS) -> str:
+    """Cuts `context` to at most `limit` characters (see the module's text for the policy).
+
+    Args:
+      context: the whole paragraph.
+      question: decides which run of sentences is kept where no span is given.
+      span: characters that must be inside, `(start, end)`; None for evaluation.
+      limit: characters of the run; a single longer sentence is cut hard.
+    """
+    if len(context) <= limit:
+        return context
+    starts = [0, *(match.end() for match in re.finditer(r"(?<=[.!?])\s+", context))]
+    ends = [*starts[1:], len(context)]
+    runs = []
+    for first, start in enumerate(starts):
+        end = max((e for e in ends[first:] if e - start <= limit), default=start + limit)
+        if span is None or (start <= span[0] and span[1] <= end):
+            runs.append(context[start:end].strip())
+    if not runs:
+        assert span is not None
+        start = max(0, min(span[0] - limit // 4, len(context) - limit))
+        return context[start : max(start + limit, span[1])].strip()
+    asked = _words(question)
+    return max(runs, key=lambda run: len(asked & _words(run)))
+
+
+def read_local(split: str) -> Iterator[dict[str, str]]:
+    """Yields prompts, targets and references of the local SQuAD files."""
+    name = {"train": "train", "validation": "dev"}[split]
+    for paragraph in local_files.json_lines(f"squad/squad_v1.1_{name}.jsonl"):
+        for qa in paragraph["qas"]:
+            answers: Sequence[str] = qa["answers"]
+            if not answers:
+                continue
+            start = qa["answer_starts"][0]
+            span = (start, start + len(answers[0])) if split == "train" else None
+            context = window(paragraph["context"], qa["question"], span)
+            yield {
+                "inputs": f"question: {qa['question'].strip()} context: {context}",
+                "targets": answers[0],
+                "reference": json.dumps({"answers": list(answers)}, ensure_ascii=False),
+            }
+
+
+VOCABULARY = vocabularies.mixed_vocabulary()
+
+preprocessors.add(
+    "squad_v1_1",
+    source=seqio.TfdsDataSource("squad/v1.1:3.0.0", splits=("train", "validation")),
+    preprocessors=(prompts,),
+    features=preprocessors.paired_features(VOCABULARY),
+    postprocess_fn=answers_reference,
+    metric_fns=(metrics.squad,),
+)
+preprocessors.add(
+    "local_squad",
+    source=preprocessors.python_source(read_local, ("inputs", "targets", "reference"), ("train", "validation")),
+    preprocessors=(),
+    features=preprocessors.paired_features(VOCABULARY),
+    postprocess_fn=preprocessors.json_reference,
+    metric_fns=(metrics.squad,),
+)

@@ -1,0 +1,104 @@
+"""Sources, preprocessors and postprocessors that the tasks share.
+
+A task of this package yields `inputs`, `targets` (token ids without EOS), `inputs_pretokenized`,
+`targets_pretokenized` and, where metrics need more than the target's text, `reference`: JSON text. Pretraining tasks
+have whole documents as targets and no inputs.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from diffusion_lm_tasks.splits import SPLITS, Example
+
+Reader = Callable[[str], Iterable[Mapping[str, str]]]
+
+
+def python_source(read: Reader, fields: tuple[str, ...], splits: tuple[str, ...] = SPLITS) -> seqio.FunctionDataSource:
+    """Returns a SeqIO source of the string `fields` of what `read(split)` yields; nothing is read yet."""
+
+    def dataset_fn(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed
+        signature = {field: tf.TensorSpec((), tf.string) for field in fields}
+        return tf.data.Dataset.from_generator(
+            lambda: ({field: row[field] for field in fields} for row in read(split)), output_signature=signature
+        )
+
+    return seqio.FunctionDataSource(dataset_fn, splits=splits)
+
+
+def example_source(examples: Callable[[], Mapping[str, tuple[Example, ...]]]) -> seqio.FunctionDataSource:
+    """Returns a source of generated examples; they are generated when a split is first read."""
+
+    def read(split: str):
+        for example in examples()[split]:
+            yield {"inputs": example.inputs, "targets": example.targets, "reference": example.reference}
+
+    return python_source(read, ("inputs", "targets", "reference"))
+
+
+def paired_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
+    """Returns the features of a task with a prompt; converters add EOS, so the task does not."""
+    feature = seqio.Feature(vocabulary=vocabulary, add_eos=False, dtype=tf.int32)
+    return {"inputs": feature, "targets": feature}
+
+
+def document_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
+    """Returns the features of a pretraining task."""
+    return {"targets": seqio.Feature(vocabulary=vocabulary, add_eos=False, dtype=tf.int32)}
+
+
+def tokenize(dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]) -> tf.data.Dataset:
+    """Turns `inputs` and `targets` into ids and keeps their text as `*_pretokenized`."""
+    return seqio.preprocessors.tokenize(dataset, output_features, copy_pretokenized=True)
+
+
+def documents(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Makes each `text` a pretraining target; empty texts are dropped."""
+    dataset = dataset.filter(lambda example: tf.strings.length(example["text"]) > 0)
+    return dataset.map(lambda example: {"targets": example["text"]}, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def unix_newlines(text: Any) -> Any:
+    """Replaces CRLF and lone CR by LF: MBPP's solutions come with Windows line ends."""
+    if isinstance(text, str):
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    return tf.strings.regex_replace(text, "\r\n?", "\n")
+
+
+def text_reference(text: str, example: Mapping[str, Any] | None = None, is_target: bool = False) -> str:
+    """Postprocessor of tasks whose reference is the target's text."""
+    del example, is_target
+    return text
+
+
+def json_reference(text: str, example: Mapping[str, Any] | None = None, is_target: bool = False) -> Any:
+    """Postprocessor of tasks with a `reference` feature: its JSON value for a target, the text for a prediction."""
+    if not is_target:
+        return text
+    assert example is not None
+    reference = example["reference"]
+    return json.loads(reference if isinstance(reference, str) else bytes(reference).decode())
+
+
+def add(
+    name: str,
+    source: seqio.DataSource,
+    preprocessors: Iterable[Callable[..., Any]],
+    features: Mapping[str, seqio.Feature],
+    postprocess_fn: Callable[..., Any] | None = None,
+    metric_fns: Iterable[Callable[..., Any]] = (),
+) -> None:
+    """Registers a task once; importing a module again, under any name, is no error."""
+    if name not in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.add(
+            name,
+            source=source,
+            preprocessors=[*preprocessors, tokenize],
+            output_features=dict(features),
+            postprocess_fn=postprocess_fn,
+            metric_fns=list(metric_fns),
+        )

@@ -1,0 +1,125 @@
+"""Loss, gradient, update and decoded tokens do not depend on how eight devices are arranged."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.architectures.encoder_decoder import EncoderDecoder
+from diffusion_lm.architectures.single_stream import SingleStream
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import Batch, EncoderInputs
+from diffusion_lm.nn.transformer import TransformerSpec
+from diffusion_lm.objectives.autoregressive import Autoregressive
+from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.parallel.mesh import MeshSpec
+from diffusion_lm.parallel.rules import LogicalRules
+from diffusion_lm.parallel.shardings import make_constrain, place_batch, replicated, tree_shardings
+from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
+from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.training.optimizers import AdamW
+from diffusion_lm.training.step import make_program
+
+RULES = LogicalRules()
+ALONE = MeshSpec(data=1, fsdp=1)
+MESHES = [MeshSpec(data=8, fsdp=1), MeshSpec(fsdp=4, tensor=2), MeshSpec(data=2, fsdp=2, sequence=2)]
+ROWS, LENGTH = 16, 12
+FIELDS = dict(vocab_size=50, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
+MODELS = {
+    "single_stream": SingleStream(TransformerSpec(**FIELDS, dropout_rate=0.1)),
+    "rope": SingleStream(TransformerSpec(**FIELDS, position="rope", mlp="swiglu", attention_scale="inverse_sqrt")),
+    "encoder_decoder": EncoderDecoder(TransformerSpec(**FIELDS, encoder_layers=1, tied_embeddings=False)),
+}
+OBJECTIVES = {"autoregressive": Autoregressive(), "diffusion": Denoising()}
+
+
+def _batch(encoder: bool = False) -> Batch:
+    """Ragged rows: another number of scored tokens in each, so that a mean of means would differ."""
+    random = np.random.default_rng(0)
+    slots = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
+    used = random.integers(3, LENGTH + 1, (ROWS, 1))
+    target = (slots >= random.integers(1, 3, (ROWS, 1))) & (slots < used)
+    filled = (slots < used).astype(np.int32)
+    tokens = (random.integers(5, 50, slots.shape) * filled).astype(np.int32)
+    return Batch(
+        tokens=tokens,
+        target_mask=target,
+        loss_weights=target.astype(np.float32),
+        segment_ids=filled,
+        positions=slots,
+        example_ids=np.repeat(np.arange(ROWS, dtype=np.uint32)[:, None], LENGTH, axis=1),
+        encoder=EncoderInputs(tokens=tokens[::-1], segment_ids=filled[::-1], positions=slots) if encoder else None,
+    )
+
+
+@functools.cache
+def _loss_and_gradient(model_name: str, objective_name: str, spec: MeshSpec):
+    model, objective = MODELS[model_name], OBJECTIVES[objective_name]
+    mesh = spec.build(jax.devices()[: 1 if spec == ALONE else 8])
+    shardings = tree_shardings(model.logical_axes(), model.abstract_params(), RULES, mesh)
+    constrain = make_constrain(mesh, RULES)
+
+    def loss(params, batch, keys):
+        return objective.loss(BoundModel(model, params, constrain), batch, keys).loss
+
+    params = jax.device_put(model.init(jax.random.key(1)), shardings)
+    batch = place_batch(_batch(model.needs_encoder), RULES, mesh)
+    return jax.jit(jax.value_and_grad(loss), out_shardings=(replicated(mesh), shardings))(
+        params, batch, StreamKeys.create(0, 3)
+    )
+
+
+@pytest.mark.parametrize("spec", MESHES, ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("model", MODELS)
+def test_T27_loss_and_gradient_do_not_depend_on_the_mesh(model, objective, spec):
+    value, gradient = _loss_and_gradient(model, objective, spec)
+    expected, expected_gradient = _loss_and_gradient(model, objective, ALONE)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradient, expected_gradient)
+
+
+def test_parameters_are_split_over_the_mesh():
+    _, gradient = _loss_and_gradient("single_stream", "autoregressive", MeshSpec(fsdp=4, tensor=2))
+    shares = {leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(gradient)}
+    assert 8 in shares, "no parameter is split over all eight devices"
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("spec", MESHES, ids=str)
+def test_T10_step_does_not_depend_on_mesh_and_microbatches(spec, microbatches):
+    def stats(mesh, microbatches):
+        program = make_program(
+            MODELS["single_stream"], OBJECTIVES["diffusion"], AdamW(), mesh=mesh, rules=RULES, microbatches=microbatches
+        )
+        state, key = program.init(jax.random.key(1)), jax.random.key(0)
+        return program.step(state, place_batch(_batch(), RULES, program.mesh), key, jnp.float32(1e-3))[1]
+
+    one, expected = stats(spec, microbatches), stats(MeshSpec(data=1, fsdp=8), 1)
+    np.testing.assert_allclose(one.terms.loss, expected.terms.loss, rtol=1e-5)
+    np.testing.assert_allclose(one.grad_norm, expected.grad_norm, rtol=1e-5)
+    assert one.terms.weight == expected.terms.weight == _batch().loss_weights.sum()
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [AutoregressiveSampler(temperature=0.7), DenoisingSampler(steps=3, candidates=2)],
+    ids=["autoregressive", "diffusion"],
+)
+def test_decoded_tokens_do_not_depend_on_the_mesh(sampler):
+    model = MODELS["single_stream"]
+    batch = _batch()
+    prompt = batch.replace(tokens=np.where(batch.target_mask, 0, batch.tokens).astype(np.int32))
+
+    def decode(spec):
+        mesh = spec.build(jax.devices()[: 1 if spec == ALONE else 8])
+        shardings = tree_shardings(model.logical_axes(), model.abstract_params(), RULES, mesh)
+        constrain = make_constrain(mesh, RULES)
+        params = jax.device_put(model.init(jax.random.key(1)), shardings)
+        generate = jax.jit(lambda p, b: sampler.generate(BoundModel(model, p, constrain), b, StreamKeys.create(0)))
+        return np.asarray(generate(params, place_batch(prompt, RULES, mesh)).tokens)
+
+    np.testing.assert_array_equal(decode(MeshSpec(data=2, fsdp=2, tensor=2)), decode(ALONE))

@@ -1,0 +1,358 @@
+"""The verbs, in process, on a small run: train, evaluate, decode, explain, materialise, and their errors."""
+
+import contextlib
+import io
+import json
+
+import pytest
+import sentencepiece
+
+from diffusion_lm.cli.main import main
+from diffusion_lm.core.rng import example_number
+from diffusion_lm.data.schema import Manifest, Record
+from diffusion_lm.data.store import split_folder, write_records
+from diffusion_lm.data.vocabulary import Vocabulary
+
+RUN = """
+from __gin__ import dynamic_registration
+from diffusion_lm.architectures import single_stream
+from diffusion_lm.data import converters
+from diffusion_lm.data import grain_source
+from diffusion_lm.data import iterator
+from diffusion_lm.evaluation import generation
+from diffusion_lm.evaluation import likelihood
+from diffusion_lm.nn import transformer
+from diffusion_lm.objectives import autoregressive
+from diffusion_lm.samplers import autoregressive as decoders
+from diffusion_lm.training import checkpoint
+from diffusion_lm.training import run
+
+STEPS = 4
+ROOT = 'data'
+run.TrainRun:
+  model = @single_stream.SingleStream()
+  objective = @autoregressive.Autoregressive()
+  data = @train/iterator.DataPipeline()
+  steps = %STEPS
+  batch_size = 4
+  log_every = 2
+  checkpoint = @checkpoint.CheckpointPolicy()
+  evaluations = (@likelihood.BoundEvaluation(), @generation.GenerationEvaluation())
+checkpoint.CheckpointPolicy.every = 2
+single_stream.SingleStream.spec = @transformer.TransformerSpec()
+transformer.TransformerSpec:
+  vocab_size = 64
+  num_layers = 1
+  model_dim = 16
+  num_heads = 2
+  head_dim = 8
+  mlp_dim = 32
+  vocab_multiple = 8
+iterator.DataPipeline:
+  sources = (@grain_source.GrainSource(),)
+  converter = @converters.SingleStreamConverter()
+grain_source.GrainSource.task = 'toy'
+grain_source.GrainSource.root = %ROOT
+train/grain_source.GrainSource.split = 'train'
+held_out/grain_source.GrainSource.split = 'validation'
+converters.SingleStreamConverter:
+  inputs_length = 12
+  target_length = 8
+likelihood.BoundEvaluation:
+  data = @held_out/iterator.DataPipeline()
+  objective = @autoregressive.Autoregressive()
+  limit = 4
+  batch_size = 4
+generation.GenerationEvaluation.task = @generation.GenerationTask()
+generation.GenerationEvaluation.sampler = @decoders.AutoregressiveSampler()
+generation.GenerationTask:
+  name = 'toy'
+  data = @held_out/iterator.DataPipeline()
+  metric = 'exact_match'
+  limit = 4
+  batch_size = 4
+decoders.AutoregressiveSampler.temperature = 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with run.gin, a small materialised task, and a finished run in `run`."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "run.gin").write_text(RUN)
+    stream = io.BytesIO()
+    lines = [f"{number} plus {other}" for number in range(10, 40) for other in ("one", "two", "three")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=stream, vocab_size=64, hard_vocab_limit=True, model_type="bpe",
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2, byte_fallback=False, character_coverage=1.0,
+    )  # fmt: skip
+    vocabulary = Vocabulary(stream.getvalue())
+    for split, count in (("train", 16), ("validation", 6)):
+        records = [
+            Record(
+                vocabulary.encode(f"{number} plus one"),
+                vocabulary.encode(str(number + 1)),
+                example_number(f"toy/{split}/{number}"),
+                f"{number} plus one",
+                str(number + 1),
+                str(number + 1),
+            )
+            for number in range(10, 10 + count)
+        ]
+        manifest = Manifest("toy", split, vocabulary.specials)
+        write_records(split_folder("toy", split, folder / "data"), records, manifest, vocabulary=vocabulary)
+    with contextlib.chdir(folder):
+        assert main(["train", "--gin_file", "run.gin", "--workdir", "run", "--json", "train.json"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def fails(capsys, *argv, code=2):
+    capsys.readouterr()
+    assert main(list(argv)) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_train_writes_a_run_folder(folder):
+    result = json.loads((folder / "train.json").read_text())
+    assert result["step"] == 4
+    assert "toy/exact_match" in " ".join(result["metrics"])
+    assert {"resolved.gin", "run_card.json", "metrics.jsonl", "checkpoints"} <= {
+        p.name for p in (folder / "run").iterdir()
+    }
+
+
+def test_train_again_returns_at_once_and_prints_results_to_stdout(capsys):
+    assert main(["train", "--gin_file", "run.gin", "--workdir", "run"]) == 0
+    assert "4 steps, in run" in capsys.readouterr().out
+
+
+def test_resolved_configuration_trains_the_same_run(folder, capsys):
+    assert main(["train", "--gin_file", "run/resolved.gin", "--workdir", "run", "--json", "again.json"]) == 0
+    again = json.loads((folder / "again.json").read_text())
+    assert again["metrics"] == json.loads((folder / "train.json").read_text())["metrics"]
+
+
+def test_folder_of_another_configuration_keeps_its_resolved_gin(folder, capsys):
+    before = (folder / "run" / "resolved.gin").read_text()
+    message = fails(
+        capsys,
+        "train",
+        "--gin_file",
+        "run.gin",
+        "--workdir",
+        "run",
+        "--gin.TransformerSpec.mlp_dim=64",
+        "--gin.STEPS=9",
+    )
+    assert "mlp_dim is 32 there and 64 here" in message
+    assert (folder / "run" / "resolved.gin").read_text() == before
+
+
+def test_evaluate_repeats_what_training_measured(folder, capsys):
+    assert main(["evaluate", "--workdir", "run", "--json", "scores.json"]) == 0
+    assert "exact_match" in capsys.readouterr().out
+    scores = json.loads((folder / "scores.json").read_text())
+    trained = json.loads((folder / "train.json").read_text())["metrics"]
+    for name, evaluation in scores["evaluations"].items():
+        for metric, value in evaluation["values"].items():
+            assert trained[f"{name}/{metric}"] == pytest.approx(value, abs=1e-6)
+    assert scores["evaluations"]["bound"]["conditions"]["bound"] == "exact"
+    assert scores["evaluations"]["decode/toy"]["conditions"]["sampler"]["class"] == "AutoregressiveSampler"
+
+
+def test_evaluate_takes_flags(folder, capsys):
+    arguments = ["evaluate", "--workdir", "run", "--only", "bound", "--limit", "2", "--step", "2", "--json", "two.json"]
+    assert main(arguments) == 0
+    scores = json.loads((folder / "two.json").read_text())
+    assert scores["step"] == 2
+    assert list(scores["evaluations"]) == ["bound"]
+    assert "did you mean bound?" in fails(capsys, "evaluate", "--workdir", "run", "--only", "bond")
+    assert "no checkpoint of step 3" in fails(capsys, "evaluate", "--workdir", "run", "--step", "3")
+
+
+def test_decode_prompts_of_a_file(folder, capsys):
+    (folder / "prompts.txt").write_text('10 plus one\n\n{"inputs": "11 plus one"}\n12 plus one\n')
+    assert main(["decode", "--workdir", "run", "--input", "prompts.txt", "--batch_size", "2"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["inputs"] for line in lines] == ["10 plus one", "11 plus one", "12 plus one"]
+    assert all(line["forward_passes"] >= 1 for line in lines)
+
+
+def test_decode_does_not_depend_on_the_batch(capsys):
+    found = []
+    for size in ("1", "4"):
+        capsys.readouterr()
+        assert main(["decode", "--workdir", "run", "--task", "toy", "--batch_size", size, "--limit", "3"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        found.append([(line["inputs"], line["output"], line["reference"]) for line in lines])
+    assert found[0] == found[1]
+
+
+def test_decode_with_a_sampler_file_and_samples(folder, capsys):
+    (folder / "warm.gin").write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from diffusion_lm.samplers import autoregressive\n"
+        "SAMPLER = @autoregressive.AutoregressiveSampler()\n"
+        "autoregressive.AutoregressiveSampler.temperature = 5.0\n"
+    )
+    arguments = [
+        "decode",
+        "--workdir",
+        "run",
+        "--task",
+        "toy",
+        "--limit",
+        "2",
+        "--samples",
+        "2",
+        "--sampler",
+        "warm.gin",
+    ]
+    assert main(arguments) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["sample"] for line in lines] == [0, 1, 0, 1]
+    assert main([*arguments, "--gin.AutoregressiveSampler.temperature=0.0"]) == 0
+    cold = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert cold[0]["output"] == cold[1]["output"]
+
+
+def test_decode_errors(folder, capsys):
+    assert "cannot read nowhere.txt" in fails(capsys, "decode", "--workdir", "run", "--input", "nowhere.txt")
+    (folder / "broken.txt").write_text('{"prompt": "x"}\n')
+    assert "has no field 'inputs'" in fails(capsys, "decode", "--workdir", "run", "--input", "broken.txt")
+    assert "not materialised" in fails(capsys, "decode", "--workdir", "run", "--task", "toys")
+
+
+def test_missing_checkpoint(folder, capsys):
+    assert "there is no run in nowhere" in fails(capsys, "evaluate", "--workdir", "nowhere")
+    (folder / "empty").mkdir(exist_ok=True)
+    message = fails(capsys, "evaluate", "--workdir", "empty", "--gin_file", "run.gin")
+    assert "there is no checkpoint in empty (--workdir). Train first" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--gin.TransformerSpec.vocab_size=100"], "the model has a vocabulary of 100 tokens and the data one of 64"),
+        (
+            ["--gin.TrainRun.microbatches=3"],
+            "does not divide into 3 microbatches (TrainRun.microbatches, set at --gin.",
+        ),
+        (
+            ["--gin.TransformerSpec.position='learned'", "--gin.TransformerSpec.max_positions=8"],
+            "longer than the 8 positions",
+        ),
+        (["--gin.TrainRun.step=3"], "TrainRun has no parameter 'step'; did you mean steps"),
+        (["--gin.STEPPS=3"], "no binding refers to macro STEPPS; did you mean STEPS?"),
+        (["--gin.STEPS='three'"], "TrainRun.steps takes an int, not 'three'"),
+        (
+            ["--gin.TrainRun.model=@Autoregressive()"],
+            "TrainRun.model takes an Architecture, not @Autoregressive() (--gin.TrainRun.model). Autoregressive has no",
+        ),
+        (["--gin.MeshSpec.data=3"], "MeshSpec.data has no effect: no MeshSpec is built (--gin.MeshSpec.data)"),
+        (["--gin.TrainRun.mesh=@MeshSpec()", "--gin.MeshSpec.data=3"], "a mesh of data 3"),
+    ],
+)
+def test_one_sentence_per_error(capsys, flags, complaint):
+    assert complaint in fails(capsys, "train", "--gin_file", "run.gin", "--workdir", "other", *flags)
+
+
+def test_explain_needs_no_data(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder / "data")  # the root 'data' of run.gin is not here
+    assert main(["explain", "--gin_file", "../run.gin", "--json", "../explain.json", "--devices", "4"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((folder / "explain.json").read_text())["runs"]["run"]
+    assert "run.TrainRun.steps" in out or "TrainRun.steps = " in out
+    assert f"({result['total_parameters']:,})" in out or f"{result['total_parameters']:,}" in out
+    assert result["devices"] == 4
+    assert result["tokens_per_step"] == 4 * 21
+    assert result["total_parameters"] == sum(result["parameters"].values())
+    by_name = {row["name"]: row for row in result["rows"]}
+    assert by_name["embed/tokens"]["bytes_per_device"] * 4 == 64 * 16 * 4
+    assert max(len(line) for line in out.splitlines() if not line.startswith("#")) <= 120
+
+
+def test_explain_parameters_are_those_of_the_checkpoint(folder, capsys):
+    import jax
+
+    from diffusion_lm.training.checkpoint import restore_params
+
+    assert main(["explain", "--gin_file", "run.gin", "--no_config", "--json", "explain2.json"]) == 0
+    result = json.loads((folder / "explain2.json").read_text())["runs"]["run"]
+    assert result["total_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(restore_params(folder / "run")))
+
+
+def test_materialise_says_what_to_name(capsys):
+    assert "Give --task NAME, or a recipe" in fails(capsys, "materialise")
+    assert "bind GrainSource.root" in fails(capsys, "materialise", "--gin_file", "run.gin", "--root", "x")
+
+
+def test_materialise_of_a_recipe_skips_what_is_there(folder, capsys):
+    assert main(["materialise", "--gin_file", "run.gin", "--json", "data.json"]) == 0
+    splits = json.loads((folder / "data.json").read_text())
+    assert {(row["task"], row["split"], row["records"]) for row in splits} == {
+        ("toy", "train", 16),
+        ("toy", "validation", 6),
+    }
+
+
+def test_unknown_module(capsys):
+    message = fails(capsys, "materialise", "--task", "toy", "--module", "no_such_module")
+    assert "there is no module no_such_module" in message
+
+
+def test_train_writes_missing_data_in_a_process_of_its_own(capsys, monkeypatch):
+    import subprocess
+
+    commands = []
+
+    def run(command, **options):
+        commands.append((command, options))
+        return subprocess.CompletedProcess(command, 2)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    flags = ["--gin_file", "run.gin", "--gin.ROOT='elsewhere'", "--module", "json"]
+    assert main(["train", "--workdir", "other", *flags]) == 2
+    ((command, options),) = commands
+    assert command[3:] == ["materialise", "--gin_file", "run.gin", "--module", "json", "--gin.ROOT='elsewhere'"]
+    assert options["env"]["JAX_PLATFORMS"] == "cpu"
+
+
+def test_materialise_without_tensorflow(capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "seqio", None)
+    monkeypatch.delitem(sys.modules, "diffusion_lm.data.seqio_source", raising=False)
+    message = fails_after_progress(capsys, "materialise", "--task", "unheard_of", "--root", "elsewhere")
+    assert "needs the package seqio, which is not installed" in message
+
+
+def test_unknown_task_names_near_ones_and_the_module_flag(folder, capsys, monkeypatch):
+    pytest.importorskip("seqio")
+    (folder / "my_seqio_tasks.py").write_text(
+        "import seqio\n"
+        "source = seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: None, splits=['train'])\n"
+        "seqio.TaskRegistry.add('my_cli_task', source, output_features={}, preprocessors=[], metric_fns=[])\n"
+    )
+    message = fails_after_progress(
+        capsys, "materialise", "--task", "my_cli_tusk", "--root", "elsewhere", "--module", "my_seqio_tasks"
+    )
+    assert "did you mean my_cli_task" in message
+    assert "--module" in message
+
+
+def fails_after_progress(capsys, *argv):
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return next(line for line in captured.err.splitlines() if line.startswith("error: "))

@@ -1,0 +1,118 @@
+"""From SeqIO tasks to batches and back to text."""
+
+import numpy as np
+import pytest
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.rng import example_number
+from diffusion_lm.data.converters import SingleStreamConverter
+from diffusion_lm.data.grain_source import GrainSource
+from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.data.materialise import materialise
+from diffusion_lm.data.pretraining import PrefixSplit
+
+pytestmark = pytest.mark.tensorflow
+seqio = pytest.importorskip("seqio")
+
+PAIRS = [(f"the cat {i}", f"def f(x):\n    return {i}") for i in range(12)]
+
+
+def agreement(targets, predictions):
+    """A metric with an import path."""
+    return {"agreement": float(np.mean([t == p for t, p in zip(targets, predictions, strict=True)]))}
+
+
+def add_task(name, vocabulary, *, inputs=True, metric=agreement, append_eos=True):
+    import tensorflow as tf
+
+    def dataset(split, shuffle_files, seed=None):
+        del shuffle_files, seed
+        pairs = PAIRS if split == "train" else PAIRS[:3]
+        columns = {"targets": [target for _, target in pairs]}
+        if inputs:
+            columns["inputs"] = [source for source, _ in pairs]
+        return tf.data.Dataset.from_tensor_slices(columns)
+
+    def reference(output, example=None, is_target=False):
+        return {"answers": [example["targets_pretokenized"]], "number": np.int64(3)} if is_target else output
+
+    names = ("inputs", "targets") if inputs else ("targets",)
+    seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(dataset, splits=["train", "validation"]),
+        preprocessors=[seqio.preprocessors.tokenize, *([seqio.preprocessors.append_eos] if append_eos else [])],
+        output_features={n: seqio.Feature(vocabulary, add_eos=append_eos) for n in names},
+        postprocess_fn=reference,
+        metric_fns=[metric],
+    )
+
+
+@pytest.fixture
+def vocabulary(train_vocabulary, tmp_path):
+    train_vocabulary()
+    return seqio.SentencePieceVocabulary(str(tmp_path / "tiny.model"), extra_ids=4)
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_task_survives_materialisation(vocabulary, tmp_path, append_eos):
+    add_task("pairs_task", vocabulary, append_eos=append_eos)
+    manifest = materialise("pairs_task", "train", tmp_path, modules=(), records_per_shard=5)
+    source = GrainSource("pairs_task", root=tmp_path)
+    assert manifest == source.manifest
+    assert manifest.count == 12
+    assert [metric.split(":")[1] for metric in manifest.metrics] == ["agreement"]
+    assert len(source.vocabulary.sentinel_ids) == 4
+    assert source.vocabulary.sentinel_ids[0] == source.vocabulary.size - 1
+    for index, (record, (inputs, targets)) in enumerate(zip(source.records(), PAIRS, strict=True)):
+        assert (record.inputs_text, record.targets_text) == (inputs, targets)
+        assert source.vocabulary.decode(record.targets) == targets
+        assert source.vocabulary.encode(targets) == record.targets.tolist()
+        assert record.example_id == example_number(f"pairs_task/train/{index}")
+        assert record.reference == {"answers": [targets], "number": 3}
+    pipeline = DataPipeline((source,), SingleStreamConverter(32, 64))
+    batch = pipeline.batch(0, 12)
+    texts = {pipeline.vocabulary.decode(row[mask]) for row, mask in zip(batch.tokens, batch.target_mask, strict=True)}
+    assert texts == {target for _, target in PAIRS}
+
+
+def test_a_second_time_does_nothing_and_other_options_are_refused(vocabulary, tmp_path):
+    add_task("pairs_task", vocabulary)
+    first = materialise("pairs_task", "validation", tmp_path, modules=(), limit=2)
+    assert first.count == 2
+    seqio.TaskRegistry.remove("pairs_task")
+    assert materialise("pairs_task", "validation", tmp_path, modules=(), limit=2) == first
+    with pytest.raises(ConfigError, match="was materialised with limit = 2, not None"):
+        materialise("pairs_task", "validation", tmp_path, modules=())
+
+
+def test_documents_are_cut_into_pieces_that_restore_them(vocabulary, tmp_path):
+    add_task("text_task", vocabulary, inputs=False)
+    source = GrainSource("text_task", root=tmp_path, chunk_length=7)
+    manifest = source.materialise(modules=())
+    assert not manifest.has_inputs
+    assert manifest.max_targets_length == 7
+    tokens = np.concatenate([record.targets for record in source.records()])
+    documents = [source.vocabulary.decode(part) for part in np.split(tokens, np.flatnonzero(tokens == 1) + 1)[:-1]]
+    assert documents == [target for _, target in PAIRS]
+    assert (tokens == 1).sum() == 12
+    batch = DataPipeline((source,), SingleStreamConverter(3, 4), pretraining=PrefixSplit()).batch(0, 8)
+    assert batch.tokens.shape == (8, 8)
+
+
+def test_unknown_names_are_one_sentence(vocabulary, tmp_path):
+    add_task("pairs_task", vocabulary)
+    with pytest.raises(ConfigError, match="did you mean pairs_task"):
+        materialise("pair_task", "train", tmp_path, modules=())
+    with pytest.raises(ConfigError, match="no split 'valid'; did you mean validation"):
+        materialise("pairs_task", "valid", tmp_path, modules=())
+    with pytest.raises(ConfigError, match="cannot import 'no_such_tasks'"):
+        materialise("pairs_task", "train", tmp_path, modules=("no_such_tasks",))
+    with pytest.raises(ConfigError, match="which has inputs"):
+        materialise("pairs_task", "train", tmp_path, modules=(), chunk_length=5)
+
+
+def test_metric_without_a_name_is_an_error(vocabulary, tmp_path):
+    add_task("pairs_task", vocabulary, metric=lambda targets, predictions: {})
+    with pytest.raises(ConfigError, match="cannot be imported by name"):
+        materialise("pairs_task", "train", tmp_path, modules=())

@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion_lm.nn import cross_entropy
+from diffusion_lm.nn.cross_entropy import Head
+
+B, T, D, V = 3, 7, 8, 50
+
+
+@pytest.fixture
+def setup():
+    keys = jax.random.split(jax.random.key(0), 4)
+    head = Head(jax.random.normal(keys[0], (64, D)), bias_V=jax.random.normal(keys[1], (64,)), scale=0.5, vocab_size=V)
+    return jax.random.normal(keys[2], (B, T, D)), head, jax.random.randint(keys[3], (B, T), 0, V)
+
+
+def _optax(hidden, head, targets):
+    logits = 0.5 * hidden @ head.weight_VD[:V].T + head.bias_V[:V]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 9, 1000])
+def test_chunked_nll_equals_optax_in_value_and_gradient(setup, chunk):
+    hidden, head, targets = setup
+    weights = jax.random.uniform(jax.random.key(5), (B, T))
+
+    def loss(function):
+        return jax.value_and_grad(lambda h, w: (function(h, head.replace(weight_VD=w)) * weights).sum(), (0, 1))
+
+    ours = loss(lambda h, w: cross_entropy.chunked_nll(h, w, targets, chunk))(hidden, head.weight_VD)
+    plain = loss(lambda h, w: _optax(h, w, targets))(hidden, head.weight_VD)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
+
+
+@pytest.mark.parametrize("chunk", [6, 1000])
+def test_nll_terms(setup, chunk):
+    hidden, head, targets = setup
+    terms = cross_entropy.chunked_nll_terms(hidden, head, targets, chunk)
+    logits = 0.5 * hidden @ head.weight_VD[:V].T + head.bias_V[:V]
+    np.testing.assert_allclose(terms.nll, _optax(hidden, head, targets), rtol=1e-5)
+    np.testing.assert_allclose(terms.log_z, jax.nn.logsumexp(logits, -1), rtol=1e-5)
+    np.testing.assert_allclose(terms.uniform_nll, -jax.nn.log_softmax(logits).mean(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_token_stats_do_not_depend_on_chunks(setup, temperature):
+    hidden, head, targets = setup
+    keys = jax.random.split(jax.random.key(1), (B, T))
+    arguments = {
+        "keys_BT": keys,
+        "temperature": temperature,
+        "top_k": 20,
+        "top_p": 0.95,
+        "score": targets,
+        "forbidden": (4,),
+    }
+    whole = cross_entropy.chunked_token_stats(hidden, head, 1000, **arguments)
+    parts = cross_entropy.chunked_token_stats(hidden, head, 6, **arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, parts)
+    logits = (0.5 * hidden @ head.weight_VD[:V].T + head.bias_V[:V]).at[..., 4].set(-jnp.inf)
+    log_p = jax.nn.log_softmax(logits)
+    assert (whole.argmax == logits.argmax(-1)).all()
+    np.testing.assert_allclose(
+        whole.sample_log_prob, jnp.take_along_axis(log_p, whole.sample[..., None], -1)[..., 0], rtol=1e-4
+    )
+    scored = targets != 4
+    target = jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(whole.target_log_prob[scored], target[scored], rtol=1e-4)
+
+
+def test_T35_padding_rows_and_forbidden_ids_are_never_emitted(setup):
+    hidden, head, _ = setup
+    head = head.replace(bias_V=head.bias_V.at[V:].set(100.0).at[7].set(100.0))
+    keys = jax.random.split(jax.random.key(1), (B, T))
+    for temperature in (0.0, 5.0):
+        stats = cross_entropy.chunked_token_stats(
+            hidden, head, 1000, keys_BT=keys, temperature=temperature, forbidden=(7,)
+        )
+        for tokens in (stats.argmax, stats.sample):
+            assert (tokens < V).all()
+            assert (tokens != 7).all()
+    assert jnp.isfinite(jax.grad(lambda h: cross_entropy.chunked_nll(h, head, stats.argmax, 6).sum())(hidden)).all()
+
+
+def test_drawing_without_keys_is_an_error(setup):
+    hidden, head, _ = setup
+    with pytest.raises(ValueError, match="keys_BT"):
+        cross_entropy.chunked_token_stats(hidden, head, 1000, temperature=1.0)
+
+
+def test_bfloat16_hidden_gives_float32_losses(setup):
+    hidden, head, targets = setup
+    nll = cross_entropy.chunked_nll(hidden.astype(jnp.bfloat16), head, targets, 1000)
+    assert nll.dtype == jnp.float32
+    np.testing.assert_allclose(nll, _optax(hidden, head, targets), atol=0.1)

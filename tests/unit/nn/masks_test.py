@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.nn import masks
+
+TARGET = jnp.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]], bool)
+
+
+def test_named_visibilities_by_hand():
+    expected = {
+        "causal": ["10000", "11000", "11100", "11110", "11111"],
+        "full": ["11111"] * 5,
+        "prefix": ["11000", "11000", "11100", "11110", "11111"],
+        "prefix_blind": ["11000", "11000", "11111", "11111", "11111"],
+    }
+    for name, rows in expected.items():
+        dense = masks.named_visibility(name, TARGET).dense(None, 5)
+        np.testing.assert_array_equal(dense[0].astype(int), [[int(c) for c in row] for row in rows], err_msg=name)
+
+
+def test_unknown_name_suggests():
+    with pytest.raises(ConfigError, match="did you mean causal"):
+        masks.named_visibility("casual", TARGET)
+
+
+@pytest.mark.parametrize(
+    "visibility",
+    [
+        masks.Causal(),
+        masks.Full(),
+        masks.Causal() | masks.Conditioning(~TARGET),
+        masks.Full() & masks.BlindConditioning(~TARGET),
+        masks.Block(2, jnp.array([2, 1])),
+        masks.Block(2),
+        masks.Segments(jnp.array([[1, 1, 2, 2, 0], [1, 2, 2, 2, 2]])),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_query_slots_pick_rows_of_the_dense_mask(visibility):
+    slots = jnp.array([[3, 0], [1, 4]])
+    everything = jnp.broadcast_to(visibility.dense(None, 5), (2, 5, 5))
+    picked = jnp.broadcast_to(visibility.dense(slots, 5), (2, 2, 5))
+    np.testing.assert_array_equal(picked, jnp.take_along_axis(everything, slots[:, :, None], axis=1))
+
+
+def test_blocks_begin_at_the_target_and_see_the_conditioning():
+    dense = masks.Block(2, jnp.array([2, 1])).dense(None, 5).astype(int)
+    np.testing.assert_array_equal(
+        dense[0], [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    )
+
+
+def test_segments_hide_padding_from_itself():
+    dense = masks.Segments(jnp.array([[1, 1, 2, 0]])).dense(None, 4).astype(int)
+    np.testing.assert_array_equal(dense[0], [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+
+
+def test_expressions_are_pytrees():
+    expression = masks.Causal() | masks.Conditioning(~TARGET) & masks.Block(4, jnp.array([2, 1]))
+    dense = jax.jit(lambda v: v.dense(None, 5))(expression)
+    np.testing.assert_array_equal(dense, expression.dense(None, 5))

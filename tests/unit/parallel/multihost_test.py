@@ -1,0 +1,37 @@
+import pytest
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.parallel import multihost
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "DIFFUSION_LM_MULTIHOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+
+
+def test_one_process_needs_nothing():
+    assert multihost.initialize() is False
+    assert multihost.is_primary()
+
+
+def test_incomplete_variables_say_which_are_missing(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ConfigError, match="JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is not"):
+        multihost.initialize()
+
+
+def test_number_that_is_none(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    with pytest.raises(ConfigError, match="no number"):
+        multihost.initialize()
+
+
+def test_one_process_said_outright(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    assert multihost.initialize() is False

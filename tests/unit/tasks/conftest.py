@@ -1,0 +1,59 @@
+"""What the tests of the tasks share: a small local data folder in the public formats."""
+
+import gzip
+import json
+
+import pytest
+
+MBPP = [
+    {
+        "task_id": task_id,
+        "text": "Write a function to add one.\r\n",
+        "code": "def f(x):\r\n\treturn x + 1",
+        "test_setup_code": "",
+        "test_list": ["assert f(1) == 2", "assert f(0) == 1"],
+        "challenge_test_list": [],
+    }
+    for task_id in (2, 11, 12, 511, 601, 974)
+]
+SENTENCE = "The tower of Paris was finished in 1889 after two years of work. "
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+
+    def write(name, text):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".gz"):
+            path.write_bytes(gzip.compress(text.encode()))
+        else:
+            path.write_text(text, encoding="utf-8", newline="")
+
+    def json_lines(rows):
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    write("code_eval/mbpp.jsonl.gz", json_lines(MBPP))
+    filler = "Nothing of interest happened here for a long while. " * 40
+    qas = [{"id": "1", "question": "When was the tower finished?", "answers": ["1889"], "answer_starts": [0]}]
+    context = filler + SENTENCE + filler
+    qas[0]["answer_starts"] = [context.index("1889")]
+    for split in ("train", "dev"):
+        write(f"squad/squad_v1.1_{split}.jsonl", json_lines([{"title": "t", "context": context, "qas": qas}]))
+    for name, pairs in {
+        "tatoeba_train": [("Hello.", "Bonjour."), ("I am ill.", "Je suis malade."), ("hi", "salut")],
+        "tatoeba_dev": [("hello.", "Salut.")],
+        "tatoeba_test": [("Hi", "Salut !")],
+    }.items():
+        write(f"translation/{name}.en-fr.tsv.gz", "".join(f"{en}\t{fr}\n" for en, fr in pairs))
+    write(
+        "code/python_functions.jsonl.gz",
+        json_lines(
+            {"name": f"f{i}", "doc": f"Return {i}.", "code": f"def f{i}():\r\n    return {i}"} for i in range(200)
+        ),
+    )
+    write("code/python_stdlib_pypi.jsonl.gz", json_lines({"text": f"x = {i}\ny = x"} for i in range(200)))
+    for name in ("c4_sample", "openwebtext_1k", "wikipedia_sample"):
+        write(f"text/{name}.jsonl.gz", json_lines({"text": f"{name} {i}"} for i in range(100)))
+    return root

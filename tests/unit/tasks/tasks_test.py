@@ -1,0 +1,245 @@
+"""The registered SeqIO tasks: embedded, local and TFDS (mocked); no network."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+pytest.importorskip("seqio")
+
+import seqio
+import tensorflow_datasets as tfds
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm_tasks import (
+    code_synthesis,
+    embedded,
+    embedded_qa,
+    extractive_qa,
+    pretraining,
+    tfds_builders,
+    translation,
+    vocabularies,
+)
+
+pytestmark = pytest.mark.tensorflow
+
+EMBEDDED = ("embedded_translation", "embedded_qa", "embedded_code")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cached_vocabulary(tmp_path_factory):
+    """One folder for the session; a vocabulary that the user has already is used as it is."""
+    if "DIFFUSION_LM_CACHE" not in os.environ and not vocabularies.cache_folder().is_dir():
+        os.environ["DIFFUSION_LM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+        yield
+        del os.environ["DIFFUSION_LM_CACHE"]
+    else:
+        yield
+
+
+@pytest.fixture
+def mixed(data_folder, monkeypatch):
+    """Local data, and the embedded vocabulary in place of the large one."""
+    monkeypatch.setenv("DIFFUSION_LM_DATA", str(data_folder))
+    monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", vocabularies.embedded_model())
+    for module in (translation, extractive_qa, code_synthesis, pretraining):
+        monkeypatch.setattr(module.VOCABULARY, "_model", None)
+
+
+def read(name, split, limit=None):
+    task = seqio.TaskRegistry.get(name)
+    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
+    rows = list(dataset.take(-1 if limit is None else limit).as_numpy_iterator())
+    texts = [row["targets_pretokenized"].decode() for row in rows]
+    references = [task.postprocess_fn(t, example=r, is_target=True) for t, r in zip(texts, rows, strict=True)]
+    return task, rows, texts, references
+
+
+def test_importing_the_tasks_reads_and_trains_nothing(tmp_path):
+    program = (
+        "import diffusion_lm_tasks.embedded as e, diffusion_lm_tasks.translation, diffusion_lm_tasks.code_synthesis,"
+        "diffusion_lm_tasks.extractive_qa, diffusion_lm_tasks.pretraining, sys, os\n"
+        "from diffusion_lm_tasks import embedded_qa, vocabularies\n"
+        "assert not embedded_qa.examples.cache_info().currsize\n"
+        "assert not vocabularies.embedded_model.cache_info().currsize\n"
+        f"assert not os.path.exists({str(tmp_path / 'cache')!r})\n"
+    )
+    environment = {**os.environ, "DIFFUSION_LM_CACHE": str(tmp_path / "cache")}
+    environment.pop("DIFFUSION_LM_DATA", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_generators_need_no_tensorflow():
+    program = (
+        "import sys\nimport diffusion_lm_tasks.embedded_pretraining as p\np.documents('test')\n"
+        "assert 'tensorflow' not in sys.modules and 'seqio' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_tasks_tokenise_without_loss_and_without_eos(name):
+    task, rows, texts, references = read(name, "test")
+    tokenizer = embedded.VOCABULARY.tokenizer
+    for row, text in zip(rows, texts, strict=True):
+        for feature in ("inputs", "targets"):
+            assert row[feature].dtype == np.int32
+            assert row[feature].min() > 5  # no pad, eos, bos, unk, mask, sep
+            assert tokenizer.decode(row[feature].tolist()) == row[f"{feature}_pretokenized"].decode()
+        assert tokenizer.encode(text) == row["targets"].tolist()
+    json.dumps(references)
+    (metric,) = task.metric_fns
+    scores = metric(references, texts)
+    assert max(scores.values()) == pytest.approx(100)
+    assert min(metric(references, ["nonsense"] * len(texts)).values()) <= 1
+
+
+def test_embedded_sequences_are_short():
+    limits = {"embedded_translation": (64, 48), "embedded_qa": (96, 32), "embedded_code": (48, 40)}
+    for name, (inputs, targets) in limits.items():
+        _, rows, _, _ = read(name, "test")
+        assert max(len(row["inputs"]) for row in rows) <= inputs
+        assert max(len(row["targets"]) for row in rows) <= targets
+
+
+def test_pretraining_has_documents_only():
+    task, rows, texts, _ = read("embedded_pretraining", "test")
+    assert set(task.output_features) == {"targets"}
+    assert len(rows) > 50
+    for row, text in zip(rows, texts, strict=True):
+        assert embedded.VOCABULARY.tokenizer.decode(row["targets"].tolist()) == text
+    assert any("\n    " in text for text in texts)
+
+
+def test_T35_no_text_becomes_a_special_token_of_the_embedded_vocabulary():
+    tokenizer = embedded.VOCABULARY.tokenizer
+    pieces = [tokenizer.id_to_piece(i) for i in range(6)]
+    assert pieces == ["<pad>", "</s>", "<s>", "<unk>", "<mask>", "<sep>"]
+    assert tokenizer.get_piece_size() == vocabularies.EMBEDDED_SIZE
+    assert tokenizer.piece_to_id("\n") > 5
+    assert tokenizer.piece_to_id("<extra_id_31>") > 5
+    # T35: text that spells a special token must not become one.
+    text = "a <mask> <sep> </s> <extra_id_0>\n\tif x_1 != {'é': 10}:  # ok\n"
+    tokens = tokenizer.encode(text)
+    assert min(tokens) > 5
+    assert tokenizer.piece_to_id("<extra_id_0>") not in tokens
+    assert tokenizer.decode(tokens) == text
+
+
+def test_training_a_vocabulary_is_reproducible(tmp_path):
+    texts = [example.inputs for example in embedded_qa.examples()["train"][:400]] + ["if x:\n    return y"] * 5
+    for name in ("a", "b"):
+        vocabularies.train_vocabulary(texts, tmp_path / name / "m.model", 500)
+    assert (tmp_path / "a/m.model").read_bytes() == (tmp_path / "b/m.model").read_bytes()
+    assert sorted(os.listdir(tmp_path / "a")) == ["m.model"]
+
+
+@pytest.mark.usefixtures("mixed")
+def test_local_mbpp_has_unix_lines_and_runnable_tests():
+    task, rows, texts, references = read("local_mbpp", "train")
+    assert len(rows) == 2
+    assert texts[0] == "def f(x):\n\treturn x + 1"
+    assert references[0]["tests"] == ["assert f(1) == 2", "assert f(0) == 1"]
+    assert rows[0]["inputs_pretokenized"].decode() == (
+        "You are an expert Python programmer, and here is your task: Write a function to add one. Your code should "
+        "pass these tests:\n\nassert f(1) == 2\nassert f(0) == 1\n[BEGIN]\n"
+    )
+    assert task.metric_fns[0](references, texts)["pass_at_1"] == 100
+    assert [len(read("local_mbpp", split)[1]) for split in ("validation", "test")] == [1, 2]
+
+
+@pytest.mark.usefixtures("mixed")
+def test_local_squad_keeps_the_answer_inside_the_window():
+    for split in ("train", "validation"):
+        _, rows, texts, references = read("local_squad", split)
+        question, context = rows[0]["inputs_pretokenized"].decode().split(" context: ")
+        assert question == "question: When was the tower finished?"
+        assert len(context) <= extractive_qa.CONTEXT_CHARACTERS
+        assert "1889" in context  # at evaluation found by the question's words, not by the answer
+        assert (texts, references) == (["1889"], [{"answers": ["1889"]}])
+
+
+def test_squad_window_of_one_endless_sentence_still_holds_the_answer():
+    context = "x " * 2000 + "answer " + "y " * 2000
+    start = context.index("answer")
+    found = extractive_qa.window(context, "?", (start, start + 6), limit=300)
+    assert "answer" in found
+    assert len(found) <= 300
+    assert extractive_qa.window("short.", "?", None) == "short."
+
+
+@pytest.mark.usefixtures("mixed")
+def test_local_translation_drops_held_out_sentences_from_training():
+    _, rows, texts, _ = read("local_tatoeba_en_fr", "train")
+    assert texts == ["Je suis malade."]
+    assert rows[0]["inputs_pretokenized"] == b"translate English to French: I am ill."
+
+
+@pytest.mark.usefixtures("mixed")
+def test_local_pretraining_splits_are_disjoint():
+    train, held_out = (set(read("local_pretraining", split)[2]) for split in ("train", "validation"))
+    assert len(train) > 450
+    assert held_out
+    assert not train & held_out
+    functions = read("local_python_functions", "train")
+    assert functions[2][0].startswith("def f")
+    assert "\r" not in "".join(functions[2])
+
+
+def test_a_missing_data_folder_is_one_sentence(monkeypatch):
+    monkeypatch.delenv("DIFFUSION_LM_DATA", raising=False)
+    monkeypatch.delenv("DIFFUSION_LM_VOCABULARY", raising=False)
+    with pytest.raises(ConfigError, match="need a vocabulary"):
+        vocabularies.mixed_model()
+    with pytest.raises(ConfigError, match="DIFFUSION_LM_DATA"):
+        next(iter(code_synthesis.read_local_mbpp("train")))
+
+
+@pytest.mark.usefixtures("mixed")
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("wmt14_en_fr", "validation"),
+        ("squad_v1_1", "train"),
+        ("mbpp", "test"),
+        ("c4", "train"),
+        ("mc4_fr", "train"),
+        ("python_code", "train"),
+    ],
+)
+def test_tfds_tasks_on_mock_data(name, split, monkeypatch):
+    # Mock data has no recorded split sizes, which SeqIO asks for in order to decide about in-memory caching.
+    monkeypatch.setattr(seqio.LazyTfdsLoader, "size", lambda self, dataset_split: 4)
+    with tfds.testing.mock_data(num_examples=4):
+        task, rows, _, references = read(name, split)
+    assert 0 < len(rows) <= 4
+    for row, reference in zip(rows, references, strict=True):
+        assert set(task.output_features) <= set(row)
+        assert row["targets"].ndim == 1
+        if name == "squad_v1_1":
+            assert reference["answers"]
+        if name == "mbpp":
+            assert set(reference) == {"setup", "tests"}
+            assert row["inputs_pretokenized"].endswith(b"\n[BEGIN]\n")
+        json.dumps(reference)
+
+
+def test_mbpp_builder_refuses_another_file(tmp_path):
+    file = tmp_path / "mbpp.jsonl"
+    file.write_text('{"task_id": 1}\n')
+
+    class Downloads:
+        def download(self, url):
+            assert url.endswith("mbpp.jsonl")
+            return file
+
+    builder = tfds_builders.Mbpp(data_dir=str(tmp_path / "tfds"))
+    with pytest.raises(ValueError, match="the source has changed"):
+        builder._split_generators(Downloads())

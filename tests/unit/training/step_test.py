@@ -1,0 +1,202 @@
+"""One update: microbatches, denominators, noise, empty batches, moving average, sharing of compiled programs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_stubs import AUTOREGRESSIVE, DIFFUSION, ONE_DEVICE, RaggedRows, nano
+
+from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import LossTerms
+from diffusion_lm.objectives.base import Needs
+from diffusion_lm.parallel.rules import LogicalRules
+from diffusion_lm.training.optimizers import Adafactor, AdamW
+from diffusion_lm.training.schedules import Constant, Cosine
+from diffusion_lm.training.step import make_program, train_step
+
+OBJECTIVES = pytest.mark.parametrize("objective", [AUTOREGRESSIVE, DIFFUSION], ids=["ar", "diffusion"])
+RATE = np.float32(1.0)
+
+
+class PlainGradient:
+    """An optimizer whose direction is the gradient itself, so that one step at rate 1 shows it."""
+
+    schedule = Constant(1.0)
+
+    def transformation(self, axes):
+        import optax
+
+        return optax.identity()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+    """As above, configurable as an optimizer."""
+
+    schedule: object = Constant(1.0)
+
+    def transformation(self, axes):
+        return PlainGradient().transformation(axes)
+
+
+def _program(objective=DIFFUSION, optimizer=Sgd(), model=None, **settings):
+    return make_program(
+        model or nano(), objective, optimizer, **({"mesh": ONE_DEVICE, "rules": LogicalRules()} | settings)
+    )
+
+
+def _gradient(objective, batch, seed=0, model=None, **settings):
+    """Returns (gradient, StepStats) of one step from fixed parameters."""
+    program = _program(objective, model=model, **settings)
+    state = program.init(jax.random.key(7))
+    before = jax.tree.map(np.asarray, state.params)
+    after, stats = program.step(state, batch, jax.random.key(seed), RATE)
+    return jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params), jax.device_get(stats)
+
+
+def _assert_same(a, b, atol=1e-6):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
+@OBJECTIVES
+def test_T10_local_denominator(objective):
+    """Ragged rows: four microbatches give the gradient of the whole batch. A mean of four means would not."""
+    batch = RaggedRows().batch(0, 8)
+    whole, stats = _gradient(objective, batch)
+    split, split_stats = _gradient(objective, batch, microbatches=4)
+    _assert_same(whole, split)
+    np.testing.assert_allclose(split_stats.terms.loss, stats.terms.loss, rtol=1e-6)
+    assert split_stats.terms.weight == stats.terms.weight == batch.loss_weights.sum()
+    assert set(split_stats.terms.metrics) == set(stats.terms.metrics) != set()
+    weights = batch.loss_weights.reshape(2, 4, -1).sum((0, 2))
+    assert weights.max() > 1.2 * weights.min(), "the microbatches must be ragged for this test to mean something"
+
+
+@OBJECTIVES
+def test_gradient_is_the_quotient_of_the_sums(objective):
+    batch, model = RaggedRows().batch(0, 4), nano()
+    params = model.init(jax.random.key(7))
+
+    def loss(params):
+        terms = objective.loss(BoundModel(model, params), batch, StreamKeys.create(0), train=True)
+        return terms.loss_sum / batch.loss_weights.sum()
+
+    got, stats = _gradient(objective, batch)
+    expected = jax.grad(loss)(params)
+    _assert_same(got, expected)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(expected)))
+    np.testing.assert_allclose(stats.grad_norm, norm, rtol=1e-4)
+    assert stats.tokens == (batch.segment_ids > 0).sum()
+
+
+def test_T26_same_key_every_microbatch():
+    """With dropout too, four microbatches see the noise of the whole batch, not one noise four times."""
+    batch, model = RaggedRows().batch(0, 8), nano(dropout_rate=0.2)
+    whole, stats = _gradient(DIFFUSION, batch, model=model)
+    split, split_stats = _gradient(DIFFUSION, batch, model=model, microbatches=4)
+    _assert_same(whole, split)
+    np.testing.assert_allclose(split_stats.terms.loss, stats.terms.loss, rtol=1e-6)
+
+
+def test_noise_is_fresh_at_every_step_and_seed():
+    batch, program = RaggedRows().batch(0, 4), _program()
+    losses = []
+    for seed, step in [(0, 0), (0, 0), (0, 1), (1, 0)]:
+        state = program.init(jax.random.key(7))
+        state = state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding))
+        _, stats = program.step(state, batch, jax.random.key(seed), RATE)
+        losses.append(float(stats.terms.loss))
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor()], ids=["adamw", "adafactor"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_T15_nothing_scored(optimizer, microbatches):
+    """A batch without a scored token: loss 0, finite everything, and an update that changes nothing."""
+    program = _program(optimizer=optimizer, microbatches=microbatches, ema_decay=0.9)
+    state, _ = program.step(program.init(jax.random.key(0)), RaggedRows().batch(0, 4), jax.random.key(0), RATE)
+    before = jax.tree.map(np.asarray, state)
+    after, stats = program.step(state, RaggedRows(scored=False).batch(1, 4), jax.random.key(0), RATE)
+    assert float(stats.terms.loss) == 0.0
+    assert float(stats.grad_norm) == 0.0
+    assert int(after.step) == int(before.step) + 1
+    for old, new in zip(jax.tree.leaves(before.replace(step=0)), jax.tree.leaves(after.replace(step=0)), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroOverZero:
+    """An objective whose gradient is NaN where nothing is scored."""
+
+    def needs(self) -> Needs:
+        return Needs(visibility="full")
+
+    def loss(self, model, batch, keys, *, train=True) -> LossTerms:
+        weight = jnp.sum(batch.loss_weights)
+        return LossTerms(jnp.sqrt(weight * jnp.sum(model.params["final_norm"]["scale"])), weight)
+
+
+def test_T15_a_nan_gradient_of_an_empty_batch_does_not_reach_the_parameters():
+    program = _program(ZeroOverZero(), AdamW())
+    state = program.init(jax.random.key(0))
+    state, _ = program.step(state, RaggedRows(scored=False).batch(0, 4), jax.random.key(0), RATE)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
+
+
+def test_ema_follows_its_closed_form():
+    program, decay = _program(optimizer=AdamW(), ema_decay=0.75), 0.75
+    state = program.init(jax.random.key(0))
+    expected = np.asarray(state.params["final_norm"]["scale"])
+    for step in range(3):
+        state, _ = program.step(state, RaggedRows().batch(step, 4), jax.random.key(0), np.float32(0.1))
+        expected = decay * expected + (1 - decay) * np.asarray(state.params["final_norm"]["scale"])
+        np.testing.assert_allclose(state.ema["final_norm"]["scale"], expected, rtol=1e-6)
+    assert state.final_params is state.ema
+    assert not np.allclose(expected, state.params["final_norm"]["scale"])
+
+
+def test_adopted_parameters_survive_the_donation_of_the_state():
+    program = _program(optimizer=AdamW(), ema_decay=0.9)
+    given = nano().init(jax.random.key(3))
+    state, _ = program.step(program.adopt(given), RaggedRows().batch(0, 4), jax.random.key(0), RATE)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(given))
+    assert int(state.step) == 1
+
+
+def test_the_state_is_donated():
+    program = _program(optimizer=AdamW())
+    state = program.init(jax.random.key(0))
+    leaf = state.params["embed"]["tokens"]
+    program.step(state, RaggedRows().batch(0, 4), jax.random.key(0), RATE)
+    assert leaf.is_deleted()
+
+
+def test_runs_that_differ_in_schedule_or_seed_share_one_compiled_step():
+    one = _program(optimizer=AdamW(schedule=Cosine(peak=1e-3)))
+    other = _program(model=nano(), optimizer=AdamW(schedule=Constant(peak=2e-3)))
+    assert one is other
+    assert _program(optimizer=AdamW(b1=0.8)) is not one
+    before = one.step._cache_size()
+    for seed, rate in [(0, 1e-3), (1, 2e-3), (2, 3e-3)]:
+        one.step(one.init(jax.random.key(seed)), RaggedRows().batch(seed, 4), jax.random.key(seed), np.float32(rate))
+    assert one.step._cache_size() <= before + 1
+
+
+def test_the_learning_rate_scales_the_update():
+    batch, program = RaggedRows().batch(0, 4), _program()
+    moved = []
+    for rate in (0.5, 1.0):
+        state = program.init(jax.random.key(7))
+        before = np.asarray(state.params["final_norm"]["scale"])
+        after, _ = program.step(state, batch, jax.random.key(0), np.float32(rate))
+        moved.append(np.asarray(after.params["final_norm"]["scale"]) - before)
+    np.testing.assert_allclose(2 * moved[0], moved[1], atol=1e-6)
+
+
+def test_the_step_is_pure():
+    assert train_step.__closure__ is None
