@@ -1,6 +1,7 @@
 """The flags that verbs share, and from them to a configuration."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +70,12 @@ def split_gin_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     return rest, bindings
 
 
-def load_config(arguments: argparse.Namespace) -> "Config":
-    """Returns the configuration that the flags name."""
+def load_config(arguments: argparse.Namespace, *, macros: Sequence[str] = ()) -> "Config":
+    """Returns the configuration that the flags name; `macros` are those that the verb will build by name."""
     from diffusion_lm.cli import config
     from diffusion_lm.cli.search_path import split_search_path
 
-    return config.load(arguments.gin_file, arguments.gin, split_search_path(arguments.gin_search_path))
+    return config.load(arguments.gin_file, arguments.gin, split_search_path(arguments.gin_search_path), macros=macros)
 
 
 def record_config(loaded: "Config", workdir: Path, *, claimed_by: str) -> None:

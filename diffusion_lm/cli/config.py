@@ -59,6 +59,10 @@ class Config:
         """Returns whether some binding is for `target`, which is how a gin file says what it configures."""
         return any(binding.target is target for binding in self.bindings)
 
+    def defines(self, macro: str) -> bool:
+        """Returns whether some file or flag defines a macro."""
+        return (macro, "", "") in self.current
+
     def build(self, target: type[T]) -> T:
         """Returns the configured object of class `target`, after checking that every binding mattered.
 
@@ -76,7 +80,7 @@ class Config:
 
     def build_macro(self, name: str) -> Any:
         """Returns the value of a macro, its references built; checks and errors as in `build`."""
-        if (name, "", "") not in self.current:
+        if not self.defines(name):
             raise ConfigError(
                 f"the gin files do not define the macro {name}",
                 where=", ".join(str(path) for path in self.files[:3]),

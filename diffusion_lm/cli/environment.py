@@ -37,10 +37,12 @@ class Terminated(BaseException):
 
 
 def prepare() -> None:
-    """Sets what must be set before JAX and TensorFlow are imported; what the user set stays."""
+    """Sets what must be set before JAX and TensorFlow are imported; environment variables that are set stay."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    absl_logging = importlib.import_module("absl.logging")  # Orbax and SeqIO log through it
+    absl_logging.set_verbosity(absl_logging.ERROR)
     folder = compile_cache_folder()
     if folder is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))

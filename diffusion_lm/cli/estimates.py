@@ -7,11 +7,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import ShardingRow, batch_divisor, sharding_table
 from diffusion_lm.training.optimizers import decay_mask
 from diffusion_lm.training.run import TrainRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The parameters of a network on a mesh.
+
+    Attributes:
+      parameters: count by part, without the total.
+      total_parameters: their sum.
+      devices: number of devices.
+      mesh: size of each mesh axis.
+      rows: one row per array: shape, logical axes, sharding, bytes per device.
+      decays: name of each array -> whether weight decay applies to it.
+    """
+
+    parameters: dict[str, int]
+    total_parameters: int
+    devices: int
+    mesh: dict[str, int]
+    rows: list[ShardingRow]
+    decays: dict[str, bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +66,7 @@ class Estimate:
     """The cost of one training run.
 
     Attributes:
-      parameters: count by part, without the total.
-      total_parameters: their sum.
-      devices: number of devices that the figures below are for.
-      mesh: size of each mesh axis.
-      rows: one row per array: shape, logical axes, sharding, bytes per device.
-      decays: name of each array -> whether weight decay applies to it.
+      layout: where its parameters lie.
       forward_flops_per_token: matmul FLOPs of one forward pass per token.
       train_flops_per_token: of a step: three times that for each forward pass of the objective.
       passes: forward passes of a step.
@@ -58,12 +75,7 @@ class Estimate:
       memory: bytes per device.
     """
 
-    parameters: dict[str, int]
-    total_parameters: int
-    devices: int
-    mesh: dict[str, int]
-    rows: list[ShardingRow]
-    decays: dict[str, bool]
+    layout: Layout
     forward_flops_per_token: float
     train_flops_per_token: float
     passes: int
@@ -77,6 +89,32 @@ class Estimate:
         return self.train_flops_per_token * self.tokens_per_step
 
 
+def layout(model: Architecture, mesh: MeshSpec, rules: LogicalRules, devices: int | None = None) -> Layout:
+    """Returns where the parameters of `model` lie on `devices` devices (default: the fewest that the mesh allows).
+
+    Raises:
+      ConfigError: the mesh does not fit that number of devices.
+    """
+    devices = devices or smallest_device_count(mesh)
+    sizes = mesh.sizes(devices)
+    axes = model.logical_axes()
+    counts = dict(model.count_parameters())
+    total = counts.pop("total", sum(counts.values()))
+    decays = jax.tree_util.tree_leaves_with_path(decay_mask(axes))
+    return Layout(
+        parameters=counts,
+        total_parameters=total,
+        devices=devices,
+        mesh=sizes,
+        rows=sharding_table(axes, model.abstract_params(), rules, _abstract_mesh(sizes)),
+        decays={jax.tree_util.keystr(path, simple=True, separator="/"): bool(value) for path, value in decays},
+    )
+
+
+def _abstract_mesh(sizes: dict[str, int]) -> Any:
+    return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
 def smallest_device_count(mesh: MeshSpec) -> int:
     """Returns the fewest devices that a mesh can be laid over."""
     return math.prod(size for size in dataclasses.astuple(mesh) if size != -1)
@@ -88,31 +126,22 @@ def estimate(run: TrainRun, devices: int | None = None) -> Estimate:
     Raises:
       ConfigError: the mesh does not fit that number of devices.
     """
-    devices = devices or smallest_device_count(run.mesh)
-    sizes = run.mesh.sizes(devices)
-    mesh: Any = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    axes, abstract = run.model.logical_axes(), run.model.abstract_params()
-    rows = sharding_table(axes, abstract, run.rules, mesh)
-    counts = dict(run.model.count_parameters())
-    total = counts.pop("total", sum(counts.values()))
-    passes = run.objective.needs().passes
-    forward = _forward_flops(run)
-    encoder_length = run.data.encoder_length or 0
-    decays = jax.tree_util.tree_leaves_with_path(decay_mask(axes))
+    placed = layout(run.model, run.mesh, run.rules, devices)
+    passes, forward = run.objective.needs().passes, _forward_flops(run)
     return Estimate(
-        parameters=counts,
-        total_parameters=total,
-        devices=devices,
-        mesh=sizes,
-        rows=rows,
-        decays={jax.tree_util.keystr(path, simple=True, separator="/"): bool(value) for path, value in decays},
+        layout=placed,
         forward_flops_per_token=forward,
         train_flops_per_token=3.0 * passes * forward,
         passes=passes,
         tokens_per_step=run.batch_size * run.data.row_length,
-        encoder_tokens_per_step=run.batch_size * encoder_length,
-        memory=_memory(run, rows, abstract, axes, sizes, batch_divisor(run.rules, mesh), passes),
+        encoder_tokens_per_step=run.batch_size * (run.data.encoder_length or 0),
+        memory=_memory(run, placed, passes),
     )
+
+
+def train_flops_per_step(run: TrainRun) -> float:
+    """Returns the matmul FLOPs of one training step over all devices: three forward passes' worth for each pass."""
+    return 3.0 * run.objective.needs().passes * _forward_flops(run) * run.batch_size * run.data.row_length
 
 
 def _forward_flops(run: TrainRun) -> float:
@@ -122,14 +151,13 @@ def _forward_flops(run: TrainRun) -> float:
     return run.model.flops_per_token(run.data.row_length)
 
 
-def _memory(
-    run: TrainRun, rows: list[ShardingRow], abstract: Any, axes: Any, sizes: dict[str, int], divisor: int, passes: int
-) -> Memory:
+def _memory(run: TrainRun, placed: Layout, passes: int) -> Memory:
+    rows, axes = placed.rows, run.model.logical_axes()
     parameters = sum(row.bytes_per_device for row in rows)
     # Gradients are float32 whatever the parameters are stored in.
     gradients = sum(row.bytes_per_device // jnp.dtype(row.dtype).itemsize * 4 for row in rows)
     share = {row.shape: row.bytes_per_device / (math.prod(row.shape) * jnp.dtype(row.dtype).itemsize) for row in rows}
-    state = jax.eval_shape(run.optimizer.transformation(axes).init, abstract)
+    state = jax.eval_shape(run.optimizer.transformation(axes).init, run.model.abstract_params())
     optimizer = sum(
         math.ceil(leaf.size * leaf.dtype.itemsize * share.get(tuple(leaf.shape), 1.0))
         for leaf in jax.tree.leaves(state)
@@ -139,13 +167,13 @@ def _memory(
         ema=0 if run.ema_decay is None else parameters,
         optimizer=optimizer,
         gradients=gradients * (1 if run.microbatches == 1 else 2),
-        activations=_activations(run, sizes, divisor, passes),
+        activations=_activations(run, placed.mesh, passes),
     )
 
 
-def _activations(run: TrainRun, sizes: dict[str, int], divisor: int, passes: int) -> int:
+def _activations(run: TrainRun, sizes: dict[str, int], passes: int) -> int:
     spec = run.model.spec
-    rows = math.ceil(run.batch_size / run.microbatches / divisor)
+    rows = math.ceil(run.batch_size / run.microbatches / batch_divisor(run.rules, _abstract_mesh(sizes)))
     item, tensor = jnp.dtype(spec.dtype).itemsize, sizes["tensor"]
     length = math.ceil(run.data.row_length / sizes["sequence"])
     source = math.ceil((run.data.encoder_length or 0) / sizes["sequence"])

@@ -2,6 +2,8 @@
 comparison, parameters, shapes, shardings, FLOPs, and the memory that training needs on each device."""
 
 import argparse
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from diffusion_lm.cli import output
@@ -22,9 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns all that it printed."""
+    from diffusion_lm.cli.estimates import estimate
     from diffusion_lm.recipes.comparison import Comparison
+    from diffusion_lm.training.run import TrainRun
 
-    loaded = load_config(arguments)
+    loaded = load_config(arguments, macros=["MODEL"])
+    if not (loaded.binds(Comparison) or loaded.binds(TrainRun)) and loaded.defines("MODEL"):
+        return _explain_model(loaded.build_macro("MODEL"), arguments.devices)
     root = build_root(loaded)
     if not arguments.no_config:
         output.say(loaded.resolved())
@@ -34,12 +40,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         runs = _distinct_runs(root)
     else:
         runs = {"run": root}
+    costs = {name: estimate(one, arguments.devices) for name, one in runs.items()}
     shown: list[Any] = []
-    result["runs"] = {}
     for name, one in runs.items():
-        model = (one.model, one.optimizer, one.mesh, one.rules)
-        result["runs"][name] = _explain_run(name, one, arguments.devices, show_model=model not in shown)
-        shown.append(model)
+        model = (one.model, one.mesh, one.rules)
+        if model not in shown:
+            _print_model(one.model, costs[name].layout, getattr(one.optimizer, "weight_decay", 0.0) > 0)
+            shown.append(model)
+    if len(runs) == 1:
+        _print_step(*next(iter(runs.items())), next(iter(costs.values())))
+    else:
+        _print_steps(runs, costs)
+    result["runs"] = {name: _data(one, costs[name]) for name, one in runs.items()}
     return result
 
 
@@ -66,22 +78,22 @@ def _explain_comparison(comparison: Any) -> dict[str, Any]:
         )
     output.heading(f"{comparison.title or comparison.name}: stages, each run once")
     output.table(
-        ["stage", "starts from", "objective", "steps", "tokens", "FLOPs", "arms"],
+        ["stage", "objective", "steps", "tokens", "FLOPs", "arms"],
         [
             [
-                stage["name"],
-                stage["initial"] or "scratch",
+                "  " * depth + stage["name"],
                 stage["objective"],
                 f"{stage['steps']:,}",
                 _short(stage["tokens"]),
                 output.flops(stage["flops"], unit=""),
-                ", ".join(stage["arms"]),
+                len(stage["arms"]),
             ]
-            for stage in stages
+            for depth, stage in _tree(stages, None)
         ],
-        right=[3, 4, 5],
-        fold=[6],
+        right=[2, 3, 4, 5],
+        fold=[],
     )
+    output.say("  An indented stage starts from the parameters of the one above it; arms: how many share it.")
     arms = [_arm(comparison, arm) for arm in comparison.arms]
     output.heading("arms")
     output.table(
@@ -115,6 +127,15 @@ def _explain_comparison(comparison: Any) -> dict[str, Any]:
     return {"name": comparison.name, "stages": stages, "arms": arms, "tasks": tasks, "flops": once}
 
 
+def _tree(stages: list[dict[str, Any]], parent: str | None, depth: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the stages depth first, each with its depth; one that starts from a checkpoint's path is a root."""
+    names = {stage["name"] for stage in stages}
+    for stage in stages:
+        if (stage["initial"] if stage["initial"] in names else None) == parent:
+            yield depth, stage
+            yield from _tree(stages, stage["name"], depth + 1)
+
+
 def _arm(comparison: Any, arm: Any) -> dict[str, Any]:
     path = {}
     for task in comparison.tasks:
@@ -132,9 +153,9 @@ def _arm(comparison: Any, arm: Any) -> dict[str, Any]:
 
 
 def _stage_flops(run: Any) -> float:
-    from diffusion_lm.cli.estimates import estimate
+    from diffusion_lm.cli.estimates import train_flops_per_step
 
-    return estimate(run).flops_per_step * run.steps
+    return train_flops_per_step(run) * run.steps
 
 
 def _distinct_runs(comparison: Any) -> dict[str, Any]:
@@ -142,24 +163,53 @@ def _distinct_runs(comparison: Any) -> dict[str, Any]:
     found: dict[Any, tuple[str, Any]] = {}
     for stage in sorted(comparison.stages, key=lambda stage: stage.run.steps == 0):
         run = stage.run
-        costs = (run.objective, run.optimizer, run.batch_size, run.microbatches, run.data.row_length)
+        optimizer = dataclasses.replace(run.optimizer, schedule=comparison.stages[0].run.optimizer.schedule)
+        costs = (run.objective, optimizer, run.batch_size, run.microbatches, run.data.row_length)
         kind = (run.model, *costs, run.mesh, run.rules)
         found.setdefault(kind, (stage.name, run))
     return dict(found.values())
 
 
-def _explain_run(name: str, run: Any, devices: int | None, *, show_model: bool) -> dict[str, Any]:
-    from diffusion_lm.cli.estimates import describe_rules, estimate
+def _explain_model(model: Any, devices: int | None) -> dict[str, Any]:
+    """Prints a network by itself, which presets of gin/models/ describe."""
+    from diffusion_lm.cli.estimates import layout
+    from diffusion_lm.parallel.mesh import MeshSpec
+    from diffusion_lm.parallel.rules import LogicalRules
 
-    cost = estimate(run, devices)
-    mesh = ", ".join(f"{axis} {size}" for axis, size in cost.mesh.items())
-    where = f"{cost.devices} device{'s' if cost.devices > 1 else ''} ({mesh})"
-    if show_model:
-        output.heading(f"{type(run.model).__name__}: arrays on {where}")
-        _print_arrays(run, cost)
-        output.heading(f"{type(run.model).__name__}: parameters")
-        parts = [(part, output.count(number)) for part, number in cost.parameters.items()]
-        output.facts([*parts, ("total", output.count(cost.total_parameters))])
+    placed = layout(model, MeshSpec(), LogicalRules(), devices)
+    _print_model(model, placed, with_decay=False)
+    return {"model": model, **output.plain(placed)}
+
+
+def _where(placed: Any) -> str:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in placed.mesh.items())
+    return f"{placed.devices} device{'s' if placed.devices > 1 else ''} ({mesh})"
+
+
+def _print_model(model: Any, placed: Any, with_decay: bool) -> None:
+    name = type(model).__name__
+    output.heading(f"{name}: arrays on {_where(placed)}")
+    rows = [
+        [
+            row.name,
+            "x".join(map(str, row.shape)),
+            ", ".join(axis or "-" for axis in row.axes),
+            row.spec,
+            output.size(row.bytes_per_device),
+            *(["yes" if placed.decays[row.name] else "no"] if with_decay else []),
+        ]
+        for row in placed.rows
+    ]
+    columns = ["array", "shape", "logical axes", "sharding", "per device", *(["decay"] if with_decay else [])]
+    output.table(columns, rows, right=[4], fold=[2])
+    for fallback in dict.fromkeys(text for row in placed.rows for text in row.fallbacks):
+        output.say(f"  note: {fallback}")
+    output.heading(f"{name}: parameters")
+    parts = [(part, output.count(number)) for part, number in placed.parameters.items()]
+    output.facts([*parts, ("total", output.count(placed.total_parameters))])
+
+
+def _print_step(name: str, run: Any, cost: Any) -> None:
     tokens = f"{run.batch_size} rows x {run.data.row_length} = {cost.tokens_per_step:,} tokens"
     if cost.encoder_tokens_per_step:
         tokens += f", and {cost.encoder_tokens_per_step:,} of the encoder"
@@ -173,7 +223,7 @@ def _explain_run(name: str, run: Any, devices: int | None, *, show_model: bool) 
             ("", f"{output.flops(cost.train_flops_per_token)} forward and backward, all passes"),
             ("FLOPs per step", output.flops(cost.flops_per_step)),
             ("whole run", f"{run.steps:,} steps, {output.flops(cost.flops_per_step * run.steps)}"),
-            ("memory", f"of each of {where}"),
+            ("memory", f"of each of {_where(cost.layout)}"),
             ("  parameters", output.size(memory.parameters)),
             *([("  moving average", output.size(memory.ema))] if memory.ema else []),
             ("  optimizer", output.size(memory.optimizer)),
@@ -182,29 +232,33 @@ def _explain_run(name: str, run: Any, devices: int | None, *, show_model: bool) 
             ("  total", f"{output.size(memory.total)} (estimate)"),
         ]
     )
+
+
+def _print_steps(runs: dict[str, Any], costs: dict[str, Any]) -> None:
+    """Prints the stages that differ in cost, one a line."""
+    rows = []
+    for name, run in runs.items():
+        cost, memory = costs[name], costs[name].memory
+        state = memory.parameters + memory.ema + memory.optimizer + memory.gradients
+        batch = f"{run.batch_size} x {run.data.row_length}" + (f" / {run.microbatches}" if run.microbatches > 1 else "")
+        sizes = [state, memory.activations, memory.total]
+        rows.append([name, batch, cost.passes, output.flops(cost.flops_per_step, unit=""), *map(output.size, sizes)])
+    output.heading(f"one training step, memory of each of {_where(next(iter(costs.values())).layout)}")
+    columns = ["stage", "batch", "passes", "FLOPs/step", "state", "activations", "total"]
+    output.table(columns, rows, right=range(1, 7), fold=[])
+    output.say(
+        "  FLOPs: forward and backward of all passes. state: parameters, optimizer, gradients. activations: estimate."
+    )
+
+
+def _data(run: Any, cost: Any) -> dict[str, Any]:
+    from diffusion_lm.cli.estimates import describe_rules
+
     plain = output.plain(cost)
+    plain |= plain.pop("layout")
     plain["flops_per_step"] = cost.flops_per_step
-    plain["memory"]["total"] = memory.total
+    plain["memory"]["total"] = cost.memory.total
     return plain | {"rules": describe_rules(run.rules), "steps": run.steps, "batch_size": run.batch_size}
-
-
-def _print_arrays(run: Any, cost: Any) -> None:
-    decays = getattr(run.optimizer, "weight_decay", 0.0)
-    rows = [
-        [
-            row.name,
-            "x".join(map(str, row.shape)),
-            ", ".join(axis or "-" for axis in row.axes),
-            row.spec,
-            output.size(row.bytes_per_device),
-            *(["yes" if cost.decays[row.name] else "no"] if decays else []),
-        ]
-        for row in cost.rows
-    ]
-    columns = ["array", "shape", "logical axes", "sharding", "per device", *(["decay"] if decays else [])]
-    output.table(columns, rows, right=[4], fold=[2])
-    for fallback in dict.fromkeys(text for row in cost.rows for text in row.fallbacks):
-        output.say(f"  note: {fallback}")
 
 
 def _short(number: float) -> str:

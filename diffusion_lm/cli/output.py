@@ -10,6 +10,9 @@ from typing import Any
 from diffusion_lm.core.files import write_text
 
 MAX_WIDTH = 100
+_GAP = 3
+_LEAST_FOLDED = 16
+"""Columns that fold keep this width, or the table grows."""
 
 
 def progress(text: str) -> None:
@@ -38,7 +41,7 @@ def table(
     right: Sequence[int] = (),
     fold: Sequence[int] | None = None,
 ) -> None:
-    """Prints rows of text, at most 100 columns wide.
+    """Prints rows of text, at most 100 columns wide where cells can be folded to that; nothing is ever cut.
 
     Args:
       columns: headings.
@@ -51,13 +54,17 @@ def table(
     from rich.text import Text
 
     grid = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    cells = [[str(cell) for cell in row] for row in rows]
+    needed = 0
     for number, name in enumerate(columns):
         justify: Any = "right" if number in right else "left"
         folds = number in fold if fold is not None else number > 0
+        widest = max(len(text) for text in (name, *(row[number] for row in cells)))
+        needed += (min(widest, _LEAST_FOLDED) if folds else widest) + _GAP
         grid.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not folds)
-    for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
-    console = _console()
+    for row in cells:
+        grid.add_row(*map(Text, row))
+    console = _console(at_least=needed)
     if console.is_terminal:
         console.print(grid)
         return
@@ -127,10 +134,9 @@ def flops(number: float, unit: str = "FLOP") -> str:
     return f"{number:.0f} {unit}".strip()
 
 
-def _console() -> Any:
+def _console(at_least: int = 0) -> Any:
     from rich.console import Console
 
-    console = Console(file=sys.stdout, highlight=False)
-    return Console(
-        file=sys.stdout, highlight=False, width=min(MAX_WIDTH, console.width) if console.is_terminal else MAX_WIDTH
-    )
+    console = Console(file=sys.stdout)
+    width = min(MAX_WIDTH, console.width) if console.is_terminal else MAX_WIDTH
+    return Console(file=sys.stdout, highlight=False, width=max(width, at_least))

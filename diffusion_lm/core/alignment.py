@@ -10,6 +10,10 @@ import jax.numpy as jnp
 class SamePosition:
     """The hidden state at slot i predicts token i (SUNDAE, AR2Diff, masked language models)."""
 
+    def slot_of(self, tokens: jax.Array) -> jax.Array:
+        """Returns the slots whose hidden states predict the tokens at these slots."""
+        return tokens
+
     def to_slots(self, values: jax.Array) -> jax.Array:
         """Moves per-token values [B,T] (targets, keys) to the slots that predict those tokens."""
         return values
@@ -26,6 +30,10 @@ class Shifted:
     Only [B,T] values move, never hidden states. Slot T - 1 is handed token 0, a conditioning token (every example opens
     with one), so what wraps around is never scored and never written; the same holds at the border of packed examples.
     """
+
+    def slot_of(self, tokens: jax.Array) -> jax.Array:
+        """Returns the slots before; what stands first is conditioning and is never asked for."""
+        return jnp.maximum(tokens - 1, 0)
 
     def to_slots(self, values: jax.Array) -> jax.Array:
         """Moves per-token values [B,T] one slot to the left."""

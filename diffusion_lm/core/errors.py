@@ -15,7 +15,9 @@ class ConfigError(ValueError):
 
     def __init__(self, what: str, *, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = what, where, fix
-        super().__init__(" ".join(part for part in (what + (f" ({where})" if where else "") + ".", fix) if part))
+        sentence = what + (f" ({where})" if where else "")
+        sentence += "" if sentence.endswith("?") else "."
+        super().__init__(f"{sentence} {fix}" if fix else sentence)
 
 
 def near_names(name: str, known: Iterable[str], limit: int = 3) -> str:

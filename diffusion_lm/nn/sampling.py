@@ -1,9 +1,10 @@
-"""Exact categorical draws in float32.
+"""Categorical draws whose tail is right in float32.
 
-The usual Gumbel-argmax is not exact there: a float32 uniform on a grid of 2^-23 cannot produce a Gumbel value above
-about 16, so unlikely tokens of a large vocabulary come out too rarely, as if by a hidden top-p. Inverting the
-cumulative distribution on two levels has no such cut, needs two uniforms a token instead of V, and adds up the small
-probabilities inside a block before it adds them to the large ones.
+The usual Gumbel-argmax is not: a float32 uniform on a grid of 2^-23 cannot produce a Gumbel value above about 16, so
+unlikely tokens of a large vocabulary come out too rarely, as if by a hidden top-p. Inverting the cumulative
+distribution on two levels needs two uniforms a token instead of V and adds up the small probabilities inside a block
+before it adds them to the large ones. What is left of rounding is absolute and small: each block's probability is off
+by at most about 2^-23, and so is each token's relative to its block (a token below 2^-24 of its block may be lost).
 """
 
 import math

@@ -87,7 +87,7 @@ def _arm_card(comparison: "Comparison", arm: "Arm") -> dict[str, Any]:
         "name": arm.name,
         "label": arm.label or arm.name,
         "family": arm.family,
-        "parameters": sum(stages[-1].run.model.count_parameters().values()),
+        "parameters": stages[-1].run.model.count_parameters()["total"],
         "train_tokens": sum(stage.train_tokens for stage in stages),
         "stages": [
             {

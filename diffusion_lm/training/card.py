@@ -94,7 +94,12 @@ def first_difference(there: Any, here: Any, name: str = "TrainRun") -> str | Non
             if difference:
                 return difference
         return None
-    return None if there == here else f"{name} is {_short(there)} there and {_short(here)} here"
+    if there == here:
+        return None
+    was, now = _short(there), _short(here)
+    if was == now:  # classes of one name in two modules, or long values that differ late
+        was, now = str(there), str(here)
+    return f"{name} is {was} there and {now} here"
 
 
 def _short(value: Any) -> str:

@@ -179,15 +179,16 @@ def restore_params(path: str | Path, *, step: int | None = None, like: Params | 
     item = folder / ("ema" if (folder / "ema").exists() else "params")
     shardings = {} if like is None else {name: (leaf.shape, leaf.sharding) for name, leaf in _named(like).items()}
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def abstract(key_path, leaf) -> jax.ShapeDtypeStruct:
+        shape, sharding = shardings.get(_name(key_path), (None, default))
+        placed: Sharding = sharding if shape == tuple(leaf.shape) else default
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+    # The handler, because the checkpointer's own `metadata` warns that items of a step have no file of their own.
+    stored: Any = ocp.StandardCheckpointHandler().metadata(item)
     with ocp.StandardCheckpointer() as reader:
-        stored = reader.metadata(item).item_metadata.tree
-
-        def abstract(key_path, leaf) -> jax.ShapeDtypeStruct:
-            shape, sharding = shardings.get(_name(key_path), (None, default))
-            placed: Sharding = sharding if shape == tuple(leaf.shape) else default
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-
-        return reader.restore(item, jax.tree_util.tree_map_with_path(abstract, stored))
+        return reader.restore(item, jax.tree_util.tree_map_with_path(abstract, stored.tree))
 
 
 def finished_steps(path: str | Path) -> list[int]:

@@ -124,6 +124,7 @@ class Log:
         self._display = _display(steps, step) if primary else _Silent()
         self._clock = Clock(step, window.tokens)
         self._pending: tuple[int, StepStats] | None = None
+        self._first = True
 
     def __enter__(self) -> "Log":
         return self
@@ -142,6 +143,8 @@ class Log:
 
     def push(self, step: int, stats: StepStats) -> None:
         """Takes the statistics of the update that was just dispatched, and fetches those of the one before it."""
+        if self._first:  # the first dispatch compiled the step, which says nothing about its speed (trap T55)
+            self._clock, self._first = Clock(step - 1, self.window.tokens), False
         self.drain()
         self._pending = (step, stats)
 
@@ -168,7 +171,7 @@ class Log:
         """Writes the row of one evaluation."""
         named = {f"{name}/{key}": value for key, value in values.items()}
         self._write({"step": step, "kind": "evaluation", **named, "timing": {f"{name}/seconds": seconds}})
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in list(values.items())[:4])  # the log has them all
         self._display.note(f"step {step}/{self._steps}  {name}  {numbers}")
 
     @contextlib.contextmanager

@@ -159,7 +159,9 @@ def _log(run: TrainRun, workdir: Path, start: Progress, resumed: int | None) -> 
         batch_size=run.batch_size,
         every=run.log_every,
         learning_rate=lambda step: run.optimizer.schedule.value(step, run.steps),
-        flops_per_token=metrics.train_flops_per_token(run.model, run.objective, run.data.row_length),
+        flops_per_token=metrics.train_flops_per_token(
+            run.model, run.objective, run.data.row_length, run.data.encoder_length
+        ),
         peak_flops=metrics.peak_flops(),
         step=start.step,
         window=start.window,

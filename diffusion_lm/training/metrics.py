@@ -121,9 +121,17 @@ class Clock:
         return timing
 
 
-def train_flops_per_token(architecture: Any, objective: Any, row_length: int) -> float:
-    """Returns the FLOPs of training on one token: forward and backward (3 x forward), for each forward pass."""
-    return 3.0 * objective.needs().passes * architecture.flops_per_token(row_length)
+def train_flops_per_token(architecture: Any, objective: Any, row_length: int, encoder_length: int | None) -> float:
+    """Returns the FLOPs of training on one token of the main stream: forward and backward (3 x forward), per pass.
+
+    Args:
+      architecture: the network.
+      objective: says how many forward passes a step makes.
+      row_length: T.
+      encoder_length: S, or None without an encoder; an encoder's work is shared out over the main stream's tokens.
+    """
+    source = {} if encoder_length is None else {"encoder_length": encoder_length}
+    return 3.0 * objective.needs().passes * architecture.flops_per_token(row_length, **source)
 
 
 def peak_flops() -> float | None:

@@ -159,9 +159,11 @@ class TrainRun:
     def identity(self) -> dict[str, Any]:
         """Returns the plain data that determines the run's numbers; what only says how it is executed is left out.
 
-        The number of steps is left out too where the schedule does not depend on it: such a run may be prolonged.
+        What stands in the data's files is part of it. The number of steps is not where the schedule does not depend on
+        it: such a run may be prolonged.
         """
         data = _without_execution(plain(self))
+        data["manifests"] = plain(getattr(self.data, "manifests", ()))
         if not self.optimizer.schedule.needs_total:
             del data["steps"]
         return data

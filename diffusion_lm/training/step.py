@@ -34,7 +34,7 @@ class StepStats:
     Attributes:
       terms: the batch's loss and metrics as sums.
       grad_norm: f32[], global norm of the gradient before clipping.
-      tokens: i32[], tokens of the batch that are not padding, those of an encoder included.
+      tokens: i32[], tokens of the main stream that are not padding.
     """
 
     terms: LossTerms
@@ -172,7 +172,7 @@ def train_step(
             ema = jax.tree.map(lambda e, p: (ema_decay * e + (1.0 - ema_decay) * p).astype(e.dtype), ema, params)
     updated = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
     kept = jax.tree.map(lambda new, old: jnp.where(scored, new, old), updated, state)
-    stats = StepStats(terms=terms, grad_norm=grad_norm, tokens=_count_tokens(batch))
+    stats = StepStats(terms=terms, grad_norm=grad_norm, tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32))
     return kept.replace(step=state.step + 1), stats
 
 
@@ -208,11 +208,6 @@ def sum_over_microbatches(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), zeros, parts)
     return sums
-
-
-def _count_tokens(batch: Batch) -> jax.Array:
-    count = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
-    return count if batch.encoder is None else count + jnp.sum(batch.encoder.segment_ids > 0, dtype=jnp.int32)
 
 
 def _state_shardings(abstract: TrainState, axes: Any, rules: LogicalRules, mesh: Mesh) -> Any:

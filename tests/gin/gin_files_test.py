@@ -7,6 +7,7 @@ import pytest
 from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
 from diffusion_lm.cli.bindings import Reference
+from diffusion_lm.cli.main import main
 from diffusion_lm.cli.search_path import packaged_folder
 from diffusion_lm.core.errors import ConfigError
 
@@ -21,6 +22,7 @@ STAND_INS = {
     "PEAK_LEARNING_RATE": "1e-3",
     "LEARNING_RATE": "1e-3",
     "TASK": "'embedded_translation'",
+    "INITIAL": "'runs/first'",
 }
 """Values of macros that a preset leaves to its user. A macro whose name ends in what follows needs no entry."""
 STAND_IN_ENDINGS = {"STEPS": "4", "STEPS_SMALL": "4", "STEPS_LARGE": "4", "EXAMPLES": "4", "LENGTH": "8", "WINDOW": "8"}
@@ -74,6 +76,9 @@ def test_there_are_files():
 def test_preset_is_checked_and_what_it_offers_can_be_built(name, tmp_path):
     loaded = load(tmp_path, *companions(name))
     assert loaded.bindings
+    if name.startswith("runs/"):
+        assert build_root(loaded) == build_root(loaded), "built twice, it must be equal"
+        return
     offers = [one.scope for one in loaded.current.values() if isinstance(one.value, Reference) and one.is_macro]
     for offer in offers:
         assert loaded.build_macro(offer) == loaded.build_macro(offer), "built twice, it must be equal"
@@ -127,6 +132,17 @@ def test_sizes_are_those_of_the_paper(size, model, total, tmp_path):
     loaded = load(tmp_path, f"models/{model}.gin", f"models/sizes/{size}.gin", macros={"VOCAB_SIZE": "256000"})
     counts = dict(loaded.build_macro("MODEL").count_parameters())
     assert counts.get("total", sum(counts.values())) == pytest.approx(total, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("both", "size", "shown"), [("decoder_only", "base", "281.6M (281,562,240)"), ("encoder_decoder", "base", "591")]
+)
+def test_explain_of_a_model_by_itself(both, size, shown, capsys):
+    size += "_encoder_decoder" if both == "encoder_decoder" else ""
+    files = [f"--gin_file=gin/models/{both}.gin", f"--gin_file=gin/models/sizes/{size}.gin"]
+    assert main(["explain", *files, "--gin.VOCAB_SIZE=256000"]) == 0
+    total = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["total"])
+    assert total.split(maxsplit=1)[1].startswith(shown)
 
 
 def test_gin_folder_does_not_shadow_the_package():

@@ -1,9 +1,11 @@
-"""Loss, gradient, update and decoded tokens do not depend on how eight devices are arranged."""
+"""Every layout and every sampler on eight devices: neither gradients nor decoded tokens depend on the mesh.
+
+The training step itself, with its microbatches, is in `training_test.py`.
+"""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,17 +22,16 @@ from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import make_constrain, place_batch, replicated, tree_shardings
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 from diffusion_lm.samplers.denoising import DenoisingSampler
-from diffusion_lm.training.optimizers import AdamW
-from diffusion_lm.training.step import make_program
 
 RULES = LogicalRules()
 ALONE = MeshSpec(data=1, fsdp=1)
-MESHES = [MeshSpec(data=8, fsdp=1), MeshSpec(fsdp=4, tensor=2), MeshSpec(data=2, fsdp=2, sequence=2)]
+MESHES = [MeshSpec(fsdp=4, tensor=2), MeshSpec(data=2, fsdp=2, sequence=2)]
 ROWS, LENGTH = 16, 12
 FIELDS = dict(vocab_size=50, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
 MODELS = {
-    "single_stream": SingleStream(TransformerSpec(**FIELDS, dropout_rate=0.1)),
-    "rope": SingleStream(TransformerSpec(**FIELDS, position="rope", mlp="swiglu", attention_scale="inverse_sqrt")),
+    "single_stream": SingleStream(
+        TransformerSpec(**FIELDS, position="rope", mlp="swiglu", attention_scale="inverse_sqrt", dropout_rate=0.1)
+    ),
     "encoder_decoder": EncoderDecoder(TransformerSpec(**FIELDS, encoder_layers=1, tied_embeddings=False)),
 }
 OBJECTIVES = {"autoregressive": Autoregressive(), "diffusion": Denoising()}
@@ -73,8 +74,9 @@ def _loss_and_gradient(model_name: str, objective_name: str, spec: MeshSpec):
 
 
 @pytest.mark.parametrize("spec", MESHES, ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "objective"), [("single_stream", "autoregressive"), ("encoder_decoder", "diffusion")]
+)
 def test_T27_loss_and_gradient_do_not_depend_on_the_mesh(model, objective, spec):
     value, gradient = _loss_and_gradient(model, objective, spec)
     expected, expected_gradient = _loss_and_gradient(model, objective, ALONE)
@@ -86,22 +88,6 @@ def test_parameters_are_split_over_the_mesh():
     _, gradient = _loss_and_gradient("single_stream", "autoregressive", MeshSpec(fsdp=4, tensor=2))
     shares = {leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(gradient)}
     assert 8 in shares, "no parameter is split over all eight devices"
-
-
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("spec", MESHES, ids=str)
-def test_T10_step_does_not_depend_on_mesh_and_microbatches(spec, microbatches):
-    def stats(mesh, microbatches):
-        program = make_program(
-            MODELS["single_stream"], OBJECTIVES["diffusion"], AdamW(), mesh=mesh, rules=RULES, microbatches=microbatches
-        )
-        state, key = program.init(jax.random.key(1)), jax.random.key(0)
-        return program.step(state, place_batch(_batch(), RULES, program.mesh), key, jnp.float32(1e-3))[1]
-
-    one, expected = stats(spec, microbatches), stats(MeshSpec(data=1, fsdp=8), 1)
-    np.testing.assert_allclose(one.terms.loss, expected.terms.loss, rtol=1e-5)
-    np.testing.assert_allclose(one.grad_norm, expected.grad_norm, rtol=1e-5)
-    assert one.terms.weight == expected.terms.weight == _batch().loss_weights.sum()
 
 
 @pytest.mark.parametrize(

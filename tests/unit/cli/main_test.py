@@ -172,6 +172,7 @@ def test_doctor_passes_here(tmp_path, capsys, monkeypatch):
 def test_doctor_fails_where_a_check_does(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIFFUSION_LM_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("DIFFUSION_LM_COMPILE_CACHE", "off")
     assert main(["doctor", "--no_tasks"]) == environment.EXIT_FAILED
     out = capsys.readouterr().out
     assert any(line.split()[:3] == ["FAIL", "data", "folder"] for line in out.splitlines())
@@ -192,6 +193,8 @@ def test_tables_are_plain_and_fit_when_piped(capsys):
     assert all(len(line) <= output.MAX_WIDTH and line == line.rstrip() for line in lines)
     assert "[not markup]" in lines[-1]
     assert not any("\x1b" in line for line in lines)
+    output.table(["name", "value"], [["a" * 90, "b" * 60]], fold=[])
+    assert "b" * 60 in capsys.readouterr().out, "a table that cannot be folded grows"
 
 
 def test_write_result_turns_configured_objects_into_data():

@@ -356,3 +356,19 @@ def fails_after_progress(capsys, *argv):
     captured = capsys.readouterr()
     assert captured.out == ""
     return next(line for line in captured.err.splitlines() if line.startswith("error: "))
+
+
+def test_failed_start_leaves_no_stale_configuration(tmp_path):
+    import types
+
+    from diffusion_lm.cli.arguments import RESOLVED, record_config
+
+    def loaded(text):
+        return types.SimpleNamespace(resolved=lambda: text)
+
+    record_config(loaded("wrong"), tmp_path, claimed_by="run_card.json")
+    record_config(loaded("right"), tmp_path, claimed_by="run_card.json")
+    assert (tmp_path / RESOLVED).read_text() == "right"
+    (tmp_path / "run_card.json").write_text("{}")
+    record_config(loaded("another"), tmp_path, claimed_by="run_card.json")
+    assert (tmp_path / RESOLVED).read_text() == "right"

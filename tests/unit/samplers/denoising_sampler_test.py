@@ -11,6 +11,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn.masks import Full
+from diffusion_lm.noise.corruption import UniformCorruption
 from diffusion_lm.samplers.denoising import DenoisingSampler
 from diffusion_lm.samplers.stopping import settled
 
@@ -19,6 +20,8 @@ PROMPT = stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [8, 3, 6, 5], 11))
 TARGET = np.asarray(PROMPT.target_mask)
 # Ends that the network practically never writes leave the whole window to look at.
 NO_END = {"eos_id": 41, "pad_id": 42}
+# Noise without the tokens of `prefer`'s chains, so that every position starts at their beginning.
+LOW_NOISE = UniformCorruption(vocab_size=10)
 
 
 def prefer(*tokens, strength=30.0):
@@ -34,7 +37,7 @@ def prefer(*tokens, strength=30.0):
 def test_every_target_token_is_redrawn_in_every_step():
     """The map 10 -> 11 -> 12 advances one station a step, at all positions together."""
     for steps, token in ((1, 10), (2, 11), (3, 12)):
-        sampler = DenoisingSampler(steps=steps, candidates=2, early_exit=False)
+        sampler = DenoisingSampler(steps=steps, candidates=2, early_exit=False, start=LOW_NOISE)
         decoded = stubs.generate(sampler, prefer(10, 11, 12), PROMPT, KEYS)
         assert (np.asarray(decoded.tokens)[TARGET] == token).all()
         np.testing.assert_array_equal(np.asarray(decoded.tokens)[~TARGET], np.asarray(PROMPT.tokens)[~TARGET])
@@ -104,7 +107,7 @@ def test_T44_honest_nfe():
     np.testing.assert_array_equal(decoded.forward_passes, [6] * 4)
 
     model = stubs.counting(prefer(10, 11, 12))
-    decoded = stubs.generate(DenoisingSampler(steps=9, candidates=2), model, PROMPT, KEYS)
+    decoded = stubs.generate(DenoisingSampler(steps=9, candidates=2, start=LOW_NOISE), model, PROMPT, KEYS)
     assert model.count() == 4, "10, 11, 12 and the step that finds nothing to change"
     np.testing.assert_array_equal(decoded.forward_passes, [8] * 4)
     assert (np.asarray(decoded.tokens)[TARGET] == 12).all()
@@ -240,7 +243,7 @@ def test_encoder_decoder_candidates_see_their_own_prompts_source():
 
 
 def test_the_trace_holds_every_canvas_and_repeats_the_last():
-    sampler = DenoisingSampler(steps=7, candidates=2, keep_trace=True)
+    sampler = DenoisingSampler(steps=7, candidates=2, keep_trace=True, start=LOW_NOISE)
     decoded = stubs.generate(sampler, prefer(10, 11, 12), PROMPT, KEYS)
     trace = np.asarray(decoded.trace.tokens)
     assert trace.shape == (7, 4, 11)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import struct
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from diffusion_lm.training import metrics
 from diffusion_lm.training.hooks import Log
 from diffusion_lm.training.metrics import Clock, Window, clock_time, row_summary, short_number
 from diffusion_lm.training.step import StepStats
-from diffusion_lm.training.writers import JsonlWriter, read_rows
+from diffusion_lm.training.writers import JsonlWriter, TensorBoardWriter, read_rows
 
 
 def _stats(loss, weight, accuracy=0.5):
@@ -150,3 +152,27 @@ def test_peak_flops_of_accelerators_and_of_this_cpu(monkeypatch):
     assert metrics.peak_flops() == 4 * 197e12, "the longest name that fits, not that of the v5p"
     Device.device_kind = "TPU v99"
     assert metrics.peak_flops() is None
+
+
+def test_tensorboard_events_hold_the_row_and_load_no_tensorflow(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    writer = TensorBoardWriter(tmp_path, first_step=5)
+    writer.write({"step": 6, "kind": "train", "loss": 1.5, "timing": {"mfu": 0.25}})
+    writer.write({"step": 6, "kind": "evaluation", "bound/loss": 2.5, "timing": {}})
+    writer.close()
+    (file,) = tmp_path.iterdir()
+    data, events = file.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert events[1].session_log.status == 1
+    assert [{v.tag: v.simple_value for v in e.summary.value} for e in events[2:]] == [
+        {"train/loss": 1.5, "train/timing/mfu": 0.25},
+        {"bound/loss": 2.5},
+    ]
+    assert {e.step for e in events[2:]} == {6}
+    assert "tensorflow" not in sys.modules

@@ -91,7 +91,7 @@ def test_a_finished_run_returns_at_once(undisturbed):
 def test_a_folder_with_more_steps_than_the_run_is_an_error(undisturbed):
     run, workdir, _ = undisturbed
     constant = dataclasses.replace(run.optimizer, schedule=Constant(1e-2))
-    with pytest.raises(ConfigError, match="another configuration: TrainRun.optimizer.schedule is Cosine there"):
+    with pytest.raises(ConfigError, match=r"another configuration: TrainRun.optimizer.schedule is Cosine there"):
         train(dataclasses.replace(run, optimizer=constant), workdir)
 
 
@@ -201,3 +201,17 @@ def test_wrong_fields_are_refused_when_the_run_is_made(changes, message):
 
 def test_lists_become_tuples():
     assert small_run(evaluations=[SumOfParameters()]).evaluations == (SumOfParameters(),)
+
+
+def test_data_that_was_made_anew_is_another_configuration(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Files(RaggedRows):
+        count: int = dataclasses.field(default=7, compare=False)
+
+        @property
+        def manifests(self):
+            return ({"task": "files", "count": self.count},)
+
+    train(small_run(steps=0, data=Files()), tmp_path)
+    with pytest.raises(ConfigError, match=r"another configuration: TrainRun\.manifests"):
+        train(small_run(steps=0, data=Files(count=8)), tmp_path)

@@ -42,7 +42,7 @@ class Sgd:
         return PlainGradient().transformation(axes)
 
 
-def _program(objective=DIFFUSION, optimizer=Sgd(), model=None, **settings):
+def _program(objective=AUTOREGRESSIVE, optimizer=Sgd(), model=None, **settings):
     return make_program(
         model or nano(), objective, optimizer, **({"mesh": ONE_DEVICE, "rules": LogicalRules()} | settings)
     )
@@ -86,7 +86,7 @@ def test_gradient_is_the_quotient_of_the_sums(objective):
         return terms.loss_sum / batch.loss_weights.sum()
 
     got, stats = _gradient(objective, batch)
-    expected = jax.grad(loss)(params)
+    expected = jax.jit(jax.grad(loss))(params)
     _assert_same(got, expected)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(expected)))
     np.testing.assert_allclose(stats.grad_norm, norm, rtol=1e-4)
@@ -103,7 +103,7 @@ def test_T26_same_key_every_microbatch():
 
 
 def test_noise_is_fresh_at_every_step_and_seed():
-    batch, program = RaggedRows().batch(0, 4), _program()
+    batch, program = RaggedRows().batch(0, 4), _program(DIFFUSION)
     losses = []
     for seed, step in [(0, 0), (0, 0), (0, 1), (1, 0)]:
         state = program.init(jax.random.key(7))
@@ -114,8 +114,7 @@ def test_noise_is_fresh_at_every_step_and_seed():
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor()], ids=["adamw", "adafactor"])
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(("optimizer", "microbatches"), [(AdamW(), 1), (Adafactor(), 2)], ids=["adamw", "adafactor"])
 def test_T15_nothing_scored(optimizer, microbatches):
     """A batch without a scored token: loss 0, finite everything, and an update that changes nothing."""
     program = _program(optimizer=optimizer, microbatches=microbatches, ema_decay=0.9)
@@ -149,7 +148,7 @@ def test_T15_a_nan_gradient_of_an_empty_batch_does_not_reach_the_parameters():
 
 
 def test_ema_follows_its_closed_form():
-    program, decay = _program(optimizer=AdamW(), ema_decay=0.75), 0.75
+    program, decay = _program(optimizer=AdamW(), ema_decay=0.9), 0.9
     state = program.init(jax.random.key(0))
     expected = np.asarray(state.params["final_norm"]["scale"])
     for step in range(3):
@@ -169,7 +168,7 @@ def test_adopted_parameters_survive_the_donation_of_the_state():
 
 
 def test_the_state_is_donated():
-    program = _program(optimizer=AdamW())
+    program = _program(optimizer=AdamW(), ema_decay=0.9)
     state = program.init(jax.random.key(0))
     leaf = state.params["embed"]["tokens"]
     program.step(state, RaggedRows().batch(0, 4), jax.random.key(0), RATE)
@@ -177,10 +176,10 @@ def test_the_state_is_donated():
 
 
 def test_runs_that_differ_in_schedule_or_seed_share_one_compiled_step():
-    one = _program(optimizer=AdamW(schedule=Cosine(peak=1e-3)))
-    other = _program(model=nano(), optimizer=AdamW(schedule=Constant(peak=2e-3)))
+    one = _program(optimizer=AdamW(schedule=Cosine(peak=1e-3)), ema_decay=0.9)
+    other = _program(model=nano(), optimizer=AdamW(schedule=Constant(peak=2e-3)), ema_decay=0.9)
     assert one is other
-    assert _program(optimizer=AdamW(b1=0.8)) is not one
+    assert _program(optimizer=AdamW(b1=0.8), ema_decay=0.9) is not one
     before = one.step._cache_size()
     for seed, rate in [(0, 1e-3), (1, 2e-3), (2, 3e-3)]:
         one.step(one.init(jax.random.key(seed)), RaggedRows().batch(seed, 4), jax.random.key(seed), np.float32(rate))

@@ -1,6 +1,7 @@
 """A small run for the tests of training: ragged random rows, a network of two layers."""
 
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,10 @@ class RaggedRows:
         return self.length
 
     @property
+    def encoder_length(self) -> None:
+        return None
+
+    @property
     def specials(self) -> SpecialTokens:
         return SpecialTokens(vocab_size=self.vocab_size, bos_id=2)
 
@@ -86,6 +91,17 @@ def stack(rows: list[Batch]) -> Batch:
             if field.name != "encoder"
         }
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowRows(RaggedRows):
+    """Rows that take their time, so that a test can hit the process between two of them."""
+
+    seconds: float = dataclasses.field(default=0.0, compare=False)
+
+    def batch(self, index, batch_size, **slice_of):
+        time.sleep(self.seconds)
+        return super().batch(index, batch_size, **slice_of)
 
 
 @dataclasses.dataclass(frozen=True)
