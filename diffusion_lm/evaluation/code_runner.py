@@ -54,7 +54,10 @@ def child(program, verdict_fd, folder):
     os.chdir(folder)
     os.closerange(3, verdict_fd)
     os.closerange(verdict_fd + 1, 256)
-    limit(resource.RLIMIT_CPU, limits["cpu_s"])
+    try:  # the soft limit sends SIGXCPU, which is told apart from other deaths
+        resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))
+    except (ValueError, OSError):
+        pass
     limit(resource.RLIMIT_AS, limits["memory_bytes"])
     limit(resource.RLIMIT_FSIZE, limits["file_bytes"])
     limit(resource.RLIMIT_CORE, 0)
@@ -97,7 +100,9 @@ def run(program, timeout_s):
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    os.waitpid(pid, 0)
+    _, death = os.waitpid(pid, 0)
+    if status == "crashed" and os.WIFSIGNALED(death) and os.WTERMSIG(death) == signal.SIGXCPU:
+        status = "timeout"
     os.close(read_fd)
     shutil.rmtree(folder, ignore_errors=True)
     error = "" if status in ("passed", "timeout") else report.decode("utf-8", "replace")
@@ -184,9 +189,10 @@ class _Worker:
 
 def run_programs(
     programs: Sequence[str],
-    timeout_s: float = 3.0,
+    timeout_s: float = 30.0,
     workers: int | None = None,
     *,
+    cpu_s: int = 3,
     memory_bytes: int = 1 << 30,
     file_bytes: int = 1 << 20,
 ) -> list[RunResult]:
@@ -194,8 +200,10 @@ def run_programs(
 
     Args:
       programs: Python source texts; equal texts run once.
-      timeout_s: wall-clock seconds for one program; the CPU limit is the next whole second plus one.
+      timeout_s: wall-clock seconds for one program: what stops a program that sleeps. It is generous, so that a verdict
+        does not depend on how busy the machine is.
       workers: programs at a time; None = the number of CPUs.
+      cpu_s: seconds of CPU time for one program: what stops a program that loops.
       memory_bytes: address space of one program.
       file_bytes: largest file that one program may write.
 
@@ -213,7 +221,7 @@ def run_programs(
     lock = threading.Lock()
     with tempfile.TemporaryDirectory(prefix="diffusion_lm_code_", ignore_cleanup_errors=True) as folder:
         limits = {
-            "cpu_s": int(timeout_s) + 2,
+            "cpu_s": cpu_s,
             "memory_bytes": memory_bytes,
             "file_bytes": file_bytes,
             "folder": folder,

@@ -1,6 +1,7 @@
 """Small models and batches for tests of objectives and samplers: tables with known answers, a counting network."""
 
 import dataclasses
+import functools
 import types
 from typing import Any
 
@@ -14,6 +15,11 @@ from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.types import Batch, EncoderInputs
 from diffusion_lm.nn.cross_entropy import Head
 from diffusion_lm.nn.transformer import TransformerSpec
+
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+"""These programs run for milliseconds and compile for seconds: compile them without the expensive passes."""
 
 VOCAB = 40
 PAD, EOS, BOS = 0, 1, 2
@@ -60,7 +66,7 @@ def nano(**changes) -> BoundModel:
     spec = nano_spec(**changes)
     if spec not in _nano:
         architecture = EncoderDecoder(spec) if spec.encoder_layers else SingleStream(spec)
-        params = jax.jit(architecture.init)(jax.random.key(3))
+        params = jit(architecture.init)(jax.random.key(3))
         _nano[spec] = BoundModel(architecture, jax.tree.map(lambda x: x * 1.7, params))
     return _nano[spec]
 
@@ -134,7 +140,7 @@ _compiled: dict[Any, Any] = {}
 def _jit(kind, settings, architecture, function):
     key = (kind, settings, architecture)
     if key not in _compiled:
-        _compiled[key] = jax.jit(function)
+        _compiled[key] = jit(function)
     return _compiled[key]
 
 
@@ -168,7 +174,7 @@ def generate(sampler, model, prompt, keys):
         return sampler.generate(dataclasses.replace(model, params=params), prompt, keys)
 
     if type(model) is not BoundModel:
-        return jax.jit(run)(model.params, prompt, keys)
+        return jit(run)(model.params, prompt, keys)
     return _jit("generate", sampler, model.architecture, run)(model.params, prompt, keys)
 
 

@@ -51,6 +51,11 @@ while True:
     assert not mark.exists()
 
 
+def test_cpu_time_ends_a_loop_whatever_the_wall_clock_allows():
+    (result,) = run_programs(["while True: pass"], cpu_s=1)
+    assert result.status == "timeout" and result.seconds < 30
+
+
 def test_a_murdered_worker_costs_one_program():
     results = run_programs(["import os; os.kill(os.getppid(), 9)", "x = 1", "y = 2"], workers=1)
     assert [result.status for result in results] == ["crashed", "passed", "passed"]

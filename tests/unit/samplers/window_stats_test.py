@@ -20,7 +20,7 @@ def test_the_window_alone_gives_what_the_whole_row_gives(alignment, chunk):
     model = stubs.table_model(np.zeros((11, stubs.VOCAB)))
     keys = StreamKeys.create(0).per_token("test", batch.example_ids, batch.positions)
 
-    @jax.jit
+    @stubs.jit
     def run(hidden, keys):
         part = window_token_stats(
             model,
@@ -54,7 +54,7 @@ def test_chunks_behind_the_longest_window_are_skipped():
     table = stubs.table_model(np.zeros((20, stubs.VOCAB)))
     batch = stubs.make_batch([12, 3], [5, 6], 20)
     hidden = Hidden(jnp.zeros((2, 20, stubs.VOCAB)))
-    run = jax.jit(
+    run = stubs.jit(
         lambda hidden: window_token_stats(
             Watched(table.architecture, {}),
             hidden,

@@ -1,0 +1,188 @@
+"""A whole comparison on a nano network: shared stages, skipping, interruption, refusal of another configuration."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from diffusion_lm.architectures.single_stream import SingleStream
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.rng import example_number
+from diffusion_lm.data.converters import SingleStreamConverter
+from diffusion_lm.data.grain_source import GrainSource
+from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.data.schema import Manifest, Record
+from diffusion_lm.data.store import split_folder, write_records
+from diffusion_lm.data.target_window import PadFilled
+from diffusion_lm.data.vocabulary import Vocabulary
+from diffusion_lm.evaluation.generation import GenerationTask, generate
+from diffusion_lm.evaluation.speed import SpeedArm, SpeedStudy, measure
+from diffusion_lm.nn.transformer import TransformerSpec
+from diffusion_lm.objectives.autoregressive import Autoregressive
+from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.recipes.comparison import Arm, Comparison, compare, run_stage
+from diffusion_lm.recipes.stage import Stage, stage_graph
+from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
+from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.training.run import TrainRun
+
+COLOURS = ("red", "green", "blue", "black", "white")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two splits of a tiny task, `repeat: COLOUR` -> COLOUR."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = folder / "lines.txt"
+    lines.write_text("".join(f"repeat: {colour}\n{colour}\n" for colour in COLOURS) * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(lines), model_prefix=str(folder / "tiny"), vocab_size=300, byte_fallback=True, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=["<mask>"], minloglevel=2,
+    )  # fmt: skip
+    vocabulary = Vocabulary.load(folder / "tiny.model")
+    for split, count in (("train", 40), ("test", 6)):
+        records = [
+            Record(
+                inputs=np.asarray(vocabulary.encode(f"repeat: {COLOURS[i % 5]}"), np.int32),
+                targets=np.asarray(vocabulary.encode(COLOURS[i % 5]), np.int32),
+                example_id=example_number(f"repeat/{split}/{i}"),
+                inputs_text=f"repeat: {COLOURS[i % 5]}",
+                targets_text=COLOURS[i % 5],
+                reference=COLOURS[i % 5],
+            )
+            for i in range(count)
+        ]
+        manifest = Manifest("repeat", split, vocabulary.specials)
+        write_records(split_folder("repeat", split, folder), records, manifest, vocabulary=vocabulary)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def comparison(root):
+    specials = GrainSource("repeat", "train", root=root).manifest.specials
+    spec = TransformerSpec(
+        vocab_size=specials.vocab_size, num_layers=1, model_dim=16, num_heads=2, head_dim=8, mlp_dim=32
+    )
+
+    def data(split="train", **window):
+        return DataPipeline(GrainSource("repeat", split, root=root), SingleStreamConverter(16, 8, **window))
+
+    def run(objective, steps, **window):
+        return TrainRun(SingleStream(spec), objective, data(**window), steps=steps, batch_size=4, log_every=2)
+
+    pretrained = Stage("pretrain", run(Autoregressive(), 4))
+    diffusion = Stage("tune_diffusion", run(Denoising(), 3, target_window=PadFilled()), initial=pretrained)
+    autoregressive = Stage("tune_ar", run(Autoregressive(), 3), initial=pretrained)
+    return Comparison(
+        name="tiny",
+        arms=(
+            Arm("ar", autoregressive, AutoregressiveSampler(), family="ar"),
+            Arm("ar2diff_0", {"repeat": diffusion}, {"repeat": DenoisingSampler(steps=2, candidates=2)}),
+        ),
+        tasks=(GenerationTask("repeat", data("test"), "exact_match", batch_size=4),),
+        bound_limit=4,
+        resamples=50,
+        shown=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(comparison, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    compare(comparison, workdir, log=lambda line: None)
+    return workdir
+
+
+def test_a_shared_stage_stands_once_and_before_its_children(comparison):
+    assert [stage.name for stage in comparison.stages] == ["pretrain", "tune_ar", "tune_diffusion"]
+
+
+def test_results_hold_values_intervals_conditions_and_bounds(comparison, undisturbed):
+    results = json.loads((undisturbed / "results.json").read_text())
+    cell = results["cells"]["ar2diff_0"]["repeat"]
+    assert cell["low"] <= cell["value"] <= cell["high"] and cell["examples"] == 6
+    assert cell["conditions"]["steps"] == 2 and cell["conditions"]["forward_passes_per_sample"] == 4
+    assert results["bounds"]["ar"]["repeat"]["kind"] == "exact"
+    assert results["bounds"]["ar2diff_0"]["repeat"]["kind"] == "pseudo"
+    budgets = {arm["name"]: arm["train_tokens"] for arm in results["arms"]}
+    assert budgets["ar"] == (4 + 3) * 4 * 25
+    assert (undisturbed / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_a_finished_comparison_trains_nothing_again(comparison, undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("stages/*/metrics.jsonl")}
+    compare(comparison, undisturbed, log=lambda line: None)
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.glob("stages/*/metrics.jsonl")}
+
+
+@pytest.mark.parametrize("moment", ["tune_diffusion", "evaluate  ar2diff_0"])
+def test_an_interrupted_comparison_ends_with_the_same_results(comparison, undisturbed, tmp_path, moment):
+    class Interrupted(Exception):
+        pass
+
+    def stop(line):
+        if moment in line:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        compare(comparison, tmp_path, log=stop)
+    compare(comparison, tmp_path, log=lambda line: None)
+    assert (tmp_path / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+
+
+def test_a_folder_of_another_comparison_is_refused(comparison, undisturbed):
+    with pytest.raises(ConfigError, match="another configuration"):
+        compare(dataclasses.replace(comparison, seed=1), undisturbed, log=lambda line: None)
+
+
+def test_equal_names_must_mean_equal_stages(comparison):
+    one = comparison.stages[0]
+    other = dataclasses.replace(one, run=dataclasses.replace(one.run, steps=5))
+    with pytest.raises(ConfigError, match=r"run\.steps"):
+        stage_graph([one, other])
+
+
+def test_a_stage_name_must_be_a_folder_name(comparison):
+    with pytest.raises(ConfigError, match="folder name"):
+        Stage("a/b", comparison.stages[0].run)
+
+
+def test_a_task_without_its_stage_is_named(comparison):
+    arm = Arm("lost", {"other": comparison.stages[0]}, AutoregressiveSampler())
+    with pytest.raises(ConfigError, match="'repeat'"):
+        arm.stage_for("repeat")
+
+
+def test_T40_completions_do_not_depend_on_the_batch(comparison, undisturbed):
+    task, arm = comparison.tasks[0], comparison.arms[1]
+    stage = arm.stage_for("repeat")
+    params = run_stage(stage, undisturbed)
+    whole = generate(stage.run.model, params, arm.sampler_for("repeat"), task)
+    single = generate(
+        stage.run.model, params, arm.sampler_for("repeat"), dataclasses.replace(task, batch_size=1, limit=3)
+    )
+    assert whole.predictions[:3] == single.predictions
+    assert len(whole.records) == 6
+
+
+def test_speed_counts_the_forward_passes_of_full_courses(comparison):
+    model = comparison.stages[0].run.model
+    study = SpeedStudy(
+        arms=(
+            SpeedArm("ar", "ar", model, AutoregressiveSampler(forbidden=(0, 1))),
+            SpeedArm("diffusion", "diffusion", model, DenoisingSampler(steps=3, candidates=2, early_exit=False)),
+        ),
+        lengths=(4, 6),
+        prompt_length=3,
+        repeats=1,
+    )
+    passes = [(row["label"], row["length"], row["forward_passes"]) for row in measure(study)["rows"]]
+    assert passes == [("ar", 4, 4), ("diffusion", 4, 6), ("ar", 6, 6), ("diffusion", 6, 6)]
+
+
+@pytest.mark.parametrize("sampler", [AutoregressiveSampler(), DenoisingSampler()])
+def test_a_speed_study_refuses_samplers_that_may_stop_early(comparison, sampler):
+    with pytest.raises(ConfigError, match="stop early"):
+        SpeedArm("early", "ar", comparison.stages[0].run.model, sampler)
