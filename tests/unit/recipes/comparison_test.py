@@ -102,8 +102,10 @@ def test_a_shared_stage_stands_once_and_before_its_children(comparison):
 def test_results_hold_values_intervals_conditions_and_bounds(comparison, undisturbed):
     results = json.loads((undisturbed / "results.json").read_text())
     cell = results["cells"]["ar2diff_0"]["repeat"]
-    assert cell["low"] <= cell["value"] <= cell["high"] and cell["examples"] == 6
-    assert cell["conditions"]["steps"] == 2 and cell["conditions"]["forward_passes_per_sample"] == 4
+    assert cell["low"] <= cell["value"] <= cell["high"]
+    assert cell["examples"] == 6
+    assert cell["conditions"]["steps"] == 2
+    assert cell["conditions"]["forward_passes_per_sample"] == 4
     assert results["bounds"]["ar"]["repeat"]["kind"] == "exact"
     assert results["bounds"]["ar2diff_0"]["repeat"]["kind"] == "pseudo"
     budgets = {arm["name"]: arm["train_tokens"] for arm in results["arms"]}
