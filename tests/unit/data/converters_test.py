@@ -144,3 +144,18 @@ def test_abstract_batch_is_the_shape_of_a_batch(converter):
     real = converter.batch([[example([10], [20])]] * 2, SPECIALS, training=True)
     shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), real)
     assert jax.tree.map(lambda x: (x.shape, str(x.dtype)), converter.abstract_batch(2)) == shapes
+
+
+@pytest.mark.parametrize(
+    ("window", "tokens", "weights"),
+    [
+        (ExactEos(), [11, 12, 1], [1, 1, 1]),
+        (PadFilled(), [11, 12, 1, 0, 0], [1, 1, 1, 1, 1]),
+        (PadFilled(window=4), [11, 12, 1, 0], [1, 1, 1, 1]),
+    ],
+)
+def test_T32_eos_padding(window, tokens, weights):
+    """One EOS ends a target and never fills a window; the scored filler is PAD, only where the recipe says so."""
+    filled, scored = window.fill(np.asarray([11, 12], np.int32), SPECIALS, capacity=5)
+    assert filled.tolist() == tokens
+    assert scored.tolist() == weights
