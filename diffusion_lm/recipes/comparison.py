@@ -19,6 +19,8 @@ import numpy as np
 
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import read_json, write_json, write_text
+from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.data.target_window import TargetWindow
 from diffusion_lm.evaluation import generation, likelihood
 from diffusion_lm.evaluation.generation import GenerationTask
 from diffusion_lm.evaluation.speed import SpeedStudy, measure
@@ -198,7 +200,7 @@ def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: P
                 stage.run.model,
                 params,
                 stage.run.objective,
-                dataclasses.replace(task.data, converter=stage.run.data.converter),
+                _teacher_forced(task.data, stage.run.data.converter.target_window),
                 batch_size=task.batch_size,
                 limit=comparison.bound_limit,
                 seed=comparison.seed,
@@ -216,6 +218,12 @@ def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: P
         }
 
     return _cached(workdir / "evaluations" / arm.name / f"{task.name}.json", run)
+
+
+def _teacher_forced(prompts: DataPipeline, window: TargetWindow) -> DataPipeline:
+    """Returns a task's data with its own lengths and the target window under which the stage was trained."""
+    converter: Any = prompts.converter  # the protocol does not say that converters are dataclasses
+    return dataclasses.replace(prompts, converter=dataclasses.replace(converter, target_window=window))
 
 
 def _playback(comparison: Comparison, workdir: Path, log) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn.masks import Full
 from diffusion_lm.noise.corruption import UniformCorruption
+from diffusion_lm.samplers.candidates import candidate_keys
 from diffusion_lm.samplers.denoising import DenoisingSampler
 from diffusion_lm.samplers.stopping import settled
 
@@ -87,6 +88,15 @@ def test_it_is_the_papers_algorithm():
     early = stubs.generate(dataclasses.replace(sampler, early_exit=True), stubs.nano(), PROMPT, KEYS)
     np.testing.assert_array_equal(early.tokens, tokens)
     np.testing.assert_allclose(early.scores, scores, rtol=1e-4, atol=1e-4)
+
+
+def test_every_candidate_has_draws_of_its_own():
+    keys = np.asarray(jax.random.key_data(candidate_keys(KEYS, "sampler/token", PROMPT, 3)))
+    assert keys.shape[:2] == (12, 11)
+    drawn = keys[np.repeat(TARGET, 3, axis=0)]
+    assert len(np.unique(drawn, axis=0)) == 3 * TARGET.sum()
+    again = np.asarray(jax.random.key_data(candidate_keys(KEYS, "sampler/token", stubs.rows_of(PROMPT, [2]), 3)))
+    np.testing.assert_array_equal(again, keys[6:9])
 
 
 def test_draws_follow_the_tempered_model():
