@@ -1,6 +1,6 @@
 """Pretraining documents: C4, mC4 and Python functions through TFDS, and text and code of the local data folder.
 
-AR2Diff (arXiv 2401.17181, section 4) pretrains on 80 % mC4 and 20 % Python code: mix `mc4_*` and `python_code` with
+AR2Diff (arXiv 2401.17181) pretrains on 80 % mC4 and 20 % Python code: mix `mc4_*` and `python_code` with
 these weights. Whoever materialises a task cuts its documents into pieces.
 """
 

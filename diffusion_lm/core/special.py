@@ -12,7 +12,7 @@ class SpecialTokens:
     Attributes:
       vocab_size: number of real tokens; ids from here on are padding rows of the embedding and are never emitted.
       pad_id: fills what no example uses. In a scored target window it is also how diffusion models learn length
-        (AR2Diff, section 3.2 of arXiv 2401.17181).
+        (AR2Diff, arXiv 2401.17181).
       eos_id: ends a target.
       bos_id: opens every stream as a conditioning token, so that the first target token is predicted from something.
         T5 vocabularies have none and open the decoder with `pad_id`.

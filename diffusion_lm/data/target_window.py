@@ -1,6 +1,6 @@
 """How a model learns where a target ends: what stands behind the target's tokens, and whether it is scored.
 
-Whichever filler is noised and scored is the length model (papers: arXiv 2401.17181 section 3.2 for `PadFilled`).
+Whichever filler is noised and scored is the length model (papers: arXiv 2401.17181 for `PadFilled`).
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ class ExactEos:
 
 @dataclasses.dataclass(frozen=True)
 class PadFilled:
-    """The target, EOS, then PAD to the end of the window, all noised and scored: AR2Diff, section 3.2.
+    """The target, EOS, then PAD to the end of the window, all noised and scored: AR2Diff, arXiv 2401.17181.
 
     Attributes:
       window: slots of the window; None = the converter's `target_length`.
