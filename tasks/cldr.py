@@ -126,9 +126,9 @@ def number_words(value: int, language: str) -> str:
     return plain(num2words(value, lang=language))
 
 
-def full_date(date: datetime.date, language: str) -> str:
-    """Returns 'Monday, March 3, 2025' or 'lundi 3 mars 2025'."""
-    return plain(dates.format_date(date, "full", locale=language))
+def weekday_date(date: datetime.date, language: str) -> str:
+    """Returns 'Monday, March 3' or 'lundi 3 mars'."""
+    return plain(dates.format_skeleton("MMMMEEEEd", date, locale=language))
 
 
 def long_date(date: datetime.date, language: str) -> str:

@@ -142,11 +142,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-_OPENINGS = {
-    "number": "takes a number {a} and returns",
-    "list": "takes a list of numbers {a} and returns",
-    "string": "takes a string {a} and returns",
-}
 _EXAMPLES: dict[str, tuple[Any, ...]] = {"number": _NUMBERS, "list": _LISTS, "string": _STRINGS}
 
 
@@ -171,9 +166,8 @@ def make(rng: random.Random) -> Example:
     name, argument = rng.choice(NAMES), rng.choice(_ARGUMENTS[family.kind])
     j, k = rng.choice(family.j), rng.choice(family.k)
     fields = {"a": argument, "j": j, "k": k}
-    opening = _OPENINGS[family.kind].format(**fields)
     return Example(
-        inputs=f"Write a function {name} that {opening} {family.description.format(**fields)}.",
+        inputs=f"Write a function {name}({argument}) that returns {family.description.format(**fields)}.",
         targets=f"def {name}({argument}):\n    return {family.expression.format(**fields)}",
         key=f"{number}/{j}/{k}",
         reference=json.dumps({"setup": "", "tests": tests_of(family, name, j, k)}),

@@ -19,7 +19,7 @@ from diffusion_lm_tasks.local_files import data_folder, local_file
 SENTINELS = 32
 """`<extra_id_0>` to `<extra_id_31>`, for span corruption of pieces of up to about 600 tokens."""
 
-EMBEDDED_SIZE = 2048
+EMBEDDED_SIZE = 1280
 
 
 class LazySentencePieceVocabulary(seqio.SentencePieceVocabulary):
@@ -111,7 +111,7 @@ def embedded_texts() -> list[str]:
     for module, count in ((embedded_translation, 5000), (embedded_qa, 3000), (embedded_code, 2000)):
         for example in module.examples()["train"][:count]:
             texts += [example.inputs, example.targets]
-    for kind, count in (("prose", 1500), ("code", 3000)):
+    for kind, count in (("prose", 200), ("code", 400)):
         paragraphs = [part for text in embedded_pretraining.stock("train")[kind] for part in text.split("\n\n")]
         paragraphs = sorted({part for part in paragraphs if 20 < len(part) < 2000})
         texts += random.Random(kind).sample(paragraphs, min(count, len(paragraphs)))

@@ -188,18 +188,31 @@ class BoundModel:
         """Returns an empty cache for `length` slots."""
         return self.architecture.init_cache(batch, length)
 
-    def nll(self, hidden: Hidden, targets: jax.Array) -> jax.Array:
-        """Returns -log p(target) as f32[B,T] in nats, without holding [B,T,V]."""
-        return cross_entropy.chunked_nll(hidden.values_BTD, self._head(), targets, self.spec.logits_chunk)
+    def nll(self, hidden: Hidden, targets: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+        """Returns -log p(target) as f32[B,T] in nats, without holding [B,T,V].
 
-    def nll_terms(self, hidden: Hidden, targets: jax.Array) -> cross_entropy.NllTerms:
+        Args:
+          hidden: from a forward pass.
+          targets: i32[B,T].
+          where: bool[B,T], the slots that are wanted; 0 elsewhere. None = all.
+        """
+        return cross_entropy.chunked_nll(
+            hidden.values_BTD, self._head(), targets, self.spec.logits_chunk, where_BT=where
+        )
+
+    def nll_terms(
+        self, hidden: Hidden, targets: jax.Array, *, where: jax.Array | None = None
+    ) -> cross_entropy.NllTerms:
         """Returns -log p(target), log Z and the mean -log p over the vocabulary, for z-loss and label smoothing."""
-        return cross_entropy.chunked_nll_terms(hidden.values_BTD, self._head(), targets, self.spec.logits_chunk)
+        return cross_entropy.chunked_nll_terms(
+            hidden.values_BTD, self._head(), targets, self.spec.logits_chunk, where_BT=where
+        )
 
     def token_stats(
         self,
         hidden: Hidden,
         *,
+        where: jax.Array | None = None,
         keys_BT: jax.Array | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -212,6 +225,7 @@ class BoundModel:
             hidden.values_BTD,
             self._head(),
             self.spec.logits_chunk,
+            where_BT=where,
             keys_BT=keys_BT,
             temperature=temperature,
             top_k=top_k,

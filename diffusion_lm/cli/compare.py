@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns the content of results.json."""
     from diffusion_lm.parallel import multihost
-    from diffusion_lm.recipes.comparison import Comparison, compare
+    from diffusion_lm.recipes.compare import compare
+    from diffusion_lm.recipes.comparison import Comparison
     from diffusion_lm.recipes.tables import quality_terminal
 
     loaded = load_config(arguments)

@@ -1,7 +1,10 @@
 """From hidden states to losses and token statistics without ever holding [B,T,V].
 
-Chunks run along T, so that rows stay on the devices that hold them. The backward pass computes each chunk's logits
-again: at 256,000 tokens they are the largest array of a step by far.
+Chunks run along T, so that rows stay on the devices that hold them. Where the logits do not fit in one chunk, the
+backward pass computes each chunk's again: at 256,000 tokens they are the largest array of a step by far.
+
+Conditioning has no loss and is never drawn, so its states need not meet the vocabulary at all: with `where_BT`, the
+wanted slots of each row move side by side, and the chunks behind the last of them are skipped at run time.
 """
 
 from collections.abc import Callable
@@ -12,6 +15,9 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn import sampling
+
+WANTED_SLOTS = 32
+"""Slots a row that share a chunk where only some are wanted; the grain of what can be skipped."""
 
 NEVER = -1e30
 """Logit of a token that is never emitted: exp underflows to 0, and products with 0 stay finite unlike with -inf."""
@@ -69,7 +75,9 @@ def logits(hidden_BTD: jax.Array, head: Head, forbidden: tuple[int, ...] = ()) -
     return out
 
 
-def chunked_nll(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, chunk_tokens: int) -> jax.Array:
+def chunked_nll(
+    hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, chunk_tokens: int, *, where_BT: jax.Array | None = None
+) -> jax.Array:
     """Returns -log p(target) as f32[B,T].
 
     Args:
@@ -77,15 +85,18 @@ def chunked_nll(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, chunk_
       head: the output projection.
       targets_BT: i32[B,T], ids below the vocabulary's size.
       chunk_tokens: most tokens whose logits may be held at a time; static.
+      where_BT: bool[B,T], the slots that are wanted; 0 elsewhere. None = all.
     """
 
     def chunk(head, hidden_BTD, targets_BT):
         return _nll(logits(hidden_BTD, head), targets_BT)
 
-    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens)
+    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT)
 
 
-def chunked_nll_terms(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, chunk_tokens: int) -> NllTerms:
+def chunked_nll_terms(
+    hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, chunk_tokens: int, *, where_BT: jax.Array | None = None
+) -> NllTerms:
     """Returns the parts from which z-loss and label smoothing are made; arguments as in `chunked_nll`."""
 
     def chunk(head, hidden_BTD, targets_BT):
@@ -94,7 +105,7 @@ def chunked_nll_terms(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, 
         mean_logit = logits_BTV[..., : head.vocab_size].mean(axis=-1)
         return NllTerms(_nll(logits_BTV, targets_BT), log_z, log_z - mean_logit)
 
-    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens)
+    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT)
 
 
 def chunked_token_stats(
@@ -102,6 +113,7 @@ def chunked_token_stats(
     head: Head,
     chunk_tokens: int,
     *,
+    where_BT: jax.Array | None = None,
     keys_BT: jax.Array | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -115,6 +127,7 @@ def chunked_token_stats(
       hidden_BTD: after the final norm, in the compute dtype.
       head: the output projection.
       chunk_tokens: most tokens whose logits may be held at a time; static.
+      where_BT: bool[B,T], the slots that are wanted; zeros elsewhere. None = all.
       keys_BT: one typed PRNG key per token; needed where temperature > 0.
       temperature: 0 takes the most likely token; static, as are the next two.
       top_k: draws among the k most likely tokens; 0 = all.
@@ -141,26 +154,80 @@ def chunked_token_stats(
         return TokenStats(argmax, sample, _pick(logits_BTV, sample) - log_z, target_log_prob)
 
     keys = keys_BT if temperature > 0 else None
-    return _over_chunks(chunk, head, (hidden_BTD, keys, score), chunk_tokens)
+    return _over_chunks(chunk, head, (hidden_BTD, keys, score), chunk_tokens, where_BT)
 
 
-def _over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int):
+def _over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT: jax.Array | None = None):
     """Maps `chunk(head, *inputs)` over slices of axis 1 of at most `chunk_tokens` tokens (at least one slot)."""
+    if where_BT is None:
+        return _map_chunks(chunk, head, inputs, chunk_tokens, None)
+    order = jnp.argsort(~where_BT, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    moved = jax.tree.map(lambda x: _permute(x, order, back), inputs)
+    out = _map_chunks(chunk, head, moved, chunk_tokens, jnp.max(jnp.sum(where_BT, axis=1)))
+
+    def to_slots(y):
+        wanted = where_BT.reshape(*where_BT.shape, *[1] * (y.ndim - 2))
+        return jnp.where(wanted, _permute(y, back, order), jnp.zeros((), y.dtype))
+
+    return jax.tree.map(to_slots, out)
+
+
+def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: jax.Array | None):
+    """Maps over chunks; those that begin at slot `wanted` or later are zeros and cost nothing."""
     B, T = inputs[0].shape[:2]
     slots = max(1, chunk_tokens // B)
+    fits = slots >= T
+    if wanted is not None:
+        slots = min(slots, WANTED_SLOTS)
     if slots >= T:
         return chunk(head, *inputs)
     chunks = -(-T // slots)
-    slots = -(-T // chunks)
+    if wanted is None:
+        slots = -(-T // chunks)
     head = head.replace(weight_VD=head.weight_VD.astype(inputs[0].dtype))
 
     def split(x):
         filler = jnp.broadcast_to(x[:, :1], (B, chunks * slots - T, *x.shape[2:]))
         return jnp.moveaxis(jnp.concatenate([x, filler], axis=1).reshape(B, chunks, slots, *x.shape[2:]), 1, 0)
 
-    body = jax.checkpoint(chunk, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
-    _, out = jax.lax.scan(lambda _, xs: (None, body(head, *xs)), None, jax.tree.map(split, inputs))
+    body = chunk
+    if not fits:
+        body = jax.checkpoint(chunk, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+
+    def one(number, xs):
+        if wanted is None:
+            return body(head, *xs)
+        nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(body, head, *xs))
+        return jax.lax.cond(number * slots < wanted, lambda: body(head, *xs), lambda: nothing)
+
+    numbered = (jnp.arange(chunks), jax.tree.map(split, inputs))
+    _, out = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, numbered)
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(B, chunks * slots, *y.shape[3:])[:, :T], out)
+
+
+def _permute(x: jax.Array, order_BT: jax.Array, back_BT: jax.Array) -> jax.Array:
+    """Returns x[b, order[b, t]]; `back` is the inverse of `order`, by which the gradient is a gather and no scatter."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x[jnp.arange(x.shape[0])[:, None], order_BT]
+    return _permute_floats(x, order_BT, back_BT)
+
+
+@jax.custom_vjp
+def _permute_floats(x, order_BT, back_BT):
+    return jnp.take_along_axis(x, order_BT.reshape(*order_BT.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def _permute_forward(x, order_BT, back_BT):
+    return _permute_floats(x, order_BT, back_BT), (order_BT, back_BT)
+
+
+def _permute_backward(residuals, g):
+    order_BT, back_BT = residuals
+    return _permute_floats(g, back_BT, order_BT), None, None
+
+
+_permute_floats.defvjp(_permute_forward, _permute_backward)
 
 
 def _pick(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:

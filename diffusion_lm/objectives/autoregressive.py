@@ -74,13 +74,14 @@ class Autoregressive:
         """
         hidden = Forward(model, batch, keys, visibility=self.visibility, train=train)(batch.tokens)
         targets = self.alignment.to_slots(batch.tokens)
+        scored = self.alignment.to_slots(batch.loss_weights != 0)
         if train and (self.z_loss or self.label_smoothing):
-            terms = model.nll_terms(hidden, targets)
+            terms = model.nll_terms(hidden, targets, where=scored)
             nll = terms.nll
             loss = (1 - self.label_smoothing) * nll + self.label_smoothing * terms.uniform_nll
             loss = loss + self.z_loss * jnp.square(terms.log_z)
         else:
-            nll = loss = model.nll(hidden, targets)
+            nll = loss = model.nll(hidden, targets, where=scored)
         nll, loss = self.alignment.to_tokens(nll), self.alignment.to_tokens(loss)
         return LossTerms(
             loss_sum=weighted_sum(loss, batch.loss_weights),

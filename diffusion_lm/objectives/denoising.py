@@ -127,12 +127,13 @@ class Denoising:
         weights = batch.loss_weights * self.weighting.weigh(t_BT, noisy.replaced, self.schedule)
         real = real_tokens(batch, self.pad_id)
         targets = self.alignment.to_slots(batch.tokens)
+        scored = self.alignment.to_slots(batch.loss_weights != 0)
         forward = Forward(model, batch, keys, visibility=self.visibility, train=train, passes=1 + self.unrolls)
 
         canvas, losses, metrics = noisy.tokens, [], {}
         for number in range(1 + self.unrolls):
             hidden = forward(canvas, number)
-            nll = self.alignment.to_tokens(model.nll(hidden, targets))
+            nll = self.alignment.to_tokens(model.nll(hidden, targets, where=scored))
             losses.append(weighted_sum(nll, weights))
             prefix = "unrolled_" if number else ""
             metrics[f"{prefix}nll_per_token"] = weighted_mean(nll, batch.loss_weights)
@@ -148,6 +149,9 @@ class Denoising:
         if self.unroll_temperature > 0:
             token_keys = self.alignment.to_slots(keys.per_token(f"unroll/{number}", batch.example_ids, batch.positions))
         stats = model.token_stats(
-            jax.lax.stop_gradient(hidden), keys_BT=token_keys, temperature=self.unroll_temperature
+            jax.lax.stop_gradient(hidden),
+            where=self.alignment.to_slots(batch.target_mask),
+            keys_BT=token_keys,
+            temperature=self.unroll_temperature,
         )
         return jnp.where(batch.target_mask, self.alignment.to_tokens(stats.sample), batch.tokens)

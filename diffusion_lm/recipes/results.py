@@ -2,22 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from diffusion_lm.recipes import statistics
+from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.stage import Stage, stage_graph
 from diffusion_lm.training.card import fingerprint, installed_versions
 
-if TYPE_CHECKING:
-    from diffusion_lm.recipes.comparison import Arm, Comparison
-
 Evaluations = Mapping[tuple[str, str], dict[str, Any]]
-"""What `comparison.compare` stores per (arm, task): statistics, predictions, bound and costs."""
+"""What `compare.compare` stores per (arm, task): statistics, predictions, bound and costs."""
 
 
-def assemble(comparison: "Comparison", evaluations: Evaluations) -> dict[str, Any]:
+def assemble(comparison: Comparison, evaluations: Evaluations) -> dict[str, Any]:
     """Returns the content of `results.json`: only what the same configuration reproduces bit for bit, so no times."""
     cells: dict[str, dict[str, Any]] = {}
     bounds: dict[str, dict[str, Any]] = {}
@@ -80,7 +78,7 @@ def assemble(comparison: "Comparison", evaluations: Evaluations) -> dict[str, An
     }
 
 
-def _arm_card(comparison: "Comparison", arm: "Arm") -> dict[str, Any]:
+def _arm_card(comparison: Comparison, arm: Arm) -> dict[str, Any]:
     """Returns an arm's chain of stages and budget; where tasks are tuned apart, every task's chain is listed."""
     stages = stage_graph(arm.stage_for(task.name) for task in comparison.tasks)
     return {
@@ -102,7 +100,7 @@ def _arm_card(comparison: "Comparison", arm: "Arm") -> dict[str, Any]:
     }
 
 
-def shown_samples(comparison: "Comparison", evaluations: Evaluations) -> dict[str, list[dict]]:
+def shown_samples(comparison: Comparison, evaluations: Evaluations) -> dict[str, list[dict]]:
     """Returns the first completions of every arm side by side, for the report."""
     shown: dict[str, list[dict]] = {}
     for task in comparison.tasks:

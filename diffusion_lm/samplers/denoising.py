@@ -15,7 +15,6 @@ from diffusion_lm.nn.masks import named_visibility
 from diffusion_lm.noise.corruption import UniformCorruption
 from diffusion_lm.samplers.base import (
     Model,
-    Window,
     check_choice,
     check_draw,
     check_visibility,
@@ -26,7 +25,6 @@ from diffusion_lm.samplers.base import (
 from diffusion_lm.samplers.candidates import best_candidate, candidate_keys, repeat_rows, row_indices, start_canvases
 from diffusion_lm.samplers.proposals import ResampleAll
 from diffusion_lm.samplers.stopping import settled
-from diffusion_lm.samplers.window_stats import window_token_stats
 
 
 @flax.struct.dataclass
@@ -121,7 +119,6 @@ class DenoisingSampler:
         canvas = start_canvases(self.start, keys, prompt, C, vocab_size=model.spec.vocab_size)
         token_keys = candidate_keys(keys, "sampler/token", prompt, C) if self.temperature > 0 else None
         rows = repeat_rows(prompt.replace(encoder=None), C)
-        window = Window.of(rows)
 
         def body(state: _State) -> _State:
             hidden = model(
@@ -131,7 +128,7 @@ class DenoisingSampler:
                 segment_ids=rows.segment_ids,
                 encoder=encoder,
             )
-            stats = self._stats(model, hidden, window, state.canvas, token_keys, state.step)
+            stats = self._stats(model, hidden, rows.target_mask, state.canvas, token_keys, state.step)
             proposed = self.proposal.propose(state.canvas, stats, rows.target_mask)
             canvas = jnp.where(state.settled[:, None], state.canvas, proposed)
             scores = jnp.where(state.settled, state.scores, self._scores(state.canvas, stats, rows.target_mask))
@@ -160,7 +157,7 @@ class DenoisingSampler:
             body,
             _State(
                 canvas=canvas,
-                settled=window.sizes == 0,
+                settled=~jnp.any(rows.target_mask, axis=1),
                 scores=jnp.zeros(B * C, jnp.float32),
                 step=jnp.zeros((), jnp.int32),
                 trace=jnp.broadcast_to(canvas, (self.steps, *canvas.shape)) if self.keep_trace else None,
@@ -180,7 +177,7 @@ class DenoisingSampler:
         self,
         model: Model,
         hidden: Any,
-        window: Window,
+        target_mask: jax.Array,
         canvas: jax.Array,
         token_keys: jax.Array | None,
         step: jax.Array,
@@ -189,18 +186,17 @@ class DenoisingSampler:
         keys_BT = None
         if token_keys is not None:
             keys_BT = fold_in_each(token_keys, jnp.broadcast_to(step, token_keys.shape))
-        return window_token_stats(
-            model,
+        stats = model.token_stats(
             hidden,
-            window,
-            self.alignment,
-            keys_BT=keys_BT,
-            score_BT=canvas,
+            where=self.alignment.to_slots(target_mask),
+            keys_BT=None if keys_BT is None else self.alignment.to_slots(keys_BT),
+            score=self.alignment.to_slots(canvas),
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             forbidden=self.forbidden,
         )
+        return jax.tree.map(self.alignment.to_tokens, stats)
 
     def _scores(self, canvas: jax.Array, stats: TokenStats, target_mask: jax.Array) -> jax.Array:
         """Returns f32[B*C], minus the mean cross-entropy of the step's input under the step's output."""

@@ -124,6 +124,9 @@ class Clock:
 def train_flops_per_token(architecture: Any, objective: Any, row_length: int, encoder_length: int | None) -> float:
     """Returns the FLOPs of training on one token of the main stream: forward and backward (3 x forward), per pass.
 
+    Logits are counted at every token, as is usual. The step computes those of scored tokens only (`nn.cross_entropy`),
+    so MFU reads high by their share where rows are mostly conditioning.
+
     Args:
       architecture: the network.
       objective: says how many forward passes a step makes.

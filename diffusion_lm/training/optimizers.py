@@ -6,10 +6,12 @@ that is a storage choice, so no rule here lets it matter: what Adafactor reduces
 """
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import jax
 import optax
+import optax.contrib
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.parallel.shardings import is_axes
@@ -152,6 +154,85 @@ class Adafactor:
         )
         # optax's rule ends in a factor of -1; the step subtracts.
         return optax.chain(*_clip(self.clip_norm), per_matrix(optax.chain(rule, optax.scale(-1.0)), axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Muon (Jordan et al. 2024): the momentum of each matrix inside the blocks is orthogonalised; all else is Adam's.
+
+    Updates are scaled to Adam's usual root mean square (arXiv 2502.16982), so one learning rate serves both and an
+    AdamW schedule can be kept. A matrix maps all its input axes to all its output axes: heads and their size are one.
+
+    Attributes:
+      schedule: the learning rate; it multiplies the decay too.
+      momentum: decay of the average of gradients, applied as Nesterov does.
+      newton_schulz_steps: iterations of the orthogonalisation.
+      update_rms: root mean square of an orthogonalised update at learning rate 1.
+      b1: Adam's, for embeddings, norms, biases and the head.
+      b2: likewise.
+      eps: likewise.
+      weight_decay: decay per unit of learning rate, on matrices only (`decay_mask`).
+      clip_norm: gradients are scaled down to this global norm; None = never.
+    """
+
+    schedule: Schedule = Constant(1e-3)
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    update_rms: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        _check_schedule(self)
+        for field in ("momentum", "b1", "b2"):
+            _check_number(self, field, 0, 1)
+        for field in ("update_rms", "eps", "weight_decay"):
+            _check_number(self, field, 0)
+        _check_number(self, "newton_schulz_steps", 1)
+        if self.clip_norm is not None:
+            _check_number(self, "clip_norm", 0)
+
+    def transformation(self, axes: Any) -> optax.GradientTransformation:
+        """Returns clip, then Muon or Adam, then decay."""
+        dimensions = jax.tree_util.tree_map_with_path(_muon_dimensions, axes, is_leaf=is_axes)
+        labels = jax.tree.map(
+            lambda dims: "adam" if isinstance(dims, optax.MaskedNode) else "muon", dimensions, is_leaf=_is_dimensions
+        )
+
+        def to_rms(direction: jax.Array, dims: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+            sides = (math.prod(direction.shape[i] for i in side) for side in dims)
+            return self.update_rms * math.sqrt(max(sides)) * direction
+
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(
+                ns_steps=self.newton_schulz_steps, beta=self.momentum, weight_dimension_numbers=lambda _: dimensions
+            ),
+            optax.stateless(lambda updates, _: jax.tree.map(to_rms, updates, dimensions)),
+        )
+        return optax.chain(
+            *_clip(self.clip_norm),
+            optax.partition({"muon": muon, "adam": optax.scale_by_adam(self.b1, self.b2, self.eps)}, labels),
+            optax.add_decayed_weights(self.weight_decay, mask=decay_mask(axes)),
+        )
+
+
+def _is_dimensions(leaf: Any) -> bool:
+    return isinstance(leaf, optax.contrib.MuonDimensionNumbers | optax.MaskedNode)
+
+
+def _muon_dimensions(path, leaf_axes) -> optax.contrib.MuonDimensionNumbers | optax.MaskedNode:
+    """Returns which axes of a block's matrix are its input and its output; masked where it is no such matrix."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
+    axes = [axis for axis in leaf_axes if axis != "layers"]
+    if "layers" not in leaf_axes or len(axes) < 2 or any(part in name for part in _NEVER_DECAYED):
+        return optax.MaskedNode()
+    first = leaf_axes.index("layers") + 1
+    inputs = 2 if axes[1] == "head_dim" else 1  # [heads, head_dim, embed] reads heads, [embed, heads, head_dim] writes
+    numbers = range(first, first + len(axes))
+    return optax.contrib.MuonDimensionNumbers(tuple(numbers[:inputs]), tuple(numbers[inputs:]))
 
 
 def per_matrix(rule: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:

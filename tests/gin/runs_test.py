@@ -5,7 +5,7 @@ import pytest
 from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
 from diffusion_lm.objectives.denoising import Denoising
-from diffusion_lm.training.optimizers import Adafactor, AdamW
+from diffusion_lm.training.optimizers import Adafactor, AdamW, Muon
 from diffusion_lm.training.run import TrainRun
 
 
@@ -36,6 +36,7 @@ def test_finetune_starts_from_a_checkpoint_with_its_own_budget():
     [
         ("adamw_cosine", AdamW, 100, 1e-3),
         ("adamw_wsd", AdamW, 500, 1e-3),
+        ("muon_cosine", Muon, 20, 6e-3),
         ("adafactor_inverse_sqrt", Adafactor, 0, 1e-2),
         ("adafactor_constant", Adafactor, 0, 1e-3),
     ],

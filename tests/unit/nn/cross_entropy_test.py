@@ -91,6 +91,49 @@ def test_drawing_without_keys_is_an_error(setup):
         cross_entropy.chunked_token_stats(hidden, head, 1000, temperature=1.0)
 
 
+@pytest.mark.parametrize("slots", [1, 2, 4, 32])
+@pytest.mark.parametrize("chunk", [6, 1000])
+def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chunk, slots):
+    """Ragged rows, one of them empty: values and gradients on the wanted slots are those of the whole row."""
+    monkeypatch.setattr(cross_entropy, "WANTED_SLOTS", slots)
+    hidden, head, targets = setup
+    where = jnp.asarray([[0, 0, 1, 1, 1, 0, 0], [0] * 7, [1, 0, 1, 0, 1, 1, 1]], bool)
+    weights = jax.random.uniform(jax.random.key(5), (B, T)) * where
+
+    def graded(**wanted):
+        def loss(hidden, weight):
+            nll = cross_entropy.chunked_nll(hidden, head.replace(weight_VD=weight), targets, chunk, **wanted)
+            return (nll * weights).sum(), nll
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head.weight_VD)
+
+    (loss, nll), gradients = graded(where_BT=where)
+    (whole_loss, whole_nll), whole_gradients = graded()
+    np.testing.assert_allclose(loss, whole_loss, rtol=1e-5)
+    np.testing.assert_allclose(nll, jnp.where(where, whole_nll, 0), rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, whole_gradients)
+    arguments = {"keys_BT": jax.random.split(jax.random.key(1), (B, T)), "temperature": 0.7, "score": targets}
+    part = cross_entropy.chunked_token_stats(hidden, head, chunk, where_BT=where, **arguments)
+    whole = cross_entropy.chunked_token_stats(hidden, head, 1000, **arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, jnp.where(where, b, 0), rtol=1e-5, atol=1e-5), part, whole)
+
+
+def test_chunks_without_wanted_slots_are_skipped(setup, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "WANTED_SLOTS", 2)
+    computed, logits = [], cross_entropy.logits
+
+    def watched(hidden, *settings):
+        jax.debug.callback(lambda: computed.append(hidden.shape[1]))
+        return logits(hidden, *settings)
+
+    monkeypatch.setattr(cross_entropy, "logits", watched)
+    hidden, head, targets = setup
+    where = jnp.zeros((B, T), bool).at[0, 4:7].set(True).at[1, 0].set(True)
+    jax.block_until_ready(cross_entropy.chunked_nll(hidden, head, targets, 1000, where_BT=where))
+    jax.effects_barrier()
+    assert computed == [2, 2], "three slots of a row are two chunks of two; the other two chunks hold nothing"
+
+
 def test_bfloat16_hidden_gives_float32_losses(setup):
     hidden, head, targets = setup
     nll = cross_entropy.chunked_nll(hidden.astype(jnp.bfloat16), head, targets, 1000)

@@ -22,7 +22,8 @@ from diffusion_lm.evaluation.speed import SpeedArm, SpeedStudy, measure
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.objectives.autoregressive import Autoregressive
 from diffusion_lm.objectives.denoising import Denoising
-from diffusion_lm.recipes.comparison import Arm, Comparison, compare, run_stage
+from diffusion_lm.recipes.compare import compare, run_stage
+from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.stage import Stage, stage_graph
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 from diffusion_lm.samplers.denoising import DenoisingSampler

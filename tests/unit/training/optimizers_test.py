@@ -9,7 +9,7 @@ from training_stubs import nano
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.parallel.shardings import is_axes
-from diffusion_lm.training.optimizers import Adafactor, AdamW, decay_mask
+from diffusion_lm.training.optimizers import Adafactor, AdamW, Muon, decay_mask
 
 MATRIX = {"w": ("embed", "mlp")}
 
@@ -123,3 +123,58 @@ def test_every_parameter_has_a_mask():
 def test_wrong_values_are_refused(make):
     with pytest.raises(ConfigError):
         make()
+
+
+def _orthogonalised(gradients, momentum, rms):
+    """Muon's definition with numpy: Nesterov momentum, then the quintic Newton-Schulz iteration."""
+    average, corrected = np.zeros_like(gradients[0]), None
+    for number, gradient in enumerate(gradients, start=1):
+        average = momentum * average + (1 - momentum) * gradient
+        ahead = average / (1 - momentum ** (number + 1))
+        corrected = momentum * ahead + (1 - momentum) * gradient / (1 - momentum**number)
+    x = corrected / np.linalg.norm(corrected)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return rms * np.sqrt(max(x.shape)) * x
+
+
+def test_muon_orthogonalises_each_layer_with_heads_and_their_size_joined():
+    gradients = [np.random.default_rng(seed).standard_normal((3, 6, 2, 4)) for seed in (1, 2)]
+    axes = {"w": ("layers", "embed", "heads", "head_dim")}
+    rule = Muon(momentum=0.9, weight_decay=0.0, clip_norm=None).transformation(axes)
+    params = {"w": jnp.zeros((3, 6, 2, 4))}
+    state = rule.init(params)
+    for gradient in gradients:
+        direction, state = rule.update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
+    for layer in range(3):
+        expected = _orthogonalised([g[layer].reshape(6, 8) for g in gradients], 0.9, 0.2)
+        np.testing.assert_allclose(direction["w"][layer].reshape(6, 8), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_muon_leaves_embeddings_and_norms_to_adam():
+    model = nano()
+    params = jax.tree.map(lambda leaf: 0.1 * _random(leaf.shape), model.abstract_params())
+    gradients = jax.tree.map(lambda leaf: _random(leaf.shape, 1), params)
+    axes = model.logical_axes()
+    muon, adam = Muon(clip_norm=None), AdamW(clip_norm=None)
+    directions = [
+        rule.update(gradients, rule.init(params), params)[0]
+        for rule in (muon.transformation(axes), adam.transformation(axes))
+    ]
+    for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(axes)):
+        ours, adams = (direction for direction in directions)
+        for key in path:
+            ours, adams = ours[key.key], adams[key.key]
+        assert bool(jnp.allclose(ours, adams, atol=1e-5)) == (not decays), jax.tree_util.keystr(path)
+
+
+def test_muon_takes_the_output_projection_as_heads_to_width():
+    axes = {"w": ("layers", "heads", "head_dim", "embed")}
+    gradient = np.random.default_rng(3).standard_normal((1, 2, 4, 6))
+    rule = Muon(momentum=0.0, weight_decay=0.0, clip_norm=None).transformation(axes)
+    params = {"w": jnp.zeros((1, 2, 4, 6))}
+    direction, _ = rule.update({"w": jnp.asarray(gradient, jnp.float32)}, rule.init(params), params)
+    singular = np.linalg.svd(np.asarray(direction["w"]).reshape(8, 6), compute_uv=False) / (0.2 * np.sqrt(8))
+    assert singular.min() > 0.3
+    assert singular.max() < 1.3

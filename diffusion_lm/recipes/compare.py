@@ -1,0 +1,184 @@
+"""Runs a comparison: stages, evaluations, speed study, results, report.
+
+The run folder is the state. Every stage, every scored task and the speed study has a file of its own that is either
+whole or absent, so that a comparison that was stopped anywhere goes on where it was and ends with the same numbers:
+
+    WORKDIR/comparison.json                 the configuration's fingerprint: another configuration is refused
+    WORKDIR/stages/STAGE/                   one training run each (checkpoints, metrics.jsonl, run_card.json)
+    WORKDIR/evaluations/ARM/TASK.json       predictions and per-example statistics
+    WORKDIR/speed.json  playback.json       what is timed or shown, never compared between runs
+    WORKDIR/results.json  results.md  report/index.html
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.files import read_json, write_json, write_text
+from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.data.target_window import TargetWindow
+from diffusion_lm.evaluation import generation, likelihood
+from diffusion_lm.evaluation.generation import GenerationTask
+from diffusion_lm.evaluation.speed import measure
+from diffusion_lm.recipes import report, tables
+from diffusion_lm.recipes.comparison import Arm, Comparison
+from diffusion_lm.recipes.playback import record_playback
+from diffusion_lm.recipes.results import assemble, shown_samples
+from diffusion_lm.recipes.stage import Stage
+from diffusion_lm.training.checkpoint import restore_params
+from diffusion_lm.training.loop import train
+from diffusion_lm.training.run import fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonResult:
+    """Where a finished comparison stands, and its results.
+
+    Attributes:
+      results: the content of `results.json`.
+      report: path of the HTML report.
+      table: path of the Markdown table.
+    """
+
+    results: Mapping[str, Any]
+    report: Path
+    table: Path
+
+
+def compare(comparison: Comparison, workdir: str | Path, *, log: Callable[[str], None] = print) -> ComparisonResult:
+    """Runs what is not there yet of `comparison` below `workdir` and writes its results and report.
+
+    Raises:
+      ConfigError: the folder belongs to another comparison.
+    """
+    workdir = Path(workdir)
+    _claim(comparison, workdir)
+    stages = comparison.stages
+    for number, stage in enumerate(stages, 1):
+        log(f"stage {number}/{len(stages)}  {stage.name}  ({stage.run.steps:,} steps)")
+        run_stage(stage, workdir)
+    evaluations = {
+        (arm.name, task.name): _evaluate(comparison, arm, task, workdir, log)
+        for arm in comparison.arms
+        for task in comparison.tasks
+    }
+    timing = _cached(workdir / "speed.json", lambda: _speed(comparison, log)) if comparison.speed else None
+    playback = _cached(workdir / "playback.json", lambda: _playback(comparison, workdir, log))
+    results = assemble(comparison, evaluations)
+    write_json(workdir / "results.json", results)
+    write_text(workdir / "results.md", tables.markdown(results, timing))
+    page = report.write(
+        results,
+        workdir,
+        curves={stage.name: _curve(workdir, stage) for stage in stages},
+        speed=timing,
+        samples=shown_samples(comparison, evaluations),
+        playback=playback,
+    )
+    return ComparisonResult(results, page, workdir / "results.md")
+
+
+def stage_folder(stage: Stage, workdir: Path) -> Path:
+    """Returns the run folder of a stage."""
+    return workdir / "stages" / stage.name
+
+
+def run_stage(stage: Stage, workdir: Path) -> Any:
+    """Trains a stage (or finds it finished) and returns its final parameters. Its ancestors must be finished."""
+    return train(stage.run, stage_folder(stage, workdir), init_params=lambda: _initial_params(stage, workdir)).params
+
+
+def _initial_params(stage: Stage, workdir: Path) -> Any:
+    if stage.initial is None:
+        return None
+    if isinstance(stage.initial, Stage):
+        return restore_params(stage_folder(stage.initial, workdir))
+    return restore_params(Path(stage.initial))
+
+
+def _claim(comparison: Comparison, workdir: Path) -> None:
+    card = {"name": comparison.name, "fingerprint": fingerprint(comparison)}
+    path = workdir / "comparison.json"
+    if path.exists() and read_json(path) != card:
+        raise ConfigError(
+            f"{workdir} holds a comparison of another configuration",
+            where=f"{path}: {read_json(path)['name']}, fingerprint {read_json(path)['fingerprint'][:12]}",
+            fix="Choose another --workdir, or delete the folder if its results are not needed.",
+        )
+    write_json(path, card)
+
+
+def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: Path, log) -> dict[str, Any]:
+    def run() -> dict[str, Any]:
+        log(f"evaluate  {arm.name} on {task.name}")
+        stage, sampler = arm.stage_for(task.name), arm.sampler_for(task.name)
+        params = restore_params(stage_folder(stage, workdir))
+        result = generation.generate(stage.run.model, params, sampler, task, seed=comparison.seed)
+        value, per_example, secondary = generation.score(task, result)
+        bound = None
+        if comparison.bound_limit:
+            bound = likelihood.evaluate_bound(
+                stage.run.model,
+                params,
+                stage.run.objective,
+                _teacher_forced(task.data, stage.run.data.converter.target_window),
+                batch_size=task.batch_size,
+                limit=comparison.bound_limit,
+                seed=comparison.seed,
+            )
+        return {
+            "value": value,
+            "statistics": np.asarray(per_example, np.float64).tolist(),
+            "secondary": secondary,
+            "bound": bound,
+            "forward_passes": float(result.forward_passes.mean()),
+            "generated_tokens": float(result.lengths.mean()),
+            "predictions": [list(samples) for samples in result.predictions],
+            "inputs": [record.inputs_text for record in result.records],
+            "references": [record.targets_text for record in result.records],
+        }
+
+    return _cached(workdir / "evaluations" / arm.name / f"{task.name}.json", run)
+
+
+def _teacher_forced(prompts: DataPipeline, window: TargetWindow) -> DataPipeline:
+    """Returns a task's data with its own lengths and the target window under which the stage was trained."""
+    converter: Any = prompts.converter  # the protocol does not say that converters are dataclasses
+    return dataclasses.replace(prompts, converter=dataclasses.replace(converter, target_window=window))
+
+
+def _playback(comparison: Comparison, workdir: Path, log) -> dict[str, Any]:
+    """Records the denoising of one example per task by the last diffusion arm that trained on it."""
+    arms = [arm for arm in comparison.arms if arm.family == "diffusion"]
+    if not arms:
+        return {}
+    log("playback")
+    played = {}
+    for task in comparison.tasks:
+        stage = arms[-1].stage_for(task.name)
+        params = restore_params(stage_folder(stage, workdir))
+        sampler = arms[-1].sampler_for(task.name)
+        frames = record_playback(stage.run.model, params, sampler, task, seed=comparison.seed)
+        played[task.name] = {"arm": arms[-1].name, **frames}
+    return played
+
+
+def _speed(comparison: Comparison, log) -> dict[str, Any]:
+    log("speed against output length")
+    assert comparison.speed is not None
+    return measure(comparison.speed, seed=comparison.seed)
+
+
+def _cached(path: Path, compute: Callable[[], dict]) -> dict[str, Any]:
+    if not path.exists():
+        write_json(path, compute())
+    return read_json(path)
+
+
+def _curve(workdir: Path, stage: Stage) -> list[dict]:
+    path = stage_folder(stage, workdir) / "metrics.jsonl"
+    return tables.read_jsonl(path) if path.exists() else []
