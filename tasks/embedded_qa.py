@@ -1,7 +1,7 @@
 """Extractive questions over passages of CLDR facts; every answer is a span of its passage.
 
-A passage states two facts, half of the time of the same kind, and the question asks for one of them. A held-out example is a
-passage and question that training never shows together; the facts themselves recur in other company.
+A passage states two facts, half of the time of the same kind, and the question asks for one of them. A held-out
+example is a passage and question that training never shows together; the facts themselves recur in other company.
 """
 
 import datetime
