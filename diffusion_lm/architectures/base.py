@@ -188,24 +188,27 @@ class BoundModel:
         """Returns an empty cache for `length` slots."""
         return self.architecture.init_cache(batch, length)
 
-    def nll(self, hidden: Hidden, targets: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+    def nll(
+        self, hidden: Hidden, targets: jax.Array, *, where: jax.Array | None = None, forbidden: tuple[int, ...] = ()
+    ) -> jax.Array:
         """Returns -log p(target) as f32[B,T] in nats, without holding [B,T,V].
 
         Args:
           hidden: from a forward pass.
           targets: i32[B,T].
           where: bool[B,T], the slots that are wanted; 0 elsewhere. None = all.
+          forbidden: ids without probability.
         """
         return cross_entropy.chunked_nll(
-            hidden.values_BTD, self._head(), targets, self.spec.logits_chunk, where_BT=where
+            hidden.values_BTD, self._head(), targets, self.spec.logits_chunk, where_BT=where, forbidden=forbidden
         )
 
     def nll_terms(
-        self, hidden: Hidden, targets: jax.Array, *, where: jax.Array | None = None
+        self, hidden: Hidden, targets: jax.Array, *, where: jax.Array | None = None, forbidden: tuple[int, ...] = ()
     ) -> cross_entropy.NllTerms:
         """Returns -log p(target), log Z and the mean -log p over the vocabulary, for z-loss and label smoothing."""
         return cross_entropy.chunked_nll_terms(
-            hidden.values_BTD, self._head(), targets, self.spec.logits_chunk, where_BT=where
+            hidden.values_BTD, self._head(), targets, self.spec.logits_chunk, where_BT=where, forbidden=forbidden
         )
 
     def token_stats(
@@ -219,8 +222,9 @@ class BoundModel:
         top_p: float = 1.0,
         score: jax.Array | None = None,
         forbidden: tuple[int, ...] = (),
+        summaries: tuple[str, ...] = (),
     ) -> TokenStats:
-        """Returns argmax, a draw and log-probabilities per token; see `cross_entropy.chunked_token_stats`."""
+        """Returns argmax, draw, log-probabilities and `summaries` per token; see `cross_entropy.chunked_token_stats`."""
         return cross_entropy.chunked_token_stats(
             hidden.values_BTD,
             self._head(),
@@ -232,6 +236,7 @@ class BoundModel:
             top_p=top_p,
             score=score,
             forbidden=forbidden,
+            summaries=summaries,
         )
 
     def logits(self, hidden: Hidden) -> jax.Array:

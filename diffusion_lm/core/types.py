@@ -103,12 +103,16 @@ class TokenStats:
       sample: i32[B,T], a draw under the proposal's temperature, top-k and top-p (equal to `argmax` at temperature 0).
       sample_log_prob: f32[B,T], log-probability of `sample` under the model at temperature 1 without filters.
       target_log_prob: f32[B,T], log-probability of the tokens that were asked about (0 where none were).
+      entropy: f32[B,T] in nats, of the model at temperature 1 without filters; None where it was not asked for.
+      margin: f32[B,T], probability of the most likely token minus that of the second; None where not asked for.
     """
 
     argmax: jax.Array
     sample: jax.Array
     sample_log_prob: jax.Array
     target_log_prob: jax.Array
+    entropy: jax.Array | None = None
+    margin: jax.Array | None = None
 
 
 @flax.struct.dataclass

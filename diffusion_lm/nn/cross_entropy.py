@@ -76,7 +76,13 @@ def logits(hidden_BTD: jax.Array, head: Head, forbidden: tuple[int, ...] = ()) -
 
 
 def chunked_nll(
-    hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, chunk_tokens: int, *, where_BT: jax.Array | None = None
+    hidden_BTD: jax.Array,
+    head: Head,
+    targets_BT: jax.Array,
+    chunk_tokens: int,
+    *,
+    where_BT: jax.Array | None = None,
+    forbidden: tuple[int, ...] = (),
 ) -> jax.Array:
     """Returns -log p(target) as f32[B,T].
 
@@ -86,23 +92,36 @@ def chunked_nll(
       targets_BT: i32[B,T], ids below the vocabulary's size.
       chunk_tokens: most tokens whose logits may be held at a time; static.
       where_BT: bool[B,T], the slots that are wanted; 0 elsewhere. None = all.
+      forbidden: ids without probability: MASK where a clean token never is MASK (SUBS, arXiv 2406.07524). A forbidden
+        target has an nll of about 1e30.
     """
 
     def chunk(head, hidden_BTD, targets_BT):
-        return _nll(logits(hidden_BTD, head), targets_BT)
+        return _nll(logits(hidden_BTD, head, forbidden), targets_BT)
 
     return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT)
 
 
 def chunked_nll_terms(
-    hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, chunk_tokens: int, *, where_BT: jax.Array | None = None
+    hidden_BTD: jax.Array,
+    head: Head,
+    targets_BT: jax.Array,
+    chunk_tokens: int,
+    *,
+    where_BT: jax.Array | None = None,
+    forbidden: tuple[int, ...] = (),
 ) -> NllTerms:
     """Returns the parts from which z-loss and label smoothing are made; arguments as in `chunked_nll`."""
 
     def chunk(head, hidden_BTD, targets_BT):
-        logits_BTV = logits(hidden_BTD, head)
+        logits_BTV = logits(hidden_BTD, head, forbidden)
         log_z = jax.nn.logsumexp(logits_BTV, axis=-1)
-        mean_logit = logits_BTV[..., : head.vocab_size].mean(axis=-1)
+        emitted = logits_BTV[..., : head.vocab_size]
+        if forbidden:
+            kept = jnp.ones(head.vocab_size, bool).at[jnp.asarray(forbidden)].set(False)
+            mean_logit = jnp.where(kept, emitted, 0.0).sum(axis=-1) / (head.vocab_size - len(set(forbidden)))
+        else:
+            mean_logit = emitted.mean(axis=-1)
         return NllTerms(_nll(logits_BTV, targets_BT), log_z, log_z - mean_logit)
 
     return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT)
@@ -120,6 +139,7 @@ def chunked_token_stats(
     top_p: float = 1.0,
     score: jax.Array | None = None,
     forbidden: tuple[int, ...] = (),
+    summaries: tuple[str, ...] = (),
 ) -> TokenStats:
     """Returns per-token summaries of the distribution.
 
@@ -135,6 +155,7 @@ def chunked_token_stats(
       score: i32[B,T], tokens whose log-probability is wanted.
       forbidden: ids that are never emitted (MASK, for one). Log-probabilities are renormalised without them, but not
         tempered and not filtered.
+      summaries: which of "entropy" and "margin" to compute too; static.
 
     Raises:
       ValueError: temperature > 0 without keys.
@@ -151,7 +172,14 @@ def chunked_token_stats(
         else:
             sample = argmax
         target_log_prob = jnp.zeros_like(log_z) if score_BT is None else _pick(logits_BTV, score_BT) - log_z
-        return TokenStats(argmax, sample, _pick(logits_BTV, sample) - log_z, target_log_prob)
+        entropy = margin = None
+        if "entropy" in summaries:
+            log_p = logits_BTV - log_z[..., None]
+            entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, NEVER), axis=-1)
+        if "margin" in summaries:
+            top = jnp.exp(jax.lax.top_k(logits_BTV, 2)[0] - log_z[..., None])
+            margin = top[..., 0] - top[..., 1]
+        return TokenStats(argmax, sample, _pick(logits_BTV, sample) - log_z, target_log_prob, entropy, margin)
 
     keys = keys_BT if temperature > 0 else None
     return _over_chunks(chunk, head, (hidden_BTD, keys, score), chunk_tokens, where_BT)

@@ -90,3 +90,38 @@ class UniformCorruption:
         draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, size, jnp.int32))
         replacements = draw(token_keys.reshape(-1)).reshape(token_keys.shape)
         return Corrupted(tokens=jnp.where(replaced, replacements, batch.tokens), replaced=replaced)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsorbingCorruption:
+    """Replaces tokens by MASK (D3PM-absorbing; MDLM, MD4, LLaDA, DiffuLLaMA, Dream).
+
+    Attributes:
+      mask_id: id of MASK, which must not occur in the data.
+    """
+
+    mask_id: int
+
+    def __post_init__(self):
+        require(
+            self.mask_id >= 0,
+            f"mask_id = {self.mask_id} is no token",
+            where="AbsorbingCorruption.mask_id",
+            fix="Give the vocabulary's MASK id, 4 in the vocabularies of this project.",
+        )
+
+    @property
+    def needs_mask_token(self) -> bool:
+        """True."""
+        return True
+
+    def corrupt(self, keys: StreamKeys, batch: Batch, rate_BT: jax.Array, *, vocab_size: int) -> Corrupted:
+        """Returns the noisy canvas; `rate_BT` is f32[B,T] (or broadcastable), `vocab_size` the model's."""
+        require(
+            self.mask_id < vocab_size,
+            f"MASK is token {self.mask_id} but the model knows {vocab_size}",
+            where="AbsorbingCorruption.mask_id",
+            fix="Give the vocabulary's MASK id.",
+        )
+        replaced = chosen_tokens(keys, batch, rate_BT)
+        return Corrupted(tokens=jnp.where(replaced, self.mask_id, batch.tokens), replaced=replaced)

@@ -1,14 +1,21 @@
-"""Noise schedules: how much of the signal, `alpha`, is left at time t in [0, 1] (0 = clean, 1 = pure noise)."""
+"""Noise schedules: how much of the signal, `alpha`, is left at time t in [0, 1] (0 = clean, 1 = noise).
+
+Each schedule is given by `alpha` in the form in which its paper writes it, and by the derivative that likelihood
+weights are built from; tests hold the two together.
+"""
 
 import dataclasses
-from typing import Protocol
+import math
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.errors import require
+
 
 class Schedule(Protocol):
-    """`alpha` falls from 1 at t = 0 to 0 at t = 1; a token is corrupted at rate `1 - alpha(t)`."""
+    """`alpha` falls from about 1 at t = 0 to about 0 at t = 1; a token is corrupted at rate `1 - alpha(t)`."""
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """Returns the expected fraction of intact tokens, f32 in the shape of `t`."""
@@ -30,3 +37,111 @@ class Linear:
     def alpha_derivative(self, t: jax.Array) -> jax.Array:
         """Returns -1."""
         return -jnp.ones_like(t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """alpha(t) = 1 - cos(pi/2 (1 - t)): most of the time is spent at high noise (MD4, arXiv 2406.04329)."""
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """Returns 1 - cos(pi/2 (1 - t)), computed as 2 sin^2 so that small values keep their digits."""
+        return 2.0 * jnp.square(jnp.sin(0.25 * math.pi * (1.0 - t)))
+
+    def alpha_derivative(self, t: jax.Array) -> jax.Array:
+        """Returns -pi/2 sin(pi/2 (1 - t))."""
+        return -0.5 * math.pi * jnp.sin(0.5 * math.pi * (1.0 - t))
+
+
+@dataclasses.dataclass(frozen=True)
+class Polynomial:
+    """alpha(t) = 1 - t^exponent (MD4, arXiv 2406.04329).
+
+    Attributes:
+      exponent: 1 is `Linear`; above 1 more of the time is spent at low noise.
+    """
+
+    exponent: float = 2.0
+
+    def __post_init__(self):
+        _positive(self, "exponent")
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """Returns 1 - t^exponent."""
+        return 1.0 - t**self.exponent
+
+    def alpha_derivative(self, t: jax.Array) -> jax.Array:
+        """Returns -exponent t^(exponent - 1)."""
+        return -self.exponent * t ** (self.exponent - 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLinear:
+    """sigma(t) = -log(1 - (1 - eps) t), that is alpha(t) = 1 - (1 - eps) t (SEDD, arXiv 2310.16834; MDLM, 2406.07524).
+
+    Attributes:
+      eps: share of intact tokens that is left at t = 1.
+    """
+
+    eps: float = 1e-3
+
+    def __post_init__(self):
+        require(
+            0 <= self.eps < 1,
+            f"eps = {self.eps} is no share below 1",
+            where="LogLinear.eps",
+            fix="The papers use 1e-3; 0 is the schedule `Linear`.",
+        )
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """Returns 1 - (1 - eps) t."""
+        return 1.0 - (1.0 - self.eps) * t
+
+    def alpha_derivative(self, t: jax.Array) -> jax.Array:
+        """Returns -(1 - eps)."""
+        return -(1.0 - self.eps) * jnp.ones_like(t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometric:
+    """sigma(t) = sigma_min^(1-t) sigma_max^t and alpha(t) = exp(-sigma(t)) (SEDD with uniform noise, arXiv 2310.16834).
+
+    alpha(0) = exp(-sigma_min) and alpha(1) = exp(-sigma_max), neither exactly 1 nor 0.
+
+    Attributes:
+      sigma_min: total noise at t = 0.
+      sigma_max: total noise at t = 1.
+    """
+
+    sigma_min: float = 1e-4
+    sigma_max: float = 20.0
+
+    def __post_init__(self):
+        _positive(self, "sigma_min")
+        require(
+            self.sigma_max > self.sigma_min,
+            f"sigma_max = {self.sigma_max} is not above sigma_min = {self.sigma_min}",
+            where="Geometric.sigma_max",
+            fix="The paper uses 1e-4 and 20.",
+        )
+
+    def sigma(self, t: jax.Array) -> jax.Array:
+        """Returns the total noise up to time t."""
+        return self.sigma_min ** (1.0 - t) * self.sigma_max**t
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """Returns exp(-sigma(t))."""
+        return jnp.exp(-self.sigma(t))
+
+    def alpha_derivative(self, t: jax.Array) -> jax.Array:
+        """Returns -sigma'(t) exp(-sigma(t)), with sigma' = sigma log(sigma_max / sigma_min)."""
+        sigma = self.sigma(t)
+        return -math.log(self.sigma_max / self.sigma_min) * sigma * jnp.exp(-sigma)
+
+
+def _positive(schedule: Any, field: str) -> None:
+    require(
+        getattr(schedule, field) > 0,
+        f"{field} = {getattr(schedule, field)} is not positive",
+        where=f"{type(schedule).__name__}.{field}",
+        fix="Give a number above 0.",
+    )

@@ -85,6 +85,22 @@ def test_T35_padding_rows_and_forbidden_ids_are_never_emitted(setup):
     assert jnp.isfinite(jax.grad(lambda h: cross_entropy.chunked_nll(h, head, stats.argmax, 6).sum())(hidden)).all()
 
 
+def test_summaries_and_forbidden_ids_are_those_of_the_distribution(setup):
+    hidden, head, targets = setup
+    logits = (0.5 * hidden @ head.weight_VD[:V].T + head.bias_V[:V]).at[..., 4].set(-jnp.inf)
+    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    stats = cross_entropy.chunked_token_stats(hidden, head, 6, forbidden=(4,), summaries=("entropy", "margin"))
+    np.testing.assert_allclose(stats.entropy, -(p * np.log(np.maximum(p, 1e-300))).sum(-1), rtol=1e-4)
+    ordered = np.sort(p, axis=-1)
+    np.testing.assert_allclose(stats.margin, ordered[..., -1] - ordered[..., -2], atol=1e-5)
+    assert cross_entropy.chunked_token_stats(hidden, head, 6).entropy is None
+    targets = jnp.where(targets == 4, 5, targets)
+    expected = -np.log(np.take_along_axis(p, np.asarray(targets)[..., None], -1)[..., 0])
+    np.testing.assert_allclose(cross_entropy.chunked_nll(hidden, head, targets, 6, forbidden=(4,)), expected, rtol=1e-4)
+    terms = cross_entropy.chunked_nll_terms(hidden, head, targets, 6, forbidden=(4,))
+    np.testing.assert_allclose(terms.uniform_nll, -np.log(np.delete(p, 4, -1)).mean(-1), rtol=1e-4)
+
+
 def test_drawing_without_keys_is_an_error(setup):
     hidden, head, _ = setup
     with pytest.raises(ValueError, match="keys_BT"):

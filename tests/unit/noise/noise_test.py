@@ -6,8 +6,8 @@ import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.noise.corruption import UniformCorruption
-from diffusion_lm.noise.schedules import Linear
+from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
+from diffusion_lm.noise.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
 from diffusion_lm.noise.time_sampling import FixedGrid, UniformTime
 from diffusion_lm.noise.weighting import Flat
 
@@ -23,10 +23,38 @@ def corrupt(batch, rate, keys=KEYS, **fields):
     return UniformCorruption(**fields).corrupt(keys, batch, rate_BT, vocab_size=stubs.VOCAB)
 
 
-def test_linear_schedule_and_its_derivative():
-    t = jnp.linspace(0.0, 1.0, 11)
-    np.testing.assert_allclose(Linear().alpha(t), 1 - t)
-    np.testing.assert_allclose(jax.vmap(jax.grad(Linear().alpha))(t), Linear().alpha_derivative(t))
+SCHEDULES = (Linear(), Cosine(), Polynomial(2.0), Polynomial(0.5), LogLinear(), Geometric())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_schedules_fall_from_signal_to_noise_with_the_derivative_they_state(schedule):
+    t = jnp.linspace(0.01, 0.99, 50)
+    alpha = schedule.alpha(t)
+    assert (jnp.diff(alpha) < 0).all()
+    assert abs(float(schedule.alpha(jnp.float32(0.0))) - 1) < 2e-4
+    assert float(schedule.alpha(jnp.float32(1.0))) < 2e-3
+    slope = jax.vmap(jax.grad(lambda t: schedule.alpha(t).sum()))(t)
+    np.testing.assert_allclose(schedule.alpha_derivative(t), slope, rtol=1e-4)
+
+
+def test_schedules_at_a_point():
+    """Closed forms, written out: cos(pi/4), sigma = sqrt(1e-4 x 20)."""
+    half = jnp.float32(0.5)
+    np.testing.assert_allclose(Cosine().alpha(half), 1 - 0.5**0.5, rtol=1e-6)
+    np.testing.assert_allclose(Polynomial(3.0).alpha(half), 0.875)
+    np.testing.assert_allclose(LogLinear(0.1).alpha(half), 0.55, rtol=1e-6)
+    np.testing.assert_allclose(Geometric().alpha(half), np.exp(-(0.002**0.5)), rtol=1e-6)
+
+
+def test_absorbing_noise_is_mask_and_touches_no_conditioning():
+    batch = many()
+    rate = jnp.full(batch.tokens.shape, 0.4)
+    noisy = AbsorbingCorruption(4).corrupt(KEYS, batch, rate, vocab_size=stubs.VOCAB)
+    np.testing.assert_array_equal(noisy.tokens, np.where(noisy.replaced, 4, batch.tokens))
+    assert not (np.asarray(noisy.replaced) & ~np.asarray(batch.target_mask)).any()
+    np.testing.assert_array_equal(noisy.replaced, corrupt(batch, 0.4).replaced, "all kinds of noise choose alike")
+    with pytest.raises(ConfigError, match="mask_id"):
+        AbsorbingCorruption(stubs.VOCAB).corrupt(KEYS, batch, rate, vocab_size=stubs.VOCAB)
 
 
 def test_times_are_uniform_shared_inside_an_example_and_reach_one():
@@ -47,6 +75,10 @@ def test_times_are_uniform_shared_inside_an_example_and_reach_one():
         lambda: FixedGrid(()),
         lambda: FixedGrid((0.0, 0.5)),
         lambda: UniformCorruption(0),
+        lambda: AbsorbingCorruption(-1),
+        lambda: Polynomial(0.0),
+        lambda: LogLinear(1.0),
+        lambda: Geometric(2.0, 1.0),
     ],
 )
 def test_impossible_settings_are_errors(build):
