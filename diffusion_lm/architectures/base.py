@@ -224,7 +224,7 @@ class BoundModel:
         forbidden: tuple[int, ...] = (),
         summaries: tuple[str, ...] = (),
     ) -> TokenStats:
-        """Returns argmax, draw, log-probabilities and `summaries` per token; see `cross_entropy.chunked_token_stats`."""
+        """Returns argmax, draw, log-probabilities and `summaries` a token; see `cross_entropy.chunked_token_stats`."""
         return cross_entropy.chunked_token_stats(
             hidden.values_BTD,
             self._head(),
