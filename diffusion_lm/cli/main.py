@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "score a trained model: bound and metrics",
     "decode": "complete prompts with a trained model",
     "explain": "show what a configuration is: parameters, shapes, shardings, FLOPs, memory",
+    "list": "show the objectives, samplers, models and recipes that there are",
     "materialise": "write tasks to files that training reads without TensorFlow",
     "doctor": "check that this machine can run all of it",
 }

@@ -1,0 +1,75 @@
+"""Lists the gin files of one kind with what they are and where they come from, e.g. `diffusion-lm list objectives`.
+
+Kinds: objectives, samplers, models, sizes, optimizers, partitioning, runs, recipes. The texts are the first sentences
+of the files themselves."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from diffusion_lm.cli.output import say, table
+from diffusion_lm.cli.search_path import packaged_folder, split_search_path
+
+KINDS = {
+    "objectives": "objectives",
+    "samplers": "samplers",
+    "models": "models",
+    "sizes": "models/sizes",
+    "optimizers": "optimizers",
+    "partitioning": "partitioning",
+    "runs": "runs",
+    "recipes": "recipes",
+}
+"""Kinds and their folders below gin/."""
+
+_SOURCE = re.compile(r"(?<![\w.])(\d{4}\.\d{4,5})(?!\w)")
+_BRACKET = re.compile(r"\s*\([^()]*\d{4}\.\d{4,5}[^()]*\)")
+_SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)\.(?=\s|$)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    parser.add_argument("kind", choices=tuple(KINDS), help="what to list")
+    parser.add_argument(
+        "--gin_search_path",
+        action="append",
+        default=[],
+        metavar="DIRS",
+        help="comma-separated folders with files of your own (DIR/objectives/*.gin), listed too",
+    )
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs the verb and returns one object per file: name, path to include, description, arXiv numbers."""
+    found: dict[str, dict[str, Any]] = {}
+    for root in (*map(Path, split_search_path(arguments.gin_search_path)), packaged_folder()):
+        for path in sorted((root / KINDS[arguments.kind]).glob("*.gin")):
+            description, sources = describe(path.read_text(encoding="utf-8"))
+            entry = {
+                "name": path.stem,
+                "include": f"{KINDS[arguments.kind]}/{path.name}",
+                "description": description,
+                "sources": sources,
+            }
+            found.setdefault(path.stem, entry)
+    entries = [found[name] for name in sorted(found)]
+    rows = [(e["name"], e["description"], ", ".join(f"arXiv {s}" for s in e["sources"])) for e in entries]
+    table([arguments.kind, "what it is", "source"], rows, fold=(1, 2))
+    say(f"\nUse one: include '{KINDS[arguments.kind]}/NAME.gin' in a gin file, or --gin_file gin/....")
+    return entries
+
+
+def describe(text: str) -> tuple[str, list[str]]:
+    """Returns the first sentence of a gin file's opening comment, and the arXiv numbers that the comment names."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line[1:].strip())
+    sources = list(dict.fromkeys(_SOURCE.findall(" ".join(lines))))
+    opening = " ".join(lines).split("  ")[0] if lines else ""
+    # The numbers have a column of their own.
+    opening = _BRACKET.sub("", opening)
+    end = _SENTENCE_END.search(opening)
+    return (opening[: end.start()] if end else opening).strip(), sources
