@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion_lm.cli.arguments import RESOLVED, add_gin, load_config, record_config
 from diffusion_lm.cli.materialise import ensure
-from diffusion_lm.cli.output import progress, say
+from diffusion_lm.cli.output import heading, progress, say, table
 from diffusion_lm.core.files import write_text
 
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns the content of results.json."""
     from diffusion_lm.parallel import multihost
+    from diffusion_lm.recipes import likelihood_table
     from diffusion_lm.recipes.compare import compare
     from diffusion_lm.recipes.comparison import Comparison
     from diffusion_lm.recipes.tables import quality_terminal
@@ -36,6 +37,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if multihost.is_primary():
         write_text(workdir / RESOLVED, loaded.resolved())
         quality_terminal(result.results)
+        if likelihood_table.has_bounds(result.results):
+            heading("likelihood")
+            rows = [(label, *cells, passes) for label, cells, passes in likelihood_table.rows(result.results)]
+            table(likelihood_table.columns(result.results), rows, right=range(1, len(rows[0])))
+            say(likelihood_table.READING)
         say(f"table   {result.table}")
         say(f"report  {result.report}")
     return dict(result.results)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -37,7 +38,9 @@ def evaluate_bound(
     """Returns the bound over the first `limit` examples of `data`, and which kind of bound it is.
 
     Keys: `loss` (per scored token), every metric of the objective (per-real-token values among them), `kind`
-    ("exact", "nelbo" or "pseudo": only the first two may be compared with a likelihood) and `tokens`.
+    ("exact", "nelbo" or "pseudo") and `tokens`. Only the first two kinds are about the likelihood; those also have
+    `bits_per_real_token`, the whole loss, scored padding included, over the real tokens: a model that must say the
+    length by padding and one that says it by EOS are then charged for the same text.
     """
     step = compiled_bound(architecture, objective)
     keys = StreamKeys.create(seed)
@@ -51,6 +54,9 @@ def evaluate_bound(
     values: dict[str, float | str] = {"loss": float(total.loss), "tokens": float(total.weight)}
     values.update({name: float(mean.value) for name, mean in total.metrics.items()})
     values["kind"] = objective.bound_kind
+    real = total.metrics.get("nll_per_real_token")
+    if objective.bound_kind != "pseudo" and real is not None and float(real.weight) > 0:
+        values["bits_per_real_token"] = float(total.loss_sum) / float(real.weight) / math.log(2)
     return values
 
 

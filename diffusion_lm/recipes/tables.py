@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diffusion_lm.core.files import write_text
-from diffusion_lm.recipes import summary
+from diffusion_lm.recipes import likelihood_table, summary
 from diffusion_lm.recipes.formatting import MISSING
 
 MAX_COLUMNS = 100
@@ -80,6 +80,8 @@ def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None)
     if said.findings:
         parts.append("\n".join(f"- {_escaped(finding)}" for finding in said.findings))
     parts += [quality_markdown(results), INTERVALS]
+    if likelihood_table.has_bounds(results):
+        parts.append(likelihood_table.markdown(results))
     notes = list(results.get("notes") or ())
     if notes:
         parts.append("\n".join(f"- {_escaped(note)}" for note in notes))
