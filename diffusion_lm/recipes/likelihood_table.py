@@ -1,4 +1,4 @@
-"""The likelihood matrix: bits per real token of the arms that have a likelihood or a bound, and their forward passes."""
+"""The likelihood matrix: bits per real token of arms that have a likelihood or a bound, and their forward passes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +9,8 @@ SIGNS = {"exact": "", "nelbo": "<= "}
 """What stands before a value: a bound is not the likelihood."""
 
 READING = (
-    "Bits per real token of the held-out targets, EOS included; scored padding is charged to the real tokens. `<=` marks "
-    "an upper bound (NELBO); objectives without a likelihood have no entry. Passes: network calls per completion."
+    "Bits per real token of the held-out targets, EOS included; scored padding is charged to the real tokens. `<=` "
+    "marks an upper bound (NELBO); objectives without a likelihood have no entry. Passes: network calls per completion."
 )
 
 
