@@ -208,7 +208,7 @@ class _Reader:
             scope, _, dotted = key.rpartition("/")
             if "." in dotted:
                 short, parameter = dotted.rsplit(".", 1)
-                selector, _ = _located(where, lambda: gin_names.configurable(context, short, modules))
+                selector, _ = _located(where, lambda: gin_names.configurable(context, short, modules, parameter))
                 key = f"{scope}/{selector}.{parameter}" if scope else f"{selector}.{parameter}"
             line = f"{key} = {_with_quotes(value, where)}"
             for statement, _ in _statements(line, _Delegate(context, modules), where):

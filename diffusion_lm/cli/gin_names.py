@@ -39,20 +39,23 @@ def _near_modules(module: str) -> str:
     return near_names(name, [found.name for found in pkgutil.iter_modules(parent.__path__)])
 
 
-def configurable(context: Any, selector: str, modules: Iterable[types.ModuleType]) -> tuple[str, Any]:
+def configurable(
+    context: Any, selector: str, modules: Iterable[types.ModuleType], parameter: str = ""
+) -> tuple[str, Any]:
     """Returns the selector as gin knows it and gin's record of the class or function.
 
     Args:
       context: gin's parse context, with the imports of the file.
       selector: `module.Class`; with `modules` also `Class` alone.
       modules: modules in which a short name is looked up; empty inside a gin file, where gin's own rule holds.
+      parameter: of several classes that the name may mean, only those that take this parameter are meant.
 
     Raises:
       ConfigError: the name leads nowhere, to several classes, or to something that cannot be configured.
     """
     modules = tuple(modules)
     if modules:
-        selector = _expand(selector, modules)
+        selector = _expand(selector, modules, parameter)
     try:
         _, values = context._resolve_selector(selector) if context._dynamic_registration else ((), ())
         if values and not callable(values[-1]):
@@ -116,9 +119,10 @@ def _unknown_attribute(context: Any, selector: str) -> ConfigError:
     return ConfigError(f"there is no class or function {selector}", fix="Correct the name.")
 
 
-def _expand(selector: str, modules: tuple[types.ModuleType, ...]) -> str:
+def _expand(selector: str, modules: tuple[types.ModuleType, ...], parameter: str) -> str:
     """Returns the full name of what a short one such as `TrainRun` or `run.TrainRun` stands for in `modules`."""
     found: dict[int, str] = {}
+    takers: set[int] = set()
     parts = selector.split(".")
     for split in range(len(parts)):
         prefix, attributes = ".".join(parts[:split]), parts[split:]
@@ -132,7 +136,10 @@ def _expand(selector: str, modules: tuple[types.ModuleType, ...]) -> str:
                 is_home = getattr(value, "__module__", None) == module.__name__
                 if is_home or id(value) not in found:
                     found[id(value)] = ".".join([module.__name__, *attributes])
-    names = list(found.values())
+                if parameter in inspect.signature(value).parameters:
+                    takers.add(id(value))
+    meant = {number: name for number, name in found.items() if number in takers} if takers else found
+    names = list(meant.values())
     if len(names) > 1:
         raise ConfigError(f"{selector} may mean {' or '.join(sorted(names))}", fix="Write the module as well.")
     if not names:

@@ -330,6 +330,7 @@ def test_ambiguous_short_name(write, parts):
     message = sentence(write, parts, text, "Net.width=3")
     assert "Net may mean gin_test_parts.other.Net or gin_test_parts.parts.Net" in message
     assert build(write, parts, text, "parts.Net.width=3").model.width == 3
+    assert build(write, parts, text, "Net.mode='full'").model.mode == "full", "only one of the two has a mode"
 
 
 def test_search_path_and_packaged_folder(write, parts, tmp_path, monkeypatch):
