@@ -149,6 +149,11 @@ def load(
     return config
 
 
+_AS = " as "
+"""`include 'objectives/mdlm.gin as mdlm'` binds what the file binds under the scope `mdlm`, so that one configuration can
+hold several objectives; the resolved configuration is plain gin."""
+
+
 class _Delegate(gin_config.ParserDelegate):
     """Resolves references while gin parses a value, with errors of our own."""
 
@@ -182,7 +187,8 @@ class _Reader:
         self._modules: dict[str, types.ModuleType] = {}
         self._open: list[Path] = []
 
-    def read_file(self, name: str, origin: Origin, where: str) -> None:
+    def read_file(self, name: str, origin: Origin, where: str, scope: str = "") -> None:
+        """Reads a file; with `scope`, all of its parameters (not its macros) are bound under that scope."""
         path = find_gin_file(name, self._search_path, where=where)
         if path.resolve() in self._open:
             raise ConfigError(f"{name} includes itself", where=where, fix="Remove the include.")
@@ -190,7 +196,7 @@ class _Reader:
         self._open.append(path.resolve())
         with open(path, encoding="utf-8") as stream, gin_config._parse_scope() as context:
             for statement, line in _statements(stream, _Delegate(context), name):
-                self._process(statement, context, f"{name}:{line}", origin)
+                self._process(statement, context, f"{name}:{line}", origin, scope)
             gin_config._IMPORTS.update(context.imports)
         self._open.pop()
 
@@ -214,17 +220,23 @@ class _Reader:
             for statement, _ in _statements(line, _Delegate(context, modules), where):
                 self._process(statement, context, where, "command line")
 
-    def _process(self, statement: Any, context: gin_config.ParseContext, where: str, origin: Origin) -> None:
+    def _process(
+        self, statement: Any, context: gin_config.ParseContext, where: str, origin: Origin, within: str = ""
+    ) -> None:
         match statement:
             case config_parser.ImportStatement():
                 module = _located(where, lambda: gin_names.import_module(context, statement))
                 if module is not None:
                     self._modules[statement.module] = module
             case config_parser.IncludeStatement():
-                self.read_file(statement.filename, "included file", where)
+                name, _, scope = statement.filename.partition(_AS)
+                self.read_file(name, "included file", where, "/".join(part for part in (within, scope.strip()) if part))
             case config_parser.BlockDeclaration():
                 _located(where, lambda: gin_names.configurable(context, statement.selector, ()))
             case config_parser.BindingStatement():
+                if within and statement.arg_name:
+                    scope = f"{within}/{statement.scope}" if statement.scope else within
+                    statement = statement._replace(scope=scope)
                 self._bind(statement, context, where, origin)
 
     def _bind(self, statement: Any, context: gin_config.ParseContext, where: str, origin: Origin) -> None:

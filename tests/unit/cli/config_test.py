@@ -184,6 +184,19 @@ def test_missing_gin_file_names_near_ones(write, parts):
         config.load(["quik.gin"])
 
 
+def test_include_under_a_scope(write, parts):
+    """Two files that bind the same parameter live side by side; nested includes and scopes inside follow."""
+    head = "from __gin__ import dynamic_registration\nfrom gin_test_parts import parts\n"
+    write("narrow.gin", head + "WIDTH = 8\nparts.Net.width = 2\n")
+    write("wide.gin", head + "include 'mode.gin'\nparts.Net.width = 64\ninner/parts.Net.width = 128\n")
+    write("mode.gin", head + "parts.Net:\n  mode = 'full'\n")
+    text = BASE + "include 'narrow.gin as narrow'\ninclude 'wide.gin as wide'\n"
+    assert build(write, parts, text, "Run.model=@narrow/Net()").model == parts.Net(width=2)
+    assert build(write, parts, text, "Run.model=@wide/Net()").model == parts.Net(width=64, mode="full")
+    assert build(write, parts, text, "Run.model=@wide/inner/Net()").model == parts.Net(width=128, mode="full")
+    assert build(write, parts, text).model == parts.Net()
+
+
 def test_missing_include_says_who_asked(write, parts):
     assert "(x.gin:1)" in sentence(write, parts, "include 'nowhere.gin'\n")
 
