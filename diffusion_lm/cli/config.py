@@ -150,8 +150,8 @@ def load(
 
 
 _AS = " as "
-"""`include 'objectives/mdlm.gin as mdlm'` binds what the file binds under the scope `mdlm`, so that one configuration can
-hold several objectives; the resolved configuration is plain gin."""
+"""`include 'objectives/mdlm.gin as mdlm'` binds what the file binds under the scope `mdlm`, so that one configuration
+can hold several objectives; the resolved configuration is plain gin."""
 
 
 class _Delegate(gin_config.ParserDelegate):
