@@ -39,6 +39,8 @@ class Batch(flax.struct.PyTreeNode):
       positions: i32[B,T], restarting in every packed example.
       example_ids: u32[B,T], stable id of the source example of each token: the root of its noise.
       encoder: the encoder's stream, or None for single-stream architectures.
+      strata: f32[B,T], place in [0, 1) of each token's example in its *global* batch, for times that are spread evenly
+        over the batch however it is split; None where nothing says so (evaluation, prompts).
     """
 
     tokens: jax.Array
@@ -48,6 +50,7 @@ class Batch(flax.struct.PyTreeNode):
     positions: jax.Array
     example_ids: jax.Array
     encoder: EncoderInputs | None = None
+    strata: jax.Array | None = None
 
     @property
     def row_ids(self) -> jax.Array:

@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
 from diffusion_lm.core.errors import require
@@ -21,6 +22,7 @@ from diffusion_lm.data.order import PERIOD, Order
 from diffusion_lm.data.packing import PackingPlan, pack
 from diffusion_lm.data.prefetch import BatchIterator
 from diffusion_lm.data.pretraining import Pretraining
+from diffusion_lm.data.rows import strata
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.vocabulary import Vocabulary
 
@@ -129,7 +131,8 @@ class DataPipeline:
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Returns the shapes and dtypes of a batch; opens nothing."""
-        return self.converter.abstract_batch(batch_size)
+        batch = self.converter.abstract_batch(batch_size)
+        return batch.replace(strata=jax.ShapeDtypeStruct(batch.tokens.shape, np.float32))
 
     # Training.
 
@@ -149,7 +152,8 @@ class DataPipeline:
             [self._example(record, int(source), int(epoch)) for record in records]
             for records, source, epoch in zip(self._read(sources, members), sources, epochs, strict=True)
         ]
-        return self.converter.batch(rows, self.specials, training=True)
+        batch = self.converter.batch(rows, self.specials, training=True)
+        return batch.replace(strata=strata(batch.segment_ids, start, batch_size))
 
     def iterator(
         self,

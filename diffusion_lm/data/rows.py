@@ -91,6 +91,17 @@ def checked(batch: Batch, specials: SpecialTokens) -> Batch:
     return batch
 
 
+def strata(segment_ids: Any, first_row: int, batch_size: int) -> Any:
+    """Returns `Batch.strata` for rows `first_row`, ... of a global batch of `batch_size` rows.
+
+    The examples of one number inside their rows are spread evenly over [0, 1); those that share a row are set apart by
+    the golden ratio, which keeps any number of them spread.
+    """
+    rows = (first_row + np.arange(len(segment_ids), dtype=np.float64)[:, None]) / batch_size
+    places = rows + (np.maximum(segment_ids, 1) - 1) * ((5**0.5 - 1) / 2)
+    return (places % 1.0).astype(np.float32)
+
+
 def abstract_batch(batch_size: int, length: int, encoder_length: int | None) -> Batch:
     """Returns the shapes and dtypes of a batch."""
 

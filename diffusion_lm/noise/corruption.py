@@ -1,7 +1,7 @@
-"""Corruptions: what a target token turns into. Conditioning is never touched."""
+"""Corruptions: which target tokens are chosen, and what a chosen one turns into. Conditioning is never touched."""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.segments import segment_max, segment_rank, segment_sum
 from diffusion_lm.core.types import Batch
 
 CHOICE_STREAM = "noise/choice"
 REPLACEMENT_STREAM = "noise/replacement"
+KIND_STREAM = "noise/kind"
 
 
 @flax.struct.dataclass
@@ -29,7 +31,11 @@ class Corrupted:
 
 
 class Corruption(Protocol):
-    """A noise process; at rate 1 it is also the start canvas of the samplers."""
+    """A noise process; at rate 1 it is also the start canvas of the samplers.
+
+    A corruption that writes MASK names it as `mask_id`, and one that writes nothing else says so by `absorbing = True`.
+    For a given key the tokens chosen at one rate are among those chosen at a higher one.
+    """
 
     @property
     def needs_mask_token(self) -> bool:
@@ -51,6 +57,49 @@ def chosen_tokens(keys: StreamKeys, batch: Batch, rate_BT: jax.Array) -> jax.Arr
 
 
 @dataclasses.dataclass(frozen=True)
+class Bernoulli:
+    """Chooses each target token independently (SUNDAE, MDLM, LLaDA and most others).
+
+    Attributes:
+      joint_tail: the filler behind the content of a target, EOS for Dream (arXiv 2508.15487). The run of it that ends a
+        target is chosen as a whole or not at all, so that its visible part cannot give the length away. None = no such
+        rule.
+    """
+
+    joint_tail: int | None = None
+
+    def choose(self, keys: StreamKeys, batch: Batch, rate_BT: jax.Array) -> jax.Array:
+        """Returns bool[B,T], the chosen target tokens."""
+        if self.joint_tail is None:
+            return chosen_tokens(keys, batch, rate_BT)
+        content = ~batch.target_mask | (batch.tokens != self.joint_tail)
+        last = segment_max(jnp.where(content, batch.positions, -1), batch.segment_ids)
+        # All of the tail draws with the key of its first token.
+        positions = jnp.minimum(batch.positions, last + 1)
+        return chosen_tokens(keys, batch.replace(positions=positions), rate_BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactCount:
+    """Chooses exactly ceil(rate x n) of the n target tokens of an example, every subset of that size alike.
+
+    With a rate uniform in (0, 1] the count is uniform in 1..n: with weights n / count (`weighting.InverseShare`) the
+    loss is the order-agnostic likelihood bound itself, and no target goes without a masked token (traps T07, T08).
+    The rate must be the same for all tokens of an example.
+    """
+
+    def choose(self, keys: StreamKeys, batch: Batch, rate_BT: jax.Array) -> jax.Array:
+        """Returns bool[B,T], the chosen target tokens."""
+        uniform = keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
+        target = batch.target_mask
+        among_targets = segment_rank(uniform, jnp.where(target, batch.segment_ids, 0))
+        targets = segment_sum(target.astype(jnp.float32), batch.segment_ids)
+        # The factor keeps a product that rounding has lifted above a whole number from being counted up.
+        count = jnp.ceil(rate_BT * targets * (1 - 1e-6))
+        return (among_targets < count) & target
+
+
+@dataclasses.dataclass(frozen=True)
 class UniformCorruption:
     """Replaces tokens by draws from the uniform distribution over the whole vocabulary (SUNDAE; AR2Diff).
 
@@ -59,9 +108,11 @@ class UniformCorruption:
 
     Attributes:
       vocab_size: ids are drawn from [0, vocab_size); None = the model's vocabulary without its padding rows.
+      choice: which tokens are replaced, `Bernoulli` or `ExactCount`.
     """
 
     vocab_size: int | None = None
+    choice: Any = Bernoulli()
 
     def __post_init__(self):
         require(
@@ -85,11 +136,8 @@ class UniformCorruption:
             where="UniformCorruption.vocab_size",
             fix="Leave it at None to draw from the model's own vocabulary.",
         )
-        replaced = chosen_tokens(keys, batch, rate_BT)
-        token_keys = keys.per_token(REPLACEMENT_STREAM, batch.example_ids, batch.positions)
-        draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, size, jnp.int32))
-        replacements = draw(token_keys.reshape(-1)).reshape(token_keys.shape)
-        return Corrupted(tokens=jnp.where(replaced, replacements, batch.tokens), replaced=replaced)
+        replaced = self.choice.choose(keys, batch, rate_BT)
+        return Corrupted(jnp.where(replaced, _random_tokens(keys, batch, size), batch.tokens), replaced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +146,53 @@ class AbsorbingCorruption:
 
     Attributes:
       mask_id: id of MASK, which must not occur in the data.
+      choice: which tokens are replaced, `Bernoulli` or `ExactCount`.
     """
 
     mask_id: int
+    choice: Any = Bernoulli()
 
     def __post_init__(self):
+        _check_mask_id(self)
+
+    @property
+    def needs_mask_token(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def absorbing(self) -> bool:
+        """True: every noisy token is MASK, so what is not MASK is known."""
+        return True
+
+    def corrupt(self, keys: StreamKeys, batch: Batch, rate_BT: jax.Array, *, vocab_size: int) -> Corrupted:
+        """Returns the noisy canvas; `rate_BT` is f32[B,T] (or broadcastable), `vocab_size` the model's."""
+        _check_mask_is_known(self, vocab_size)
+        replaced = self.choice.choose(keys, batch, rate_BT)
+        return Corrupted(jnp.where(replaced, self.mask_id, batch.tokens), replaced)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureCorruption:
+    """Replaces tokens by MASK or by a random token: a model of it fills in and corrects (LLaDA2.1; GIDD's noise).
+
+    Attributes:
+      mask_id: id of MASK, which must not occur in the data.
+      p_uniform: probability that a chosen token becomes a uniform draw from the vocabulary instead of MASK.
+      choice: which tokens are replaced, `Bernoulli` or `ExactCount`.
+    """
+
+    mask_id: int
+    p_uniform: float = 0.1
+    choice: Any = Bernoulli()
+
+    def __post_init__(self):
+        _check_mask_id(self)
         require(
-            self.mask_id >= 0,
-            f"mask_id = {self.mask_id} is no token",
-            where="AbsorbingCorruption.mask_id",
-            fix="Give the vocabulary's MASK id, 4 in the vocabularies of this project.",
+            0 <= self.p_uniform <= 1,
+            f"p_uniform = {self.p_uniform} is no probability",
+            where="MixtureCorruption.p_uniform",
+            fix="0.0 is AbsorbingCorruption, 1.0 UniformCorruption.",
         )
 
     @property
@@ -117,11 +202,33 @@ class AbsorbingCorruption:
 
     def corrupt(self, keys: StreamKeys, batch: Batch, rate_BT: jax.Array, *, vocab_size: int) -> Corrupted:
         """Returns the noisy canvas; `rate_BT` is f32[B,T] (or broadcastable), `vocab_size` the model's."""
-        require(
-            self.mask_id < vocab_size,
-            f"MASK is token {self.mask_id} but the model knows {vocab_size}",
-            where="AbsorbingCorruption.mask_id",
-            fix="Give the vocabulary's MASK id.",
-        )
-        replaced = chosen_tokens(keys, batch, rate_BT)
-        return Corrupted(tokens=jnp.where(replaced, self.mask_id, batch.tokens), replaced=replaced)
+        _check_mask_is_known(self, vocab_size)
+        replaced = self.choice.choose(keys, batch, rate_BT)
+        random = keys.token_uniform(KIND_STREAM, batch.example_ids, batch.positions) < self.p_uniform
+        noise = jnp.where(random, _random_tokens(keys, batch, vocab_size), self.mask_id)
+        return Corrupted(jnp.where(replaced, noise, batch.tokens), replaced)
+
+
+def _random_tokens(keys: StreamKeys, batch: Batch, size: int) -> jax.Array:
+    """Returns i32[B,T], uniform in [0, size), keyed by example and position."""
+    token_keys = keys.per_token(REPLACEMENT_STREAM, batch.example_ids, batch.positions)
+    draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, size, jnp.int32))
+    return draw(token_keys.reshape(-1)).reshape(token_keys.shape)
+
+
+def _check_mask_id(corruption: Any) -> None:
+    require(
+        corruption.mask_id >= 0,
+        f"mask_id = {corruption.mask_id} is no token",
+        where=f"{type(corruption).__name__}.mask_id",
+        fix="Give the vocabulary's MASK id, 4 in the vocabularies of this project.",
+    )
+
+
+def _check_mask_is_known(corruption: Any, vocab_size: int) -> None:
+    require(
+        corruption.mask_id < vocab_size,
+        f"MASK is token {corruption.mask_id} but the model knows {vocab_size}",
+        where=f"{type(corruption).__name__}.mask_id",
+        fix="Give the vocabulary's MASK id.",
+    )

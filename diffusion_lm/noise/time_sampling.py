@@ -5,6 +5,7 @@ import math
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
@@ -15,9 +16,24 @@ TIME_STREAM = "noise/time"
 class TimeSampler(Protocol):
     """Draws one time per example."""
 
-    def draw(self, keys: StreamKeys, example_ids: jax.Array) -> jax.Array:
-        """Returns f32 times in the shape of `example_ids` (u32[B,T]); the tokens of one example share theirs."""
+    def draw(self, keys: StreamKeys, example_ids: jax.Array, *, strata: jax.Array | None = None) -> jax.Array:
+        """Returns f32 times in the shape of `example_ids` (u32[B,T]); the tokens of one example share theirs.
+
+        `strata` is that of the `Batch`; only stratified samplers read it.
+        """
         ...
+
+
+def _uniform(keys: StreamKeys, example_ids: jax.Array, strata: jax.Array | None) -> jax.Array:
+    """Returns one uniform in [0, 1) an example: its own, or its place in the batch moved by the step's one draw.
+
+    Every example's value is uniform either way, over the steps; with strata the B values of one batch are a grid of
+    step 1/B. The draw depends on the place in the *global* batch, so microbatches and devices do not change it.
+    """
+    if strata is None:
+        return keys.example_uniform(TIME_STREAM, example_ids)
+    moved = strata + jax.random.uniform(keys.key(TIME_STREAM))
+    return moved - jnp.floor(moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +46,14 @@ class UniformTime:
     Attributes:
       low: lower end.
       high: upper end.
+      stratified: spreads the times of a batch evenly (MDLM, MD4), which lowers the variance of the loss and nothing
+        else. Batches that do not say where in the global batch a row stands (`Batch.strata`; only those of training do)
+        get independent times of the same law.
     """
 
     low: float = 0.0
     high: float = 1.0
+    stratified: bool = False
 
     def __post_init__(self):
         require(
@@ -43,9 +63,36 @@ class UniformTime:
             fix="The full range is low = 0.0, high = 1.0.",
         )
 
-    def draw(self, keys: StreamKeys, example_ids: jax.Array) -> jax.Array:
+    def draw(self, keys: StreamKeys, example_ids: jax.Array, *, strata: jax.Array | None = None) -> jax.Array:
         """Returns f32 times in the shape of `example_ids`."""
-        return self.high - (self.high - self.low) * keys.example_uniform(TIME_STREAM, example_ids)
+        uniform = _uniform(keys, example_ids, strata if self.stratified else None)
+        return self.high - (self.high - self.low) * uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteTime:
+    """t = k / steps with k uniform in 1..steps, one draw per example (D3PM, arXiv 2107.03006; RDM, arXiv 2302.05737).
+
+    Attributes:
+      steps: number of noise levels T.
+      stratified: as for `UniformTime`.
+    """
+
+    steps: int
+    stratified: bool = False
+
+    def __post_init__(self):
+        require(
+            self.steps >= 1,
+            f"steps = {self.steps} leaves no noise level",
+            where="DiscreteTime.steps",
+            fix="RDM uses 50, D3PM 1000.",
+        )
+
+    def draw(self, keys: StreamKeys, example_ids: jax.Array, *, strata: jax.Array | None = None) -> jax.Array:
+        """Returns f32 times in the shape of `example_ids`."""
+        uniform = _uniform(keys, example_ids, strata if self.stratified else None)
+        return (jnp.floor(uniform * self.steps) + 1.0) / self.steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +113,9 @@ class FixedGrid:
             where="FixedGrid.times",
             fix="The default is (0.125, 0.375, 0.625, 0.875).",
         )
+
+    @property
+    def is_midpoint_rule(self) -> bool:
+        """Whether the mean over the times is a quadrature of the integral over (0, 1): (j + 1/2) / n, in any order."""
+        n = len(self.times)
+        return all(math.isclose(t, (j + 0.5) / n, abs_tol=1e-6) for j, t in enumerate(sorted(self.times)))

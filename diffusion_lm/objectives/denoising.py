@@ -1,7 +1,7 @@
-"""Denoising objectives by composition: noise, schedule, time, weighting, alignment, visibility and unrolled steps.
+"""Denoising objectives by composition: noise, schedule, time, weighting, normaliser, alignment, visibility, unrolls.
 
-The simplified SUNDAE objective of AR2Diff is one composition (`gin/objectives/sundae.gin`); another noise process or
-another weighting is another composition, not another class.
+The simplified SUNDAE objective of AR2Diff is one composition (`gin/objectives/sundae.gin`), MDLM, LLaDA, DiffuLLaMA,
+Dream and RDM are others; another noise process or another weighting is another composition, not another class.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.alignment import SamePosition
-from diffusion_lm.core.errors import require
+from diffusion_lm.core.errors import near_names, require
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.segments import segment_sum
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
-from diffusion_lm.noise.corruption import UniformCorruption
+from diffusion_lm.noise.corruption import AbsorbingCorruption, Corrupted, ExactCount, UniformCorruption
 from diffusion_lm.noise.schedules import Linear
 from diffusion_lm.noise.time_sampling import FixedGrid, UniformTime
-from diffusion_lm.noise.weighting import BoundKind, Flat
+from diffusion_lm.noise.weighting import BoundKind, Flat, Nelbo
 from diffusion_lm.objectives.base import (
     Forward,
     Model,
@@ -28,6 +29,9 @@ from diffusion_lm.objectives.base import (
     weighted_mean,
     weighted_sum,
 )
+
+NORMALISERS = ("scored", "replaced", "example")
+VIEWS = ("one", "nested", "complementary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +45,26 @@ class Denoising:
     3. the predicted tokens replace the target, the conditioning stays clean, no gradient flows through the choice;
     4. L2 = cross-entropy of the clean target given [clean conditioning; predicted target].
 
+    Where the noise holds MASK, a clean token is never MASK, so MASK has no probability; where it is nothing but MASK, a
+    token that is not MASK is known, so it has no loss (SUBS of MDLM, arXiv 2406.07524; trap T16).
+
     Attributes:
       corruption: what a chosen token turns into.
       schedule: how the time maps to a corruption rate.
       time: at which t an example is trained.
       weighting: how much each token's loss counts at its noise level.
+      normaliser: what the weighted sum is divided by. "scored" = all scored target tokens, with which unbiased weights
+        stay unbiased; "replaced" = the tokens that happen to be replaced (DiffuLLaMA's code, Dream; a ratio, biased,
+        trap T06); "example" = each example's own number of scored tokens, then the number of examples (LLaDA SFT, RDM).
       alignment: which hidden state predicts which token.
       visibility: "full", or another name of `nn.masks.named_visibility`.
+      views: noisy canvases of a batch, over which the loss is averaged. "nested" = two times and masks of which one
+        holds the other (RDM, arXiv 2302.05737); "complementary" = a second canvas in which exactly the other target
+        tokens are noise (LLaDA2.0, Fast-dLLM v2), as at time 1 - t.
       unrolls: passes after the first one, each on the model's last prediction; the losses of all passes are *summed*.
       unroll_temperature: 0 feeds back the argmax (AR2Diff, its best), 1 a sample (SUNDAE).
+      label_smoothing: probability mass that the training target spreads over the vocabulary.
+      protected: ids that stay clean and unscored in a target (RDM: EOS); they count as conditioning.
       evaluation_time: the fixed noise levels of `bound`.
       pad_id: filler inside the scored window; left out of the loss per real token.
     """
@@ -58,15 +73,22 @@ class Denoising:
     schedule: Any = Linear()
     time: Any = UniformTime()
     weighting: Any = Flat()
+    normaliser: str = "scored"
     alignment: Any = SamePosition()
     visibility: str = "full"
+    views: str = "one"
     unrolls: int = 1
     unroll_temperature: float = 0.0
+    label_smoothing: float = 0.0
+    protected: tuple[int, ...] = ()
     evaluation_time: FixedGrid = FixedGrid()
     pad_id: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "protected", tuple(self.protected))
         check_visibility(self.visibility, "Denoising.visibility")
+        _check_name(self.normaliser, NORMALISERS, "normaliser")
+        _check_name(self.views, VIEWS, "views")
         require(
             isinstance(self.unrolls, int) and self.unrolls >= 0,
             f"unrolls = {self.unrolls} is not a number of passes",
@@ -79,38 +101,88 @@ class Denoising:
             where="Denoising.unroll_temperature",
             fix="0.0 is argmax, 1.0 samples from the model.",
         )
+        require(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing = {self.label_smoothing} is no probability below 1",
+            where="Denoising.label_smoothing",
+            fix="0.0 turns it off, 0.1 is usual in translation.",
+        )
+        self._check_composition()
+
+    def _check_composition(self) -> None:
+        """Raises `ConfigError` for parts that do not belong together."""
+        if hasattr(self.weighting, "steps"):
+            steps, drawn = self.weighting.steps, getattr(self.time, "steps", None)
+            require(
+                steps == drawn,
+                f"the weights are those of {_process(steps)} and the times those of {_process(drawn)}",
+                where="Denoising.weighting",
+                fix=f"Set {type(self.weighting).__name__}.steps to {drawn} (trap T12).",
+            )
+        require(
+            not getattr(self.weighting, "needs_exact_count", False) or _counts_exactly(self.corruption),
+            f"{type(self.weighting).__name__} with independent choices loses the examples in which nothing is chosen",
+            where="Denoising.corruption",
+            fix="Set the corruption's choice to ExactCount(), or the weighting to Nelbo() (trap T08).",
+        )
+        require(
+            self.weighting.bound_kind != "nelbo" or self._absorbing,
+            f"{type(self.weighting).__name__} holds the likelihood weights of noise that is nothing but MASK",
+            where="Denoising.weighting",
+            fix="Use InverseRate() with other noise.",
+        )
+        require(
+            self.views != "complementary" or self.schedule == Linear(),
+            "the complement of the noise at time t is noise at time 1 - t for the linear schedule only",
+            where="Denoising.schedule",
+            fix="Use Linear(), or views = 'one'.",
+        )
 
     @property
     def bound_kind(self) -> BoundKind:
-        """That of the weighting; unrolled terms belong to no bound."""
-        return "pseudo" if self.unrolls else self.weighting.bound_kind
+        """What `bound` says about the likelihood.
+
+        "nelbo" where the noise is nothing but MASK, all target tokens take part and the evaluation times are a
+        quadrature, whatever weights, normaliser and unrolled terms the training has.
+        """
+        whole = self._absorbing and not self.protected
+        return "nelbo" if whole and self.evaluation_time.is_midpoint_rule else "pseudo"
 
     def needs(self) -> Needs:
-        """One pass and one more for each unroll; a MASK token where the corruption writes one."""
-        return Needs(visibility=self.visibility, passes=1 + self.unrolls, mask_token=self.corruption.needs_mask_token)
+        """One pass a view and one more for each unroll; a MASK token where the corruption writes one."""
+        passes = (1 if self.views == "one" else 2) * (1 + self.unrolls)
+        return Needs(visibility=self.visibility, passes=passes, mask_token=self.corruption.needs_mask_token)
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
-        """Returns the summed loss of all passes; `weight` counts each scored token once, so loss = L1 + L2 per token.
+        """Returns the summed loss of all passes; `weight` is what `normaliser` says.
+
+        With "scored", `weight` counts each scored token once, so that the AR2Diff loss is L1 + L2 per token.
 
         Metrics: `nll_per_real_token` and `nll_per_token` (given the corrupted target), with unrolling also
         `unrolled_nll_per_real_token` and `unrolled_nll_per_token` (given the last prediction) and `prediction_accuracy`
-        (real tokens that the last fed-back prediction had right).
+        (real tokens that the last fed-back prediction had right). Under absorbing noise the first two are estimates of
+        the likelihood bound, replaced tokens weighted by `Nelbo`, and `nll_per_masked_token` is the plain mean.
         """
-        t = self.time.draw(keys, batch.example_ids)
+        t = self.time.draw(keys, batch.example_ids, strata=batch.strata)
         return self._at(t, model, batch, keys, train=train)
 
     def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
-        """Returns the same terms summed over the fixed times, with frozen noise and without dropout.
+        """Returns the terms summed over the fixed times, with frozen noise and without dropout.
+
+        Under absorbing noise, all of which is MASK, the loss is the NELBO of the network per scored token: the integral
+        over mask rates in (0, 1) of 1/rate x the loss of the masked tokens, by the midpoint rule. It does not depend on
+        schedule, weights and normaliser of the training. For other noise it is the training loss at the fixed times.
 
         Adds `nll_per_real_token/t=...` for each time. Their mean over times is `nll_per_real_token`.
         """
+        evaluated = self._evaluated()
         keys = frozen(keys)
         times = self.evaluation_time.times
 
         def at_one_time(inputs):
             index, t = inputs
             level = keys.replace(root=jax.random.fold_in(keys.root, index))
-            return self._at(jnp.full(batch.tokens.shape, t), model, batch, level, train=False)
+            return evaluated._at(jnp.full(batch.tokens.shape, t), model, batch, level, train=False)
 
         per_time = jax.lax.map(at_one_time, (jnp.arange(len(times)), jnp.asarray(times, jnp.float32)))
         terms = jax.tree.map(lambda x: jnp.sum(x, axis=0), per_time)
@@ -121,27 +193,129 @@ class Denoising:
         }
         return terms.replace(metrics={**terms.metrics, **named})
 
+    def _evaluated(self) -> "Denoising":
+        """Returns the composition that `bound` evaluates."""
+        one = dataclasses.replace(self, views="one")
+        if not self._absorbing or self.protected:
+            return one
+        return dataclasses.replace(
+            one,
+            corruption=AbsorbingCorruption(self.corruption.mask_id),
+            schedule=Linear(),
+            time=UniformTime(),
+            weighting=Nelbo(),
+            normaliser="scored",
+            unrolls=0,
+        )
+
+    @property
+    def _mask_id(self) -> int | None:
+        return getattr(self.corruption, "mask_id", None)
+
+    @property
+    def _absorbing(self) -> bool:
+        return getattr(self.corruption, "absorbing", False)
+
+    @property
+    def _forbidden(self) -> tuple[int, ...]:
+        """Ids that no clean token has."""
+        return () if self._mask_id is None else (self._mask_id,)
+
     def _at(self, t_BT: jax.Array, model: Model, batch: Batch, keys: StreamKeys, *, train: bool) -> LossTerms:
-        """Returns the terms of all passes at the given times."""
-        noisy = self.corruption.corrupt(keys, batch, 1.0 - self.schedule.alpha(t_BT), vocab_size=model.spec.vocab_size)
-        weights = batch.loss_weights * self.weighting.weigh(t_BT, noisy.replaced, self.schedule)
+        """Returns the terms of all passes at the given times, averaged over the views."""
+        if self.protected:
+            kept = batch.target_mask & ~jnp.isin(batch.tokens, jnp.asarray(self.protected))
+            batch = batch.replace(target_mask=kept, loss_weights=jnp.where(kept, batch.loss_weights, 0.0))
+        forward = Forward(model, batch, keys, visibility=self.visibility, train=train, passes=self.needs().passes)
+        terms = [
+            self._view(noisy, t, forward, model, batch, keys, first_pass=number * (1 + self.unrolls), train=train)
+            for number, (t, noisy) in enumerate(self._canvases(t_BT, batch, keys, model.spec.vocab_size))
+        ]
+        return terms[0] if len(terms) == 1 else jax.tree.map(lambda a, b: 0.5 * (a + b), *terms)
+
+    def _canvases(
+        self, t_BT: jax.Array, batch: Batch, keys: StreamKeys, vocab_size: int
+    ) -> list[tuple[jax.Array, Corrupted]]:
+        """Returns the views, each with its times."""
+
+        def at(keys: StreamKeys, rate_BT: jax.Array) -> Corrupted:
+            return self.corruption.corrupt(keys, batch, rate_BT, vocab_size=vocab_size)
+
+        first = at(keys, 1.0 - self.schedule.alpha(t_BT))
+        if self.views == "nested":
+            # The same draws at another rate choose a subset or a superset. Equal times would choose the same tokens.
+            apart = keys.replace(root=jax.random.fold_in(keys.root, 1))
+            other_BT = self.time.draw(apart, batch.example_ids, strata=batch.strata)
+            rate_BT = 1.0 - self.schedule.alpha(other_BT)
+            again, nested = at(apart, rate_BT), at(keys, rate_BT)
+            second = jax.tree.map(lambda a, n: jnp.where(other_BT == t_BT, a, n), again, nested)
+            return [(t_BT, first), (other_BT, second)]
+        if self.views == "complementary":
+            noise = at(keys, jnp.ones_like(t_BT))
+            rest = noise.replaced & ~first.replaced
+            return [(t_BT, first), (1.0 - t_BT, Corrupted(jnp.where(rest, noise.tokens, batch.tokens), rest))]
+        return [(t_BT, first)]
+
+    def _view(
+        self,
+        noisy: Corrupted,
+        t_BT: jax.Array,
+        forward: Forward,
+        model: Model,
+        batch: Batch,
+        keys: StreamKeys,
+        *,
+        first_pass: int,
+        train: bool,
+    ) -> LossTerms:
+        """Returns the terms of one canvas and of what is unrolled from it."""
+        weights = batch.loss_weights * self.weighting.weigh(t_BT, noisy.replaced, self.schedule, batch=batch)
+        weights, weight = self._normalised(weights, noisy.replaced, batch)
         real = real_tokens(batch, self.pad_id)
-        targets = self.alignment.to_slots(batch.tokens)
-        scored = self.alignment.to_slots(batch.loss_weights != 0)
-        forward = Forward(model, batch, keys, visibility=self.visibility, train=train, passes=1 + self.unrolls)
+        scored = batch.loss_weights != 0
+        counted = jnp.ones_like(t_BT)
+        if self._absorbing:
+            scored &= noisy.replaced
+            counted = Nelbo().weigh(t_BT, noisy.replaced, self.schedule)
 
         canvas, losses, metrics = noisy.tokens, [], {}
         for number in range(1 + self.unrolls):
-            hidden = forward(canvas, number)
-            nll = self.alignment.to_tokens(model.nll(hidden, targets, where=scored))
-            losses.append(weighted_sum(nll, weights))
+            hidden = forward(canvas, first_pass + number)
+            nll, loss = self._token_losses(model, hidden, batch, scored, train=train)
+            losses.append(weighted_sum(loss, weights))
             prefix = "unrolled_" if number else ""
-            metrics[f"{prefix}nll_per_token"] = weighted_mean(nll, batch.loss_weights)
-            metrics[f"{prefix}nll_per_real_token"] = weighted_mean(nll, real)
+            metrics[f"{prefix}nll_per_token"] = weighted_mean(nll * counted, batch.loss_weights)
+            metrics[f"{prefix}nll_per_real_token"] = weighted_mean(nll * counted, real)
+            if self._absorbing:
+                metrics[f"{prefix}nll_per_masked_token"] = weighted_mean(nll, batch.loss_weights * noisy.replaced)
             if number < self.unrolls:
-                canvas = self._predict(model, hidden, batch, keys, number)
+                canvas = self._predict(model, hidden, batch, keys, first_pass + number)
                 metrics["prediction_accuracy"] = weighted_mean((canvas == batch.tokens).astype(jnp.float32), real)
-        return LossTerms(jnp.sum(jnp.stack(losses)), jnp.sum(batch.loss_weights, dtype=jnp.float32), metrics)
+        return LossTerms(jnp.sum(jnp.stack(losses)), weight, metrics)
+
+    def _normalised(self, weights_BT: jax.Array, replaced_BT: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the weights under which losses are summed, and what that sum is to be divided by."""
+        counts = batch.loss_weights
+        if self.normaliser == "replaced":
+            counts = jnp.where(replaced_BT, counts, 0.0)
+        elif self.normaliser == "example":
+            tokens = segment_sum((counts != 0).astype(jnp.float32), batch.segment_ids)
+            share = 1.0 / jnp.maximum(tokens, 1.0)
+            weights_BT, counts = weights_BT * share, counts * share
+        return weights_BT, jnp.sum(counts, dtype=jnp.float32)
+
+    def _token_losses(
+        self, model: Model, hidden: Any, batch: Batch, scored_BT: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns -log p of the clean tokens and what is trained on, f32[B,T] each; 0 where nothing is scored."""
+        targets = self.alignment.to_slots(batch.tokens)
+        where = self.alignment.to_slots(scored_BT)
+        if not (train and self.label_smoothing):
+            nll = self.alignment.to_tokens(model.nll(hidden, targets, where=where, forbidden=self._forbidden))
+            return nll, nll
+        terms = model.nll_terms(hidden, targets, where=where, forbidden=self._forbidden)
+        smooth = (1.0 - self.label_smoothing) * terms.nll + self.label_smoothing * terms.uniform_nll
+        return self.alignment.to_tokens(terms.nll), self.alignment.to_tokens(smooth)
 
     def _predict(self, model: Model, hidden: Any, batch: Batch, keys: StreamKeys, number: int) -> jax.Array:
         """Returns the canvas of the next pass: the predicted target with the conditioning clean, no gradient."""
@@ -153,5 +327,23 @@ class Denoising:
             where=self.alignment.to_slots(batch.target_mask),
             keys_BT=token_keys,
             temperature=self.unroll_temperature,
+            forbidden=self._forbidden,
         )
         return jnp.where(batch.target_mask, self.alignment.to_tokens(stats.sample), batch.tokens)
+
+
+def _check_name(value: str, known: tuple[str, ...], field: str) -> None:
+    require(
+        value in known,
+        f"there is no {value!r} among the {field}{near_names(str(value), known)}",
+        where=f"Denoising.{field}",
+        fix=f"Choose one of {', '.join(known)}.",
+    )
+
+
+def _process(steps: int | None) -> str:
+    return "continuous time" if steps is None else f"{steps} discrete steps"
+
+
+def _counts_exactly(corruption: Any) -> bool:
+    return isinstance(getattr(corruption, "choice", None), ExactCount)
