@@ -217,12 +217,14 @@ class BoundModel:
         *,
         where: jax.Array | None = None,
         keys_BT: jax.Array | None = None,
-        temperature: float = 0.0,
+        temperature: float | jax.Array = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         score: jax.Array | None = None,
         forbidden: tuple[int, ...] = (),
         summaries: tuple[str, ...] = (),
+        unconditional: Hidden | None = None,
+        guidance: float = 0.0,
     ) -> TokenStats:
         """Returns argmax, draw, log-probabilities and `summaries` a token; see `cross_entropy.chunked_token_stats`."""
         return cross_entropy.chunked_token_stats(
@@ -237,6 +239,8 @@ class BoundModel:
             score=score,
             forbidden=forbidden,
             summaries=summaries,
+            unconditional_BTD=None if unconditional is None else unconditional.values_BTD,
+            guidance=guidance,
         )
 
     def logits(self, hidden: Hidden) -> jax.Array:

@@ -106,7 +106,8 @@ class TokenStats:
       sample: i32[B,T], a draw under the proposal's temperature, top-k and top-p (equal to `argmax` at temperature 0).
       sample_log_prob: f32[B,T], log-probability of `sample` under the model at temperature 1 without filters.
       target_log_prob: f32[B,T], log-probability of the tokens that were asked about (0 where none were).
-      entropy: f32[B,T] in nats, of the model at temperature 1 without filters; None where it was not asked for.
+      entropy: f32[B,T] in nats, of the model at temperature 1 without filters, or at the proposal's temperature where
+        that was asked for; None where neither was.
       margin: f32[B,T], probability of the most likely token minus that of the second; None where not asked for.
     """
 

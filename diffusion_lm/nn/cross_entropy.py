@@ -134,12 +134,14 @@ def chunked_token_stats(
     *,
     where_BT: jax.Array | None = None,
     keys_BT: jax.Array | None = None,
-    temperature: float = 0.0,
+    temperature: float | jax.Array = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     score: jax.Array | None = None,
     forbidden: tuple[int, ...] = (),
     summaries: tuple[str, ...] = (),
+    unconditional_BTD: jax.Array | None = None,
+    guidance: float = 0.0,
 ) -> TokenStats:
     """Returns per-token summaries of the distribution.
 
@@ -149,25 +151,35 @@ def chunked_token_stats(
       chunk_tokens: most tokens whose logits may be held at a time; static.
       where_BT: bool[B,T], the slots that are wanted; zeros elsewhere. None = all.
       keys_BT: one typed PRNG key per token; needed where temperature > 0.
-      temperature: 0 takes the most likely token; static, as are the next two.
+      temperature: 0 takes the most likely token; static, as are the next two. f32[B], one positive temperature a row,
+        where it changes inside a compiled loop.
       top_k: draws among the k most likely tokens; 0 = all.
       top_p: draws from the smallest set of tokens whose mass reaches p, after temperature and top_k.
       score: i32[B,T], tokens whose log-probability is wanted.
       forbidden: ids that are never emitted (MASK, for one). Log-probabilities are renormalised without them, but not
         tempered and not filtered.
-      summaries: which of "entropy" and "margin" to compute too; static.
+      summaries: which of "entropy", "margin" and "tempered_entropy" to compute too; static. The last fills `entropy`
+        with that of the distribution at `temperature`, which must not be 0.
+      unconditional_BTD: the states of a pass that did not see the conditioning; every summary and draw is then of the
+        guided logits c + guidance (c - u), where c are the logits of `hidden_BTD` and u those of these.
+      guidance: strength of the guidance; 0 gives c back, bit for bit.
 
     Raises:
       ValueError: temperature > 0 without keys.
     """
-    if temperature > 0 and keys_BT is None:
+    draws = not (isinstance(temperature, int | float) and temperature == 0)
+    if draws and keys_BT is None:
         raise ValueError("token_stats needs keys_BT where temperature > 0")
+    if isinstance(temperature, jax.Array):
+        temperature = temperature[:, None, None]
 
-    def chunk(head, hidden_BTD, keys_BT, score_BT):
+    def chunk(head, hidden_BTD, keys_BT, score_BT, unconditional_BTD):
         logits_BTV = logits(hidden_BTD, head, forbidden)
+        if unconditional_BTD is not None:
+            logits_BTV += guidance * (logits_BTV - logits(unconditional_BTD, head, forbidden))
         log_z = jax.nn.logsumexp(logits_BTV, axis=-1)
         argmax = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
-        if temperature > 0:
+        if draws:
             sample = sampling.draw(keys_BT, sampling.filter_logits(logits_BTV, temperature, top_k, top_p))
         else:
             sample = argmax
@@ -176,13 +188,16 @@ def chunked_token_stats(
         if "entropy" in summaries:
             log_p = logits_BTV - log_z[..., None]
             entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, NEVER), axis=-1)
+        if "tempered_entropy" in summaries:
+            log_p = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
+            entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, NEVER), axis=-1)
         if "margin" in summaries:
             top = jnp.exp(jax.lax.top_k(logits_BTV, 2)[0] - log_z[..., None])
             margin = top[..., 0] - top[..., 1]
         return TokenStats(argmax, sample, _pick(logits_BTV, sample) - log_z, target_log_prob, entropy, margin)
 
-    keys = keys_BT if temperature > 0 else None
-    return _over_chunks(chunk, head, (hidden_BTD, keys, score), chunk_tokens, where_BT)
+    keys = keys_BT if draws else None
+    return _over_chunks(chunk, head, (hidden_BTD, keys, score, unconditional_BTD), chunk_tokens, where_BT)
 
 
 def _over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT: jax.Array | None = None):

@@ -63,7 +63,7 @@ def emptied(prompt: Batch, pad_id: int) -> jax.Array:
     return jnp.where(prompt.target_mask, pad_id, prompt.tokens)
 
 
-def _ended_before(tokens: jax.Array, target_mask: jax.Array, eos_id: int, pad_id: int) -> jax.Array:
+def ended_before(tokens: jax.Array, target_mask: jax.Array, eos_id: int, pad_id: int) -> jax.Array:
     """Returns i32[B,T], how many EOS or PAD tokens the target has before each slot."""
     ends = (target_mask & ((tokens == eos_id) | (tokens == pad_id))).astype(jnp.int32)
     return jnp.cumsum(ends, axis=1) - ends
@@ -71,13 +71,13 @@ def _ended_before(tokens: jax.Array, target_mask: jax.Array, eos_id: int, pad_id
 
 def cut_at_end(tokens: jax.Array, target_mask: jax.Array, eos_id: int, pad_id: int) -> jax.Array:
     """Returns the tokens with PAD after the first EOS or PAD of each target; that EOS itself stays."""
-    return jnp.where(target_mask & (_ended_before(tokens, target_mask, eos_id, pad_id) > 0), pad_id, tokens)
+    return jnp.where(target_mask & (ended_before(tokens, target_mask, eos_id, pad_id) > 0), pad_id, tokens)
 
 
 def target_lengths(tokens: jax.Array, target_mask: jax.Array, eos_id: int, pad_id: int) -> jax.Array:
     """Returns i32[B], the generated tokens before the first EOS or PAD, which do not count (trap T55)."""
     is_end = (tokens == eos_id) | (tokens == pad_id)
-    live = target_mask & ~is_end & (_ended_before(tokens, target_mask, eos_id, pad_id) == 0)
+    live = target_mask & ~is_end & (ended_before(tokens, target_mask, eos_id, pad_id) == 0)
     return jnp.sum(live, axis=1, dtype=jnp.int32)
 
 

@@ -1,9 +1,14 @@
-"""When a canvas that is resampled at random may be called finished before the last step."""
+"""When a row may be called finished before its last step."""
+
+import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.errors import require
 from diffusion_lm.core.types import TokenStats
+from diffusion_lm.samplers.view import View
 
 
 def settled(
@@ -31,7 +36,7 @@ def settled(
       stats: statistics of the step at the tokens they speak about.
       target_mask: bool[B,T].
       temperature: static. Above 1 the bound does not hold and no row is ever settled.
-      steps_left: i32[], the steps that would follow.
+      steps_left: i32[] or i32[B], the steps that would follow.
       tolerance: largest expected number of changes that is given up.
 
     Returns:
@@ -47,3 +52,53 @@ def settled(
     change = jax.nn.sigmoid(-log_odds / temperature)
     expected_changes = steps_left * jnp.sum(jnp.where(target_mask, change, 0.0), axis=1)
     return unchanged & (expected_changes <= tolerance)
+
+
+class StopRule(Protocol):
+    """Ends a row before its steps are used up."""
+
+    @property
+    def summaries(self) -> tuple[str, ...]:
+        """What `token_stats` must compute for the rule."""
+        ...
+
+    def stops(self, view: View) -> jax.Array:
+        """Returns bool[R], the rows that are finished; their target becomes the step's argmax."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StableAndSure:
+    """The argmax is the canvas, everywhere in the block, and the network is sure of it (DiffusionGemma).
+
+    Attributes:
+      max_entropy: highest mean entropy per token, in nats, of the distributions that the rule reads.
+    """
+
+    max_entropy: float = 0.005
+
+    def __post_init__(self):
+        require(
+            self.max_entropy >= 0,
+            f"max_entropy = {self.max_entropy} is negative",
+            where="StableAndSure.max_entropy",
+            fix="DiffusionGemma uses 0.005.",
+        )
+
+    @property
+    def summaries(self) -> tuple[str, ...]:
+        """The entropy; a rule that asks for the tempered one provides it."""
+        return ("entropy",)
+
+    def stops(self, view: View) -> jax.Array:
+        """Returns bool[R]."""
+        same = jnp.all((view.stats.argmax == view.canvas) | ~view.active, axis=1)
+        total = jnp.sum(jnp.where(view.active, view.stats.entropy, 0.0), axis=1)
+        return same & (total <= self.max_entropy * view.active_count[:, 0])
+
+
+def ended(canvas: jax.Array, target_mask: jax.Array, mask_id: int, eos_id: int, pad_id: int) -> jax.Array:
+    """Returns bool[R], rows that hold an end (EOS or PAD) with no MASK to the left of it in the target (trap T48)."""
+    is_end = target_mask & ((canvas == eos_id) | (canvas == pad_id))
+    holes = jnp.cumsum(target_mask & (canvas == mask_id), axis=1)
+    return jnp.any(is_end & (holes == 0), axis=1)

@@ -1,0 +1,198 @@
+"""One step of `DenoisingSampler`: network, commit rule, and where each row goes next."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.rng import fold_in_each
+from diffusion_lm.core.types import TokenStats
+from diffusion_lm.samplers.base import ended_before
+from diffusion_lm.samplers.blockwise import Blocks
+from diffusion_lm.samplers.proposals import Proposal
+from diffusion_lm.samplers.stopping import ended, settled
+from diffusion_lm.samplers.view import Decision, View
+
+
+@flax.struct.dataclass
+class State:
+    """What the loop carries, for R = B*C rows of candidates.
+
+    Attributes:
+      canvas: i32[R,T].
+      block: i32[R], the current block; past the last one when the row is done.
+      clock: i32[R], steps done in the block.
+      log_prob: f32[R,T], log-probability of each token when it was written.
+      scores: f32[R], of the last input under the last logits; 0 where the noise has a MASK.
+      calls: i32[], network calls made. Rows that run are all in step, so it numbers their draws too.
+      trace: i32[steps,R,T] or None.
+    """
+
+    canvas: jax.Array
+    block: jax.Array
+    clock: jax.Array
+    log_prob: jax.Array
+    scores: jax.Array
+    calls: jax.Array
+    trace: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """The body of the loop.
+
+    Attributes:
+      settings: the `DenoisingSampler`.
+      proposal: the network.
+      blocks: the rows' blocks.
+      token_keys: key[R,T] of the draws, or None at temperature 0.
+      rule_keys: key[R,T] of the commit rule.
+      noise: call number -> i32[R,T], fresh noise for what is erased in that call.
+    """
+
+    settings: Any
+    proposal: Proposal
+    blocks: Blocks
+    token_keys: jax.Array | None
+    rule_keys: jax.Array
+    noise: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, state: State) -> State:
+        """Returns the state after one network call."""
+        mask_id, commit = self.settings.mask_id, self.settings.commit
+        active = self.blocks.active(state.block)
+        view = View(
+            canvas=state.canvas,
+            active=active,
+            open=active if mask_id is None else active & (state.canvas == mask_id),
+            clock=state.clock,
+            steps=self.blocks.steps_in(state.block),
+            log_prob=state.log_prob,
+            keys=_numbered(self.rule_keys, state.calls),
+        )
+        view, decision = self._decide(view, _numbered(self.token_keys, state.calls))
+        draws = view.stats.sample
+        if mask_id is None and commit.revises:
+            # The last canvas is the argmax, not the last draws beside the last noise (trap T49).
+            draws = jnp.where(view.is_last, view.stats.argmax, draws)
+        canvas = jnp.where(decision.write, draws, state.canvas)
+        if decision.erase is not None:
+            noise = self.noise(state.calls) if mask_id is None else mask_id
+            canvas = jnp.where(decision.erase, noise, canvas)
+        return self._moved(state, view, canvas, decision.write)
+
+    def _decide(self, view: View, token_keys: jax.Array | None) -> tuple[View, Decision]:
+        """Runs the network and the commit rule; returns the view with statistics, and the decision."""
+        settings, is_open = self.settings, view.open
+        masked = settings.mask_id is not None
+        commit, stop = settings.commit, settings.stop
+        passes, temperature = self.proposal.run(view.canvas), settings.temperature
+        if settings.final_temperature is not None:
+            left = 1.0 - view.clock / view.steps
+            temperature = settings.final_temperature + (temperature - settings.final_temperature) * left
+
+        def stats(where: jax.Array, summaries: tuple[str, ...]) -> TokenStats:
+            return self.proposal.stats(
+                passes, where, token_keys, view.canvas, temperature=temperature, summaries=summaries
+            )
+
+        def filled(decision: Decision) -> Decision:
+            """In the last step nothing stays noise. (Plain redrawing of ordinary tokens leaves none behind.)"""
+            if not (masked or commit.revises):
+                return decision
+            erase = None if decision.erase is None else decision.erase & ~view.is_last
+            return Decision(jnp.where(view.is_last, is_open, decision.write), erase)
+
+        if commit.blind and masked and settings.end != "defer" and stop is None:
+            # The slots are known before the logits are: only theirs are computed and drawn from (trap T03).
+            decision = filled(commit.decide(view))
+            return view.replace(stats=stats(decision.write, ())), decision
+        where = is_open
+        if not masked:
+            where = self.proposal.rows.target_mask  # the score of the whole input is wanted
+        elif commit.revises or stop is not None:
+            where = view.active
+        summaries = commit.summaries + (() if stop is None else stop.summaries)
+        view = view.replace(stats=stats(where, tuple(dict.fromkeys(summaries))))
+        decided = commit.decide(self._with_ends_last(view) if settings.end == "defer" else view)
+        return view, filled(decided)
+
+    def _with_ends_last(self, view: View) -> View:
+        """Closes slots whose draw is an end, before anything is ranked (trap T47), while others are open."""
+        ends = (view.stats.sample == self.settings.eos_id) | (view.stats.sample == self.settings.pad_id)
+        others = view.open & ~ends
+        return view.replace(open=jnp.where(jnp.any(others, axis=1, keepdims=True), others, view.open))
+
+    def _moved(self, state: State, view: View, canvas: jax.Array, written: jax.Array) -> State:
+        """Returns the next state: rows stay in their block, enter the next one, or are done."""
+        settings, blocks, target_mask = self.settings, self.blocks, self.proposal.rows.target_mask
+        running = state.block < blocks.counts
+        advance, over, scores = view.is_last[:, 0], jnp.zeros_like(running), state.scores
+        if settings.stop is not None:
+            stopped = settings.stop.stops(view)
+            canvas = jnp.where(stopped[:, None] & view.active, view.stats.argmax, canvas)
+            advance |= stopped
+        if settings.mask_id is None:
+            scores = jnp.where(running, input_scores(settings, state.canvas, view.stats, target_mask), scores)
+            if settings.early_exit and not settings.commit.revises:
+                advance |= settled(
+                    state.canvas,
+                    jnp.where(view.active, view.stats.sample, state.canvas),
+                    view.stats,
+                    view.active,
+                    temperature=max(settings.temperature, settings.final_temperature or 0.0),
+                    steps_left=view.steps - view.clock - 1,
+                    tolerance=settings.exit_tolerance,
+                )
+        elif not settings.commit.revises:
+            advance |= ~jnp.any(view.active & (canvas == settings.mask_id), axis=1)
+        if settings.end == "stop":
+            over = ended(canvas, target_mask, settings.mask_id, settings.eos_id, settings.pad_id)
+            holes = target_mask & (canvas == settings.mask_id)
+            canvas = jnp.where(over[:, None] & holes, settings.pad_id, canvas)
+        trace = None
+        if settings.keep_trace:
+            later = jnp.arange(state.trace.shape[0])[:, None, None] >= state.calls
+            trace = jnp.where(later, canvas[None], state.trace)
+        following = jnp.minimum(jnp.where(advance, state.block + 1, state.block), blocks.counts)
+        return State(
+            canvas=canvas,
+            block=jnp.where(over, blocks.counts, following),
+            clock=jnp.where(advance, 0, state.clock + 1),
+            log_prob=jnp.where(written, view.stats.sample_log_prob, state.log_prob),
+            scores=scores,
+            calls=state.calls + 1,
+            trace=trace,
+        )
+
+
+def input_scores(settings: Any, canvas: jax.Array, stats: TokenStats, target_mask: jax.Array) -> jax.Array:
+    """Returns f32[R], minus the mean cross-entropy of the step's input under the step's output."""
+    scored = target_mask
+    if settings.score_over == "real":
+        real = target_mask & (canvas != settings.pad_id)
+        scored = jnp.where(jnp.any(real, axis=1, keepdims=True), real, target_mask)
+    return _mean(stats.target_log_prob, scored)
+
+
+def commit_scores(settings: Any, final: State, target_mask: jax.Array) -> jax.Array:
+    """Returns f32[R], the mean log-probability that the tokens had when they were written.
+
+    Rows that stopped at their end have slots that were never written, so with `end = "stop"` the text alone counts.
+    """
+    scored = target_mask
+    if settings.score_over == "real" or settings.end == "stop":
+        scored &= ended_before(final.canvas, target_mask, settings.eos_id, settings.pad_id) == 0
+    return _mean(final.log_prob, scored)
+
+
+def _mean(values: jax.Array, scored: jax.Array) -> jax.Array:
+    total = jnp.sum(jnp.where(scored, values, 0.0), axis=1)
+    return total / jnp.maximum(jnp.sum(scored, axis=1), 1)
+
+
+def _numbered(keys: jax.Array | None, calls: jax.Array) -> jax.Array | None:
+    return None if keys is None else fold_in_each(keys, jnp.broadcast_to(calls, keys.shape))
