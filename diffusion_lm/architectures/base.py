@@ -243,6 +243,26 @@ class BoundModel:
             guidance=guidance,
         )
 
+    def map_logits(
+        self,
+        fn: Callable,
+        hidden: Hidden,
+        inputs: tuple[jax.Array, ...],
+        *,
+        where: jax.Array | None = None,
+        forbidden: tuple[int, ...] = (),
+    ) -> Any:
+        """Returns `fn(logits, *inputs)` token by token without holding [B,T,V]; see `cross_entropy.chunked_map`."""
+        return cross_entropy.chunked_map(
+            fn,
+            hidden.values_BTD,
+            self._head(),
+            inputs,
+            self.spec.logits_chunk,
+            where_BT=where,
+            forbidden=forbidden,
+        )
+
     def logits(self, hidden: Hidden) -> jax.Array:
         """Returns f32[B,T,V] over the real vocabulary: for tests, beam search and small vocabularies."""
         return cross_entropy.logits(hidden.values_BTD, self._head())[..., : self.spec.vocab_size]

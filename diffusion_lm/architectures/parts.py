@@ -92,10 +92,10 @@ def run_stream(
     Raises:
       ConfigError: the stream is longer than learned positions reach.
     """
-    length = segment_ids.shape[1]
+    length, copies = segment_ids.shape[1], visibility.copies
     require(
-        spec.max_positions is None or length <= spec.max_positions,
-        f"A stream of {length} tokens is longer than max_positions = {spec.max_positions}",
+        spec.max_positions is None or length // copies <= spec.max_positions,
+        f"A stream of {length // copies} tokens is longer than max_positions = {spec.max_positions}",
         where="TransformerSpec.max_positions",
         fix="Shorten the rows or raise max_positions.",
     )
@@ -112,10 +112,11 @@ def run_stream(
         bias = relative_bias(
             params["relative_bias"],
             q_slots,
-            length,
+            length // copies,
             bidirectional=spec.relative_bidirectional,
             max_distance=spec.relative_max_distance,
         )
+        bias = jnp.tile(bias, (1, 1, copies, copies)) if copies > 1 else bias
     memory_mask = None
     if encoder is not None:
         q_segments = segment_ids if cache is None else jnp.take_along_axis(segment_ids, positions, axis=1, mode="clip")

@@ -200,6 +200,38 @@ def chunked_token_stats(
     return _over_chunks(chunk, head, (hidden_BTD, keys, score, unconditional_BTD), chunk_tokens, where_BT)
 
 
+def chunked_map(
+    fn: Callable,
+    hidden_BTD: jax.Array,
+    head: Head,
+    inputs: tuple[jax.Array, ...],
+    chunk_tokens: int,
+    *,
+    where_BT: jax.Array | None = None,
+    forbidden: tuple[int, ...] = (),
+):
+    """Maps the logits of each token to values of that token: for losses that need the whole distribution.
+
+    Args:
+      fn: `fn(logits, *inputs)`, from f32[b,t,V] over the real vocabulary and the slices [b,t,...] of `inputs` to a tree
+        of arrays [b,t,...]. It must treat tokens one by one: chunks are cut along T, and slots are reordered.
+      hidden_BTD: after the final norm, in the compute dtype.
+      head: the output projection.
+      inputs: arrays [B,T,...] that `fn` reads beside the logits.
+      chunk_tokens: most tokens whose logits may be held at a time; static.
+      where_BT: bool[B,T], the slots that are wanted; 0 elsewhere. None = all.
+      forbidden: ids without probability; their logit is `NEVER`.
+
+    Returns:
+      What `fn` returns, over [B,T].
+    """
+
+    def chunk(head, hidden_BTD, *inputs):
+        return fn(logits(hidden_BTD, head, forbidden)[..., : head.vocab_size], *inputs)
+
+    return _over_chunks(chunk, head, (hidden_BTD, *inputs), chunk_tokens, where_BT)
+
+
 def _over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT: jax.Array | None = None):
     """Maps `chunk(head, *inputs)` over slices of axis 1 of at most `chunk_tokens` tokens (at least one slot)."""
     if where_BT is None:

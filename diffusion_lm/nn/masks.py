@@ -28,6 +28,11 @@ class Visibility:
         """
         raise NotImplementedError
 
+    @property
+    def copies(self) -> int:
+        """How many copies of one row lie side by side: 2 for [noisy ; clean]. Their slots share their distances."""
+        return 1
+
     def __and__(self, other: "Visibility") -> "Visibility":
         return And(self, other)
 
@@ -45,6 +50,10 @@ class And(Visibility):
     def dense(self, q_slots, num_keys):
         return self.left.dense(q_slots, num_keys) & self.right.dense(q_slots, num_keys)
 
+    @property
+    def copies(self):
+        return max(self.left.copies, self.right.copies)
+
 
 @flax.struct.dataclass
 class Or(Visibility):
@@ -55,6 +64,10 @@ class Or(Visibility):
 
     def dense(self, q_slots, num_keys):
         return self.left.dense(q_slots, num_keys) | self.right.dense(q_slots, num_keys)
+
+    @property
+    def copies(self):
+        return max(self.left.copies, self.right.copies)
 
 
 @flax.struct.dataclass
@@ -125,6 +138,75 @@ class Block(Visibility):
             return jnp.maximum(jnp.floor_divide(slots_BT - starts[:, None], self.size), -1)
 
         return block_of(jnp.arange(num_keys)[None])[:, None, :] <= block_of(_slots(q_slots, num_keys))[:, :, None]
+
+
+@flax.struct.dataclass
+class Between(Visibility):
+    """Queries of one copy of the row see keys of one copy, where a row holds several copies side by side.
+
+    Attributes:
+      queries: number of the copy that looks; static.
+      keys: number of the copy that is seen; static.
+      count: copies in the row; static.
+    """
+
+    queries: int = flax.struct.field(pytree_node=False)
+    keys: int = flax.struct.field(pytree_node=False)
+    count: int = flax.struct.field(pytree_node=False, default=2)
+
+    def dense(self, q_slots, num_keys):
+        length = num_keys // self.count
+        asked = _slots(q_slots, num_keys) // length == self.queries
+        return asked[:, :, None] & (jnp.arange(num_keys) // length == self.keys)
+
+    @property
+    def copies(self):
+        return self.count
+
+
+@flax.struct.dataclass
+class Groups(Visibility):
+    """Seen by the order of group numbers, whatever the slots are.
+
+    Attributes:
+      group_ids: i32[B,T].
+      order: "same" (the key's group is the query's), "earlier" or "not_later"; static.
+    """
+
+    group_ids: jax.Array
+    order: str = flax.struct.field(pytree_node=False, default="same")
+
+    def dense(self, q_slots, num_keys):
+        of_query, of_key = _at_queries(self.group_ids, q_slots)[:, :, None], self.group_ids[:, None, :]
+        match self.order:
+            case "same":
+                return of_key == of_query
+            case "earlier":
+                return of_key < of_query
+            case "not_later":
+                return of_key <= of_query
+        raise ConfigError(f"There is no order {self.order!r}", where="Groups.order", fix="same, earlier or not_later.")
+
+
+def two_streams(block_ids: jax.Array, *, causal_noisy: bool = False, causal_clean: bool = False) -> Visibility:
+    """Returns who sees whom in a row [noisy ; clean] of block diffusion (BD3-LM, arXiv 2503.09573, section 3).
+
+    M_BD | M_OBC | M_BC: a noisy token sees the noisy tokens of its block and the clean tokens of earlier blocks; a
+    clean token sees the clean tokens of its block and of earlier ones. So nothing noisy reaches another block, and no
+    clean token reaches the noisy copy of its own block.
+
+    Args:
+      block_ids: i32[B,T], the block of each token of one copy, counting up inside each packed example.
+      causal_noisy: inside a block, noisy tokens see only those before them (I-DLM, arXiv 2604.11035).
+      causal_clean: the clean copy is a causal language model (Nemotron-Labs-Diffusion).
+    """
+    blocks = jnp.concatenate([block_ids, block_ids], axis=1)
+    within_block = Between(0, 0) & Groups(blocks, "same")
+    if causal_noisy:
+        within_block = within_block & Causal()
+    clean_past = Between(0, 1) & Groups(blocks, "earlier")
+    clean = Between(1, 1) & (Causal() if causal_clean else Groups(blocks, "not_later"))
+    return within_block | clean_past | clean
 
 
 @flax.struct.dataclass

@@ -1,0 +1,74 @@
+"""Blocks of a row: which block each token lies in, how many maskable tokens a block has, and draws inside blocks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.types import Batch
+
+FIRST_BLOCKS = ("example", "target")
+
+
+class Blocks(NamedTuple):
+    """The blocks of a batch; all fields are [B,T].
+
+    Attributes:
+      ids: i32, the block's number inside its example; -1 for conditioning where blocks are counted from the target.
+      is_start: bool, the first token of a block.
+      runs: i32, numbers the blocks along the row, over packed examples.
+    """
+
+    ids: jax.Array
+    is_start: jax.Array
+    runs: jax.Array
+
+
+def blocks_of(batch: Batch, size: int, first_block: str) -> Blocks:
+    """Returns the blocks of `size` tokens.
+
+    Args:
+      batch: any batch, packed or not.
+      size: tokens per block; the last block of an example may be shorter.
+      first_block: "example": block 0 opens with the example, so that conditioning fills the first blocks and may share
+        one with the target (BD3-LM, SDAR, Fast-dLLM v2); "target": block 0 opens with the target, and conditioning is
+        one block before it.
+    """
+    if first_block == "example":
+        ids = batch.positions // size
+    else:
+        # Positions count up from 0 inside an example, so an example begins `position` slots to the left of a token.
+        before = jnp.cumsum(batch.target_mask, axis=1) - batch.target_mask
+        opening = jnp.arange(batch.tokens.shape[1]) - batch.positions
+        rank = before - jnp.take_along_axis(before, opening, axis=1)
+        ids = jnp.where(batch.target_mask, rank // size, -1)
+
+    def changes(values):
+        first = jnp.ones_like(values[:, :1], bool)
+        return jnp.concatenate([first, values[:, 1:] != values[:, :-1]], axis=1)
+
+    is_start = changes(ids) | changes(batch.segment_ids)
+    return Blocks(ids, is_start, jnp.cumsum(is_start, axis=1) - 1)
+
+
+def sum_by_run(values_BT: jax.Array, runs_BT: jax.Array) -> jax.Array:
+    """Returns, for each token, the sum of `values` over the run (block or example) it lies in."""
+
+    def row(values, runs):
+        return jax.ops.segment_sum(values, runs, num_segments=values.shape[0] + 1)[runs]
+
+    return jax.vmap(row)(values_BT, runs_BT)
+
+
+def smallest_in_block(uniform_BT: jax.Array, count_BT: jax.Array, maskable_BT: jax.Array, blocks: Blocks) -> jax.Array:
+    """Returns bool[B,T], True on the `count` maskable tokens of each block with the smallest uniforms.
+
+    With independent uniforms every subset of that size is equally likely.
+    """
+    slots = jnp.broadcast_to(jnp.arange(uniform_BT.shape[1]), uniform_BT.shape)
+    uniform_BT = jnp.where(maskable_BT, uniform_BT, 2.0)
+    order = jnp.lexsort((uniform_BT, blocks.runs), axis=1)
+    # Blocks lie side by side and keep their place in the order, so a rank is a distance to the block's first slot.
+    start = jax.lax.cummax(jnp.where(blocks.is_start, slots, 0), axis=1)
+    rank = jnp.argsort(order, axis=1) - start
+    return (rank < count_BT) & maskable_BT

@@ -1,0 +1,51 @@
+"""Stratified draws of noise levels, and evaluation as a sum over several of them with frozen noise."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.errors import require
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import LossTerms
+
+_GOLDEN = 2654435769
+"""2^32 divided by the golden ratio: its multiples modulo 2^32 fill the circle evenly, however many there are."""
+
+
+def shifted(uniform: jax.Array, offset: jax.Array | float) -> jax.Array:
+    """Returns (uniform + offset) mod 1 in [0, 1): every stratum of a uniform draw is itself uniform (trap T13)."""
+    total = uniform + offset
+    return jnp.minimum(total - jnp.floor(total), 1.0 - 2.0**-24)
+
+
+def spread(numbers: jax.Array) -> jax.Array:
+    """Returns f32 offsets in [0, 1) for i32 numbers, such that any run of them is spread evenly over the interval.
+
+    The order is not that of the numbers, so neighbours have distant offsets, and their count need not be known.
+    """
+    scrambled = numbers.astype(jnp.uint32) * jnp.uint32(_GOLDEN)
+    return (scrambled >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def check_draws(draws: int, where: str) -> None:
+    """Raises `ConfigError` unless `draws` is a number of draws."""
+    require(
+        isinstance(draws, int) and draws > 0,
+        f"{draws} is no number of draws",
+        where=where,
+        fix="Give 1 or more; the error of a bound falls with their square root.",
+    )
+
+
+def sum_over_draws(keys: StreamKeys, draws: int, one: Callable[[jax.Array, StreamKeys], LossTerms]) -> LossTerms:
+    """Returns the sum of `one(offset, keys)` over `draws` draws, one after another.
+
+    The offsets 0, 1/draws, ... shift one uniform number per example, so that together they cover its strata; the keys
+    differ, so that the noise does.
+    """
+
+    def at(draw):
+        return one(draw / draws, keys.replace(root=jax.random.fold_in(keys.root, draw)))
+
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(at, jnp.arange(draws)))
