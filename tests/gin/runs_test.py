@@ -5,8 +5,10 @@ import pytest
 from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
 from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.recipes.comparison import Comparison
 from diffusion_lm.training.optimizers import Adafactor, AdamW, Muon
 from diffusion_lm.training.run import TrainRun
+from diffusion_lm_tasks import vocabularies
 
 
 def test_train_is_a_whole_run():
@@ -14,7 +16,7 @@ def test_train_is_a_whole_run():
     assert isinstance(run, TrainRun)
     assert run == build_root(config.load(["gin/runs/train.gin"]))
     assert run.evaluations[0].objective == run.objective
-    assert run.data.row_length == 128
+    assert run.data.row_length == 96
 
 
 def test_train_can_be_turned_into_diffusion():
@@ -45,3 +47,10 @@ def test_optimizers(name, kind, step, rate):
     run = build_root(config.load(["gin/runs/train.gin", f"gin/optimizers/{name}.gin"]))
     assert type(run.optimizer) is kind
     assert run.optimizer.schedule.value(step, 1000) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("file", ["gin/runs/train.gin", "gin/recipes/quickstart.gin"])
+def test_the_network_knows_the_embedded_vocabulary(file):
+    root = config.load([file]).build(Comparison if "recipes" in file else TrainRun)
+    runs = [stage.run for stage in root.stages] if "recipes" in file else [root]
+    assert {run.model.spec.vocab_size for run in runs} == {vocabularies.EMBEDDED_SIZE}

@@ -88,7 +88,7 @@ def stack(rows: list[Batch]) -> Batch:
         **{
             field.name: np.stack([getattr(row, field.name) for row in rows])
             for field in dataclasses.fields(Batch)
-            if field.name != "encoder"
+            if getattr(rows[0], field.name) is not None
         }
     )
 
