@@ -1,0 +1,217 @@
+"""Samplers that must agree: special cases of each other, limits, and the autoregressive sampler."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import model_stubs as stubs
+import numpy as np
+import pytest
+import sampler_worlds as worlds
+
+from diffusion_lm.core.alignment import Shifted
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.noise.corruption import AbsorbingCorruption
+from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
+from diffusion_lm.samplers.commit import Ancestral, EntropyBound, Factor, Ranked, Threshold
+from diffusion_lm.samplers.counts import Even, Fixed, Scheduled
+from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.samplers.revision import Capped, Rescaled, Routed
+
+KEYS = StreamKeys.create(9)
+WORLD = worlds.World.random(3, 3, seed=4)
+MASK = 4
+PROMPT = stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [8, 3, 6, 5], 11))
+
+
+def nano_sampler(commit, **fields):
+    masked = {"start": AbsorbingCorruption(MASK), "candidates": 1, "temperature": 1.0, "steps": None, **worlds.NO_END}
+    return DenoisingSampler(**(masked | {"commit": commit} | fields))
+
+
+def nano_tokens(commit, **fields):
+    return np.asarray(stubs.generate(nano_sampler(commit, **fields), stubs.nano(), PROMPT, KEYS).tokens)
+
+
+def test_T53_remdm_without_rate_is_ancestral():
+    plain = worlds.decode(WORLD, Ancestral(), 500, steps=4)
+    for rule in (Capped(0.0), Rescaled(0.0)):
+        np.testing.assert_array_equal(worlds.decode(WORLD, Ancestral(remasking=rule), 500, steps=4), plain)
+    assert (worlds.decode(WORLD, Ancestral(remasking=Rescaled(0.5)), 500, steps=4) != plain).any()
+
+
+def test_T53_entropy_bound_0_is_one_token_a_step():
+    one = Ranked("entropy", Fixed(1))
+    tokens = worlds.decode(WORLD, EntropyBound(0.0), 500)
+    np.testing.assert_array_equal(tokens, worlds.decode(WORLD, one, 500))
+    assert (worlds.decode(WORLD, EntropyBound(2.0), 500) != tokens).any()
+
+
+def test_T53_threshold_1_is_one_token_a_step():
+    one = worlds.decode(WORLD, Ranked("confidence", Fixed(1)), 500)
+    np.testing.assert_array_equal(worlds.decode(WORLD, Threshold(1.0), 500), one)
+    np.testing.assert_array_equal(worlds.decode(WORLD, Factor(1e-6), 500), one)
+    assert (worlds.decode(WORLD, Threshold(0.5), 500) != one).any()
+
+
+def test_T53_threshold_0_is_one_step():
+    sampler = worlds.sampler(WORLD, Threshold(0.0))
+    decoded = stubs.generate(sampler, WORLD.model, worlds.prompts(WORLD, 50), KEYS)
+    np.testing.assert_array_equal(decoded.forward_passes, 1)
+
+
+def sequential_greedy(world):
+    """[W,L]: the most confident slot first, one at a time."""
+    results = []
+    for w in range(len(world.logits)):
+        canvas = np.full(world.L, world.V)
+        for _ in range(world.L):
+            probs = world.probs[w, world.code(canvas)]
+            best = np.where(canvas == world.V, probs.max(axis=-1), -1).argmax()
+            canvas[best] = probs[best].argmax()
+        results.append(canvas)
+    return np.stack(results)
+
+
+def joint_worlds(count=300, V=3, L=3):
+    """Joint laws from nearly certain to loose."""
+    rng = np.random.default_rng(0)
+    joints = rng.dirichlet(np.full(V**L, 0.3), size=count)
+    peaked = np.eye(V**L)[rng.integers(V**L, size=count)]
+    share = rng.uniform(0.0, 1.0, (count, 1))
+    return worlds.World.of_joints((share * peaked + (1 - share) * joints).reshape(count, *[V] * L))
+
+
+def test_T53_greedy_threshold_is_greedy_sequential_under_the_theorems_condition():
+    """Fast-dLLM: every confidence above 1 - eps with (n + 1) eps <= 1, conditionals of one joint law."""
+    world = joint_worlds()
+    count, L = len(world.logits), world.L
+    expected = sequential_greedy(world)
+    first = world.probs[:, world.code(np.full(L, world.V))].max(axis=-1).min(axis=-1)
+    condition = first > 1 - 1 / (L + 1)
+    assert 50 < condition.sum() < count - 50
+    greedy = {"temperature": 0.0}
+    for rule in (Threshold(1 - 1 / (L + 1)), Factor(1.0)):
+        sampler = worlds.sampler(world, rule, **greedy)
+        decoded = stubs.generate(sampler, world.model, worlds.prompts(world, count), KEYS)
+        np.testing.assert_array_equal(np.asarray(decoded.tokens)[condition, 1:], expected[condition])
+    np.testing.assert_array_equal(worlds.decode(world, Threshold(1.0), count, **greedy), expected)
+    at_once = worlds.decode(world, Threshold(0.0), count, **greedy)
+    np.testing.assert_array_equal(at_once[condition], expected[condition])
+    assert (at_once[~condition] != expected[~condition]).any(), "beyond the condition they differ"
+
+
+def test_T53_block_as_long_as_the_window_is_no_block():
+    for rule in (Ancestral(), Ranked("confidence", Even()), Routed()):
+        whole = nano_tokens(rule, steps=4)
+        np.testing.assert_array_equal(nano_tokens(rule, steps=4, block=8), whole)
+    assert (nano_tokens(Ranked("confidence", Even()), steps=4, block=2) != nano_tokens(Ranked(), steps=4)).any()
+
+
+def test_T53_block_of_1_shifted_and_causal_is_autoregressive():
+    ends = {"eos_id": stubs.EOS, "pad_id": stubs.PAD}
+    for model, prompt in (
+        (stubs.nano(), PROMPT),
+        (stubs.nano_encoder_decoder(), stubs.as_prompt(stubs.make_batch([1] * 4, [8, 3, 6, 5], 11, encoder=True))),
+    ):
+        greedy = AutoregressiveSampler(temperature=0.0, forbidden=(MASK,))
+        expected = stubs.generate(greedy, model, prompt, KEYS)
+        for rule in (Ranked("confidence", Even()), Threshold(0.9), Ancestral()):
+            sampler = nano_sampler(
+                rule, block=1, temperature=0.0, alignment=Shifted(), visibility="causal", end="stop", **ends
+            )
+            decoded = stubs.generate(sampler, model, prompt, KEYS)
+            np.testing.assert_array_equal(decoded.tokens, expected.tokens)
+            np.testing.assert_array_equal(decoded.lengths, expected.lengths)
+
+
+def test_one_candidate_is_no_rerank_and_the_best_of_several_is_kept():
+    one = nano_sampler(Ancestral(), steps=3)
+    reranked, plain = (
+        stubs.generate(dataclasses.replace(one, rerank=rerank), stubs.nano(), PROMPT, KEYS)
+        for rerank in ("model_score", "none")
+    )
+    np.testing.assert_array_equal(reranked.tokens, plain.tokens)
+    np.testing.assert_array_equal(reranked.scores, plain.scores)
+    several = stubs.generate(dataclasses.replace(one, candidates=4), stubs.nano(), PROMPT, KEYS)
+    assert (np.asarray(several.scores) >= np.asarray(plain.scores) - 1e-6).all(), "candidate 0 is the lone one"
+    assert (np.asarray(several.scores) > np.asarray(plain.scores)).any()
+    np.testing.assert_array_equal(several.forward_passes, 4 * np.asarray(plain.forward_passes)[0])
+
+
+def test_scores_of_masked_decodes_are_those_of_the_tokens_when_they_were_written():
+    table = np.zeros((4, 7), np.float32)
+    table[1:, 5] = [1.0, 2.0, 3.0]
+    prompt = stubs.as_prompt(stubs.make_batch([1], [3], 4))
+    decoded = stubs.generate(
+        nano_sampler(Ranked(), temperature=0.0, start=AbsorbingCorruption(6)), stubs.table_model(table), prompt, KEYS
+    )
+    np.testing.assert_array_equal(decoded.tokens[0, 1:], 5)
+    log_p = [x - np.log(np.exp(x) + 5) for x in (1.0, 2.0, 3.0)]
+    np.testing.assert_allclose(decoded.scores[0], np.mean(log_p), rtol=1e-5)
+
+
+def test_T38_guidance_0_is_no_guidance():
+    """Bit for bit, though both passes run; and strength w is c + w (c - u) on a model with a known answer."""
+    from diffusion_lm.architectures.base import Hidden
+    from diffusion_lm.nn.cross_entropy import Head, chunked_token_stats
+
+    rng = np.random.default_rng(0)
+    c, u = (Hidden(jnp.asarray(rng.normal(size=(2, 3, 9)), jnp.float32)) for _ in range(2))
+    head = Head(jnp.eye(9), vocab_size=8)
+    tokens = jnp.asarray(rng.integers(0, 7, (2, 3)))
+    plain = chunked_token_stats(c.values_BTD, head, 64, score=tokens, forbidden=(7,))
+    off, on = (
+        chunked_token_stats(
+            c.values_BTD,
+            head,
+            64,
+            score=tokens,
+            forbidden=(7,),
+            unconditional_BTD=u.values_BTD,
+            guidance=w,
+        )
+        for w in (0.0, 1.5)
+    )
+    np.testing.assert_array_equal(off.target_log_prob, plain.target_log_prob)
+    mixed = (2.5 * c.values_BTD - 1.5 * u.values_BTD)[..., :7]
+    expected = mixed - np.log(np.exp(mixed).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(
+        on.target_log_prob,
+        np.take_along_axis(np.asarray(expected), np.asarray(tokens)[..., None], -1)[..., 0],
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_T38_guidance_of_a_model_that_ignores_its_conditioning_changes_nothing(encoder):
+    """c = u where nothing depends on the prompt; and where it does, the unconditional half must not see it (T34)."""
+    prompt = stubs.as_prompt(stubs.make_batch([1, 1, 1], [8, 3, 6], 11, encoder=encoder))
+    model = stubs.nano_encoder_decoder() if encoder else stubs.nano()
+    rule = Ranked("confidence", Even())
+    fields = {"steps": 3, "temperature": 0.0}
+    plain = stubs.generate(nano_sampler(rule, **fields), model, prompt, KEYS)
+    nothing = prompt.replace(tokens=jnp.where(prompt.segment_ids > 0, MASK, prompt.tokens))
+    if encoder:
+        source = prompt.encoder
+        blank = source.replace(tokens=jnp.where(source.segment_ids > 0, MASK, source.tokens))
+        nothing = nothing.replace(encoder=blank)
+    unguided = stubs.generate(nano_sampler(rule, **fields), model, nothing, KEYS)
+    guided = stubs.generate(nano_sampler(rule, guidance=3.0, **fields), model, nothing, KEYS)
+    target = np.asarray(prompt.target_mask)
+    np.testing.assert_array_equal(np.asarray(guided.tokens)[target], np.asarray(unguided.tokens)[target])
+    np.testing.assert_array_equal(guided.forward_passes, 2 * np.asarray(unguided.forward_passes))
+    negative = stubs.generate(nano_sampler(rule, guidance=-1.0, **fields), model, prompt, KEYS)
+    np.testing.assert_array_equal(np.asarray(negative.tokens)[target], np.asarray(unguided.tokens)[target])
+    assert (np.asarray(plain.tokens)[target] != np.asarray(unguided.tokens)[target]).any()
+
+
+def test_T50_temperature_limit():
+    for rule in (Ancestral(), Ranked("confidence", Scheduled())):
+        greedy = nano_tokens(rule, steps=4, temperature=0.0)
+        np.testing.assert_array_equal(nano_tokens(rule, steps=4, temperature=1e-4), greedy)
+        np.testing.assert_array_equal(nano_tokens(rule, steps=4, temperature=2.0, top_k=1), greedy)
+        np.testing.assert_array_equal(nano_tokens(rule, steps=4, temperature=2.0, top_p=1e-6), greedy)
+        warm = nano_tokens(rule, steps=4, temperature=2.0)
+        assert (warm != greedy).any()
+        ramp = nano_tokens(rule, steps=4, temperature=2.0, final_temperature=2.0)
+        np.testing.assert_array_equal(ramp, warm)
