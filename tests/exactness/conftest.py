@@ -1,6 +1,7 @@
-"""Makes `model_stubs` importable."""
+"""Makes `model_stubs` and `tiny_world` importable."""
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "contracts"))
+for folder in (pathlib.Path(__file__).parents[1] / "contracts", pathlib.Path(__file__).parent):
+    sys.path.insert(0, str(folder))
