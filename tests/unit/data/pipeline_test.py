@@ -54,7 +54,9 @@ def test_T27_order_does_not_depend_on_the_number_of_hosts(make_source, pack):
 def test_T27_order_does_not_depend_on_the_batch_size(make_source):
     pipeline = DataPipeline((make_source("a", LENGTHS),), CONVERTER)
     small = [pipeline.batch(index, 2) for index in range(6)]
-    assert same(pipeline.batch(0, 12), jax.tree.map(lambda *parts: np.concatenate(parts), *small))
+    # Where a row stands in its batch is all that the size decides.
+    whole, joined = pipeline.batch(0, 12), jax.tree.map(lambda *parts: np.concatenate(parts), *small)
+    assert same(whole.replace(strata=None), joined.replace(strata=None))
 
 
 def test_T29_resume_at_a_position_is_exact(make_source):

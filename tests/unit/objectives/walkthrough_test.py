@@ -9,13 +9,15 @@ import model_stubs as stubs
 import numpy as np
 
 from diffusion_lm.cli import config
+from diffusion_lm.cli.arguments import build_root
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.training.optimizers import AdamW
 from diffusion_lm.training.step import make_program
 
-PAGE = pathlib.Path(__file__).parents[3] / "docs" / "add_an_objective.md"
+ROOT = pathlib.Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "add_an_objective.md"
 
 
 def test_the_objective_of_the_page_trains(tmp_path, monkeypatch):
@@ -26,7 +28,8 @@ def test_the_objective_of_the_page_trains(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
-        objective = config.load([str(tmp_path / "joint.gin")]).build_macro("OBJECTIVE")
+        files = [str(ROOT / "gin" / "runs" / "train.gin"), str(tmp_path / "joint.gin")]
+        objective = build_root(config.load(files)).objective
     finally:
         sys.modules.pop("joint", None)
     needs = objective.needs()
