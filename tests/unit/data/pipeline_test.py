@@ -59,6 +59,18 @@ def test_T27_order_does_not_depend_on_the_batch_size(make_source):
     assert same(whole.replace(strata=None), joined.replace(strata=None))
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_training_batches_say_where_in_the_batch_an_example_stands(make_source, pack):
+    pipeline = DataPipeline((make_source("a", LENGTHS),), CONVERTER, pack=pack)
+    batch = pipeline.batch(1, 4)
+    np.testing.assert_allclose(batch.strata[:, 0], np.arange(4) / 4)
+    for row, segments in zip(batch.strata, batch.segment_ids, strict=True):
+        assert len(np.unique(row)) == segments.max(), "one place an example"
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), pipeline.abstract_batch(4)) == shapes
+    assert next(iter(pipeline.eval_batches(4)))[0].strata is None
+
+
 def test_T29_resume_at_a_position_is_exact(make_source):
     pipeline = DataPipeline((make_source("a", [(0, 9)] * 11),), CONVERTER, pretraining=PrefixSplit())
     with pipeline.iterator(4) as whole:
