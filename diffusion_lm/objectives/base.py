@@ -24,12 +24,14 @@ class Needs:
       visibility: name of the attention visibility it trains under.
       passes: forward passes of the network per training step; the FLOPs of a step are a multiple of it.
       mask_token: whether the vocabulary must have a MASK token.
+      mask_id: the id that it takes for MASK; None where it does not say.
       encoder: whether it only works on encoder-decoders.
     """
 
     visibility: str
     passes: int = 1
     mask_token: bool = False
+    mask_id: int | None = None
     encoder: bool = False
 
 

@@ -151,7 +151,12 @@ class Denoising:
     def needs(self) -> Needs:
         """One pass a view and one more for each unroll; a MASK token where the corruption writes one."""
         passes = (1 if self.views == "one" else 2) * (1 + self.unrolls)
-        return Needs(visibility=self.visibility, passes=passes, mask_token=self.corruption.needs_mask_token)
+        return Needs(
+            visibility=self.visibility,
+            passes=passes,
+            mask_token=self.corruption.needs_mask_token,
+            mask_id=self._mask_id,
+        )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the summed loss of all passes; `weight` is what `normaliser` says.

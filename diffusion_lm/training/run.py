@@ -148,6 +148,13 @@ class TrainRun:
                 where="TrainRun.data",
                 fix="Materialise the data with a vocabulary that reserves one.",
             )
+            taken = self.objective.needs().mask_id
+            require(
+                taken in (None, specials.mask_id),
+                f"{type(self.objective).__name__} takes {taken} for MASK, which is {specials.mask_id} in the data",
+                where="TrainRun.objective",
+                fix=f"Set the macro MASK_ID to {specials.mask_id}.",
+            )
         length, positions = getattr(self.data, "row_length", None), spec.max_positions
         require(
             positions is None or length is None or length <= positions,
