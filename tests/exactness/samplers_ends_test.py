@@ -109,13 +109,15 @@ def test_infilling_any_pattern_of_fixed_and_free_positions(name):
     holes = np.asarray(prompt.target_mask) & (np.arange(12) % 3 != 1)
     prompt = prompt.replace(target_mask=jnp.asarray(holes))
     fields = {"end": "ban", "block": 2, **ENDS} | ({"alignment": Shifted()} if name == "shifted" else {})
-    decoded = decode(rule, prompt, **fields)
+    decoded = decode(rule, prompt, stubs.nano(), **fields)
     tokens, fixed = np.asarray(decoded.tokens), np.asarray(prompt.tokens)
     np.testing.assert_array_equal(tokens[~holes], fixed[~holes])
     assert not np.isin(tokens[holes], [MASK, stubs.EOS, stubs.PAD]).any()
     np.testing.assert_array_equal(decoded.lengths, holes.sum(axis=1))
     other = prompt.replace(tokens=jnp.where(~prompt.target_mask & (jnp.arange(12) == 7), 33, prompt.tokens))
-    assert (np.asarray(decode(rule, other, **fields).tokens)[holes] != tokens[holes]).any(), "text on the right is seen"
+    assert (np.asarray(decode(rule, other, stubs.nano(), **fields).tokens)[holes] != tokens[holes]).any(), (
+        "text on the right is seen"
+    )
 
 
 def test_infilling_follows_the_exact_conditional():

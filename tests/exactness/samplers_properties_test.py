@@ -18,17 +18,18 @@ from diffusion_lm.samplers.view import View
 
 def test_T39_transfer_counts():
     """Steps of the blocks, and commits of the steps, for all lengths, steps and blocks: whole, and nothing is left."""
-    for length, steps, block in itertools.product(range(1, 13), (None, 1, 2, 3, 5, 8, 13, 40), (0, 1, 2, 3, 5, 12, 20)):
+    for length, steps, block in itertools.product((1, 2, 5, 7, 12), (None, 1, 3, 5, 8, 40), (0, 1, 3, 5, 20)):
         blocks = Blocks.of(jnp.ones((1, length), bool), block, steps)
         number = int(blocks.counts[0])
         assert number == (-(-length // block) if block else 1)
-        each = [int(blocks.steps_in(jnp.array([b]))[0]) for b in range(number)]
-        sizes = [int(blocks.active(jnp.array([b])).sum()) for b in range(number)]
-        assert min(each) >= 1
-        assert sum(sizes) == length
-        assert sum(each) == (length if steps is None else max(steps, number))
-        assert max(each) - min(each) <= 1 or steps is None
-        assert sum(each) <= blocks.most_steps()
+        every = jnp.arange(number)
+        each = np.asarray(blocks.steps_in(every))
+        sizes = np.asarray(blocks.active(every).sum(axis=1))
+        assert each.min() >= 1
+        assert sizes.sum() == length
+        assert each.sum() == (length if steps is None else max(steps, number))
+        assert steps is None or np.ptp(each) <= 1
+        assert each.sum() <= blocks.most_steps()
 
 
 def counted_view(length, open_slots, clock, steps):
@@ -71,14 +72,15 @@ def test_T39_the_published_counts():
     assert [int(Fraction(0.3).commits(counted_view(n, n, 0, 1))[0, 0]) for n in (1, 3, 10, 11)] == [1, 1, 3, 4]
 
 
-GRID = [(None, 0), (3, 0), (5, 2), (None, 3), (1, 4)]
+GRID = [(5, 2), (1, 4), (None, 3), (3, 0)]
+WHOLE_GRID = ("ancestral", "low_confidence", "threshold")
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_T45_stranded_masks_T46_minus_infinity_ties_T51_progress(name):
     """No MASK at the end; committed tokens stand; only the active block changes; steps are bounded and not idle."""
     rule = RULES[name]
-    for steps, block in GRID if not rule.revises else GRID[1:3]:
+    for steps, block in GRID if name in WHOLE_GRID else GRID[:1]:
         decoded = decode(rule, steps=steps, block=block, keep_trace=True)
         tokens, trace = np.asarray(decoded.tokens), np.asarray(decoded.trace.tokens)
         assert not (tokens[TARGET] == MASK).any(), "T45, T35: nothing is left masked"
