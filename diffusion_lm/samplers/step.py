@@ -124,7 +124,9 @@ class Step:
         """Closes slots whose draw is an end, before anything is ranked (trap T47), while others are open."""
         ends = (view.stats.sample == self.settings.eos_id) | (view.stats.sample == self.settings.pad_id)
         others = view.open & ~ends
-        return view.replace(open=jnp.where(jnp.any(others, axis=1, keepdims=True), others, view.open))
+        kept = jnp.where(jnp.any(others, axis=1, keepdims=True), others, view.open)
+        closed = jnp.sum(view.open & ~kept, axis=1, keepdims=True, dtype=jnp.int32)
+        return view.replace(open=kept, deferred=closed)
 
     def _moved(self, state: State, view: View, canvas: jax.Array, written: jax.Array) -> State:
         """Returns the next state: rows stay in their block, enter the next one, or are done."""

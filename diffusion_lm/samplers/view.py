@@ -22,6 +22,7 @@ class View:
       log_prob: f32[R,T], log-probability of each slot's token when it was written.
       keys: key[R,T], this step's keys, one per token.
       stats: the network's answer at the tokens it speaks about; None for rules that decide without it.
+      deferred: i32[R,1], slots that are noise but closed in this step; step schedules count them, ranks do not.
     """
 
     canvas: jax.Array
@@ -32,6 +33,7 @@ class View:
     log_prob: jax.Array
     keys: jax.Array
     stats: TokenStats | None = None
+    deferred: jax.Array | int = 0
 
     @property
     def active_count(self) -> jax.Array:
@@ -40,8 +42,8 @@ class View:
 
     @property
     def open_count(self) -> jax.Array:
-        """i32[R,1], slots that may take a draw."""
-        return jnp.sum(self.open, axis=1, keepdims=True, dtype=jnp.int32)
+        """i32[R,1], slots that are noise."""
+        return jnp.sum(self.open, axis=1, keepdims=True, dtype=jnp.int32) + self.deferred
 
     @property
     def is_last(self) -> jax.Array:
