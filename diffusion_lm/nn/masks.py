@@ -4,6 +4,8 @@ A `Visibility` is a pytree expression that carries its own per-row arrays. `&` a
 evaluates one for the queries at hand, all slots of a row in training or the one slot that is decoded from a cache.
 """
 
+import re
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import ConfigError, near_names
 
 VISIBILITY_NAMES = ("causal", "full", "prefix", "prefix_blind")
+_BLOCKS = re.compile(r"blocks:([1-9][0-9]*)")
 
 
 class Visibility:
@@ -228,13 +231,20 @@ def same_segment(q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
     return (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] > 0)
 
 
+def is_visibility(name: str) -> bool:
+    """Says whether `named_visibility` knows `name`."""
+    return name in VISIBILITY_NAMES or bool(_BLOCKS.fullmatch(str(name)))
+
+
 def named_visibility(name: str, target_mask: jax.Array) -> Visibility:
     """Returns the visibility that objectives and samplers name in configuration.
 
     Args:
       name: "causal" (left to right), "full" (bidirectional), "prefix" (bidirectional over the conditioning, causal
-        over the target) or "prefix_blind" (bidirectional, but conditioning does not see the target).
-      target_mask: bool[B,T], as in `Batch`.
+        over the target), "prefix_blind" (bidirectional, but conditioning does not see the target), or "blocks:N"
+        (block diffusion's decoder: N target tokens are a block, the conditioning before them is one; seen are the own
+        block and earlier ones).
+      target_mask: bool[B,T], as in `Batch`; not packed for "blocks:N".
 
     Raises:
       ConfigError: for any other name.
@@ -248,10 +258,13 @@ def named_visibility(name: str, target_mask: jax.Array) -> Visibility:
             return Causal() | Conditioning(~target_mask)
         case "prefix_blind":
             return Full() & BlindConditioning(~target_mask)
+    blocks = _BLOCKS.fullmatch(str(name))
+    if blocks:
+        return Block(int(blocks[1]), jnp.argmax(target_mask, axis=1).astype(jnp.int32))
     raise ConfigError(
         f"There is no visibility {name!r}{near_names(name, VISIBILITY_NAMES)}",
         where="visibility",
-        fix=f"Choose one of {', '.join(VISIBILITY_NAMES)}.",
+        fix=f"Choose one of {', '.join(VISIBILITY_NAMES)} or blocks:N.",
     )
 
 

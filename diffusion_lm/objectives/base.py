@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import near_names, require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
-from diffusion_lm.nn.masks import VISIBILITY_NAMES, named_visibility
+from diffusion_lm.nn.masks import VISIBILITY_NAMES, is_visibility, named_visibility
 from diffusion_lm.noise.weighting import BoundKind
 
 Model = Any
@@ -61,10 +61,10 @@ class Objective(Protocol):
 def check_visibility(name: str, where: str) -> None:
     """Raises `ConfigError` unless `name` is a visibility."""
     require(
-        name in VISIBILITY_NAMES,
+        is_visibility(name),
         f"there is no visibility {name!r}{near_names(str(name), VISIBILITY_NAMES)}",
         where=where,
-        fix=f"Choose one of {', '.join(VISIBILITY_NAMES)}.",
+        fix=f"Choose one of {', '.join(VISIBILITY_NAMES)} or blocks:N.",
     )
 
 

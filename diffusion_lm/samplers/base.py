@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded
-from diffusion_lm.nn.masks import VISIBILITY_NAMES
+from diffusion_lm.nn.masks import VISIBILITY_NAMES, is_visibility
 
 Model = Any
 """A `BoundModel` (architectures/base.py): an architecture with its parameters. Tests hand in tables instead."""
@@ -105,4 +105,5 @@ def check_draw(temperature: float, top_k: int, top_p: float, where: str) -> None
 
 def check_visibility(value: str, where: str) -> None:
     """Raises `ConfigError` unless `value` names a visibility."""
-    check_choice(value, VISIBILITY_NAMES, where)
+    if not is_visibility(value):
+        check_choice(value, (*VISIBILITY_NAMES, "blocks:N"), where)
