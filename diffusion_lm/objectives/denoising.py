@@ -278,7 +278,7 @@ class Denoising:
         self, model: Model, hidden: Any, batch: Batch, scored_BT: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Returns -log p of the clean tokens and what is trained on, f32[B,T] each; 0 where nothing is scored."""
-        targets = self.alignment.to_slots(batch.tokens)
+        targets = self.alignment.to_slots(jnp.asarray(batch.tokens))
         where = self.alignment.to_slots(scored_BT)
         if not (train and self.label_smoothing):
             nll = self.alignment.to_tokens(model.nll(hidden, targets, where=where, forbidden=self._forbidden))
