@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.alignment import SamePosition
-from diffusion_lm.core.errors import near_names, require
+from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.core.segments import segment_sum
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.noise.corruption import AbsorbingCorruption, Corrupted, ExactCount, UniformCorruption
 from diffusion_lm.noise.schedules import Linear
@@ -29,9 +28,7 @@ from diffusion_lm.objectives.base import (
     weighted_mean,
     weighted_sum,
 )
-
-NORMALISERS = ("scored", "replaced", "example")
-VIEWS = ("one", "nested", "complementary")
+from diffusion_lm.objectives.parts import NORMALISERS, VIEWS, check_name, noisy_views, normalised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +84,8 @@ class Denoising:
     def __post_init__(self):
         object.__setattr__(self, "protected", tuple(self.protected))
         check_visibility(self.visibility, "Denoising.visibility")
-        _check_name(self.normaliser, NORMALISERS, "normaliser")
-        _check_name(self.views, VIEWS, "views")
+        check_name(self.normaliser, NORMALISERS, "Denoising.normaliser")
+        check_name(self.views, VIEWS, "Denoising.views")
         require(
             isinstance(self.unrolls, int) and self.unrolls >= 0,
             f"unrolls = {self.unrolls} is not a number of passes",
@@ -232,34 +229,13 @@ class Denoising:
             kept = batch.target_mask & ~jnp.isin(batch.tokens, jnp.asarray(self.protected))
             batch = batch.replace(target_mask=kept, loss_weights=jnp.where(kept, batch.loss_weights, 0.0))
         forward = Forward(model, batch, keys, visibility=self.visibility, train=train, passes=self.needs().passes)
+        noise = {"corruption": self.corruption, "schedule": self.schedule, "time": self.time}
+        views = noisy_views(self.views, t_BT, batch, keys, model.spec.vocab_size, **noise)
         terms = [
             self._view(noisy, t, forward, model, batch, keys, first_pass=number * (1 + self.unrolls), train=train)
-            for number, (t, noisy) in enumerate(self._canvases(t_BT, batch, keys, model.spec.vocab_size))
+            for number, (t, noisy) in enumerate(views)
         ]
         return terms[0] if len(terms) == 1 else jax.tree.map(lambda a, b: 0.5 * (a + b), *terms)
-
-    def _canvases(
-        self, t_BT: jax.Array, batch: Batch, keys: StreamKeys, vocab_size: int
-    ) -> list[tuple[jax.Array, Corrupted]]:
-        """Returns the views, each with its times."""
-
-        def at(keys: StreamKeys, rate_BT: jax.Array) -> Corrupted:
-            return self.corruption.corrupt(keys, batch, rate_BT, vocab_size=vocab_size)
-
-        first = at(keys, 1.0 - self.schedule.alpha(t_BT))
-        if self.views == "nested":
-            # The same draws at another rate choose a subset or a superset. Equal times would choose the same tokens.
-            apart = keys.replace(root=jax.random.fold_in(keys.root, 1))
-            other_BT = self.time.draw(apart, batch.example_ids, strata=batch.strata)
-            rate_BT = 1.0 - self.schedule.alpha(other_BT)
-            again, nested = at(apart, rate_BT), at(keys, rate_BT)
-            second = jax.tree.map(lambda a, n: jnp.where(other_BT == t_BT, a, n), again, nested)
-            return [(t_BT, first), (other_BT, second)]
-        if self.views == "complementary":
-            noise = at(keys, jnp.ones_like(t_BT))
-            rest = noise.replaced & ~first.replaced
-            return [(t_BT, first), (1.0 - t_BT, Corrupted(jnp.where(rest, noise.tokens, batch.tokens), rest))]
-        return [(t_BT, first)]
 
     def _view(
         self,
@@ -275,7 +251,7 @@ class Denoising:
     ) -> LossTerms:
         """Returns the terms of one canvas and of what is unrolled from it."""
         weights = batch.loss_weights * self.weighting.weigh(t_BT, noisy.replaced, self.schedule, batch=batch)
-        weights, weight = self._normalised(weights, noisy.replaced, batch)
+        weights, weight = normalised(self.normaliser, weights, noisy.replaced, batch)
         real = real_tokens(batch, self.pad_id)
         scored = batch.loss_weights != 0
         counted = jnp.ones_like(t_BT)
@@ -298,22 +274,11 @@ class Denoising:
                 metrics["prediction_accuracy"] = weighted_mean((canvas == batch.tokens).astype(jnp.float32), real)
         return LossTerms(jnp.sum(jnp.stack(losses)), weight, metrics)
 
-    def _normalised(self, weights_BT: jax.Array, replaced_BT: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Returns the weights under which losses are summed, and what that sum is to be divided by."""
-        counts = batch.loss_weights
-        if self.normaliser == "replaced":
-            counts = jnp.where(replaced_BT, counts, 0.0)
-        elif self.normaliser == "example":
-            tokens = segment_sum((counts != 0).astype(jnp.float32), batch.segment_ids)
-            share = 1.0 / jnp.maximum(tokens, 1.0)
-            weights_BT, counts = weights_BT * share, counts * share
-        return weights_BT, jnp.sum(counts, dtype=jnp.float32)
-
     def _token_losses(
         self, model: Model, hidden: Any, batch: Batch, scored_BT: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Returns -log p of the clean tokens and what is trained on, f32[B,T] each; 0 where nothing is scored."""
-        targets = self.alignment.to_slots(batch.tokens)
+        targets = self.alignment.to_slots(jnp.asarray(batch.tokens))
         where = self.alignment.to_slots(scored_BT)
         if not (train and self.label_smoothing):
             nll = self.alignment.to_tokens(model.nll(hidden, targets, where=where, forbidden=self._forbidden))
@@ -335,15 +300,6 @@ class Denoising:
             forbidden=self._forbidden,
         )
         return jnp.where(batch.target_mask, self.alignment.to_tokens(stats.sample), batch.tokens)
-
-
-def _check_name(value: str, known: tuple[str, ...], field: str) -> None:
-    require(
-        value in known,
-        f"there is no {value!r} among the {field}{near_names(str(value), known)}",
-        where=f"Denoising.{field}",
-        fix=f"Choose one of {', '.join(known)}.",
-    )
 
 
 def _process(steps: int | None) -> str:

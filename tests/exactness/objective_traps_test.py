@@ -18,6 +18,7 @@ from diffusion_lm.noise.time_sampling import DiscreteTime, UniformTime
 from diffusion_lm.noise.weighting import Flat, FlatOnReplaced, InverseRate, LinearDecay, Nelbo
 from diffusion_lm.objectives.autoregressive import Autoregressive
 from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.parts import noisy_views
 
 KEYS = tiny.KEYS
 MASK = 4
@@ -185,6 +186,11 @@ class Nudged(BoundModel):
         return self.architecture.head(self.params)
 
 
+def views_of(objective, t_BT, batch):
+    noise = {"corruption": objective.corruption, "schedule": objective.schedule, "time": objective.time}
+    return noisy_views(objective.views, t_BT, batch, KEYS, stubs.VOCAB, **noise)
+
+
 def test_complementary_views_score_every_token_once():
     """m and 1 - m: with a network that does not look, the two losses add up to the whole target for any draw."""
     table = np.random.default_rng(1).normal(size=(12, stubs.VOCAB))
@@ -197,7 +203,7 @@ def test_complementary_views_score_every_token_once():
     total = -log_p[slots, np.asarray(batch.tokens)[rows, slots]].sum()
     np.testing.assert_allclose(2 * terms.loss_sum, total, rtol=1e-5)
     assert 2 * terms.weight == batch.target_mask.sum()
-    (t, first), (s, second) = objective._canvases(jnp.full((2, 12), 0.3), batch, KEYS, stubs.VOCAB)
+    (t, first), (s, second) = views_of(objective, jnp.full((2, 12), 0.3), batch)
     np.testing.assert_array_equal(first.replaced ^ second.replaced, batch.target_mask)
     np.testing.assert_allclose(t + s, 1.0)
     assert objective.needs().passes == 2
@@ -208,7 +214,7 @@ def test_nested_views_hold_each_other_unless_their_times_are_equal():
     batch = stubs.make_batch([2] * 300, [9] * 300, 11)
     objective = dataclasses.replace(MASKED, views="nested", time=DiscreteTime(4), weighting=LinearDecay(steps=4))
     t = objective.time.draw(KEYS, batch.example_ids)
-    (t, first), (s, second) = objective._canvases(t, batch, KEYS, stubs.VOCAB)
+    (t, first), (s, second) = views_of(objective, t, batch)
     a, b = np.asarray(first.replaced), np.asarray(second.replaced)
     t, s = np.asarray(t), np.asarray(s)
     assert (b[s < t] <= a[s < t]).all()

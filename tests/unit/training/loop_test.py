@@ -11,11 +11,15 @@ import pytest
 from training_stubs import AUTOREGRESSIVE, VOCAB, RaggedRows, SumOfParameters, nano, small_run
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.noise.corruption import AbsorbingCorruption
+from diffusion_lm.objectives.denoising import Denoising
 from diffusion_lm.training.checkpoint import CheckpointPolicy, finished_steps, restore_params
 from diffusion_lm.training.hooks import RESTART_EXIT_CODE, Preempted
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.optimizers import AdamW
 from diffusion_lm.training.schedules import Constant
+
+MASKED = Denoising(corruption=AbsorbingCorruption(4))
 
 
 def rows(workdir):
@@ -175,6 +179,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_sentence(tmp_path):
     [
         (dict(data=RaggedRows(vocab_size=VOCAB + 1)), "vocabulary of 40 tokens and the data one of 41"),
         (dict(model=nano(position="learned", max_positions=8)), "rows of 16 tokens are longer than the 8 positions"),
+        (dict(objective=MASKED), "needs a mask token and the vocabulary of the data has none"),
+        (dict(objective=MASKED, data=RaggedRows(mask_id=5)), "takes 4 for MASK, which is 5 in the data"),
         (dict(initial="/nowhere/at/all"), "no checkpoint in /nowhere/at/all"),
     ],
 )

@@ -33,6 +33,7 @@ class RaggedRows:
       seed: root of the rows.
       scored: False = nothing has a loss weight.
       fail_at: batch whose reading fails, or None.
+      mask_id: the vocabulary's MASK, or None.
     """
 
     length: int = 16
@@ -40,6 +41,7 @@ class RaggedRows:
     scored: bool = True
     fail_at: int | None = None
     vocab_size: int = VOCAB
+    mask_id: int | None = None
 
     @property
     def row_length(self) -> int:
@@ -51,7 +53,7 @@ class RaggedRows:
 
     @property
     def specials(self) -> SpecialTokens:
-        return SpecialTokens(vocab_size=self.vocab_size, bos_id=2)
+        return SpecialTokens(vocab_size=self.vocab_size, bos_id=2, mask_id=self.mask_id)
 
     def batch(self, index: int, batch_size: int, *, process_index: int = 0, process_count: int = 1) -> Batch:
         if index == self.fail_at:
