@@ -59,8 +59,8 @@ class Scores:
 
     Attributes:
       log_likelihood: f64[B] in nats, the mean over draws of what `kind` says.
-      standard_error: f64[B] of that mean from the draws' spread; an overestimate where levels are evenly spaced. 0 where
-        one draw is exact, NaN where one draw was taken and is not.
+      standard_error: f64[B] of that mean from the draws' spread; an overestimate where levels are evenly spaced.
+        0 where one draw is exact, NaN where one draw was taken and is not.
       draws: i64[B].
       tokens: i64[B], scored tokens.
       kind: what the values are.

@@ -125,7 +125,7 @@ class StratifiedRates(_Masked):
 class WeightedGrid(_Masked):
     """The ELBO in `draws` discrete steps: rates k/draws, 1/t times the loss of masked tokens.
 
-    This is the exact variational bound of the process with that many steps, looser than the continuous one.
+    It bounds the likelihood of the process with that many steps, which as a rule is looser than the continuous bound.
     """
 
     bound_kind: BoundKind = dataclasses.field(default="nelbo", init=False)
