@@ -137,7 +137,8 @@ class Mixture:
     def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
         """Returns the primary part's bound with the metrics of all parts' bounds."""
         terms = [part.bound(model, batch, _apart(keys, number)) for number, part in enumerate(self.parts)]
-        return self._named(terms)[self.primary].replace(metrics=self._metrics(terms))
+        primary = self._named(terms)[self.primary]
+        return LossTerms(primary.loss_sum, primary.weight, self._metrics(terms))
 
     @property
     def _primary(self) -> Any:
