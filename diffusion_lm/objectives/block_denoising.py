@@ -184,6 +184,10 @@ class BlockDenoising:
         choice = keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
         return smallest_in_block(choice, count, maskable, blocks), total / count
 
+    def block_levels(self, uniform_BT: jax.Array, blocks: Blocks) -> jax.Array:
+        """Returns f32[B,T] uniforms in [0, 1), one per block, from one uniform number per example."""
+        return shifted(uniform_BT, spread(blocks.ids))
+
     def token_losses(
         self,
         model: Model,
@@ -260,7 +264,7 @@ class BlockDenoising:
         """Returns f32[B,T] uniforms in [0, 1), one per block of an example."""
         if not self.stratified:
             return keys.token_uniform(LEVEL_STREAM, batch.example_ids, blocks.ids)
-        return shifted(keys.example_uniform(LEVEL_STREAM, batch.example_ids), spread(blocks.ids))
+        return self.block_levels(keys.example_uniform(LEVEL_STREAM, batch.example_ids), blocks)
 
     def _weight(self, rate_BT: jax.Array) -> jax.Array:
         return 1.0 / jnp.maximum(rate_BT, 1e-8) if self.weighting == "nelbo" else jnp.ones_like(rate_BT)

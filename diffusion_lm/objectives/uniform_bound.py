@@ -193,7 +193,8 @@ class UniformNelbo:
         def one(offset, draw_keys):
             t, factor = bound_times(uniform, offset)
             if self.steps is not None:
-                t, factor = 1.0 - shifted(uniform, offset), 1.0
+                t = 1.0 - shifted(uniform, offset)
+                factor = jnp.ones_like(t)
             return self._at(t, noise, model, batch, draw_keys, train=False, weighting="nelbo", factor=factor)
 
         return sum_over_draws(keys, self.evaluation_draws, one)
