@@ -284,6 +284,8 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
 def _permute(x: jax.Array, order_BT: jax.Array, back_BT: jax.Array) -> jax.Array:
     """Returns x[b, order[b, t]]; `back` is the inverse of `order`, by which the gradient is a gather and no scatter."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
+        # Batches that are closed over may be numpy's, which cannot be indexed by a tracer.
+        x = x if isinstance(x, jax.Array) else jnp.asarray(x)
         return x[jnp.arange(x.shape[0])[:, None], order_BT]
     return _permute_floats(x, order_BT, back_BT)
 
