@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 
-def filter_logits(logits: jax.Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
+def filter_logits(
+    logits: jax.Array, temperature: float | jax.Array = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> jax.Array:
     """Returns the logits of the proposal: first temperature, then top-k, then top-p on what is left.
 
     Args:

@@ -42,9 +42,20 @@ class CommitRule(Protocol):
 class Rule:
     """Defaults of `CommitRule`: reads the draws and their log-probabilities, never takes anything back."""
 
-    summaries: tuple[str, ...] = ()
-    blind: bool = False
-    revises: bool = False
+    @property
+    def summaries(self) -> tuple[str, ...]:
+        """Nothing more."""
+        return ()
+
+    @property
+    def blind(self) -> bool:
+        """False: reads the draws."""
+        return False
+
+    @property
+    def revises(self) -> bool:
+        """False: what is written stands."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,8 +47,8 @@ class Proposal:
         if prompt.encoder is not None:
             indices, inputs = row_indices(prompt.tokens.shape[0], candidates), prompt.encoder
             if unconditional_id is not None:
-                blank = inputs.replace(tokens=jnp.where(inputs.segment_ids > 0, unconditional_id, inputs.tokens))
-                inputs = _joined(inputs, blank)
+                blank = jnp.where(inputs.segment_ids > 0, unconditional_id, inputs.tokens)
+                inputs = _joined(inputs, dataclasses.replace(inputs, tokens=blank))
                 indices = jnp.concatenate([indices, indices + prompt.tokens.shape[0]])
             encoder = model.encode(inputs).take_rows(indices)
         rows = repeat_rows(prompt.replace(encoder=None), candidates)

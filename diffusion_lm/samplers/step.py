@@ -73,7 +73,8 @@ class Step:
             log_prob=state.log_prob,
             keys=_numbered(self.rule_keys, state.calls),
         )
-        view, decision = self._decide(view, _numbered(self.token_keys, state.calls))
+        token_keys = None if self.token_keys is None else _numbered(self.token_keys, state.calls)
+        view, decision = self._decide(view, token_keys)
         draws = view.stats.sample
         if mask_id is None and commit.revises:
             # The last canvas is the argmax, not the last draws beside the last noise (trap T49).
@@ -196,5 +197,5 @@ def _mean(values: jax.Array, scored: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(scored, axis=1), 1)
 
 
-def _numbered(keys: jax.Array | None, calls: jax.Array) -> jax.Array | None:
-    return None if keys is None else fold_in_each(keys, jnp.broadcast_to(calls, keys.shape))
+def _numbered(keys: jax.Array, calls: jax.Array) -> jax.Array:
+    return fold_in_each(keys, jnp.broadcast_to(calls, keys.shape))

@@ -1,15 +1,15 @@
 """What a commit rule sees of one denoising step, what it answers, and the order of slots."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.rng import fold_in_each, stream_number, uniform_each
-from diffusion_lm.core.types import TokenStats
 
 
-@flax.struct.dataclass
-class View:
+class View(flax.struct.PyTreeNode):
     """One step, seen by rows of candidates (R of them).
 
     Attributes:
@@ -21,7 +21,7 @@ class View:
       steps: i32[R], steps that the block gets.
       log_prob: f32[R,T], log-probability of each slot's token when it was written.
       keys: key[R,T], this step's keys, one per token.
-      stats: the network's answer at the tokens it speaks about; None for rules that decide without it.
+      stats: `TokenStats` at the tokens they speak about; None for rules that decide without them.
       deferred: i32[R,1], slots that are noise but closed in this step; step schedules count them, ranks do not.
     """
 
@@ -32,7 +32,7 @@ class View:
     steps: jax.Array
     log_prob: jax.Array
     keys: jax.Array
-    stats: TokenStats | None = None
+    stats: Any = None
     deferred: jax.Array | int = 0
 
     @property
