@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import types
 from typing import Any
 
@@ -58,6 +59,9 @@ def nano_spec(**changes) -> TransformerSpec:
     return TransformerSpec(**(fields | changes))
 
 
+QUICK = {"num_layers": 1, "scan_layers": False}
+"""Fields of a network that compiles in half the time, for tests that compile one program after the other."""
+
 _nano: dict[Any, Any] = {}
 
 
@@ -72,7 +76,7 @@ def nano(**changes) -> BoundModel:
 
 
 def nano_encoder_decoder(**changes) -> BoundModel:
-    return nano(encoder_layers=2, tied_embeddings=False, **changes)
+    return nano(encoder_layers=changes.get("num_layers", 2), tied_embeddings=False, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +139,14 @@ def as_prompt(batch: Batch) -> Batch:
 
 
 _compiled: dict[Any, Any] = {}
+
+
+def forget() -> None:
+    """Frees the compiled programs; a process that keeps a thousand of them runs out of memory maps and crashes."""
+    for function in _compiled.values():
+        function.clear_cache()
+    _compiled.clear()
+    gc.collect()
 
 
 def _jit(kind, settings, architecture, function):
