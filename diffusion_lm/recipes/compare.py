@@ -7,6 +7,7 @@ whole or absent, so that a comparison that was stopped anywhere goes on where it
     WORKDIR/stages/STAGE/                   one training run each (checkpoints, metrics.jsonl, run_card.json)
     WORKDIR/evaluations/ARM/TASK.json       predictions and per-example statistics
     WORKDIR/speed.json  playback.json       what is timed or shown, never compared between runs
+    WORKDIR/replicate_I/                    stages and evaluations of replicate I = 1, 2, ...; those of 0 are above
     WORKDIR/results.json  results.md  report/index.html
 """
 
@@ -27,7 +28,7 @@ from diffusion_lm.evaluation.speed import measure
 from diffusion_lm.recipes import report, tables
 from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.playback import record_playback
-from diffusion_lm.recipes.results import assemble, shown_samples
+from diffusion_lm.recipes.results import Evaluations, assemble, shown_samples
 from diffusion_lm.recipes.stage import Stage
 from diffusion_lm.training.checkpoint import restore_params
 from diffusion_lm.training.loop import train
@@ -57,29 +58,39 @@ def compare(comparison: Comparison, workdir: str | Path, *, log: Callable[[str],
     """
     workdir = Path(workdir)
     _claim(comparison, workdir)
-    stages = comparison.stages
-    for number, stage in enumerate(stages, 1):
-        log(f"stage {number}/{len(stages)}  {stage.name}  ({stage.run.steps:,} steps)")
-        run_stage(stage, workdir)
-    evaluations = {
-        (arm.name, task.name): _evaluate(comparison, arm, task, workdir, log)
-        for arm in comparison.arms
-        for task in comparison.tasks
-    }
+    replicates = [_run_replicate(comparison, index, workdir, log) for index in range(comparison.replicates)]
     timing = _cached(workdir / "speed.json", lambda: _speed(comparison, log)) if comparison.speed else None
     playback = _cached(workdir / "playback.json", lambda: _playback(comparison, workdir, log))
-    results = assemble(comparison, evaluations)
+    results = assemble(comparison, replicates)
     write_json(workdir / "results.json", results)
     write_text(workdir / "results.md", tables.markdown(results, timing))
     page = report.write(
         results,
         workdir,
-        curves={stage.name: _curve(workdir, stage) for stage in stages},
+        curves={stage.name: _curve(workdir, stage) for stage in comparison.stages},
         speed=timing,
-        samples=shown_samples(comparison, evaluations),
+        samples=shown_samples(comparison, replicates[0]),
         playback=playback,
     )
     return ComparisonResult(results, page, workdir / "results.md")
+
+
+def _run_replicate(comparison: Comparison, index: int, workdir: Path, log: Callable[[str], None]) -> Evaluations:
+    """Trains and scores all arms under the seeds of replicate `index`."""
+    replicate = comparison.replicate(index)
+    if index:
+        workdir = workdir / f"replicate_{index}"
+    if comparison.replicates > 1:
+        log(f"replicate {index + 1}/{comparison.replicates}")
+    stages = replicate.stages
+    for number, stage in enumerate(stages, 1):
+        log(f"stage {number}/{len(stages)}  {stage.name}  ({stage.run.steps:,} steps)")
+        run_stage(stage, workdir)
+    return {
+        (arm.name, task.name): _evaluate(replicate, arm, task, workdir, log)
+        for arm in replicate.arms
+        for task in replicate.tasks
+    }
 
 
 def stage_folder(stage: Stage, workdir: Path) -> Path:

@@ -58,6 +58,8 @@ class Comparison:
       speed: the speed study, or None.
       shown: examples per task whose completions the report shows side by side.
       seed: root of decoding noise and bootstrap.
+      replicates: how often all arms are trained and decoded, each time with other seeds (initialisation, order of the
+        data, noise, decoding). Scores are means over the replicates, and intervals cover them too.
     """
 
     name: str
@@ -70,8 +72,15 @@ class Comparison:
     speed: SpeedStudy | None = None
     shown: int = 6
     seed: int = 0
+    replicates: int = 1
 
     def __post_init__(self):
+        require(
+            isinstance(self.replicates, int) and self.replicates >= 1,
+            f"replicates = {self.replicates!r} is no number of repetitions",
+            where="Comparison.replicates",
+            fix="Use 1 for one seed, 3 to see how far seeds move the scores.",
+        )
         for field in ("arms", "tasks", "notes"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("arms", "tasks"):
@@ -84,6 +93,35 @@ class Comparison:
     def stages(self) -> tuple[Stage, ...]:
         """Every stage of every arm, each once, in an order in which they can run."""
         return stage_graph(arm.stage_for(task.name) for arm in self.arms for task in self.tasks)
+
+    def replicate(self, index: int) -> "Comparison":
+        """Returns this comparison under the seeds of its replicate number `index`; number 0 has those it was given."""
+        if index == 0:
+            return self
+        shift = index * _SEED_STRIDE
+
+        def moved(stage: Stage) -> Stage:
+            data = dataclasses.replace(stage.run.data, seed=stage.run.data.seed + shift)
+            return Stage(
+                name=stage.name,
+                run=dataclasses.replace(stage.run, seed=stage.run.seed + shift, data=data),
+                initial=moved(stage.initial) if isinstance(stage.initial, Stage) else stage.initial,
+            )
+
+        arms = tuple(
+            dataclasses.replace(
+                arm,
+                stage={task: moved(stage) for task, stage in arm.stage.items()}
+                if isinstance(arm.stage, Mapping)
+                else moved(arm.stage),
+            )
+            for arm in self.arms
+        )
+        return dataclasses.replace(self, arms=arms, seed=self.seed + shift)
+
+
+_SEED_STRIDE = 1000
+"""Between the seeds of two replicates, so that a recipe's own small seeds (adaptation's, say) never meet another's."""
 
 
 def _per_task(value: Any, task: str, where: str) -> Any:

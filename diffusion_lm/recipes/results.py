@@ -1,7 +1,7 @@
 """From scored tasks to `results.json` and the completions that the report shows."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,38 +15,45 @@ Evaluations = Mapping[tuple[str, str], dict[str, Any]]
 """What `compare.compare` stores per (arm, task): statistics, predictions, bound and costs."""
 
 
-def assemble(comparison: Comparison, evaluations: Evaluations) -> dict[str, Any]:
-    """Returns the content of `results.json`: only what the same configuration reproduces bit for bit, so no times."""
+def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[str, Any]:
+    """Returns the content of `results.json`: only what the same configuration reproduces bit for bit, so no times.
+
+    Args:
+      comparison: what was compared.
+      replicates: the scored tasks of each replicate. Values, secondary scores, bounds and costs are their means; with
+        more than one, each cell lists the single values under `replicates`.
+    """
     cells: dict[str, dict[str, Any]] = {}
     bounds: dict[str, dict[str, Any]] = {}
     for arm in comparison.arms:
         for task in comparison.tasks:
-            found = evaluations[arm.name, task.name]
+            found = [evaluations[arm.name, task.name] for evaluations in replicates]
             rows = _rows(found)
             low, high = statistics.bootstrap(
                 rows, task.scorer.aggregate, resamples=comparison.resamples, seed=comparison.seed
             )
             sampler = arm.sampler_for(task.name)
             cells.setdefault(arm.name, {})[task.name] = {
-                "value": found["value"],
+                "value": _mean([one["value"] for one in found]),
                 "low": low,
                 "high": high,
-                "examples": len(rows),
-                "secondary": found["secondary"],
+                **({"replicates": [one["value"] for one in found]} if len(found) > 1 else {}),
+                "examples": rows.shape[1],
+                "secondary": _mean([one["secondary"] for one in found]),
                 "conditions": {
                     "sampler": type(sampler).__name__,
                     **{f.name: _plain(getattr(sampler, f.name)) for f in dataclasses.fields(sampler)},
                     "samples_per_prompt": task.samples,
-                    "forward_passes_per_sample": found["forward_passes"],
-                    "generated_tokens_per_sample": found["generated_tokens"],
+                    "forward_passes_per_sample": _mean([one["forward_passes"] for one in found]),
+                    "generated_tokens_per_sample": _mean([one["generated_tokens"] for one in found]),
                     "oracle": task.oracle,
                 },
             }
-            if found["bound"]:
-                bounds.setdefault(arm.name, {})[task.name] = found["bound"]
+            if found[0]["bound"]:
+                bounds.setdefault(arm.name, {})[task.name] = _mean([one["bound"] for one in found])
     differences = {
         task.name: statistics.all_differences(
-            {arm.name: _rows(evaluations[arm.name, task.name]) for arm in comparison.arms},
+            {arm.name: _rows([one[arm.name, task.name] for one in replicates]) for arm in comparison.arms},
             task.scorer.aggregate,
             resamples=comparison.resamples,
             seed=comparison.seed,
@@ -57,6 +64,7 @@ def assemble(comparison: Comparison, evaluations: Evaluations) -> dict[str, Any]
         "name": comparison.name,
         "title": comparison.title or comparison.name,
         "notes": list(comparison.notes),
+        "replicates": comparison.replicates,
         "fingerprint": fingerprint(comparison),
         "arms": [_arm_card(comparison, arm) for arm in comparison.arms],
         "tasks": [
@@ -110,7 +118,7 @@ def shown_samples(comparison: Comparison, evaluations: Evaluations) -> dict[str,
             outputs = {}
             for arm in comparison.arms:
                 found = evaluations[arm.name, task.name]
-                value = task.scorer.aggregate(_rows(found)[index : index + 1])
+                value = task.scorer.aggregate(np.asarray(found["statistics"][index], np.float64)[None])
                 outputs[arm.name] = {"text": found["predictions"][index][0], "score": value}
             shown.setdefault(task.name, []).append(
                 {"input": first["inputs"][index], "reference": first["references"][index], "outputs": outputs}
@@ -118,8 +126,19 @@ def shown_samples(comparison: Comparison, evaluations: Evaluations) -> dict[str,
     return shown
 
 
-def _rows(found: Mapping[str, Any]) -> np.ndarray:
-    return np.asarray(found["statistics"], np.float64)
+def _rows(found: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Returns the sufficient statistics of one arm on one task, f64[replicates, examples, K]."""
+    return np.asarray([one["statistics"] for one in found], np.float64)
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Returns the mean of equal numbers of nested dicts; what is no number is the same in all of them."""
+    first = values[0]
+    if len(values) == 1:
+        return first
+    if isinstance(first, Mapping):
+        return {key: _mean([one[key] for one in values]) for key in first}
+    return first if isinstance(first, str | bool | None) else float(np.mean(values))
 
 
 def _plain(value: Any) -> Any:

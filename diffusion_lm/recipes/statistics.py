@@ -59,7 +59,8 @@ def bootstrap(
     """Percentile bootstrap over examples (Efron and Tibshirani 1993, chapter 13; for MT metrics Koehn 2004).
 
     Args:
-      stats: f[n, K], one row of sufficient statistics an example.
+      stats: f[n, K], one row of sufficient statistics an example; or f[R, n, K], the rows of R replicates (other seeds,
+        same examples), whose scores are averaged. Replicates are then drawn with replacement too.
       aggregate: turns the sum f64[K] of a resample's rows into its score.
       resamples: number of resamples, each of n examples drawn with replacement.
       seed: the same seed, n and number of resamples give the same interval.
@@ -72,8 +73,12 @@ def bootstrap(
       ConfigError: no examples, a table that is not f[n, K], or numbers out of range.
     """
     stats = _checked(stats, resamples, confidence)
-    scores = np.array([aggregate(total) for total in _resampled_sums(stats, resamples, seed)])
-    return _percentiles(scores, confidence)
+    return _percentiles(_resampled_scores([stats], aggregate, resamples, seed)[0], confidence)
+
+
+def mean_score(stats: np.ndarray, aggregate: Aggregate) -> float:
+    """Returns the score of f[n, K] statistics, or the mean of the replicates' scores of f[R, n, K]."""
+    return float(np.mean([aggregate(table.sum(0)) for table in _with_replicates(stats)]))
 
 
 def paired_difference(
@@ -91,7 +96,7 @@ def paired_difference(
     intervals suggest: hard examples are hard for both.
 
     Args:
-      first, second: f[n, K] sufficient statistics of two arms, row i of both from the same example.
+      first, second: f[n, K] or f[R, n, K] statistics of two arms, row i of both from the same example.
       aggregate, resamples, seed, confidence: as in `bootstrap`.
 
     Raises:
@@ -103,14 +108,11 @@ def paired_difference(
         f"A paired difference got statistics of shapes {first.shape} and {second.shape}",
         fix="Score both arms on the same examples.",
     )
-    width = first.shape[1]
-    both = np.concatenate([first, second], axis=1)
-    differences = np.array(
-        [aggregate(total[:width]) - aggregate(total[width:]) for total in _resampled_sums(both, resamples, seed)]
-    )
+    scores = _resampled_scores([first, second], aggregate, resamples, seed)
+    differences = scores[0] - scores[1]
     low, high = _percentiles(differences, confidence)
     above = float(np.mean(differences > 0) + 0.5 * np.mean(differences == 0))
-    return Difference(aggregate(first.sum(0)) - aggregate(second.sum(0)), low, high, above)
+    return Difference(mean_score(first, aggregate) - mean_score(second, aggregate), low, high, above)
 
 
 def all_differences(
@@ -124,7 +126,7 @@ def all_differences(
     """Paired differences of every two arms on one task, as the rows that `results["differences"][task]` holds.
 
     Args:
-      tables: sufficient statistics f[n, K] of each arm, row i of all of them from the same example.
+      tables: statistics f[n, K] or f[R, n, K] of each arm, row i of all of them from the same example.
       aggregate, resamples, seed, confidence: as in `bootstrap`.
 
     Returns:
@@ -136,13 +138,8 @@ def all_differences(
     checked = {name: _checked(table, resamples, confidence) for name, table in tables.items()}
     shapes = {table.shape for table in checked.values()}
     require(len(shapes) == 1, f"Arms scored on different examples: shapes {shapes}", fix="Score all on the same ones.")
-    width = next(iter(shapes))[1]
-    sums = _resampled_sums(np.concatenate(list(checked.values()), axis=1), resamples, seed)
-    scores = {
-        name: np.array([aggregate(total) for total in sums[:, i * width : (i + 1) * width]])
-        for i, name in enumerate(checked)
-    }
-    observed = {name: aggregate(table.sum(0)) for name, table in checked.items()}
+    scores = dict(zip(checked, _resampled_scores([*checked.values()], aggregate, resamples, seed), strict=True))
+    observed = {name: mean_score(table, aggregate) for name, table in checked.items()}
     rows: list[dict[str, str | float]] = []
     for first, second in itertools.combinations(checked, 2):
         low, high = _percentiles(scores[first] - scores[second], confidence)
@@ -170,16 +167,42 @@ def wilson(successes: float, trials: int, *, confidence: float = 0.95) -> Interv
     return Interval(float(max(0.0, centre - half)), float(min(1.0, centre + half)))
 
 
-def _checked(stats: np.ndarray, resamples: int, confidence: float) -> np.ndarray:
+def _with_replicates(stats: np.ndarray) -> np.ndarray:
+    """Returns f64[R, n, K]: one replicate where there is no axis of replicates."""
     stats = np.asarray(stats, np.float64)
+    return stats[None] if stats.ndim == 2 else stats
+
+
+def _checked(stats: np.ndarray, resamples: int, confidence: float) -> np.ndarray:
+    stats = _with_replicates(stats)
     require(
-        stats.ndim == 2 and stats.shape[0] > 0,
+        stats.ndim == 3 and stats.shape[0] > 0 and stats.shape[1] > 0,
         f"The bootstrap needs statistics of shape [examples, K], got {stats.shape}",
         fix="Use mean_rows(values) for a plain mean.",
     )
     require(resamples > 0, f"The number of resamples must be positive, got {resamples}")
     require(0 < confidence < 1, f"Confidence must lie between 0 and 1, got {confidence}")
     return stats
+
+
+def _resampled_scores(tables: list[np.ndarray], aggregate: Aggregate, resamples: int, seed: int) -> np.ndarray:
+    """Scores f64[tables, resamples] of draws of n examples and of R replicates, each with replacement.
+
+    Examples and replicates are crossed: every replicate was scored on the same examples, so a resample has one draw of
+    examples for all replicates and one of replicates for all examples (Owen 2007, "The pigeonhole bootstrap"). All
+    tables f[R, n, K] see the same draws.
+    """
+    replicates = tables[0].shape[0]
+    columns = [table for stats in tables for table in stats]  # R tables f[n, K] for each of `tables`
+    sums = _resampled_sums(np.concatenate(columns, axis=1), resamples, seed)
+    scores = np.array([[aggregate(total) for total in part] for part in np.split(sums, len(columns), axis=1)]).reshape(
+        len(tables), replicates, resamples
+    )
+    if replicates == 1:
+        return scores[:, 0]
+    uniform = np.full(replicates, 1.0 / replicates)
+    counts = np.random.default_rng((seed, replicates)).multinomial(replicates, uniform, size=resamples)
+    return np.einsum("arn,nr->an", scores, counts / replicates)
 
 
 def _resampled_sums(stats: np.ndarray, resamples: int, seed: int) -> np.ndarray:

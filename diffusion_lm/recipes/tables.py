@@ -79,7 +79,7 @@ def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None)
     parts = [f"# {_escaped(results.get('title') or results['name'])}", _escaped(said.lede)]
     if said.findings:
         parts.append("\n".join(f"- {_escaped(finding)}" for finding in said.findings))
-    parts += [quality_markdown(results), INTERVALS]
+    parts += [quality_markdown(results), intervals(results)]
     if likelihood_table.has_bounds(results):
         parts.append(likelihood_table.markdown(results))
     notes = list(results.get("notes") or ())
@@ -90,7 +90,12 @@ def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None)
     return "\n\n".join(parts) + "\n"
 
 
-INTERVALS = "Brackets: 95 % confidence interval over the held-out examples. Bold: best score of the column."
+def intervals(results: Mapping[str, Any]) -> str:
+    """Returns what the brackets cover."""
+    count = results.get("replicates", 1)
+    over = "the held-out examples" if count == 1 else f"the held-out examples and over {count} replicates (seeds)"
+    scores = "" if count == 1 else "Scores are means over the replicates. "
+    return f"{scores}Brackets: 95 % confidence interval over {over}. Bold: best score of the column."
 
 
 def write_markdown(results: Mapping[str, Any], workdir: Path, speed: Mapping[str, Any] | None = None) -> Path:
@@ -128,7 +133,7 @@ def quality_terminal(results: Mapping[str, Any], file: TextIO | None = None) -> 
             texts = [Text(c.text, style="bold" if c.best else "") for c in cells[start : start + per_table]]
             table.add_row(Text(_short(arm["label"])), *texts)
         console.print(table)
-    console.print(Text(INTERVALS, style="dim"))
+    console.print(Text(intervals(results), style="dim"))
 
 
 def _transposed(rows: list[tuple[Mapping[str, Any], list[QualityCell]]]) -> list[list[QualityCell]]:

@@ -117,7 +117,7 @@ def test_an_oracle_stands_in_the_label_and_in_every_cell(comparison):
     }
     for one, oracle, label in ((told, "length", "repeat (oracle length)"), (task, None, "repeat")):
         changed = dataclasses.replace(comparison, tasks=(one,))
-        results = assemble(changed, {(arm.name, "repeat"): found for arm in comparison.arms})
+        results = assemble(changed, [{(arm.name, "repeat"): found for arm in comparison.arms}])
         assert results["tasks"][0]["label"] == label
         assert results["tasks"][0]["oracle"] == oracle
         assert {cell["repeat"]["conditions"]["oracle"] for cell in results["cells"].values()} == {oracle}
@@ -157,6 +157,42 @@ def test_an_interrupted_comparison_ends_with_the_same_results(comparison, undist
         compare(comparison, tmp_path, log=stop)
     compare(comparison, tmp_path, log=lambda line: None)
     assert (tmp_path / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+
+
+def test_replicates_repeat_all_with_other_seeds_and_are_averaged(comparison, undisturbed, tmp_path):
+    twice = dataclasses.replace(comparison, replicates=2)
+    result = compare(twice, tmp_path, log=lambda line: None)
+    for arm in comparison.arms:
+        first = (tmp_path / "evaluations" / arm.name / "repeat.json").read_bytes()
+        assert first == (undisturbed / "evaluations" / arm.name / "repeat.json").read_bytes()
+        found = [
+            json.loads((folder / "evaluations" / arm.name / "repeat.json").read_text())
+            for folder in (tmp_path, tmp_path / "replicate_1")
+        ]
+        cell, bound = result.results["cells"][arm.name]["repeat"], result.results["bounds"][arm.name]["repeat"]
+        assert cell["replicates"] == [one["value"] for one in found]
+        assert cell["value"] == pytest.approx(np.mean(cell["replicates"]))
+        assert found[0]["bound"]["loss"] != found[1]["bound"]["loss"]
+        assert bound["loss"] == pytest.approx(np.mean([one["bound"]["loss"] for one in found]))
+        assert bound["kind"] == found[0]["bound"]["kind"]
+    cards = [
+        json.loads((folder / "stages" / "pretrain" / "run_card.json").read_text())
+        for folder in (tmp_path, tmp_path / "replicate_1")
+    ]
+    assert len({json.dumps(card, sort_keys=True) for card in cards}) == 2
+    assert "2 replicates" in result.table.read_text()
+
+
+def test_replicates_share_no_seed(comparison):
+    seeds = set()
+    for index in range(3):
+        replicate = comparison.replicate(index)
+        assert [stage.name for stage in replicate.stages] == [stage.name for stage in comparison.stages]
+        seeds |= {(stage.run.seed, stage.run.data.seed, replicate.seed) for stage in replicate.stages}
+    assert comparison.replicate(0) is comparison
+    assert len(seeds) == 3
+    with pytest.raises(ConfigError, match=r"Comparison\.replicates"):
+        dataclasses.replace(comparison, replicates=0)
 
 
 def test_a_folder_of_another_comparison_is_refused(comparison, undisturbed):

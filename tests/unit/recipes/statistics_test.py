@@ -132,3 +132,28 @@ def test_wilson_stays_open_at_the_ends():
 def test_wrong_inputs_are_config_errors(call):
     with pytest.raises(ConfigError):
         call()
+
+
+def test_one_replicate_is_none():
+    stats = statistics.mean_rows(np.random.default_rng(0).random(30))
+    assert statistics.bootstrap(stats[None], statistics.ratio) == statistics.bootstrap(stats, statistics.ratio)
+
+
+def test_intervals_cover_the_replicates():
+    """All examples agree within a replicate, so only the replicates differ: 4 of them, with means 0, 1, 2, 3."""
+    tables = np.stack([statistics.mean_rows(np.full(50, float(value))) for value in range(4)])
+    assert statistics.mean_score(tables, statistics.ratio) == 1.5
+    low, high = statistics.bootstrap(tables, statistics.ratio, resamples=4000)
+    # The mean of 4 draws of {0, 1, 2, 3}: P(mean <= 0.25) = 5/256 < 2.5 % < P(mean <= 0.5) = 15/256.
+    assert (low, high) == (0.5, 2.5)
+    assert statistics.bootstrap(tables[:1], statistics.ratio) == (0.0, 0.0)
+
+
+def test_paired_differences_pair_the_replicates():
+    """The second arm is one better in each replicate, whatever the seed: nothing is left to chance."""
+    first = np.stack([statistics.mean_rows(np.full(50, float(value))) for value in (0, 5, 9)])
+    second = np.stack([statistics.mean_rows(np.full(50, float(value + 1))) for value in (0, 5, 9)])
+    found = statistics.paired_difference(second, first, statistics.ratio)
+    assert (found.value, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
+    (row,) = statistics.all_differences({"b": second, "a": first}, statistics.ratio)
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((1.0, 1.0, 1.0))
