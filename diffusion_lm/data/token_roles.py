@@ -89,8 +89,8 @@ def assign_roles(
 ) -> tuple[tuple[str, ...], dict[str, tuple[int, str]]]:
     """Gives every role that diffusion needs to a token; what is missing is added behind the ids there are.
 
-    PAD and MASK must be tokens of their own: a PAD that is also EOS could not be told from the end of a text. BOS may be
-    another one: the decoder's start token, else a PAD that is there (T5), else EOS (GPT-2).
+    PAD and MASK must be tokens of their own: a PAD that is also EOS could not be told from the end of a text. BOS may
+    be another one: the decoder's start token, else a PAD that is there (T5), else EOS (GPT-2).
 
     Args:
       model: the tokeniser.

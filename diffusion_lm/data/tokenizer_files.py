@@ -229,7 +229,7 @@ def _byte_level_bpe(
     special = [(token, number, True) for token, number in vocabulary.items() if len(token) > 1 and token not in made]
     behind = [(token, number, mark) for token, (number, mark) in extra.items() if token not in vocabulary]
     byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     return _tokenizer(
         special + behind,

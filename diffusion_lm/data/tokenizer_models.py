@@ -64,11 +64,11 @@ class SentencePieceModel:
             ) from error
         processor = self._processor
         pieces = processor.get_piece_size()
-        own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
+        own: dict[str, int | None] = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
         own |= {"unk": processor.unk_id(), "mask": self._native("<mask>")}
         self.kind = "SentencePiece"
         self._order: list[int | str] | None = None
-        self.roles = {role: token for role, token in own.items() if token is not None and token >= 0}
+        self.roles: Mapping[str, int] = {role: token for role, token in own.items() if token is not None and token >= 0}
         if fairseq:
             self._order = [own["bos"], "<pad>", own["eos"], own["unk"], *range(3, pieces), "<mask>"]
             self._ids = {token: number for number, token in enumerate(self._order)}
@@ -149,7 +149,7 @@ class TokenizersModel:
         unknown = model.get("unk_id")
         if unknown is None and model.get("unk_token"):
             unknown = self._tokenizer.token_to_id(model["unk_token"])
-        self.roles = {} if unknown is None else {"unk": unknown}
+        self.roles: Mapping[str, int] = {} if unknown is None else {"unk": unknown}
 
     def encode(self, text: str) -> list[int]:
         """See `TokenModel.encode`."""
