@@ -67,7 +67,7 @@ class SentencePieceModel:
         own: dict[str, int | None] = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
         own |= {"unk": processor.unk_id(), "mask": self._native("<mask>")}
         self.kind = "SentencePiece"
-        self._order: list[int | str] | None = None
+        self._order: list[Any] | None = None  # an id of SentencePiece, or a spelling that it does not know
         self.roles: Mapping[str, int] = {role: token for role, token in own.items() if token is not None and token >= 0}
         if fairseq:
             self._order = [own["bos"], "<pad>", own["eos"], own["unk"], *range(3, pieces), "<mask>"]
