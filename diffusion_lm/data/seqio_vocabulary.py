@@ -61,8 +61,9 @@ class LazyVocabulary(seqio.Vocabulary):
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         """Returns the i32[n] ids of one text; bytes that are no UTF-8 are read as U+FFFD."""
 
-        def encode(text: bytes) -> np.ndarray:
-            return np.asarray(self.vocabulary.encode(text.decode("utf-8", errors="replace")), np.int32)
+        def encode(text: bytes | np.ndarray) -> np.ndarray:
+            plain = np.asarray(text, object).item()  # bytes inside of a graph, an array of no dimensions outside
+            return np.asarray(self.vocabulary.encode(plain.decode("utf-8", errors="replace")), np.int32)
 
         tokens = tf.numpy_function(encode, [s], tf.int32, stateful=False)
         tokens.set_shape([None])

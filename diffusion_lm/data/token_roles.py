@@ -131,6 +131,7 @@ def assign_roles(
         return add(role) if token is None else (token, "found")
 
     roles: dict[str, tuple[int, str]] = {}
+    named = None if mask is None else find(mask)
     bos, unknown = first("bos"), first("unk")
     if unknown is not None:
         roles["unk"] = (unknown, "found")
@@ -141,7 +142,7 @@ def assign_roles(
     if mask is None:
         roles["mask"] = found_or_added("mask", others)
     else:
-        roles["mask"] = (_named_mask(model, mask, find(mask), others), "reused")
+        roles["mask"] = (_named_mask(model, mask, named, others), "reused")
     if bos is not None:
         roles["bos"] = (bos, "reused" if bos == roles["eos"][0] else "found")
     elif decoder_start is not None and find(decoder_start) is not None:

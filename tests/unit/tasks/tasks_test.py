@@ -13,8 +13,10 @@ pytest.importorskip("seqio")
 
 import seqio
 import tensorflow_datasets as tfds
+import tokenizer_folders as folders
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm_tasks import (
     code_synthesis,
     embedded,
@@ -190,6 +192,46 @@ def test_local_pretraining_splits_are_disjoint():
     functions = read("local_python_functions", "train")
     assert functions[2][0].startswith("def f")
     assert "\r" not in "".join(functions[2])
+
+
+@pytest.mark.parametrize("make", [folders.gpt2_folder, folders.json_folder, folders.llama_folder])
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("local_mbpp", "test"), ("local_squad", "train"), ("local_tatoeba_en_fr", "train"), ("local_text", "train")],
+)
+@pytest.mark.usefixtures("mixed")
+def test_tasks_run_with_the_tokenizer_of_a_hugging_face_folder(make, name, split, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", str(make(tmp_path / "model")))
+    expected = Vocabulary.load(tmp_path / "model")
+    _, rows, texts, _ = read(name, split, limit=5)
+    assert rows
+    for row, text in zip(rows, texts, strict=True):
+        assert row["targets"].dtype == np.int32
+        assert row["targets"].tolist() == expected.encode(text)
+        assert expected.decode(row["targets"]) == text
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_mask_token_of_the_environment_is_reused(tmp_path, monkeypatch):
+    folders.gpt2_folder(tmp_path / "model")
+    monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", str(tmp_path / "model"))
+    for named, mask in (("300", 300), ("Ġthe", "Ġthe")):
+        monkeypatch.delitem(vars(translation.VOCABULARY), "vocabulary", raising=False)
+        monkeypatch.setenv("DIFFUSION_LM_MASK_TOKEN", named)
+        assert translation.VOCABULARY.vocabulary == Vocabulary.load(tmp_path / "model", mask=mask)
+    monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="no vocabulary at"):
+        vocabularies.mixed_path()
+
+
+def test_a_vocabulary_in_a_bucket_is_fetched(tmp_path):
+    """TensorFlow's file system reads `file://` as it reads `gs://`."""
+    folders.gpt2_folder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text("large")
+    for path in (tmp_path / "model", folders.llama_folder(tmp_path / "llama") / "tokenizer.model"):
+        with vocabularies.fetched(f"file://{path}") as local:
+            assert not os.path.exists(os.path.join(local, "model.safetensors"))
+            assert Vocabulary.load(local) == Vocabulary.load(path)
 
 
 def test_a_missing_data_folder_is_one_sentence(monkeypatch):
