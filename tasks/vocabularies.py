@@ -1,5 +1,6 @@
 """Vocabularies of the tasks; each is found or trained when it is first used, never on import."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -7,45 +8,19 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-import seqio
-
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.data.seqio_vocabulary import LazyVocabulary
+from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm_tasks.local_files import data_folder, local_file
 
 SENTINELS = 32
 """`<extra_id_0>` to `<extra_id_31>`, for span corruption of pieces of up to about 600 tokens."""
 
 EMBEDDED_SIZE = 1280
-
-
-class LazySentencePieceVocabulary(seqio.SentencePieceVocabulary):
-    """A SeqIO vocabulary whose model file is located, or trained, on first use.
-
-    Two of them are equal when they are located by the same function.
-    """
-
-    def __init__(self, locate: Callable[[], str]):
-        super().__init__(sentencepiece_model_file="", extra_ids=0)
-        self._locate = locate
-
-    @property
-    def sentencepiece_model_file(self) -> str:
-        """Path of the model; this is where it is trained if it is not there yet."""
-        return self._locate()
-
-    def _model_context(self):
-        if not self._model:
-            self._sentencepiece_model_file = self._locate()
-        return super()._model_context()
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, LazySentencePieceVocabulary) and self._locate is other._locate
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def cache_folder() -> Path:
@@ -137,16 +112,31 @@ def embedded_model() -> str:
     return str(path)
 
 
-def mixed_model() -> str:
-    """Returns the path of the model for real data.
+def embedded_vocabulary() -> LazyVocabulary:
+    """Returns the vocabulary of the embedded tasks: 1,280 tokens, English, French and Python."""
+    return LazyVocabulary(_load_embedded)
 
-    It is `$DIFFUSION_LM_VOCABULARY` where that is set (any SentencePiece model that can write newlines and braces),
-    else `tokenizers/mix_en_fr_code_16384.model` of the data folder.
+
+def mixed_vocabulary() -> LazyVocabulary:
+    """Returns the vocabulary of the tasks on real data (see `mixed_path`)."""
+    return LazyVocabulary(_load_mixed)
+
+
+def mixed_path() -> str:
+    """Returns where the vocabulary of real data is.
+
+    It is `$DIFFUSION_LM_VOCABULARY` where that is set (a SentencePiece model or the tokenizer files of a Hugging Face
+    folder, whatever `Vocabulary.load` takes; it must be able to write newlines and braces), else
+    `tokenizers/mix_en_fr_code_16384.model` of the data folder.
     """
     named = os.environ.get("DIFFUSION_LM_VOCABULARY", "")
     if named:
-        if not named.startswith("gs://") and not Path(named).is_file():
-            raise ConfigError(f"no vocabulary at {named}", where="DIFFUSION_LM_VOCABULARY", fix="Give a .model file.")
+        if "://" not in named and not Path(named).exists():
+            raise ConfigError(
+                f"no vocabulary at {named}",
+                where="DIFFUSION_LM_VOCABULARY",
+                fix="Give a .model file, or a folder with a tokenizer.",
+            )
         return named
     try:
         data_folder()
@@ -154,16 +144,37 @@ def mixed_model() -> str:
         raise ConfigError(
             "the tasks on real data need a vocabulary",
             where="DIFFUSION_LM_VOCABULARY",
-            fix="Set it to a SentencePiece model, or DIFFUSION_LM_DATA to a data folder that has one in tokenizers/.",
+            fix="Set it to a SentencePiece model or a folder with a tokenizer, or DIFFUSION_LM_DATA to a data folder "
+            "that has one in tokenizers/.",
         ) from error
     return str(local_file("tokenizers/mix_en_fr_code_16384.model"))
 
 
-def embedded_vocabulary() -> LazySentencePieceVocabulary:
-    """Returns the vocabulary of the embedded tasks: 2,048 tokens, English, French and Python."""
-    return LazySentencePieceVocabulary(embedded_model)
+def _load_embedded() -> Vocabulary:
+    return Vocabulary.load(embedded_model())
 
 
-def mixed_vocabulary() -> LazySentencePieceVocabulary:
-    """Returns the vocabulary of the tasks on real data (see `mixed_model`)."""
-    return LazySentencePieceVocabulary(mixed_model)
+def _load_mixed() -> Vocabulary:
+    """`$DIFFUSION_LM_MASK_TOKEN` is an id, or the spelling of a token, that is reused as MASK."""
+    mask = os.environ.get("DIFFUSION_LM_MASK_TOKEN") or None
+    number = int(mask) if mask and mask.isdigit() else None
+    path = mixed_path()
+    with fetched(path) if "://" in path else contextlib.nullcontext(path) as local:
+        return Vocabulary.load(local, mask=mask if number is None else number)
+
+
+@contextlib.contextmanager
+def fetched(path: str) -> Iterator[str]:
+    """Yields a local copy of a file or folder in a bucket, of whose folder only the small files are copied."""
+    from tensorflow.io import gfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        if not gfile.isdir(path):
+            local = os.path.join(folder, os.path.basename(path))
+            gfile.copy(path, local)
+            yield local
+            return
+        for name in gfile.listdir(path):
+            if name.endswith((".json", ".txt", ".model")):
+                gfile.copy(os.path.join(path, name), os.path.join(folder, name))
+        yield folder

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     opened = open_run(arguments, bindings=() if arguments.sampler else arguments.gin)
     sampler = _sampler(arguments, opened)
     data = _data(arguments, opened)
+    data.specials.check(sampler)
     oracle = data.converter.target_window.oracle
     batches = (
         _given_prompts(arguments, data)

@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.limit is not None:
         options["limit"] = arguments.limit
     results = []
+    vocabularies: set[str] = set()
     for number, source in enumerate(sources, 1):
         progress(f"{number}/{len(sources)}  {source.task}/{source.split} -> {source.folder}")
         try:
@@ -63,6 +64,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             manifest = source.materialise(**options)
         except ModuleNotFoundError as error:
             raise _needs(error.name, source) from error
+        if manifest.vocabulary and manifest.vocabulary_sha256 not in vocabularies:
+            vocabularies.add(manifest.vocabulary_sha256)
+            progress(f"vocabulary: {source.vocabulary.report}")
         results.append(
             {
                 "task": manifest.task,

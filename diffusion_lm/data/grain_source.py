@@ -127,7 +127,8 @@ class OpenSource:
             f"{self.folder} was written without a vocabulary",
             fix="Give write_records the vocabulary.",
         )
-        vocabulary = Vocabulary.load(self.folder / self.manifest.vocabulary)
+        path = self.folder / self.manifest.vocabulary
+        vocabulary = Vocabulary(path.read_bytes() if path.is_file() else b"")
         require(
             vocabulary.sha256 == self.manifest.vocabulary_sha256,
             f"the vocabulary file of {self.folder} is not the one that its manifest names",

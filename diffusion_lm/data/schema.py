@@ -83,7 +83,7 @@ class Manifest:
       split: name of its split.
       specials: the special tokens of the vocabulary.
       count: number of records.
-      vocabulary: file name of the SentencePiece model beside the manifest; empty where none was stored.
+      vocabulary: file name of the vocabulary (`Vocabulary.model`) beside the manifest; empty where none was stored.
       vocabulary_sha256: hash of that file (or any name of the vocabulary where none was stored); sources are mixed
         only when these agree.
       metrics: the task's metric functions as import paths, `"module:function"`.

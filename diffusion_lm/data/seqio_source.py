@@ -1,4 +1,4 @@
-"""Reading SeqIO tasks: the only module of this floor that needs TensorFlow, and it is imported only to materialise."""
+"""Reading SeqIO tasks: needs TensorFlow, so that it is imported only to materialise."""
 
 import importlib
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ import seqio
 from diffusion_lm.core.errors import ConfigError, near_names
 from diffusion_lm.core.rng import example_number
 from diffusion_lm.data.schema import Record
+from diffusion_lm.data.seqio_vocabulary import LazyVocabulary
 from diffusion_lm.data.vocabulary import Vocabulary
 
 
@@ -39,12 +40,15 @@ def task_vocabulary(task: seqio.Task) -> Vocabulary:
     """Returns the vocabulary of a task's targets, which its inputs must share; SeqIO's extra ids are kept."""
     targets = task.output_features["targets"].vocabulary
     inputs = task.output_features.get("inputs", task.output_features["targets"]).vocabulary
-    if not isinstance(targets, seqio.SentencePieceVocabulary) or inputs != targets:
-        raise ConfigError(
-            f"task {task.name!r} must use one SentencePiece vocabulary for its inputs and targets",
-            fix="Give both features the same seqio.SentencePieceVocabulary.",
-        )
-    return Vocabulary(targets.sp_model)
+    if inputs == targets:
+        if isinstance(targets, LazyVocabulary):
+            return targets.vocabulary
+        if isinstance(targets, seqio.SentencePieceVocabulary):
+            return Vocabulary(targets.sp_model)
+    raise ConfigError(
+        f"task {task.name!r} must use one vocabulary for its inputs and targets, whose files are known",
+        fix="Give both features the same LazyVocabulary or seqio.SentencePieceVocabulary.",
+    )
 
 
 def metric_paths(task: seqio.Task) -> tuple[str, ...]:

@@ -126,7 +126,12 @@ def compiled_generate(architecture: Architecture, sampler: Sampler) -> Program:
 def generate(
     architecture: Architecture, params: Any, sampler: Sampler, task: GenerationTask, *, seed: int = 0
 ) -> Generation:
-    """Decodes every prompt of `task`. A completion depends on (seed, example id, sample number), not on its batch."""
+    """Decodes every prompt of `task`. A completion depends on (seed, example id, sample number), not on its batch.
+
+    Raises:
+      ConfigError: the sampler means other tokens by its ids than the data.
+    """
+    task.data.specials.check(sampler)
     decode = compiled_generate(architecture, sampler)
     vocabulary = task.data.vocabulary
     records: list[Record] = []

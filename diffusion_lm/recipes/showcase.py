@@ -181,7 +181,7 @@ def _display(piece: str) -> tuple[str, str]:
     """Text and kind of a vocabulary piece (SentencePiece marks spaces with U+2581 and bytes with <0xNN>)."""
     if piece in ("", "<pad>", "[PAD]"):
         return "·", "pad"
-    if piece in ("</s>", "<eos>", "[EOS]"):
+    if piece in ("</s>", "<eos>", "[EOS]", "[SEP]", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>"):
         return "end", "eos"
     text = piece.replace("\u2581", " ").replace("<0x0A>", "\n")
     if text.strip(" ") and not text.strip(" \n"):

@@ -174,6 +174,8 @@ class TrainRun:
                 where="TrainRun.objective",
                 fix=f"Set the macro MASK_ID to {specials.mask_id}.",
             )
+            for part in (self.objective, *self.evaluations):
+                specials.check(part)
         length, positions = getattr(self.data, "row_length", None), spec.max_positions
         require(
             positions is None or length is None or length <= positions,

@@ -1,4 +1,7 @@
-"""Small datasets, written without TensorFlow."""
+"""Small datasets, written without TensorFlow; makes `tokenizer_folders` importable."""
+
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.store import split_folder, write_records
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 SPECIALS = SpecialTokens(vocab_size=100, pad_id=0, eos_id=1, bos_id=2, mask_id=4)
 

@@ -1,22 +1,27 @@
 """From SeqIO tasks to batches and back to text."""
 
 import importlib
+import shutil
 
 import numpy as np
 import pytest
+import tokenizer_folders as folders
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import example_number
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.data.converters import SingleStreamConverter
-from diffusion_lm.data.grain_source import GrainSource
+from diffusion_lm.data.grain_source import GrainSource, OpenSource
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.materialise import code_digest, is_stale, materialise
 from diffusion_lm.data.pretraining import PrefixSplit
 from diffusion_lm.data.schema import Manifest
+from diffusion_lm.data.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.tensorflow
 seqio = pytest.importorskip("seqio")
+from diffusion_lm.data.seqio_source import task_vocabulary  # noqa: E402
+from diffusion_lm.data.seqio_vocabulary import LazyVocabulary  # noqa: E402
 
 PAIRS = [(f"the cat {i}", f"def f(x):\n    return {i}") for i in range(12)]
 
@@ -78,6 +83,66 @@ def test_task_survives_materialisation(vocabulary, tmp_path, append_eos):
     batch = pipeline.batch(0, 12)
     texts = {pipeline.vocabulary.decode(row[mask]) for row, mask in zip(batch.tokens, batch.target_mask, strict=True)}
     assert texts == {target for _, target in PAIRS}
+
+
+@pytest.mark.parametrize("make", [folders.gpt2_folder, folders.llama_folder, folders.json_folder])
+def test_the_tokenizer_of_a_folder_travels_with_the_data(make, tmp_path):
+    """Training reads the same vocabulary from the data alone; the folder that it came from is gone by then."""
+    expected = Vocabulary.load(make(tmp_path / "model"))
+    add_task("pairs_task", LazyVocabulary(lambda: expected), append_eos=False)
+    manifest = materialise("pairs_task", "train", tmp_path / "data", modules=())
+    shutil.rmtree(tmp_path / "model")
+    source = GrainSource("pairs_task", root=tmp_path / "data")
+    assert source.vocabulary == expected
+    assert manifest.vocabulary_sha256 == expected.sha256
+    assert manifest.specials == expected.specials
+    for record, (inputs, targets) in zip(source.records(), PAIRS, strict=True):
+        assert record.inputs.tolist() == source.vocabulary.encode(inputs)
+        assert source.vocabulary.decode(record.targets) == targets
+    pipeline = DataPipeline((source,), SingleStreamConverter(48, 64))
+    batch = pipeline.batch(0, 12)
+    texts = {pipeline.vocabulary.decode(row[mask]) for row, mask in zip(batch.tokens, batch.target_mask, strict=True)}
+    assert texts == {target for _, target in PAIRS}
+    (source.folder / manifest.vocabulary).write_bytes(b"")
+    with pytest.raises(ConfigError, match="is not the one that its manifest names"):
+        _ = OpenSource(source.folder).vocabulary
+
+
+def test_seqio_sees_the_same_vocabulary(tmp_path):
+    import tensorflow as tf
+
+    expected = Vocabulary.load(folders.gpt2_folder(tmp_path / "model"))
+    vocabulary = LazyVocabulary(lambda: expected)
+    specials = expected.specials
+    assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id) == (330, 0, 0)
+    assert (specials.pad_id, specials.eos_id, specials.bos_id) == (330, 0, 0)
+    assert vocabulary.vocab_size == expected.size == 332
+    assert vocabulary.unk_id is None
+    for text in folders.TEXTS:
+        tokens = vocabulary.encode_tf(tf.constant(text))
+        assert tokens.dtype == tf.int32
+        assert tokens.numpy().tolist() == vocabulary.encode(text) == expected.encode(text)
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+    rows = tf.constant([[300, 301, specials.eos_id, 302], [303, 304, 305, specials.pad_id]])
+    texts = [text.decode() for text in vocabulary.decode_tf(rows).numpy()]
+    assert texts == [expected.decode([300, 301]), expected.decode([303, 304, 305])]
+    assert vocabulary.decode_tf(rows[0]).numpy().decode() == texts[0]
+    mapped = tf.data.Dataset.from_tensors(b"the \xff cat").map(vocabulary.encode_tf)
+    assert mapped.element_spec == tf.TensorSpec([None], tf.int32)
+    assert next(mapped.as_numpy_iterator()).tolist() == expected.encode("the \ufffd cat")
+
+
+def test_features_must_share_one_vocabulary(tmp_path, vocabulary):
+    expected = Vocabulary.load(folders.gpt2_folder(tmp_path / "model"))
+    first, second = LazyVocabulary(lambda: expected), LazyVocabulary(lambda: expected)
+    add_task("pairs_task", first, append_eos=False)
+    task = seqio.TaskRegistry.get("pairs_task")
+    assert task_vocabulary(task) == expected
+    for other in (second, vocabulary, seqio.ByteVocabulary()):
+        task.output_features["inputs"] = seqio.Feature(other, add_eos=False)
+        with pytest.raises(ConfigError, match="must use one vocabulary"):
+            task_vocabulary(task)
+    seqio.TaskRegistry.remove("pairs_task")
 
 
 def test_a_second_time_does_nothing_and_other_options_are_refused(vocabulary, tmp_path):

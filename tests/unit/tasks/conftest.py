@@ -1,9 +1,13 @@
-"""What the tests of the tasks share: a small local data folder in the public formats."""
+"""What the tests of the tasks share: a small local data folder in the public formats, tiny tokenizers."""
 
 import gzip
 import json
+import pathlib
+import sys
 
 import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "data"))
 
 MBPP = [
     {

@@ -13,8 +13,10 @@ pytest.importorskip("seqio")
 
 import seqio
 import tensorflow_datasets as tfds
+import tokenizer_folders as folders
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm_tasks import (
     code_synthesis,
     embedded,
@@ -48,7 +50,7 @@ def mixed(data_folder, monkeypatch):
     monkeypatch.setenv("DIFFUSION_LM_DATA", str(data_folder))
     monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", vocabularies.embedded_model())
     for module in (translation, extractive_qa, code_synthesis, pretraining):
-        monkeypatch.setattr(module.VOCABULARY, "_model", None)
+        monkeypatch.delitem(vars(module.VOCABULARY), "vocabulary", raising=False)  # as it is before its first use
 
 
 def read(name, split, limit=None):
@@ -87,13 +89,13 @@ def test_the_generators_need_no_tensorflow():
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_tasks_tokenise_without_loss_and_without_eos(name):
     task, rows, texts, references = read(name, "test")
-    tokenizer = embedded.VOCABULARY.tokenizer
+    vocabulary = embedded.VOCABULARY.vocabulary
     for row, text in zip(rows, texts, strict=True):
         for feature in ("inputs", "targets"):
             assert row[feature].dtype == np.int32
             assert row[feature].min() > 5  # no pad, eos, bos, unk, mask, sep
-            assert tokenizer.decode(row[feature].tolist()) == row[f"{feature}_pretokenized"].decode()
-        assert tokenizer.encode(text) == row["targets"].tolist()
+            assert vocabulary.decode(row[feature]) == row[f"{feature}_pretokenized"].decode()
+        assert vocabulary.encode(text) == row["targets"].tolist()
     json.dumps(references)
     (metric,) = task.metric_fns
     scores = metric(references, texts)
@@ -114,23 +116,22 @@ def test_pretraining_has_documents_only():
     assert set(task.output_features) == {"targets"}
     assert len(rows) > 50
     for row, text in zip(rows, texts, strict=True):
-        assert embedded.VOCABULARY.tokenizer.decode(row["targets"].tolist()) == text
+        assert embedded.VOCABULARY.vocabulary.decode(row["targets"]) == text
     assert any("\n    " in text for text in texts)
 
 
 def test_T35_no_text_becomes_a_special_token_of_the_embedded_vocabulary():
-    tokenizer = embedded.VOCABULARY.tokenizer
-    pieces = [tokenizer.id_to_piece(i) for i in range(6)]
-    assert pieces == ["<pad>", "</s>", "<s>", "<unk>", "<mask>", "<sep>"]
-    assert tokenizer.get_piece_size() == vocabularies.EMBEDDED_SIZE
-    assert tokenizer.piece_to_id("\n") > 5
-    assert tokenizer.piece_to_id("<extra_id_31>") > 5
+    vocabulary = embedded.VOCABULARY.vocabulary
+    assert [vocabulary.piece(i) for i in range(6)] == ["", "</s>", "<s>", "<unk>", "<mask>", "<sep>"]
+    assert vocabulary.size == vocabularies.EMBEDDED_SIZE
+    assert min(vocabulary.encode("\n")[1:]) > 5
+    assert len(vocabulary.sentinel_ids) == vocabularies.SENTINELS
     # T35: text that spells a special token must not become one.
     text = "a <mask> <sep> </s> <extra_id_0>\n\tif x_1 != {'é': 10}:  # ok\n"
-    tokens = tokenizer.encode(text)
+    tokens = vocabulary.encode(text)
     assert min(tokens) > 5
-    assert tokenizer.piece_to_id("<extra_id_0>") not in tokens
-    assert tokenizer.decode(tokens) == text
+    assert not set(vocabulary.sentinel_ids) & set(tokens)
+    assert vocabulary.decode(tokens) == text
 
 
 def test_training_a_vocabulary_is_reproducible(tmp_path):
@@ -193,11 +194,51 @@ def test_local_pretraining_splits_are_disjoint():
     assert "\r" not in "".join(functions[2])
 
 
+@pytest.mark.parametrize("make", [folders.gpt2_folder, folders.json_folder, folders.llama_folder])
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("local_mbpp", "test"), ("local_squad", "train"), ("local_tatoeba_en_fr", "train"), ("local_text", "train")],
+)
+@pytest.mark.usefixtures("mixed")
+def test_tasks_run_with_the_tokenizer_of_a_hugging_face_folder(make, name, split, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", str(make(tmp_path / "model")))
+    expected = Vocabulary.load(tmp_path / "model")
+    _, rows, texts, _ = read(name, split, limit=5)
+    assert rows
+    for row, text in zip(rows, texts, strict=True):
+        assert row["targets"].dtype == np.int32
+        assert row["targets"].tolist() == expected.encode(text)
+        assert expected.decode(row["targets"]) == text
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_mask_token_of_the_environment_is_reused(tmp_path, monkeypatch):
+    folders.gpt2_folder(tmp_path / "model")
+    monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", str(tmp_path / "model"))
+    for named, mask in (("300", 300), ("Ġthe", "Ġthe")):
+        monkeypatch.delitem(vars(translation.VOCABULARY), "vocabulary", raising=False)
+        monkeypatch.setenv("DIFFUSION_LM_MASK_TOKEN", named)
+        assert translation.VOCABULARY.vocabulary == Vocabulary.load(tmp_path / "model", mask=mask)
+    monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="no vocabulary at"):
+        vocabularies.mixed_path()
+
+
+def test_a_vocabulary_in_a_bucket_is_fetched(tmp_path):
+    """TensorFlow's file system reads `file://` as it reads `gs://`."""
+    folders.gpt2_folder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text("large")
+    for path in (tmp_path / "model", folders.llama_folder(tmp_path / "llama") / "tokenizer.model"):
+        with vocabularies.fetched(f"file://{path}") as local:
+            assert not os.path.exists(os.path.join(local, "model.safetensors"))
+            assert Vocabulary.load(local) == Vocabulary.load(path)
+
+
 def test_a_missing_data_folder_is_one_sentence(monkeypatch):
     monkeypatch.delenv("DIFFUSION_LM_DATA", raising=False)
     monkeypatch.delenv("DIFFUSION_LM_VOCABULARY", raising=False)
     with pytest.raises(ConfigError, match="need a vocabulary"):
-        vocabularies.mixed_model()
+        vocabularies.mixed_path()
     with pytest.raises(ConfigError, match="DIFFUSION_LM_DATA"):
         next(iter(code_synthesis.read_local_mbpp("train")))
 
