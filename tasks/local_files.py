@@ -1,4 +1,4 @@
-"""The local data folder: gzip or plain files in the formats of the public data sets."""
+"""The local data folder: files in the formats of the public data sets, and folders as Hugging Face has them."""
 
 import gzip
 import json
@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from diffusion_lm.core.errors import ConfigError
 
 VARIABLE = "DIFFUSION_LM_DATA"
+_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 def data_folder() -> Path:
@@ -51,6 +52,59 @@ def json_lines(relative: str) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.strip():
                 yield json.loads(line)
+
+
+def rows(relative: str, field: str) -> Iterator[str]:
+    """Yields one text field of every row of the files of a folder, in the order of their paths.
+
+    Files are `.jsonl`, plain or compressed (`.gz`, `.zst`), and `.parquet`, in whatever subfolders a download left them.
+
+    Raises:
+      ConfigError: the folder or its files are not there, a row has no such field, or `.zst` cannot be read.
+    """
+    folder = data_folder() / relative
+    files = sorted(path for path in folder.rglob("*") if path.name.endswith((*_LINES, ".parquet")))
+    if not files:
+        raise ConfigError(
+            f"the data folder has no {', '.join(_LINES)} or .parquet files in {relative}",
+            where=VARIABLE,
+            fix=f"Download the data set to {folder}.",
+        )
+    for path in files:
+        for row in _parquet(path, field) if path.suffix == ".parquet" else _json_rows(path):
+            if field not in row:
+                raise ConfigError(f"a row of {path} has no field {field!r}", where=VARIABLE, fix="Remove that file.")
+            yield row[field]
+
+
+def _parquet(path: Path, field: str) -> Iterator[dict[str, Any]]:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    columns = [name for name in file.schema_arrow.names if name == field]
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
+        yield from batch.to_pylist() if columns else ({},)
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with _open_lines(path) as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def _open_lines(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.suffix != ".zst":
+        return open(path, encoding="utf-8")
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{path} is compressed with Zstandard", where=VARIABLE, fix="Run: pip install zstandard"
+        ) from error
+    return zstandard.open(path, "rt", encoding="utf-8")
 
 
 def pairs(relative: str) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,9 @@
 """Pretraining documents: C4, mC4 and Python functions through TFDS, and text and code of the local data folder.
 
-AR2Diff (arXiv 2401.17181) pretrains on 80 % mC4 and 20 % Python code: mix `mc4_*` and `python_code` with
-these weights. Whoever materialises a task cuts its documents into pieces.
+AR2Diff (arXiv 2401.17181) pretrains on 80 % mC4 and 20 % Python code: mix `mc4_*` and `python_code` with these weights.
+DiffuGPT and DiffuLLaMA (arXiv 2410.17891) continue on FineWeb, and on SlimPajama and Starcoder (0.693584 to 0.306416):
+`fineweb`, `slimpajama` and `starcoder` read the files of these data sets as they are downloaded. Whoever materialises a
+task cuts its documents into pieces.
 """
 
 from collections.abc import Iterator
@@ -20,6 +22,13 @@ _TEXT = ("text/c4_sample.jsonl", "text/openwebtext_1k.jsonl", "text/wikipedia_sa
 _CODE = "code/python_stdlib_pypi.jsonl"
 _TRANSLATION = "translation/tatoeba_train.en-fr.tsv"
 _LINES = 40
+
+# Folders of the local folder, and the field that holds the text: what Hugging Face's repositories of these names hold.
+_CORPORA = {
+    "fineweb": ("text/fineweb", "text"),
+    "slimpajama": ("text/slimpajama", "text"),
+    "starcoder": ("code/starcoder", "content"),
+}
 
 
 def read_text(split: str) -> Iterator[dict[str, str]]:
@@ -50,9 +59,20 @@ def read_all(split: str) -> Iterator[dict[str, str]]:
     yield from read_code(split)
 
 
-def _if_in(split: str, text: str) -> Iterator[dict[str, str]]:
+def corpus_reader(name: str) -> preprocessors.Reader:
+    """Returns the reader of one of the large corpora; 1 document in 2,000 is held out for each of the other splits."""
+    folder, field = _CORPORA[name]
+
+    def read(split: str) -> Iterator[dict[str, str]]:
+        for text in local_files.rows(folder, field):
+            yield from _if_in(split, text, held_out=0.0005)
+
+    return read
+
+
+def _if_in(split: str, text: str, held_out: float = 0.01) -> Iterator[dict[str, str]]:
     text = preprocessors.unix_newlines(text).strip()
-    if text and split_of(text, held_out=0.01) == split:
+    if text and split_of(text, held_out=held_out) == split:
         yield {"text": text}
 
 
@@ -79,3 +99,5 @@ _add("python_code", seqio.TfdsDataSource("code_search_net_python:1.0.0", splits=
 _add("local_text", preprocessors.python_source(read_text, ("text",)))
 _add("local_code", preprocessors.python_source(read_code, ("text",)))
 _add("local_pretraining", preprocessors.python_source(read_all, ("text",)))
+for _corpus in _CORPORA:
+    _add(_corpus, preprocessors.python_source(corpus_reader(_corpus), ("text",)))

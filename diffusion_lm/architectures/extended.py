@@ -78,6 +78,12 @@ class Extended:
         return self.backbone.flops_per_token(context_length, **lengths)
 
 
+def frozen_arrays(architecture: Any) -> frozenset[str]:
+    """Returns the paths of the arrays that training leaves alone, such as `blocks/mlp/up`; none of a plain network."""
+    layer = layer_with(architecture, "frozen_arrays")
+    return frozenset() if layer is None else layer.frozen_arrays()
+
+
 def layer_with(architecture: Any, method: str) -> Any:
     """Returns the network that has `method`: this one or what it is built on, or None."""
     while architecture is not None and not hasattr(architecture, method):

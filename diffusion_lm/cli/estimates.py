@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.architectures.base import Architecture
+from diffusion_lm.architectures.extended import frozen_arrays
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import ShardingRow, batch_divisor, sharding_table
+from diffusion_lm.training.metrics import train_flops_per_token
 from diffusion_lm.training.optimizers import decay_mask
+from diffusion_lm.training.partial import trained_part
 from diffusion_lm.training.run import TrainRun
 
 
@@ -22,18 +25,22 @@ class Layout:
     Attributes:
       parameters: count by part, without the total.
       total_parameters: their sum.
+      trained_parameters: how many of them the network lets be trained.
       devices: number of devices.
       mesh: size of each mesh axis.
       rows: one row per array: shape, logical axes, sharding, bytes per device.
       decays: name of each array -> whether weight decay applies to it.
+      frozen: names of the arrays that are not trained.
     """
 
     parameters: dict[str, int]
     total_parameters: int
+    trained_parameters: int
     devices: int
     mesh: dict[str, int]
     rows: list[ShardingRow]
     decays: dict[str, bool]
+    frozen: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Estimate:
     Attributes:
       layout: where its parameters lie.
       forward_flops_per_token: matmul FLOPs of one forward pass per token.
-      train_flops_per_token: of a step: three times that for each forward pass of the objective.
+      train_flops_per_token: of a step: three times that for each forward pass of the objective, frozen weights less.
       passes: forward passes of a step.
       tokens_per_step: slots of the main stream in a batch.
       encoder_tokens_per_step: slots of the encoder's stream in a batch.
@@ -100,14 +107,20 @@ def layout(model: Architecture, mesh: MeshSpec, rules: LogicalRules, devices: in
     axes = model.logical_axes()
     counts = dict(model.count_parameters())
     total = counts.pop("total", sum(counts.values()))
-    decays = jax.tree_util.tree_leaves_with_path(decay_mask(axes))
+    frozen, rows = frozen_arrays(model), sharding_table(axes, model.abstract_params(), rules, _abstract_mesh(sizes))
+    decays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): bool(value)
+        for path, value in jax.tree_util.tree_leaves_with_path(decay_mask(axes))
+    }
     return Layout(
         parameters=counts,
         total_parameters=total,
+        trained_parameters=total - sum(math.prod(row.shape) for row in rows if row.name in frozen),
         devices=devices,
         mesh=sizes,
-        rows=sharding_table(axes, model.abstract_params(), rules, _abstract_mesh(sizes)),
-        decays={jax.tree_util.keystr(path, simple=True, separator="/"): bool(value) for path, value in decays},
+        rows=rows,
+        decays={name: decay and name not in frozen for name, decay in decays.items()},
+        frozen=tuple(sorted(frozen)),
     )
 
 
@@ -131,7 +144,7 @@ def estimate(run: TrainRun, devices: int | None = None) -> Estimate:
     return Estimate(
         layout=placed,
         forward_flops_per_token=forward,
-        train_flops_per_token=needs.forward_passes_worth * forward,
+        train_flops_per_token=_train_flops(run),
         passes=needs.passes,
         tokens_per_step=run.batch_size * run.data.row_length,
         encoder_tokens_per_step=run.batch_size * (run.data.encoder_length or 0),
@@ -141,8 +154,11 @@ def estimate(run: TrainRun, devices: int | None = None) -> Estimate:
 
 def train_flops_per_step(run: TrainRun) -> float:
     """Returns the matmul FLOPs of one training step over all devices; a backward pass counts as two forward ones."""
-    worth = run.objective.needs().forward_passes_worth
-    return worth * _forward_flops(run) * run.batch_size * run.data.row_length
+    return _train_flops(run) * run.batch_size * run.data.row_length
+
+
+def _train_flops(run: TrainRun) -> float:
+    return train_flops_per_token(run.model, run.objective, run.data.row_length, run.data.encoder_length)
 
 
 def _forward_flops(run: TrainRun) -> float:
@@ -156,9 +172,11 @@ def _memory(run: TrainRun, placed: Layout, passes: int) -> Memory:
     rows, axes = placed.rows, run.model.logical_axes()
     parameters = sum(row.bytes_per_device for row in rows)
     # Gradients are float32 whatever the parameters are stored in.
-    gradients = sum(row.bytes_per_device // jnp.dtype(row.dtype).itemsize * 4 for row in rows)
+    frozen = frozenset(placed.frozen)
+    gradients = sum(row.bytes_per_device // jnp.dtype(row.dtype).itemsize * 4 for row in rows if row.name not in frozen)
     share = {row.shape: row.bytes_per_device / (math.prod(row.shape) * jnp.dtype(row.dtype).itemsize) for row in rows}
-    state = jax.eval_shape(run.optimizer.transformation(axes).init, run.model.abstract_params())
+    rule = run.optimizer.transformation(trained_part(axes, frozen))
+    state = jax.eval_shape(rule.init, trained_part(run.model.abstract_params(), frozen))
     optimizer = sum(
         math.ceil(leaf.size * leaf.dtype.itemsize * share.get(tuple(leaf.shape), 1.0))
         for leaf in jax.tree.leaves(state)

@@ -206,7 +206,13 @@ def _print_model(model: Any, placed: Any, with_decay: bool) -> None:
         output.say(f"  note: {fallback}")
     output.heading(f"{name}: parameters")
     parts = [(part, output.count(number)) for part, number in placed.parameters.items()]
-    output.facts([*parts, ("total", output.count(placed.total_parameters))])
+    trained = [("trained", _share(placed))] if placed.frozen else []
+    output.facts([*parts, ("total", output.count(placed.total_parameters)), *trained])
+
+
+def _share(placed: Any) -> str:
+    share = placed.trained_parameters / placed.total_parameters
+    return f"{output.count(placed.trained_parameters)}, {100 * share:.2f} % of all; the rest is frozen"
 
 
 def _print_step(name: str, run: Any, cost: Any) -> None:

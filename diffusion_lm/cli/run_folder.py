@@ -16,6 +16,7 @@ from diffusion_lm.evaluation.likelihood import BoundEvaluation
 from diffusion_lm.recipes.comparison import Comparison
 from diffusion_lm.training.checkpoint import finished_steps, restore_params
 from diffusion_lm.training.run import TrainRun
+from diffusion_lm.training.transfer import require_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class OpenRun:
             tree_shardings(model.logical_axes(), abstract, self.run.rules, mesh),
         )
         params = restore_params(self.folder, step=self.step, like=like)
+        require_arrays(params, abstract, where=str(self.folder))
         return BoundModel(model, params, make_constrain(mesh, self.run.rules))
 
     @property

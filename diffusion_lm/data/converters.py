@@ -1,6 +1,6 @@
 """From examples to the one `Batch` layout of all architectures, in numpy.
 
-Single stream:    [BOS, inputs..., target window...], one row or several packed ones, right-padded with segment 0.
+Single stream:    [BOS, inputs..., (SEP), target window...], alone in a row or packed, right-padded with segment 0.
 Encoder-decoder:  encoder [inputs..., EOS]; decoder [BOS, target window...].
 """
 
@@ -115,20 +115,27 @@ class SingleStreamConverter:
       too_long: what happens to an example that does not fit. "truncate_inputs" cuts conditioning on its left (BOS
         stays) and, in training only, targets at their end; "truncate" cuts targets in evaluation too; "error" cuts
         nothing. `DataPipeline.fit` counts what is cut.
+      separator_id: a token that closes the conditioning of examples with inputs of their own, as DiffuSeq and
+        DiffuLLaMA's fine-tuning have it; None = the target follows the inputs at once. Never noised, never scored.
     """
 
     inputs_length: int
     target_length: int
     target_window: TargetWindow = dataclasses.field(default_factory=ExactEos)
     too_long: str = "truncate_inputs"
+    separator_id: int | None = None
 
     def __post_init__(self):
         _check_fields(self)
 
     @property
     def row_length(self) -> int:
-        """T = 1 + inputs_length + target_length."""
-        return 1 + self.inputs_length + self.target_length
+        """T = 1 + inputs_length + target_length, and 1 with a separator."""
+        return 1 + self.inputs_length + len(self._separator) + self.target_length
+
+    @property
+    def _separator(self) -> list[int]:
+        return [] if self.separator_id is None else [self.separator_id]
 
     @property
     def encoder_length(self) -> int | None:
@@ -144,7 +151,7 @@ class SingleStreamConverter:
         """Returns i64[n, 1], slots with BOS and the window, for examples of i32[n, 2] tokens of inputs and targets."""
         lengths = lengths.astype(np.int64)
         if pretraining is None:
-            inputs = np.minimum(lengths[:, 0], self.inputs_length)
+            inputs = np.minimum(lengths[:, 0], self.inputs_length) + len(self._separator)
             return (1 + inputs + self.target_window.slots(lengths[:, 1], self.target_length))[:, None]
         inputs, targets = pretraining.lengths(np.minimum(lengths[:, 1], self.max_piece(pretraining)))
         return (1 + inputs + pretraining.target_window.slots(targets, self.row_length))[:, None]
@@ -163,21 +170,27 @@ class SingleStreamConverter:
             start = 0
             for segment, example in enumerate(row, 1):
                 inputs, (tokens, weights) = _parts(self, example, specials, training=training, shared_row=True)
+                inputs = inputs if example.window is not None else self._closed(inputs)
                 start = write_example(
                     batch, b, start, segment, example.example_id, specials.bos_id, inputs, tokens, weights
                 )
         return checked(batch, specials)
 
     def prompts(self, examples: Sequence[Example], specials: SpecialTokens) -> Batch:
-        """Returns [BOS, inputs, PAD ...] rows; the window starts right behind the conditioning of its row."""
+        """Returns [BOS, inputs, (SEP), PAD ...] rows; the window starts right behind the conditioning of its row."""
         batch = empty_batch(len(examples), self.row_length, specials)
         for b, example in enumerate(examples):
-            write_prompt(batch, b, example.example_id, specials, _left_cut(self, example), _prompt_slots(self, example))
+            inputs = self._closed(_left_cut(self, example))
+            write_prompt(batch, b, example.example_id, specials, inputs, _prompt_slots(self, example))
         return checked(batch, specials)
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Returns a `Batch` of `jax.ShapeDtypeStruct`."""
         return abstract_batch(batch_size, self.row_length, None)
+
+    def _closed(self, inputs: np.ndarray) -> np.ndarray:
+        """Returns the conditioning with the separator behind it."""
+        return np.concatenate([inputs, np.array(self._separator, np.int32)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ TASK_MODULES = (
     "diffusion_lm_tasks.code_synthesis",
     "diffusion_lm_tasks.extractive_qa",
     "diffusion_lm_tasks.pretraining",
+    "diffusion_lm_tasks.reasoning",
 )
 """Modules that register tasks when imported."""
 

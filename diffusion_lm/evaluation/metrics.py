@@ -21,6 +21,9 @@ from sacrebleu.metrics import BLEU
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.evaluation.code_runner import run_programs
+from diffusion_lm.evaluation.metrics_reasoning import ANSWER_MARK as ANSWER_MARK
+from diffusion_lm.evaluation.metrics_reasoning import answer_rows, countdown_rows
+from diffusion_lm.evaluation.metrics_reasoning import final_answer as final_answer
 
 Values = Callable[[np.ndarray], dict[str, float]]
 
@@ -226,6 +229,22 @@ METRICS: dict[str, Metric] = {
             lambda total: {"exact_match": _mean(total, 0)},
             conditions="equal after stripping white space",
         ),
+        Metric(
+            "final_answer",
+            "accuracy",
+            "accuracy",
+            answer_rows,
+            lambda total: {"accuracy": _mean(total, 0), "answered": _mean(total, 1)},
+            conditions="the number behind the last '####' equals the reference's",
+        ),
+        Metric(
+            "countdown",
+            "solved",
+            "solved",
+            countdown_rows,
+            lambda total: {"solved": _mean(total, 0)},
+            conditions="every step is right, all numbers are used once, the goal is left; any solution counts",
+        ),
     )
 }
 """Every metric by name. `aggregate` of the summed `per_example_batch` rows gives the corpus score."""
@@ -249,3 +268,13 @@ def pass_at_k(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, f
 def exact_match(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
     """Share of predictions equal to (one of) the reference(s) up to surrounding white space, in percent."""
     return METRICS["exact_match"](targets, predictions)
+
+
+def final_answers(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+    """Share of chains whose number behind `####` is right, in percent, and of those that have one."""
+    return METRICS["final_answer"](targets, predictions)
+
+
+def countdown(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+    """Share of problems solved, in percent; each target is `{"numbers": [int, ...], "goal": int}`."""
+    return METRICS["countdown"](targets, predictions)

@@ -15,6 +15,9 @@ from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.embeddings import rotary
 from diffusion_lm.nn.transformer import TransformerSpec
 
+ADAPTERS = "adapters"
+"""Name of the low-rank adapters, as a collection of variables and beside the parameters of a stack (`nn/stack.py`)."""
+
 
 class Context(flax.struct.PyTreeNode):
     """What every block of a stack needs besides its input.
@@ -52,6 +55,26 @@ def row_dropout(x_BTD: jax.Array, rate: float, keys: jax.Array | None, site: int
     keys = fold_in_each(keys, jnp.full(keys.shape, site))
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys)
     return jnp.where(kept, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+
+
+def add_low_rank(module: nn.Module, name: str, out: jax.Array, x: jax.Array, inputs: int = 1) -> jax.Array:
+    """Returns `out`, what the module's matrix `name` makes of `x`, and what its low-rank adapter adds to it (LoRA).
+
+    Adapters are the collection `ADAPTERS` of the call, in a tree like that of the parameters: `a` maps the matrix's
+    inputs to the rank, `b` the rank to its outputs. Without one, `out` is returned as it is.
+
+    Args:
+      module: the layer.
+      name: of the matrix.
+      out: [B,T,...].
+      x: [B,T,...], what the matrix was applied to.
+      inputs: how many trailing axes of `x` the matrix reads.
+    """
+    if not module.has_variable(ADAPTERS, name):
+        return out
+    adapter: Any = module.get_variable(ADAPTERS, name)
+    low_BTR = jnp.tensordot(x, adapter["a"].astype(x.dtype), axes=inputs)
+    return out + jnp.tensordot(low_BTR, adapter["b"].astype(x.dtype), axes=1)
 
 
 def fan_in_normal(fan_in: int):
@@ -116,8 +139,8 @@ class Attention(nn.Module):
 
     def keys_values(self, x_BTD: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Returns (k_BTKE, v_BTKE) of a stream, position encoding applied."""
-        k = self._project(x_BTD, self.key, "key_bias")
-        v = self._project(x_BTD, self.value, "value_bias")
+        k = self._project(x_BTD, "key")
+        v = self._project(x_BTD, "value")
         if self.spec.qk_norm:
             k = self.key_norm(k)
         if self.spec.position == "rope" and not self.cross:
@@ -128,7 +151,7 @@ class Attention(nn.Module):
     def queries(self, x_BQD: jax.Array, positions: jax.Array) -> jax.Array:
         """Returns scaled q_BQHE, position encoding applied."""
         spec = self.spec
-        q = self._project(x_BQD, self.query, "query_bias")
+        q = self._project(x_BQD, "query")
         if spec.qk_norm:
             q = self.query_norm(q)
         if spec.position == "rope" and not self.cross:
@@ -150,13 +173,16 @@ class Attention(nn.Module):
             implementation=spec.attention,
         )
         out = constrain(out, ("batch", "length", "heads", "head_dim"))
-        out = jnp.einsum("BQHE,HED->BQD", out, self.output.astype(out.dtype))
+        read = out
+        out = jnp.einsum("BQHE,HED->BQD", read, self.output.astype(read.dtype))
+        out = add_low_rank(self, "output", out, read, inputs=2)
         return out + self.output_bias.astype(out.dtype) if spec.use_bias else out
 
-    def _project(self, x_BTD, kernel, bias_name: str):
-        out = jnp.einsum("BTD,DHE->BTHE", x_BTD, kernel.astype(x_BTD.dtype))
+    def _project(self, x_BTD, name: str):
+        out = jnp.einsum("BTD,DHE->BTHE", x_BTD, getattr(self, name).astype(x_BTD.dtype))
+        out = add_low_rank(self, name, out, x_BTD)
         if self.spec.use_bias or self.spec.qkv_bias:
-            out = out + getattr(self, bias_name).astype(out.dtype)
+            out = out + getattr(self, f"{name}_bias").astype(out.dtype)
         return out
 
 
@@ -174,6 +200,7 @@ class Mlp(nn.Module):
 
         def linear(name, x, shape, axes):
             out = x @ _parameter(self, name, fan_in_normal(shape[0]), shape, axes, dtype).astype(x.dtype)
+            out = add_low_rank(self, name, out, x)
             if spec.use_bias:
                 bias_axes = ("mlp",) if axes[1] == "mlp" else ("norm",)
                 bias = _parameter(self, f"{name}_bias", nn.initializers.zeros, shape[1:], bias_axes, dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.types import Params
 from diffusion_lm.nn.cache import KVCache
-from diffusion_lm.nn.layers import Block, Context, Norm, SelfConditioning
+from diffusion_lm.nn.layers import ADAPTERS, Block, Context, Norm, SelfConditioning
 from diffusion_lm.nn.remat import rematerialise
 from diffusion_lm.nn.transformer import TransformerSpec
 
@@ -40,7 +40,7 @@ def run_stack(
 
     Args:
       spec: the network's shape.
-      blocks: from `init_stack`.
+      blocks: from `init_stack`; under the name `ADAPTERS` there may stand low-rank adapters, stacked like the rest.
       x_BQD: embedded tokens in the compute dtype.
       context: masks, positions and the like; a block has cross-attention where there is a `memory_mask`.
       cache: read and written at `context.positions`, or None.
@@ -53,7 +53,7 @@ def run_stack(
 
     def one(x_BQD, cache, params, layer, cross):
         cross = None if cross is None else (cross.keys_NBTKE, cross.values_NBTKE)
-        return block.apply({"params": params}, x_BQD, context, layer, cache, cross)
+        return block.apply(_collections(params), x_BQD, context, layer, cache, cross)
 
     one = rematerialise(one, spec.remat)
     layers = jax.tree.leaves(blocks)[0].shape[0]
@@ -73,7 +73,7 @@ def run_stack(
 def project_memory(spec: TransformerSpec, blocks: Params, memory_BSD: jax.Array) -> KVCache:
     """Returns the cross-attention keys and values of all layers, [N,B,S,K,E]."""
     block = Block(spec, has_cross=True)
-    project = jax.vmap(lambda params: block.apply({"params": params}, memory_BSD, method=block.project_memory))
+    project = jax.vmap(lambda params: block.apply(_collections(params), memory_BSD, method=block.project_memory))
     return KVCache(*project(blocks))
 
 
@@ -139,6 +139,12 @@ def _init_block(spec: TransformerSpec, key: jax.Array, has_cross: bool):
 
 def _init_norm(spec: TransformerSpec):
     return Norm(spec).init(jax.random.key(0), jnp.zeros((1, 1, spec.model_dim)))["params"]
+
+
+def _collections(block: Params) -> dict[str, Any]:
+    """Returns a block's parameters as Linen's collections, its adapters apart."""
+    params = {name: part for name, part in block.items() if name != ADAPTERS}
+    return {"params": params, ADAPTERS: block.get(ADAPTERS, {})}
 
 
 def _is_box(leaf) -> bool:

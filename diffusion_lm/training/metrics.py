@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_lm.architectures.extended import layer_with
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.training.step import StepStats
 
@@ -124,6 +125,8 @@ class Clock:
 def train_flops_per_token(architecture: Any, objective: Any, row_length: int, encoder_length: int | None) -> float:
     """Returns the FLOPs of training on one token of the main stream: forward and backward (3 x forward), per pass.
 
+    Matrices that are frozen under adapters need no gradient of their own: they count twice.
+
     Logits are counted at every token, as is usual. The step computes those of scored tokens only (`nn.cross_entropy`),
     so MFU reads high by their share where rows are mostly conditioning.
 
@@ -133,8 +136,12 @@ def train_flops_per_token(architecture: Any, objective: Any, row_length: int, en
       row_length: T.
       encoder_length: S, or None without an encoder; an encoder's work is shared out over the main stream's tokens.
     """
-    source = {} if encoder_length is None else {"encoder_length": encoder_length}
-    return objective.needs().forward_passes_worth * architecture.flops_per_token(row_length, **source)
+    source = {} if not encoder_length else {"encoder_length": encoder_length}
+    needs, adapted = objective.needs(), layer_with(architecture, "saved_flops_per_token")
+    flops = needs.forward_passes_worth * architecture.flops_per_token(row_length, **source)
+    if adapted is not None:
+        flops -= (needs.passes - needs.frozen_passes) * adapted.saved_flops_per_token(row_length, **source)
+    return flops
 
 
 def peak_flops() -> float | None:

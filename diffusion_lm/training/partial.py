@@ -1,6 +1,11 @@
-"""Training a part of a network: the rest is frozen."""
+"""Training a part of a network: the rest is frozen.
+
+Which part is either the network's own business (LoRA: `trained_part` and `rejoined`, whatever the optimizer is) or the
+run's (`PartialAdamW`: a head on a frozen network).
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,6 +13,35 @@ import optax
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.training.optimizers import AdamW, decay_mask
+
+
+def trained_part(tree: Any, frozen: frozenset[str], path: str = "") -> Any:
+    """Returns a nested dict without the leaves whose paths are in `frozen`, and without dicts that this leaves empty.
+
+    Args:
+      tree: parameters, or what is laid out like them (axes, shardings).
+      frozen: paths such as `blocks/mlp/up`, from `architectures.extended.frozen_arrays`.
+      path: of the tree itself.
+    """
+    if not frozen:
+        return tree
+    kept = {}
+    for name, node in tree.items():
+        here = f"{path}/{name}" if path else name
+        if isinstance(node, Mapping):
+            part = trained_part(node, frozen, here)
+            if part:
+                kept[name] = part
+        elif here not in frozen:
+            kept[name] = node
+    return kept
+
+
+def rejoined(whole: Any, part: Any) -> Any:
+    """Returns `whole` with the leaves of `part` in the place of its own; the inverse of `trained_part`."""
+    if not isinstance(part, Mapping):
+        return part
+    return {name: rejoined(node, part[name]) if name in part else node for name, node in whole.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_lm.architectures.base import Architecture, BoundModel
+from diffusion_lm.architectures.extended import frozen_arrays
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, Params
 from diffusion_lm.objectives.base import Objective
@@ -23,6 +24,7 @@ from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import make_constrain, replicated, tree_shardings
 from diffusion_lm.training.optimizers import Optimizer
+from diffusion_lm.training.partial import rejoined, trained_part
 from diffusion_lm.training.schedules import Constant
 from diffusion_lm.training.state import TrainState
 
@@ -92,15 +94,15 @@ def _program(
     ema_decay: float | None,
 ) -> Program:
     mesh = mesh_spec.build()
-    axes = architecture.logical_axes()
-    rule = optimizer.transformation(axes)
+    axes, frozen = architecture.logical_axes(), frozen_arrays(architecture)
+    rule = optimizer.transformation(trained_part(axes, frozen))
 
     def adopt(params: Params) -> TrainState:
         copy = functools.partial(jax.tree.map, jnp.copy)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=copy(params),
-            opt_state=rule.init(params),
+            opt_state=rule.init(trained_part(params, frozen)),
             ema=None if ema_decay is None else copy(params),
         )
 
@@ -113,7 +115,8 @@ def _program(
         rule=rule,
         mesh=mesh,
         rules=rules,
-        params_shardings=shardings.params,
+        params_shardings=trained_part(shardings.params, frozen),
+        frozen=frozen,
         microbatches=microbatches,
         ema_decay=ema_decay,
     )
@@ -141,36 +144,45 @@ def train_step(
     mesh: Mesh,
     rules: LogicalRules,
     params_shardings: Any,
+    frozen: frozenset[str],
     microbatches: int,
     ema_decay: float | None,
 ) -> tuple[TrainState, StepStats]:
     """Returns the state after one update and what the batch looked like to the state before it.
 
-    A batch in which nothing is scored changes nothing but the step counter (trap T15).
+    Arrays whose paths are in `frozen` are not differentiated: they keep every bit, and have neither gradient nor
+    optimizer state (`params_shardings` are those of the others). A batch in which nothing is scored changes nothing but
+    the step counter (trap T15).
     """
     constrain = make_constrain(mesh, rules)
+    learned = trained_part(state.params, frozen)
     keys = StreamKeys(root=root, step=state.step)
 
     def loss(params: Params, part: Batch) -> tuple[jax.Array, LossTerms]:
-        terms = objective.loss(BoundModel(architecture, params, constrain), part, keys, train=True)
+        terms = objective.loss(
+            BoundModel(architecture, rejoined(state.params, params), constrain), part, keys, train=True
+        )
         return terms.loss_sum, terms
 
     gradient_sum, terms = sum_over_microbatches(
-        jax.value_and_grad(loss, has_aux=True), state.params, batch, microbatches, mesh, rules, params_shardings
+        jax.value_and_grad(loss, has_aux=True), learned, batch, microbatches, mesh, rules, params_shardings
     )
     scored = terms.weight > 0
     gradient = jax.tree.map(lambda g: g / jnp.where(scored, terms.weight, 1.0), gradient_sum)
     grad_norm = jnp.where(scored, optax.tree.norm(gradient), 0.0)
 
     with jax.named_scope("optimizer"):
-        direction, opt_state = rule.update(gradient, state.opt_state, state.params)
-        params = jax.tree.map(
-            lambda p, u: (p - learning_rate * u.astype(jnp.float32)).astype(p.dtype), state.params, direction
+        direction, opt_state = rule.update(gradient, state.opt_state, learned)
+        learned = jax.tree.map(
+            lambda p, u: (p - learning_rate * u.astype(jnp.float32)).astype(p.dtype), learned, direction
         )
         ema = state.ema
         if ema is not None and ema_decay is not None:
-            ema = jax.tree.map(lambda e, p: (ema_decay * e + (1.0 - ema_decay) * p).astype(e.dtype), ema, params)
-    updated = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
+            mean = jax.tree.map(
+                lambda e, p: (ema_decay * e + (1.0 - ema_decay) * p).astype(e.dtype), trained_part(ema, frozen), learned
+            )
+            ema = rejoined(ema, mean)
+    updated = TrainState(step=state.step, params=rejoined(state.params, learned), opt_state=opt_state, ema=ema)
     kept = jax.tree.map(lambda new, old: jnp.where(scored, new, old), updated, state)
     stats = StepStats(terms=terms, grad_norm=grad_norm, tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32))
     return kept.replace(step=state.step + 1), stats

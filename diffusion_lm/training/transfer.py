@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.architectures import lora
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.types import Params
 from diffusion_lm.parallel.shardings import is_axes
@@ -22,28 +23,33 @@ class TransferReport:
       resized: `(name, source shape, target shape)`; what both have is taken over, new rows keep their fresh values.
       added: only in the target; keep their fresh values.
       dropped: only in the source.
+      merged: adapters of the source, added to the matrices of a target that has none.
     """
 
     mapped: tuple[str, ...]
     resized: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
     added: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
             f"transfer: {len(self.mapped)} arrays mapped, {len(self.resized)} resized, {len(self.added)} added, "
-            f"{len(self.dropped)} dropped"
+            f"{len(self.dropped)} dropped" + (f", {len(self.merged)} adapters merged" if self.merged else "")
         ]
         lines += [f"  resized  {name}  {list(old)} -> {list(new)}" for name, old, new in self.resized]
         lines += [f"  added    {name}  (fresh)" for name in self.added]
         lines += [f"  dropped  {name}" for name in self.dropped]
+        lines += [f"  merged   {name}" for name in self.merged]
         return "\n".join(lines)
 
 
 def transfer(source: Params, target: Params, axes: Any) -> tuple[Params, TransferReport]:
     """Returns `target` with every array that `source` has too replaced by it, and the report.
 
-    Dtypes and shardings are the target's. The axes `vocab` and `positions` may differ in size; others may not.
+    Dtypes and shardings are the target's. The axes `vocab` and `positions` may differ in size; others may not. Adapters
+    (`architectures/lora.py`) never get lost on the way: a target without any gets them merged into its matrices, one
+    with others is refused.
 
     Args:
       source: parameters of the trained network.
@@ -51,8 +57,16 @@ def transfer(source: Params, target: Params, axes: Any) -> tuple[Params, Transfe
       axes: logical axes of the target (`Architecture.logical_axes()`).
 
     Raises:
-      ConfigError: an array has another shape in an axis that cannot be resized, or nothing matches.
+      ConfigError: an array has another shape in an axis that cannot be resized, nothing matches, or the adapters of
+        the source are not those of the target.
     """
+    merged: tuple[str, ...] = ()
+    if lora.PART in source:
+        if lora.PART in target:
+            require_arrays(source[lora.PART], target[lora.PART], where="TrainRun.initial", prefix=f"{lora.PART}/")
+        else:
+            names = (name for name, _ in named_leaves(source[lora.PART]) if name.endswith("/a"))
+            merged, source = tuple(name.removesuffix("/a") for name in names), lora.merge(source)
     old = dict(named_leaves(source))
     leaf_axes = jax.tree.leaves(axes, is_leaf=is_axes)
     mapped, resized, added, leaves = [], [], [], []
@@ -74,8 +88,34 @@ def transfer(source: Params, target: Params, axes: Any) -> tuple[Params, Transfe
             where="TrainRun.initial",
             fix="Start from a checkpoint of the same family of networks.",
         )
-    report = TransferReport(tuple(mapped), tuple(resized), tuple(added), tuple(dropped))
+    report = TransferReport(tuple(mapped), tuple(resized), tuple(added), tuple(dropped), merged)
     return jax.tree.unflatten(jax.tree.structure(target), leaves), report
+
+
+def require_arrays(found: Any, expected: Any, *, where: str, prefix: str = "") -> None:
+    """Raises `ConfigError` unless two trees have arrays of the same names and shapes.
+
+    Args:
+      found: what was read.
+      expected: what the model takes; arrays or their shapes.
+      where: what was read from, for the message.
+      prefix: of the names in the message.
+    """
+    there = {prefix + name: tuple(leaf.shape) for name, leaf in named_leaves(found)}
+    here = {prefix + name: tuple(leaf.shape) for name, leaf in named_leaves(expected)}
+    differing = {
+        "is missing": sorted(set(here) - set(there)),
+        "has no place in the model": sorted(set(there) - set(here)),
+        "has another shape": sorted(name for name in set(here) & set(there) if here[name] != there[name]),
+    }
+    for what, names in differing.items():
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ConfigError(
+                f"array {names[0]} of the checkpoint {what}{more}",
+                where=where,
+                fix="Use the model that wrote it, adapters included.",
+            )
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -62,6 +62,8 @@ def companions(name):
     both = "_encoder_decoder" if "encoder_decoder" in name else ""
     if name.startswith("models/sizes/"):
         return [name, f"models/{'encoder_decoder' if both else 'decoder_only'}.gin"]
+    if name == "models/lora.gin":
+        return ["models/decoder_only.gin", "models/sizes/nano.gin", name]
     if name.startswith("models/"):
         return [name, f"models/sizes/nano{both}.gin"]
     return [name]

@@ -188,3 +188,34 @@ def test_only_an_oracle_shows_a_references_length(make):
         prompts = make(3, 5, window).prompts([*examples, example([10], [])], SPECIALS)
         assert prompts.target_mask.sum(axis=1).tolist() == [5] * 4
         assert window.oracle is None
+
+
+def test_a_separator_closes_the_conditioning():
+    """It is conditioning itself: seen, never noised, never scored; training rows and prompts have it in one place."""
+    converter = SingleStreamConverter(3, 4, PadFilled(), separator_id=5)
+    assert converter.row_length == 9
+    short, long = example([10], [20, 21]), example([10, 11, 12, 13], [20])
+    batch = converter.batch([[short], [long]], SPECIALS, training=True)
+    assert batch.tokens.tolist() == [[2, 10, 5, 20, 21, 1, 0, 0, 0], [2, 11, 12, 13, 5, 20, 1, 0, 0]]
+    assert batch.target_mask.tolist() == [[False] * 3 + [True] * 4 + [False] * 2, [False] * 5 + [True] * 4]
+    assert batch.loss_weights.sum(1).tolist() == [4, 4]
+    prompts = converter.prompts([short, long], SPECIALS)
+    assert prompts.tokens.tolist() == [[2, 10, 5, 0, 0, 0, 0, 0, 0], [2, 11, 12, 13, 5, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(prompts.target_mask, batch.target_mask)
+    costs = converter.costs(np.array([[1, 2], [4, 1]]), None)
+    np.testing.assert_array_equal(costs[:, 0], (batch.segment_ids > 0).sum(1))
+    packed = SingleStreamConverter(8, 8, ExactEos(), separator_id=5)
+    row = packed.batch([[short, example([11], [22])]], SPECIALS, training=True)
+    assert row.tokens[0, :10].tolist() == [2, 10, 5, 20, 21, 1, 2, 11, 5, 22]
+
+
+def test_pieces_of_text_have_no_separator():
+    piece = example([10], [20, 21], window=ExactTokens())
+    batch = SingleStreamConverter(2, 3, separator_id=5).batch([[piece]], SPECIALS, training=True)
+    assert batch.tokens.tolist() == [[2, 10, 20, 21, 0, 0, 0]]
+
+
+def test_a_separator_outside_the_vocabulary_or_that_is_mask_is_refused():
+    for wrong in (SPECIALS.mask_id, 100):
+        with pytest.raises(ConfigError):
+            SingleStreamConverter(2, 3, separator_id=wrong).batch([[example([10], [20])]], SPECIALS, training=True)

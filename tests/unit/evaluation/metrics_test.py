@@ -76,3 +76,62 @@ def test_exact_match_takes_any_reference():
 def test_missing_predictions_are_refused():
     with pytest.raises(ConfigError, match="2 references but 1 predictions"):
         METRICS["squad"](["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right", "answered"),
+    [
+        ("<<16-3-4=9>> <<9*2=18>> #### 18", 1, 1),
+        ("#### 18.0", 1, 1),
+        ("#### $ 18\nand so on #", 1, 1),
+        ("#### 9 #### 18", 1, 1),
+        ("#### 18 #### 9", 0, 1),
+        ("#### 180", 0, 1),
+        ("#### eighteen", 0, 1),
+        ("18", 0, 0),
+        ("####", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_final_answer_is_what_stands_behind_the_last_mark(prediction, right, answered):
+    for reference in ({"answer": "18"}, "16 - 7 = 9; 9 * 2 = 18 #### 18"):
+        scores = metrics.final_answers([reference, reference], [prediction, "#### 18"])
+        assert scores == {"accuracy": 50 * right + 50, "answered": 50 * answered + 50}
+
+
+def test_final_answer_with_thousands():
+    assert metrics.final_answers([{"answer": "1400"}], ["#### 1,400"])["accuracy"] == 100
+    assert metrics.final_answer("a #### 1,400 ") == "1400"
+
+
+@pytest.mark.parametrize(
+    ("steps", "solved"),
+    [
+        ("86+28=114,31-13=18,114-18=96", True),
+        ("31-13=18,28-18=10,86+10=96", True),  # another solution
+        (" 86 + 28 = 114, 31-13=18 ,114-18=96", True),
+        ("86+28=114,31-13=18,114-18=95", False),  # a wrong step
+        ("86+28=114,114-18=96,31-13=18", False),  # 18 is not there yet
+        ("86+10=96", False),  # 10 never is
+        ("31-13=18,114-18=96,86+28=114", False),
+        ("86+28=114,86-13=73,114-18=96", False),  # 86 twice
+        ("31-13=18", False),
+        ("86+28=114,31-13=18,114-18=96,96/1=96", False),
+        ("86+28=114,31-13=18", False),  # two numbers are left
+        ("13-31=-18,86+28=114,114-18=96", False),
+        ("96", False),
+        ("", False),
+    ],
+)
+def test_countdown_is_verified_step_by_step(steps, solved):
+    reference = {"numbers": [86, 28, 13, 31], "goal": 96}
+    assert metrics.countdown([reference], [steps]) == {"solved": 100.0 * solved}
+
+
+def test_countdown_divides_exactly_and_takes_equal_numbers_once_each():
+    twice = {"numbers": [6, 6, 3, 12], "goal": 14}
+    assert metrics.countdown([twice], ["6*6=36,36/3=12,12+12=24"])["solved"] == 0
+    assert metrics.countdown([twice], ["6/6=1,3-1=2,12+2=14"])["solved"] == 100
+    assert metrics.countdown([twice], ["12/6=2,6/3=2,2+2=4"])["solved"] == 0
+    assert metrics.countdown([{"numbers": [7, 2], "goal": 3}], ["7/2=3"])["solved"] == 0
+    assert metrics.countdown([{"numbers": [7, 7], "goal": 0}], ["7/0=0,7-7=0"])["solved"] == 0

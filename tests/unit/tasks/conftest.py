@@ -5,7 +5,9 @@ import json
 import pathlib
 import sys
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "data"))
 
@@ -19,6 +21,13 @@ MBPP = [
         "challenge_test_list": [],
     }
     for task_id in (2, 11, 12, 511, 601, 974)
+]
+GSM8K = [
+    {
+        "question": "Janet has 16 eggs,\n eats 3 and bakes with 4. She sells the rest at $2.  How much?",
+        "answer": "She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $<<9*2=18>>18.\n#### 18",
+    },
+    {"question": "How far?", "answer": "<<700*2=1400>> #### 1,400"},
 ]
 SENTENCE = "The tower of Paris was finished in 1889 after two years of work. "
 
@@ -58,6 +67,14 @@ def data_folder(tmp_path_factory):
         ),
     )
     write("code/python_stdlib_pypi.jsonl.gz", json_lines({"text": f"x = {i}\ny = x"} for i in range(200)))
+    for split, count in (("train", 300), ("test", 2)):
+        write(f"reasoning/gsm8k_{split}.jsonl", json_lines(GSM8K[:2] * (count // 2)))
+    write("text/fineweb/data/a.jsonl", json_lines({"text": f"page {i}", "dump": "x"} for i in range(4)))
+    write("text/slimpajama/b.jsonl.gz", json_lines({"text": f"page {i}", "meta": {}} for i in range(4)))
+    (root / "code/starcoder").mkdir()
+    for number in range(2):
+        table = pyarrow.table({"id": [1, 2], "content": [f"x = {number}\r\n", f"y = {number}"]})
+        parquet.write_table(table, root / f"code/starcoder/train-{number}.parquet")
     for name in ("c4_sample", "openwebtext_1k", "wikipedia_sample"):
         write(f"text/{name}.jsonl.gz", json_lines({"text": f"{name} {i}"} for i in range(100)))
     return root

@@ -1,0 +1,83 @@
+"""Rows of the metrics that check arithmetic: the answer behind `####`, and the steps of a countdown."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import numpy as np
+
+ANSWER_MARK = "####"
+_STEP = re.compile(r"\s*(\d+)\s*([-+*/])\s*(\d+)\s*=\s*(\d+)\s*")
+
+
+def final_answer(text: str) -> str | None:
+    """Returns what stands behind the last `####` of a chain, without white space, thousands' commas and `$`.
+
+    GSM8K's own convention (arXiv 2110.14168). None where there is no mark or nothing behind it.
+    """
+    if ANSWER_MARK not in text:
+        return None
+    line = text.rsplit(ANSWER_MARK, 1)[1].strip().split("\n")[0]
+    return re.sub(r"[\s,$]", "", line) or None
+
+
+def same_answer(answer: str | None, reference: str) -> bool:
+    """Says whether two answers are the same text, or two spellings of the same number (`18` and `18.0`)."""
+    if answer is None:
+        return False
+    if answer == reference:
+        return True
+    try:
+        return Decimal(answer) == Decimal(reference)
+    except InvalidOperation:
+        return False
+
+
+def answer_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+    """Returns f64[N, 3]: right, has an answer, 1. A reference is `{"answer": text}`, or a chain with its own mark."""
+    rows = []
+    for reference, prediction in zip(references, predictions, strict=True):
+        wanted = reference["answer"] if isinstance(reference, Mapping) else final_answer(reference)
+        found = final_answer(prediction)
+        rows.append([float(same_answer(found, str(wanted))), float(found is not None), 1.0])
+    return np.asarray(rows, np.float64).reshape(-1, 3)
+
+
+def solves_countdown(numbers: Sequence[int], goal: int, steps: str) -> bool:
+    """Says whether `steps` reach the goal: every step is right, takes numbers that are there, and all are used up.
+
+    Args:
+      numbers: what may be used, each once.
+      goal: what has to be left at the end, alone.
+      steps: comma-separated equations such as `86+28=114`.
+    """
+    pool = Counter(numbers)
+    for text in steps.strip().split(","):
+        match = _STEP.fullmatch(text)
+        if match is None:
+            return False
+        left, right, result = int(match[1]), int(match[3]), int(match[4])
+        if not _is_right(left, match[2], right, result):
+            return False
+        pool.subtract([left, right])
+        if min(pool[left], pool[right]) < 0:
+            return False
+        pool[result] += 1
+    return +pool == Counter([goal])
+
+
+def _is_right(left: int, operator: str, right: int, result: int) -> bool:
+    if operator == "/":
+        return right > 0 and left == right * result
+    return {"+": left + right, "-": left - right, "*": left * right}[operator] == result
+
+
+def countdown_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+    """Returns f64[N, 2]: solved, 1. A reference is `{"numbers": [...], "goal": ...}`; any solution counts."""
+    rows = [
+        [float(solves_countdown(reference["numbers"], reference["goal"], prediction)), 1.0]
+        for reference, prediction in zip(references, predictions, strict=True)
+    ]
+    return np.asarray(rows, np.float64).reshape(-1, 2)
