@@ -7,8 +7,6 @@ widths, layers, lengths, steps, examples. Lengths and sizes are the same for all
 import dataclasses
 from collections.abc import Mapping
 
-import numpy as np
-
 from diffusion_lm.cli.walk import parts
 from diffusion_lm.core.rng import example_number
 from diffusion_lm.data.converters import EncoderDecoderConverter, SingleStreamConverter
@@ -34,12 +32,17 @@ SENTINELS = 4
 
 
 def nano(comparison, root, *, vocab_size, most_arms):
-    """Returns the comparison at nano scale, its data below `root`, with a spread of at most `most_arms` arms."""
-    arms = comparison.arms
-    if len(arms) > most_arms:
-        chosen = np.linspace(0, len(arms) - 1, most_arms).round().astype(int)
-        arms = tuple(arms[index] for index in chosen)
-    return _shrunk(dataclasses.replace(comparison, arms=arms), str(root), vocab_size)
+    """Returns the comparison at nano scale, its data below `root`, with at most `most_arms` of its arms."""
+    return _shrunk(dataclasses.replace(comparison, arms=some(comparison.arms, most_arms)), str(root), vocab_size)
+
+
+def some(arms, most):
+    """Returns `most` arms in their order: the first of each family, and a spread of the others with the last of all."""
+    first = {arm.family: arm.name for arm in reversed(arms)}.values()
+    others = [arm.name for arm in arms if arm.name not in first]
+    left = min(most - len(first), len(others))
+    chosen = {*first, *(others[(k + 1) * len(others) // left - 1] for k in range(left))}
+    return tuple(arm for arm in arms if arm.name in chosen)
 
 
 def write_data(comparison, vocabulary):
