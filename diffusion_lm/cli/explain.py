@@ -164,7 +164,8 @@ def _distinct_runs(comparison: Any) -> dict[str, Any]:
     for stage in sorted(comparison.stages, key=lambda stage: stage.run.steps == 0):
         run = stage.run
         optimizer = dataclasses.replace(run.optimizer, schedule=comparison.stages[0].run.optimizer.schedule)
-        costs = (run.objective, optimizer, run.batch_size, run.microbatches, run.data.row_length)
+        lengths = (run.data.row_length, run.data.encoder_length)
+        costs = (run.objective, optimizer, run.batch_size, run.microbatches, lengths)
         kind = (run.model, *costs, run.mesh, run.rules)
         found.setdefault(kind, (stage.name, run))
     return dict(found.values())

@@ -24,6 +24,9 @@ KINDS = {
 }
 """Kinds and their folders below gin/."""
 
+PARTS = "parts"
+"""The folder of files that recipes include and nobody runs."""
+
 _SOURCE = re.compile(r"(?<![\w.])(\d{4}\.\d{4,5})(?!\w)")
 _NAMED = re.compile(r"^Source: (.*?)\.?$")
 _BRACKET = re.compile(r"\s*\([^()]*\d{4}\.\d{4,5}[^()]*\)")
@@ -46,15 +49,20 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs the verb and returns one object per file: name, path to include, description, arXiv numbers."""
     found: dict[str, dict[str, Any]] = {}
     for root in (*map(Path, split_search_path(arguments.gin_search_path)), packaged_folder()):
-        for path in sorted((root / KINDS[arguments.kind]).glob("*.gin")):
+        folder = root / KINDS[arguments.kind]
+        for path in sorted(folder.glob("**/*.gin" if arguments.kind == "recipes" else "*.gin")):
+            inside = path.relative_to(folder)
+            if PARTS in inside.parts:
+                continue
             description, sources = describe(path.read_text(encoding="utf-8"))
+            name = inside.with_suffix("").as_posix()
             entry = {
-                "name": path.stem,
-                "include": f"{KINDS[arguments.kind]}/{path.name}",
+                "name": name,
+                "include": f"{KINDS[arguments.kind]}/{inside.as_posix()}",
                 "description": description,
                 "sources": sources,
             }
-            found.setdefault(path.stem, entry)
+            found.setdefault(name, entry)
     entries = [found[name] for name in sorted(found)]
     rows = [
         (e["name"], e["description"], ", ".join(_SOURCE.sub(r"arXiv \1", source) for source in e["sources"]))

@@ -275,6 +275,14 @@ class EncoderDecoderConverter:
         return abstract_batch(batch_size, self.row_length, self.inputs_length + 1)
 
 
+def with_encoder(converter: Converter, encoder: bool) -> Converter:
+    """Returns the converter of the layout with or without an encoder: same lengths, same window, same policy."""
+    if (converter.encoder_length is not None) == encoder:
+        return converter
+    layout = EncoderDecoderConverter if encoder else SingleStreamConverter
+    return layout(converter.inputs_length, converter.target_length, converter.target_window, converter.too_long)
+
+
 def _check_fields(converter: Converter) -> None:
     name = type(converter).__name__
     for field, least in (("inputs_length", 0), ("target_length", 1)):

@@ -16,7 +16,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data import counted
-from diffusion_lm.data.converters import Converter, Example, too_long_error
+from diffusion_lm.data.converters import Converter, Example, too_long_error, with_encoder
 from diffusion_lm.data.grain_source import GrainSource, OpenSource
 from diffusion_lm.data.order import PERIOD, Order
 from diffusion_lm.data.packing import PackingPlan, pack
@@ -133,6 +133,11 @@ class DataPipeline:
         """Returns the shapes and dtypes of a batch; opens nothing."""
         batch = self.converter.abstract_batch(batch_size)
         return batch.replace(strata=jax.ShapeDtypeStruct(batch.tokens.shape, np.float32))
+
+    def with_encoder(self, encoder: bool) -> "DataPipeline":
+        """Returns the same examples, laid out for networks with or without an encoder; lengths stay as they are."""
+        converter = with_encoder(self.converter, encoder)
+        return self if converter is self.converter else dataclasses.replace(self, converter=converter)
 
     # Training.
 

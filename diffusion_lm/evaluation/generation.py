@@ -25,7 +25,8 @@ class GenerationTask:
 
     Attributes:
       name: key of the task in result files.
-      data: where the prompts come from; its converter fixes the window that the sampler fills.
+      data: where the prompts come from; its converter fixes the window that the sampler fills. Networks with and
+        without an encoder get the same examples and lengths, each in its own layout.
       metric: a name of `evaluation.metrics.METRICS`.
       label: how reports call the task; the name where empty.
       limit: number of examples, from the start of the split; None = all of them.
@@ -128,16 +129,19 @@ def generate(
 ) -> Generation:
     """Decodes every prompt of `task`. A completion depends on (seed, example id, sample number), not on its batch.
 
+    Prompts are laid out for the architecture: one task serves networks with and without an encoder.
+
     Raises:
       ConfigError: the sampler means other tokens by its ids than the data.
     """
     task.data.specials.check(sampler)
     decode = compiled_generate(architecture, sampler)
-    vocabulary = task.data.vocabulary
+    data = task.data.with_encoder(architecture.needs_encoder)
+    vocabulary = data.vocabulary
     records: list[Record] = []
     columns: dict[str, list] = {name: [] for name in ("predictions", "scores", "lengths", "forward_passes")}
     seconds = 0.0
-    for prompt, batch_records in task.data.prompt_batches(task.batch_size, limit=task.limit):
+    for prompt, batch_records in data.prompt_batches(task.batch_size, limit=task.limit):
         rows = []
         for sample in range(task.samples):
             keys = StreamKeys.create(seed, sample)

@@ -35,7 +35,7 @@ def evaluate_bound(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, float | str]:
-    """Returns the bound over the first `limit` examples of `data`, and which kind of bound it is.
+    """Returns the bound over the first `limit` examples of `data`, laid out for the architecture, and its kind.
 
     Keys: `loss` (per scored token), every metric of the objective (per-real-token values among them), `kind`
     ("exact", "nelbo" or "pseudo") and `tokens`. Only the first two kinds are about the likelihood; those also have
@@ -45,7 +45,7 @@ def evaluate_bound(
     step = compiled_bound(architecture, objective)
     keys = StreamKeys.create(seed)
     total: LossTerms | None = None
-    for batch, _ in data.eval_batches(batch_size, limit=limit):
+    for batch, _ in data.with_encoder(architecture.needs_encoder).eval_batches(batch_size, limit=limit):
         terms = step(params, batch, keys)
         total = terms if total is None else total + terms
     require(total is not None, "the evaluation split holds no examples", where="BoundEvaluation.data", fix="Fill it.")

@@ -21,11 +21,12 @@ def record_playback(
       `{"input", "reference", "frames"}`; a frame is the list of token pieces of the target window after one forward
       pass, PAD as the empty string.
     """
-    prompt, records = next(iter(task.data.prompt_batches(1, limit=1)))
+    data = task.data.with_encoder(architecture.needs_encoder)
+    prompt, records = next(iter(data.prompt_batches(1, limit=1)))
     decode = compiled_generate(architecture, dataclasses.replace(sampler, keep_trace=True))
     decoded = jax.device_get(decode(params, prompt, StreamKeys.create(seed)))
     window = np.flatnonzero(np.asarray(prompt.target_mask)[0])
-    vocabulary = task.data.vocabulary
+    vocabulary = data.vocabulary
     steps = int(decoded.trace.tokens.shape[0])
     frames = [[vocabulary.piece(int(token)) for token in decoded.trace.tokens[s, 0, window]] for s in range(steps)]
     return {"input": records[0].inputs_text, "reference": records[0].targets_text, "frames": frames}

@@ -39,8 +39,9 @@ class Stage:
 
     @property
     def train_tokens(self) -> int:
-        """Token slots that this stage alone trains on (steps x batch x row length, filler included)."""
-        return self.run.steps * self.run.batch_size * self.run.data.row_length
+        """Token slots that this stage alone trains on (steps x batch x slots of both streams, filler included)."""
+        slots = self.run.data.row_length + (self.run.data.encoder_length or 0)
+        return self.run.steps * self.run.batch_size * slots
 
 
 def stage_graph(finals: Iterable[Stage]) -> tuple[Stage, ...]:

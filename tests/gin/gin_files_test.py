@@ -71,7 +71,7 @@ def companions(name):
 
 def test_there_are_files():
     assert len(FILES) > 10
-    assert WHOLE
+    assert {name.count("/") for name in WHOLE} == {1, 2}, "recipes of subfolders are found too"
 
 
 @pytest.mark.parametrize("name", PRESETS)

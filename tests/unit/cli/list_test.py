@@ -13,12 +13,22 @@ from diffusion_lm.cli.search_path import packaged_folder
 def test_every_file_is_listed_with_one_sentence(kind, tmp_path, capsys):
     assert main(["list", kind, "--json", str(tmp_path / "list.json")]) == 0
     entries = json.loads((tmp_path / "list.json").read_text())
-    assert [e["name"] for e in entries] == sorted(p.stem for p in (packaged_folder() / KINDS[kind]).glob("*.gin"))
+    folder = packaged_folder() / KINDS[kind]
+    files = folder.rglob("*.gin") if kind == "recipes" else folder.glob("*.gin")
+    names = [file.relative_to(folder).with_suffix("").as_posix() for file in files if file.parent.name != "parts"]
+    assert [e["name"] for e in entries] == sorted(names)
     printed = capsys.readouterr().out
     for entry in entries:
         assert entry["name"] in printed
         assert 10 < len(entry["description"]) < 300, entry
         assert entry["sources"] or kind not in ("objectives", "samplers", "scoring"), entry
+
+
+def test_recipes_of_subfolders_can_be_included_by_what_is_listed(tmp_path):
+    main(["list", "recipes", "--json", str(tmp_path / "list.json")])
+    includes = {e["name"]: e["include"] for e in json.loads((tmp_path / "list.json").read_text())}
+    assert includes["ar2diff/architectures"] == "recipes/ar2diff/architectures.gin"
+    assert all((packaged_folder() / name).is_file() for name in includes.values())
 
 
 def test_methods_of_papers_name_them(tmp_path):

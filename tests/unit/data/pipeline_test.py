@@ -262,3 +262,23 @@ def test_span_corruption_needs_sentinels(make_source, train_vocabulary):
     source = make_source("a", [(0, 9)], specials=vocabulary.specials, vocabulary=vocabulary)
     with pytest.raises(ConfigError, match="has no sentinels"):
         DataPipeline((source,), CONVERTER, pretraining=SpanCorruption()).check()
+
+
+@pytest.mark.parametrize("converter", [SingleStreamConverter(5, 8), EncoderDecoderConverter(5, 8, PadFilled())])
+def test_one_pipeline_serves_both_layouts(make_source, converter):
+    """The same examples with the same lengths; there and back is where it began."""
+    pipeline = DataPipeline((make_source("a", LENGTHS),), converter, shuffle=False)
+    encoder = pipeline.encoder_length is not None
+    assert pipeline.with_encoder(encoder) is pipeline
+    other = pipeline.with_encoder(not encoder)
+    assert (other.encoder_length is not None) != encoder
+    assert other.with_encoder(encoder) == pipeline
+    single, double = (other, pipeline) if encoder else (pipeline, other)
+    for (one, records), (two, again) in zip(single.prompt_batches(4), double.prompt_batches(4), strict=True):
+        assert records == again
+        assert (one.target_mask.sum(axis=1) == two.target_mask.sum(axis=1)).all()
+        for row, record in enumerate(records):
+            given = two.encoder.tokens[row][two.encoder.segment_ids[row] == 1].tolist()
+            assert given == [*record.inputs.tolist(), 1]
+            conditioning = (one.segment_ids[row] == 1) & ~one.target_mask[row]
+            assert one.tokens[row][conditioning].tolist() == [one.tokens[row][0], *record.inputs.tolist()]

@@ -1,0 +1,76 @@
+"""What the recipes of gin/recipes/ar2diff promise: arms that differ in what is studied and in nothing else."""
+
+import dataclasses
+
+import pytest
+
+from diffusion_lm.cli import config
+from diffusion_lm.recipes.comparison import Comparison
+
+ARCHITECTURES = ("ar2diff/architectures.gin", "ar2diff/architectures_embedded.gin")
+DECODING = ("ar2diff/decoding_ablation.gin", "ar2diff/decoding_ablation_embedded.gin")
+
+
+def build(name):
+    return config.load([f"gin/recipes/{name}"]).build(Comparison)
+
+
+@pytest.mark.parametrize("recipe", ARCHITECTURES)
+@pytest.mark.parametrize("objective", ["prefix", "span"])
+def test_both_architectures_cut_and_split_text_alike(recipe, objective):
+    stages = {stage.name: stage.run for stage in build(recipe).stages}
+    one, two = (stages[f"pretrain_{name}_{objective}"].data for name in ("decoder_only", "encoder_decoder"))
+    assert one.converter.max_piece(one.pretraining) == two.converter.max_piece(two.pretraining)
+    assert dataclasses.replace(two, converter=one.converter) == one
+    assert (one.encoder_length, two.encoder_length is None) == (None, False)
+
+
+@pytest.mark.parametrize("recipe", ARCHITECTURES)
+def test_architectures_are_tuned_and_scored_with_the_same_lengths(recipe):
+    comparison = build(recipe)
+    assert {arm.name for arm in comparison.arms} == {
+        f"{layout}_{objective}" for layout in ("encoder_decoder", "decoder_only") for objective in ("prefix", "span")
+    }
+    for task in comparison.tasks:
+        runs = [arm.stage_for(task.name).run for arm in comparison.arms]
+        single = [run.data.with_encoder(False) for run in runs]
+        assert all(data == single[0] for data in single)
+        assert {(run.steps, run.batch_size, run.optimizer, run.objective) for run in runs} == {
+            (runs[0].steps, runs[0].batch_size, runs[0].optimizer, runs[0].objective)
+        }
+        window = single[0].converter.target_window
+        assert dataclasses.replace(task.data.converter, target_window=window) == single[0].converter
+
+
+@pytest.mark.parametrize("recipe", ARCHITECTURES)
+def test_the_encoder_decoder_is_the_same_network_twice(recipe):
+    specs = {arm.name: arm.stage_for("qa").run.model.spec for arm in build(recipe).arms}
+    single, double = specs["decoder_only_span"], specs["encoder_decoder_span"]
+    assert double == dataclasses.replace(single, encoder_layers=single.num_layers, tied_embeddings=False)
+
+
+@pytest.mark.parametrize("recipe", DECODING)
+def test_arms_of_the_decoding_ablation_differ_in_steps_and_candidates_only(recipe):
+    comparison = build(recipe)
+    samplers = [arm.sampler for arm in comparison.arms]
+    assert [(one.steps, one.candidates) for one in samplers] == [(5, 8), (10, 8), (20, 8), (10, 4), (10, 16)]
+    assert len({dataclasses.replace(one, steps=1, candidates=1) for one in samplers}) == 1
+    assert not samplers[0].early_exit
+    assert all(arm.stage == comparison.arms[0].stage for arm in comparison.arms)
+
+
+@pytest.mark.parametrize(("recipe", "study"), [(DECODING[0], "ar2diff_base.gin"), (DECODING[1], "quickstart.gin")])
+def test_the_decoding_ablation_decodes_the_arm_of_the_main_study(recipe, study):
+    decoded = build(recipe).arms[0]
+    trained = next(arm for arm in build(study).arms if arm.name == "diffusion")
+    for task in ("code", "qa"):
+        assert decoded.stage_for(task) == trained.stage_for(task)
+
+
+def test_speed_is_studied_to_4000_tokens_with_the_samplers_of_the_figure():
+    study = build("ar2diff/speed.gin").speed
+    assert study.lengths[-1] == 4000
+    assert {arm.architecture.spec.vocab_size for arm in study.arms} == {256_000}
+    assert [arm.family for arm in study.arms] == ["ar"] + ["diffusion"] * 4
+    single = [arm.sampler for arm in study.arms if getattr(arm.sampler, "candidates", 0) == 1]
+    assert [sampler.steps for sampler in single] == [10, 20, 50]
