@@ -129,6 +129,13 @@ def generate(
     """Decodes every prompt of `task`. A completion depends on (seed, example id, sample number), not on its batch."""
     decode = compiled_generate(architecture, sampler)
     vocabulary = task.data.vocabulary
+    size = getattr(vocabulary, "size", None)
+    require(
+        size in (None, architecture.spec.vocab_size),
+        f"the network has {architecture.spec.vocab_size} tokens and the data of task '{task.name}' {size}",
+        where="GenerationTask.data",
+        fix="Give training and evaluation one vocabulary, and one DataPipeline.vocabulary_map.",
+    )
     records: list[Record] = []
     columns: dict[str, list] = {name: [] for name in ("predictions", "scores", "lengths", "forward_passes")}
     seconds = 0.0
