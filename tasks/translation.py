@@ -1,15 +1,18 @@
-"""English to French on real data: WMT14 through TFDS, and En-Fr files of the local data folder.
+"""Translation on real data: WMT14 En-Fr and En-De through TFDS, IWSLT14 De-En and En-Fr files of the local data folder.
 
-Prompt as in T5: `translate English to French: ...`; the reference is the French side; the metric is sacrebleu's BLEU.
+Prompt as in T5: `translate English to French: ...`; the reference is the target's side; the metric is sacrebleu's BLEU,
+with its `intl` tokenisation for WMT14 En-De, as Diffusion-LLM (arXiv 2308.12219) scores it, and 13a for all others.
 The local WMT task trains on the older WMT test sets (2008 to 2012, discussions 2015) and Tatoeba, validates on
 newstest2013 and tests on newstest2014.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
 import seqio
 import tensorflow as tf
 
+from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.evaluation import metrics
 from diffusion_lm_tasks import local_files, preprocessors, vocabularies
 
@@ -30,6 +33,37 @@ def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
         lambda example: {"inputs": tf.strings.join([PREFIX, example["en"]]), "targets": example["fr"]},
         num_parallel_calls=tf.data.AUTOTUNE,
     )
+
+
+def pair_prompts(prefix: str, source: str, target: str) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """Returns the preprocessor that makes `inputs` and `targets` of two languages of an example."""
+
+    def make(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return dataset.map(
+            lambda example: {"inputs": tf.strings.join([prefix, example[source]]), "targets": example[target]},
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    return make
+
+
+def read_iwslt14(split: str) -> Iterator[dict[str, str]]:
+    """Yields the pairs of `translation/iwslt14.de-en/{train,valid,test}.{de,en}`, one sentence a line.
+
+    These are the files of fairseq's preparation of IWSLT14 De-En (160,239 / 7,283 / 6,750 pairs) before subwords.
+
+    Raises:
+      ConfigError: the two files of a split have different numbers of lines.
+    """
+    name = {"train": "train", "validation": "valid", "test": "test"}[split]
+    stem = f"translation/iwslt14.de-en/{name}"
+    with local_files.open_text(f"{stem}.de") as german, local_files.open_text(f"{stem}.en") as english:
+        for number, (de, en) in enumerate(itertools.zip_longest(german, english), 1):
+            if de is None or en is None:
+                raise ConfigError(
+                    f"{stem}.de and {stem}.en differ in length at line {number}", fix="Give parallel files."
+                )
+            yield {"de": de.strip(), "en": en.strip()}
 
 
 def local_reader(files: dict[str, tuple[str, ...]]) -> preprocessors.Reader:
@@ -69,3 +103,20 @@ VOCABULARY = vocabularies.mixed_vocabulary()
 _add("wmt14_en_fr", seqio.TfdsDataSource("wmt14_translate/fr-en:1.0.0", splits=("train", "validation", "test")))
 _add("local_wmt_en_fr", preprocessors.python_source(local_reader(_WMT_FILES), ("en", "fr")))
 _add("local_tatoeba_en_fr", preprocessors.python_source(local_reader(_TATOEBA_FILES), ("en", "fr")))
+
+preprocessors.add(
+    "wmt14_en_de",
+    source=seqio.TfdsDataSource("wmt14_translate/de-en:1.0.0", splits=("train", "validation", "test")),
+    preprocessors=(pair_prompts("translate English to German: ", "en", "de"),),
+    features=preprocessors.paired_features(VOCABULARY),
+    postprocess_fn=preprocessors.text_reference,
+    metric_fns=(metrics.bleu_intl,),
+)
+preprocessors.add(
+    "iwslt14_de_en",
+    source=preprocessors.python_source(read_iwslt14, ("de", "en")),
+    preprocessors=(pair_prompts("translate German to English: ", "de", "en"),),
+    features=preprocessors.paired_features(VOCABULARY),
+    postprocess_fn=preprocessors.text_reference,
+    metric_fns=(metrics.bleu,),
+)

@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     data = _data(arguments, opened)
     data.specials.check(sampler)
     oracle = data.converter.target_window.oracle
+    if not arguments.input and data.vocabulary_note:
+        progress(data.vocabulary_note)
     batches = (
         _given_prompts(arguments, data)
         if arguments.input
@@ -120,6 +122,10 @@ def _given_prompts(arguments: argparse.Namespace, data: Any) -> Iterator[tuple[A
     from diffusion_lm.data.schema import Record
 
     texts = _read_prompts(arguments.input)[: arguments.limit]
+    if data.pruned is not None:
+        tokens = [token for text in texts for token in data.pruned.full.encode(text)]
+        cut = int(data.pruned.outside(tokens).sum())
+        progress(f"{cut} of {len(tokens)} tokens of the prompts are UNK: the run's vocabulary map leaves them out")
     if not texts:
         raise ConfigError(f"there is no prompt in {arguments.input}", where="--input", fix="Write one a line.")
     for start in range(0, len(texts), arguments.batch_size):

@@ -48,6 +48,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for evaluation in chosen:
         started = time.perf_counter()
         progress(f"evaluate  {evaluation.name}")
+        note = getattr(getattr(evaluation, "task", evaluation).data, "vocabulary_note", None)
+        if note is not None:
+            progress(note)
         values = {name: float(value) for name, value in evaluation.run(model, opened.step).items()}
         results[evaluation.name] = {
             "values": values,

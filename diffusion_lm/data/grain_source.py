@@ -1,7 +1,9 @@
 """Random access to materialised records through Grain's ArrayRecord reader, without TensorFlow."""
 
+import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from diffusion_lm.data.materialise import materialise, materialise_command
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.store import LENGTHS, MANIFEST, read_manifest, split_folder
 from diffusion_lm.data.vocabulary import Vocabulary
+
+TOKEN_COUNTS = "token_counts.npy"
+_COUNTED_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +152,23 @@ class OpenSource:
             fix="Delete the folder and materialise the task again.",
         )
         return reader
+
+    @functools.cached_property
+    def token_counts(self) -> np.ndarray:
+        """i64[vocabulary], how often each token occurs in inputs and targets; counted once, kept beside the records."""
+        path, size = self.folder / TOKEN_COUNTS, self.manifest.specials.vocab_size
+        if path.is_file():
+            return np.load(path)
+        counts = np.zeros(size, np.int64)
+        for start in range(0, self.manifest.count, _COUNTED_AT_ONCE):
+            records = self.records(range(start, min(start + _COUNTED_AT_ONCE, self.manifest.count)))
+            tokens = np.concatenate([part for record in records for part in (record.inputs, record.targets)])
+            counts += np.bincount(tokens, minlength=size)
+        with contextlib.suppress(OSError):  # data that others own are counted by every process
+            temporary = path.with_name(f".{TOKEN_COUNTS}.{os.getpid()}.npy")
+            np.save(temporary, counts)
+            os.replace(temporary, path)
+        return counts
 
     def records(self, indices: Sequence[int] | np.ndarray) -> list[Record]:
         """Returns the records at `indices`, in that order."""

@@ -25,6 +25,7 @@ from diffusion_lm.data.pretraining import Pretraining
 from diffusion_lm.data.rows import strata
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.vocabulary import Vocabulary
+from diffusion_lm.data.vocabulary_map import PrunedVocabulary, VocabularyMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,8 @@ class DataPipeline:
       shuffle: False = stored order; True = a new global order every epoch.
       pack: several examples share a row where they fit. Rows hold examples of one source.
       pretraining: makes inputs and targets from the records of sources that have targets only.
+      vocabulary_map: which tokens of the sources' vocabulary the network knows (`vocabulary_map.UsedTokens`); batches,
+        `vocabulary` and `specials` then have the ids of that part, and what is cut is UNK. None = all of them.
     """
 
     sources: tuple[GrainSource, ...]
@@ -72,6 +75,7 @@ class DataPipeline:
     shuffle: bool = True
     pack: bool = False
     pretraining: Pretraining | None = None
+    vocabulary_map: VocabularyMap | None = None
 
     def __post_init__(self):
         sources = (self.sources,) if isinstance(self.sources, GrainSource) else tuple(self.sources)
@@ -101,14 +105,39 @@ class DataPipeline:
         return tuple(source.manifest for source in self._open)
 
     @property
-    def vocabulary(self) -> Vocabulary:
-        """The vocabulary that all sources share."""
-        return self._open[0].vocabulary
+    def vocabulary(self) -> Vocabulary | PrunedVocabulary:
+        """The vocabulary that all sources share, or the part of it that the vocabulary map keeps."""
+        return self.pruned or self._open[0].vocabulary
 
     @property
     def specials(self) -> SpecialTokens:
-        """The special tokens that all sources share."""
-        return self._open[0].manifest.specials
+        """The special tokens of `vocabulary`."""
+        return self.pruned.specials if self.pruned is not None else self._open[0].manifest.specials
+
+    @functools.cached_property
+    def pruned(self) -> PrunedVocabulary | None:
+        """What the vocabulary map keeps; None without a map."""
+        return None if self.vocabulary_map is None else self.vocabulary_map.prune(self._open[0].vocabulary)
+
+    @functools.cached_property
+    def unknown(self) -> tuple[tuple[int, int], ...]:
+        """(tokens that the vocabulary map turns into UNK, all tokens) of each source."""
+        if self.pruned is None:
+            return tuple((0, int(source.lengths.sum(dtype=np.int64))) for source in self._open)
+        cut = self.pruned.outside(np.arange(self.pruned.full.size))
+        counts = [source.token_counts for source in self._open]
+        return tuple((int(count[cut].sum()), int(count.sum())) for count in counts)
+
+    @property
+    def vocabulary_note(self) -> str | None:
+        """What the vocabulary map does to the data, in one line; None without a map."""
+        if self.pruned is None:
+            return None
+        share = ", ".join(
+            f"{unknown:,} of {total:,} tokens of {source.task}/{source.split}"
+            for source, (unknown, total) in zip(self.sources, self.unknown, strict=True)
+        )
+        return f"vocabulary: {self.pruned.size:,} of {self.pruned.full.size:,} tokens kept; UNK for {share}"
 
     @property
     def row_length(self) -> int:
@@ -329,10 +358,17 @@ class DataPipeline:
         rows: list[list[Record]] = [[] for _ in members]
         for source in np.unique(sources):
             here = np.flatnonzero(sources == source).tolist()
-            records = iter(self._open[source].records(np.concatenate([members[row] for row in here])))
+            found = self._open[source].records(np.concatenate([members[row] for row in here]))
+            records = iter(found if self.pruned is None else map(self._pruned_record, found))
             for row in here:
                 rows[row] = list(itertools.islice(records, len(members[row])))
         return rows
+
+    def _pruned_record(self, record: Record) -> Record:
+        """Returns a record under the ids of the vocabulary map."""
+        assert self.pruned is not None
+        inputs, targets = self.pruned.to_pruned(record.inputs), self.pruned.to_pruned(record.targets)
+        return dataclasses.replace(record, inputs=inputs, targets=targets)
 
     def _example(self, record: Record, source: int, epoch: int) -> Example:
         part = self._parts[source]

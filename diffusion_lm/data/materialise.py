@@ -22,6 +22,8 @@ TASK_MODULES = (
     "diffusion_lm_tasks.translation",
     "diffusion_lm_tasks.code_synthesis",
     "diffusion_lm_tasks.extractive_qa",
+    "diffusion_lm_tasks.summarization",
+    "diffusion_lm_tasks.instruction",
     "diffusion_lm_tasks.pretraining",
     "diffusion_lm_tasks.reasoning",
 )

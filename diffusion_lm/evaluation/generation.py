@@ -138,6 +138,13 @@ def generate(
     decode = compiled_generate(architecture, sampler)
     data = task.data.with_encoder(architecture.needs_encoder)
     vocabulary = data.vocabulary
+    size = getattr(vocabulary, "size", None)
+    require(
+        size in (None, architecture.spec.vocab_size),
+        f"the network has {architecture.spec.vocab_size} tokens and the data of task '{task.name}' {size}",
+        where="GenerationTask.data",
+        fix="Give training and evaluation one vocabulary, and one DataPipeline.vocabulary_map.",
+    )
     records: list[Record] = []
     columns: dict[str, list] = {name: [] for name in ("predictions", "scores", "lengths", "forward_passes")}
     seconds = 0.0

@@ -82,25 +82,25 @@ class Metric:
         return self.all_values(self.per_example_batch(references, predictions))
 
 
-# --- BLEU (Papineni et al. 2002) as sacrebleu computes it: 13a tokenisation, mixed case, exponential smoothing ---
+# --- BLEU (Papineni et al. 2002) as sacrebleu computes it: mixed case, exponential smoothing, a named tokenisation ---
 
 
 @functools.cache
-def _bleu() -> BLEU:
-    return BLEU(tokenize="13a", smooth_method="exp", effective_order=False)
+def _bleu(tokenize: str) -> BLEU:
+    return BLEU(tokenize=tokenize, smooth_method="exp", effective_order=False)
 
 
-def bleu_signature() -> str:
+def bleu_signature(tokenize: str = "13a") -> str:
     """Returns sacrebleu's signature of the configuration, e.g. `nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|...`."""
-    scorer = BLEU(tokenize="13a", smooth_method="exp", effective_order=False)
+    scorer = BLEU(tokenize=tokenize, smooth_method="exp", effective_order=False)
     scorer.corpus_score(["a"], [["a"]])
     return str(scorer.get_signature())
 
 
-def _bleu_rows(references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
+def _bleu_rows(references: Sequence[str], predictions: Sequence[str], tokenize: str = "13a") -> np.ndarray:
     rows = []
     for reference, prediction in zip(references, predictions, strict=True):
-        score = _bleu().corpus_score([prediction], [[reference]])
+        score = _bleu(tokenize).corpus_score([prediction], [[reference]])
         rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
     return np.asarray(rows, np.float64).reshape(-1, 10)
 
@@ -202,6 +202,65 @@ def _code_values(total: np.ndarray) -> dict[str, float]:
     return {"pass_at_1": _mean(total, 0), "pass_at_k": _mean(total, 1), "k": samples}
 
 
+# --- ROUGE (Lin 2004) ---
+
+ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
+
+
+def rouge_tokens(text: str) -> list[str]:
+    """Returns the runs of ASCII letters and digits of the lower-cased text, unstemmed: what rouge-score does."""
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def rouge_f1(reference: str, prediction: str) -> tuple[float, float, float]:
+    """Returns the F1 of shared words, of shared word pairs, and of the longest common subsequence, each in [0, 1]."""
+    gold, found = rouge_tokens(reference), rouge_tokens(prediction)
+    scores = []
+    for n in (1, 2):
+        ours, theirs = (Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (found, gold))
+        scores.append(_f1(sum((ours & theirs).values()), sum(ours.values()), sum(theirs.values())))
+    return (*scores, _f1(_common_subsequence(gold, found), len(found), len(gold)))
+
+
+def _f1(shared: int, predicted: int, gold: int) -> float:
+    return 2 * shared / (predicted + gold) if shared else 0.0
+
+
+def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Returns the length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        above = 0  # row[j] of the line before, to the left
+        for j, y in enumerate(b, 1):
+            above, row[j] = row[j], above + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def _rouge_rows(references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
+    rows = [[*rouge_f1(r, p), 1.0] for r, p in zip(references, predictions, strict=True)]
+    return np.asarray(rows, np.float64).reshape(-1, 4)
+
+
+# --- Numbers as answers (GSM8K, MGSM) ---
+
+
+def last_number(text: str) -> str | None:
+    """Returns the last number of a text without thousands separators and without a zero fraction, or None."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    if not found:
+        return None
+    number = found[-1].replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+def _number_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+    rows = []
+    for reference, prediction in zip(references, predictions, strict=True):
+        answers = {last_number(answer) for answer in _answers(reference)}
+        rows.append([float(last_number(prediction) in answers - {None}), 1.0])
+    return np.asarray(rows, np.float64).reshape(-1, 2)
+
+
 def _exact_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
     rows = [
         [float(any(p.strip() == a.strip() for a in _answers(r))), 1.0]
@@ -218,6 +277,30 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("bleu", "bleu", "BLEU", _bleu_rows, _bleu_values, conditions=f"sacrebleu {bleu_signature()}"),
+        Metric(
+            "bleu_intl",
+            "bleu",
+            "BLEU (intl)",
+            functools.partial(_bleu_rows, tokenize="intl"),
+            _bleu_values,
+            conditions=f"sacrebleu {bleu_signature('intl')}",
+        ),
+        Metric(
+            "rouge",
+            "rougeL",
+            "ROUGE-L",
+            _rouge_rows,
+            lambda total: {name: _mean(total, column) for column, name in enumerate(ROUGE_NAMES)},
+            conditions="F1, ASCII letters and digits, lower case, no stemming (rouge-score's rules)",
+        ),
+        Metric(
+            "number_match",
+            "accuracy",
+            "accuracy",
+            _number_rows,
+            lambda total: {"accuracy": _mean(total, 0)},
+            conditions="the last number of the text equals the answer",
+        ),
         Metric("squad", "f1", "F1", _squad_rows, _SQUAD_VALUES, conditions=_OFFICIAL),
         Metric("pass_at_1", "pass_at_1", "pass@1", _code_rows, _code_values, True, _ESTIMATOR),
         Metric("pass_at_k", "pass_at_k", "pass@k", _code_rows, _code_values, True, _ESTIMATOR),
@@ -253,6 +336,21 @@ METRICS: dict[str, Metric] = {
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """Corpus BLEU of sacrebleu (signature: `bleu_signature()`), and the length ratio in percent."""
     return METRICS["bleu"](targets, predictions)
+
+
+def bleu_intl(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Corpus BLEU of sacrebleu with its `intl` tokenisation, and the length ratio in percent."""
+    return METRICS["bleu_intl"](targets, predictions)
+
+
+def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L in percent, F1, means over the examples."""
+    return METRICS["rouge"](targets, predictions)
+
+
+def number_match(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+    """Share of predictions whose last number is (one of) the reference(s), in percent."""
+    return METRICS["number_match"](targets, predictions)
 
 
 def squad(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:

@@ -179,12 +179,15 @@ class MixtureCorruption:
     Attributes:
       mask_id: id of MASK, which must not occur in the data.
       p_uniform: probability that a chosen token becomes a uniform draw from the vocabulary instead of MASK.
+      p_keep: probability that a chosen token stays as it is and is scored like the others (BERT, arXiv 1810.04805:
+        0.1 beside p_uniform = 0.1).
       choice: which tokens are replaced, `Bernoulli` or `ExactCount`.
     """
 
     mask_id: int
     p_uniform: float = 0.1
     choice: Any = Bernoulli()
+    p_keep: float = 0.0
 
     def __post_init__(self):
         _check_mask_id(self)
@@ -193,6 +196,12 @@ class MixtureCorruption:
             f"p_uniform = {self.p_uniform} is no probability",
             where="MixtureCorruption.p_uniform",
             fix="0.0 is AbsorbingCorruption, 1.0 UniformCorruption.",
+        )
+        require(
+            0 <= self.p_keep <= 1 - self.p_uniform,
+            f"p_keep = {self.p_keep} beside p_uniform = {self.p_uniform} is no probability",
+            where="MixtureCorruption.p_keep",
+            fix="Their sum is at most 1; what is left is MASK.",
         )
 
     @property
@@ -204,8 +213,9 @@ class MixtureCorruption:
         """Returns the noisy canvas; `rate_BT` is f32[B,T] (or broadcastable), `vocab_size` the model's."""
         _check_mask_is_known(self, vocab_size)
         replaced = self.choice.choose(keys, batch, rate_BT)
-        random = keys.token_uniform(KIND_STREAM, batch.example_ids, batch.positions) < self.p_uniform
-        noise = jnp.where(random, _random_tokens(keys, batch, vocab_size), self.mask_id)
+        kind = keys.token_uniform(KIND_STREAM, batch.example_ids, batch.positions)
+        noise = jnp.where(kind < self.p_uniform, _random_tokens(keys, batch, vocab_size), self.mask_id)
+        noise = jnp.where(kind >= 1.0 - self.p_keep, batch.tokens, noise)
         return Corrupted(jnp.where(replaced, noise, batch.tokens), replaced)
 
 

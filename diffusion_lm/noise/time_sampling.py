@@ -96,6 +96,30 @@ class DiscreteTime:
 
 
 @dataclasses.dataclass(frozen=True)
+class FixedTime:
+    """The same time for every example: masked language models, whose rate never changes (BERT, arXiv 1810.04805).
+
+    Attributes:
+      t: the time; under the linear schedule also the rate, 0.15 in BERT.
+    """
+
+    t: float
+
+    def __post_init__(self):
+        require(
+            0.0 < self.t <= 1.0,
+            f"t = {self.t} lies outside (0, 1]",
+            where="FixedTime.t",
+            fix="BERT's rate is 0.15.",
+        )
+
+    def draw(self, keys: StreamKeys, example_ids: jax.Array, *, strata: jax.Array | None = None) -> jax.Array:
+        """Returns f32 times in the shape of `example_ids`."""
+        del keys, strata
+        return jnp.full(example_ids.shape, self.t, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class FixedGrid:
     """The fixed times at which an objective is evaluated, so that validation curves carry no sampling noise of t.
 

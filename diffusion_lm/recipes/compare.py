@@ -100,15 +100,8 @@ def stage_folder(stage: Stage, workdir: Path) -> Path:
 
 def run_stage(stage: Stage, workdir: Path) -> Any:
     """Trains a stage (or finds it finished) and returns its final parameters. Its ancestors must be finished."""
-    return train(stage.run, stage_folder(stage, workdir), init_params=lambda: _initial_params(stage, workdir)).params
-
-
-def _initial_params(stage: Stage, workdir: Path) -> Any:
-    if stage.initial is None:
-        return None
-    if isinstance(stage.initial, Stage):
-        return restore_params(stage_folder(stage.initial, workdir))
-    return restore_params(Path(stage.initial))
+    initial = stage_folder(stage.initial, workdir) if isinstance(stage.initial, Stage) else stage.initial
+    return train(stage.run, stage_folder(stage, workdir), init_params=initial).params
 
 
 def _claim(comparison: Comparison, workdir: Path) -> None:
@@ -126,6 +119,8 @@ def _claim(comparison: Comparison, workdir: Path) -> None:
 def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: Path, log) -> dict[str, Any]:
     def run() -> dict[str, Any]:
         log(f"evaluate  {arm.name} on {task.name}")
+        if getattr(task.data, "vocabulary_note", None):
+            log(str(task.data.vocabulary_note))
         stage, sampler = arm.stage_for(task.name), arm.sampler_for(task.name)
         params = restore_params(stage_folder(stage, workdir))
         result = generation.generate(stage.run.model, params, sampler, task, seed=comparison.seed)

@@ -10,10 +10,12 @@ import jax
 import numpy as np
 
 from diffusion_lm.architectures.base import BoundModel
-from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.architectures.surgery import vocabulary_rows
+from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Params
 from diffusion_lm.data.iterator import BatchIterator
+from diffusion_lm.data.vocabulary_map import read_map
 from diffusion_lm.parallel.shardings import make_constrain, place_batch
 from diffusion_lm.training import metrics, writers
 from diffusion_lm.training.card import claim_folder
@@ -43,14 +45,17 @@ class TrainResult:
 
 
 def train(
-    run: TrainRun, workdir: str | Path, init_params: Params | Callable[[], Params | None] | None = None
+    run: TrainRun,
+    workdir: str | Path,
+    init_params: Params | str | Path | Callable[[], Params | str | Path | None] | None = None,
 ) -> TrainResult:
     """Trains, or goes on training, or finds the run finished and returns at once without compiling anything.
 
     Args:
       run: what to train.
       workdir: the run folder.
-      init_params: parameters to start from, instead of `run.initial`; a function is only called if they are needed.
+      init_params: what to start from, instead of `run.initial`: parameters in the vocabulary of the run's data, or the
+        folder of a run or checkpoint; a function that returns one of them is only called if they are needed.
 
     Raises:
       ConfigError: the run does not fit its data, its devices or its folder, or its loss is no longer finite.
@@ -59,6 +64,9 @@ def train(
     run.validate()
     workdir = Path(workdir)
     claim_folder(workdir, run.identity())
+    pruned = getattr(run.data, "pruned", None)
+    if pruned is not None and jax.process_index() == 0:
+        pruned.save(workdir)
     program = _program(run)
     with Checkpointer(workdir, run.checkpoint) as checkpoints:
         if _is_finished(run, checkpoints, workdir):
@@ -71,8 +79,9 @@ def train(
             _batches(run, start.step) as batches,
             Preemption() as preemption,
         ):
-            if report is not None:
-                log.note(str(report))
+            for note in (getattr(run.data, "vocabulary_note", None), report):
+                if note is not None:
+                    log.note(str(note))
             # DO NOT CHANGE THE ORDER: what happens at `step` sees the state after `step` updates and before batch
             # number `step` is taken, so a checkpoint of `step` means "go on with batch number `step`".
             for step in range(start.step, run.steps + 1):
@@ -132,13 +141,34 @@ def _start(
         return *checkpoints.restore(program.abstract_state), None
     key, fresh = StreamKeys.create(run.seed).key("init"), Progress(seed=run.seed)
     source = init_params() if callable(init_params) else init_params
-    if source is None and run.initial is not None:
-        source = restore_params(run.initial, like=program.abstract_state.params)
+    rows, source = None, run.initial if source is None else source
+    if isinstance(source, str | Path):
+        rows = _vocabulary_rows(run, source)
+        source = restore_params(source, like=program.abstract_state.params)
     state = program.init(key)
     if source is None:
         return state, fresh, None
-    params, report = transfer(source, state.params, run.model.logical_axes())
+    params, report = transfer(source, state.params, run.model.logical_axes(), rows)
     return program.adopt(params), fresh, report
+
+
+def _vocabulary_rows(run: TrainRun, folder: str | Path) -> np.ndarray | None:
+    """Returns where the tokens of the run's data stand in the vocabulary of another run; None where both are one."""
+    pruned: Any = getattr(run.data, "pruned", None)
+    stored = read_map(folder)
+    if pruned is None and stored is None:
+        return None
+    if stored is None:
+        return vocabulary_rows(range(pruned.full.size), pruned.kept)
+    if pruned is None:
+        return vocabulary_rows(stored["kept"], range(stored["full_size"]))
+    require(
+        stored["full_sha256"] == pruned.full.sha256,
+        f"{folder} was trained with a part of another vocabulary than that of the data",
+        where="DataPipeline.vocabulary_map",
+        fix="Use data of the vocabulary that it was trained with.",
+    )
+    return None if tuple(stored["kept"]) == pruned.kept else vocabulary_rows(stored["kept"], pruned.kept)
 
 
 def _batches(run: TrainRun, position: int) -> BatchIterator:

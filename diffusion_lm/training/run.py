@@ -192,6 +192,9 @@ class TrainRun:
         """
         data = _without_execution(plain(self))
         data["manifests"] = plain(getattr(self.data, "manifests", ()))
+        pruned = getattr(self.data, "pruned", None)
+        if pruned is not None:
+            data["vocabulary_sha256"] = pruned.sha256
         if not self.optimizer.schedule.needs_total:
             del data["steps"]
         return data

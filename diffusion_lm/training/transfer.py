@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_lm.architectures import lora
+from diffusion_lm.architectures.surgery import VOCAB, move_rows
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.types import Params
 from diffusion_lm.parallel.shardings import is_axes
@@ -24,6 +26,8 @@ class TransferReport:
       added: only in the target; keep their fresh values.
       dropped: only in the source.
       merged: adapters of the source, added to the matrices of a target that has none.
+      vocabulary: (tokens taken over, tokens of the target) where tokens were moved to other ids, else None; `resized`
+        holds the arrays that this was done to.
     """
 
     mapped: tuple[str, ...]
@@ -31,12 +35,17 @@ class TransferReport:
     added: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    vocabulary: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         lines = [
             f"transfer: {len(self.mapped)} arrays mapped, {len(self.resized)} resized, {len(self.added)} added, "
             f"{len(self.dropped)} dropped" + (f", {len(self.merged)} adapters merged" if self.merged else "")
         ]
+        if self.vocabulary is not None:
+            lines.append(
+                f"  vocabulary: {self.vocabulary[0]:,} of {self.vocabulary[1]:,} tokens moved to their new ids"
+            )
         lines += [f"  resized  {name}  {list(old)} -> {list(new)}" for name, old, new in self.resized]
         lines += [f"  added    {name}  (fresh)" for name in self.added]
         lines += [f"  dropped  {name}" for name in self.dropped]
@@ -44,7 +53,9 @@ class TransferReport:
         return "\n".join(lines)
 
 
-def transfer(source: Params, target: Params, axes: Any) -> tuple[Params, TransferReport]:
+def transfer(
+    source: Params, target: Params, axes: Any, rows: np.ndarray | None = None
+) -> tuple[Params, TransferReport]:
     """Returns `target` with every array that `source` has too replaced by it, and the report.
 
     Dtypes and shardings are the target's. The axes `vocab` and `positions` may differ in size; others may not. Adapters
@@ -55,6 +66,8 @@ def transfer(source: Params, target: Params, axes: Any) -> tuple[Params, Transfe
       source: parameters of the trained network.
       target: freshly initialised parameters of the network to train.
       axes: logical axes of the target (`Architecture.logical_axes()`).
+      rows: i32[tokens of the target], the source's row of each, -1 for none (`surgery.vocabulary_rows`); None where
+        both have the same ids.
 
     Raises:
       ConfigError: an array has another shape in an axis that cannot be resized, nothing matches, or the adapters of
@@ -75,6 +88,9 @@ def transfer(source: Params, target: Params, axes: Any) -> tuple[Params, Transfe
         if given is None:
             added.append(name)
             leaves.append(fresh)
+        elif rows is not None and VOCAB in dims:
+            leaves.append(move_rows(given, fresh, dims, rows))
+            resized.append((name, tuple(given.shape), tuple(fresh.shape)))
         elif given.shape == fresh.shape:
             mapped.append(name)
             leaves.append(_like(given, fresh))
@@ -88,7 +104,8 @@ def transfer(source: Params, target: Params, axes: Any) -> tuple[Params, Transfe
             where="TrainRun.initial",
             fix="Start from a checkpoint of the same family of networks.",
         )
-    report = TransferReport(tuple(mapped), tuple(resized), tuple(added), tuple(dropped), merged)
+    moved = None if rows is None else (int((rows >= 0).sum()), len(rows))
+    report = TransferReport(tuple(mapped), tuple(resized), tuple(added), tuple(dropped), merged, moved)
     return jax.tree.unflatten(jax.tree.structure(target), leaves), report
 
 

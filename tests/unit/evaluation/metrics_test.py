@@ -135,3 +135,53 @@ def test_countdown_divides_exactly_and_takes_equal_numbers_once_each():
     assert metrics.countdown([twice], ["12/6=2,6/3=2,2+2=4"])["solved"] == 0
     assert metrics.countdown([{"numbers": [7, 2], "goal": 3}], ["7/2=3"])["solved"] == 0
     assert metrics.countdown([{"numbers": [7, 7], "goal": 0}], ["7/0=0,7-7=0"])["solved"] == 0
+
+
+def test_bleu_says_which_tokenisation():
+    """`intl` splits at Unicode punctuation that 13a leaves inside a word."""
+    references, predictions = ["Das \u201eHaus\u201c steht dort drüben"], ["Das Haus steht dort drüben"]
+    scores = {name: METRICS[name](references, predictions)["bleu"] for name in ("bleu", "bleu_intl")}
+    for name, tokenize in (("bleu", "13a"), ("bleu_intl", "intl")):
+        expected = sacrebleu.corpus_bleu(predictions, [references], tokenize=tokenize).score
+        assert scores[name] == pytest.approx(expected, abs=1e-9)
+        assert f"tok:{tokenize}" in METRICS[name].conditions
+    assert scores["bleu"] != scores["bleu_intl"]
+    assert metrics.bleu_intl(references, references)["bleu"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction", "expected"),
+    [
+        # Lin (2004), section 3: both candidates share one pair, ROUGE-L tells them apart.
+        ("police killed the gunman", "police kill the gunman", (3 / 4, 1 / 3, 3 / 4)),
+        ("police killed the gunman", "the gunman kill police", (3 / 4, 1 / 3, 1 / 2)),
+        # The examples of the rouge-score package.
+        (
+            "The quick brown fox jumps over the lazy dog",
+            "The quick brown dog jumps on the log.",
+            (12 / 17, 4 / 15, 10 / 17),
+        ),
+        ("testing one two", "testing", (1 / 2, 0, 1 / 2)),
+        ("testing one two", "testing one", (4 / 5, 2 / 3, 4 / 5)),
+        ("a b", "", (0, 0, 0)),
+        ("", "", (0, 0, 0)),
+    ],
+)
+def test_rouge_of_published_examples(reference, prediction, expected):
+    assert metrics.rouge_f1(reference, prediction) == pytest.approx(expected)
+    scores = metrics.rouge([reference], [prediction])
+    assert tuple(scores[name] for name in metrics.ROUGE_NAMES) == pytest.approx(tuple(100 * e for e in expected))
+
+
+def test_rouge_is_a_mean_over_examples():
+    rows = METRICS["rouge"].per_example_batch(["a b", "c d"], ["a b", "x"])
+    assert METRICS["rouge"].aggregate(rows) == 50
+    assert METRICS["rouge"].secondary(rows) == {"rouge1": 50, "rouge2": 50}
+
+
+def test_the_last_number_counts():
+    texts = ["so 3 x 4 = 12 apples. The answer is 1,234.", "18.00", "-7", "none", "2.50"]
+    assert [metrics.last_number(text) for text in texts] == ["1234", "18", "-7", None, "2.5"]
+    references = [{"answers": ["1234"]}, "18", "7", "4", {"answers": ["2.5"]}]
+    assert metrics.number_match(references, texts)["accuracy"] == 60
+    assert metrics.number_match(["nothing"], ["nothing"])["accuracy"] == 0, "no number is no answer"

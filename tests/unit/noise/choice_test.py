@@ -8,7 +8,7 @@ import pytest
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.noise.corruption import AbsorbingCorruption, Bernoulli, ExactCount, MixtureCorruption
-from diffusion_lm.noise.time_sampling import DiscreteTime
+from diffusion_lm.noise.time_sampling import DiscreteTime, FixedTime
 from diffusion_lm.noise.weighting import Cart
 
 KEYS = StreamKeys.create(0, 5)
@@ -78,9 +78,30 @@ def test_a_mixture_is_mask_or_a_random_token():
     np.testing.assert_array_equal(mixed.tokens, only_mask.tokens)
 
 
+def test_berts_noise_is_eight_parts_mask_one_random_and_one_untouched():
+    batch = stubs.make_batch([2] * 600, [10] * 600, 13)
+    clean = np.asarray(batch.tokens)
+    rate = jnp.full(batch.tokens.shape, 0.5)
+    noisy = MixtureCorruption(MASK, p_uniform=0.1, p_keep=0.1).corrupt(KEYS, batch, rate, vocab_size=stubs.VOCAB)
+    replaced, tokens = np.asarray(noisy.replaced), np.asarray(noisy.tokens)
+    chosen = replaced.sum()
+    error = 4 * (0.09 / chosen) ** 0.5
+    assert abs((tokens == MASK)[replaced].mean() - (0.8 + 0.1 / stubs.VOCAB)) < 4 * (0.16 / chosen) ** 0.5
+    assert abs((tokens == clean)[replaced].mean() - (0.1 + 0.1 / stubs.VOCAB)) < error
+    without = MixtureCorruption(MASK, p_uniform=0.1).corrupt(KEYS, batch, rate, vocab_size=stubs.VOCAB)
+    assert (np.asarray(without.tokens) == clean)[replaced].mean() < 0.03
+
+
+def test_a_fixed_time_is_the_same_for_all():
+    ids = jnp.arange(12, dtype=jnp.uint32).reshape(3, 4)
+    np.testing.assert_array_equal(FixedTime(0.15).draw(KEYS, ids), np.full((3, 4), 0.15, np.float32))
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        lambda: FixedTime(0.0),
+        lambda: MixtureCorruption(MASK, p_uniform=0.6, p_keep=0.5),
         lambda: MixtureCorruption(-1),
         lambda: MixtureCorruption(MASK, p_uniform=1.5),
         lambda: DiscreteTime(0),
