@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     table([arguments.kind, "what it is", "source"], rows, fold=(1, 2))
     flag = {"samplers": "decode --sampler", "scoring": "evaluate --estimator"}.get(arguments.kind, "--gin_file")
-    folder = KINDS[arguments.kind]
-    say(f"\nUse one: include '{folder}/NAME.gin' in a gin file, or {flag} gin/{folder}/NAME.gin.")
+    below = KINDS[arguments.kind]
+    say(f"\nUse one: include '{below}/NAME.gin' in a gin file, or {flag} gin/{below}/NAME.gin.")
     return entries
 
 

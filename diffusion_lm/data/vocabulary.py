@@ -130,11 +130,6 @@ class Vocabulary:
         ours = sum(how == "added" for _, how in roles.values())
         return VocabularyReport(self._opened.model.kind, self.size, self.size - ours, listed)
 
-    @property
-    def unk_id(self) -> int | None:
-        """The token of what cannot be spelt; None where everything can."""
-        return self.processor.unk_id() if self.processor.unk_id() >= 0 else None
-
     @functools.cached_property
     def sentinel_ids(self) -> tuple[int, ...]:
         """Ids of `<extra_id_0>`, `<extra_id_1>`, ... for span corruption; empty where the model has none."""

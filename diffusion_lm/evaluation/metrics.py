@@ -219,7 +219,8 @@ def rouge_f1(reference: str, prediction: str) -> tuple[float, float, float]:
     for n in (1, 2):
         ours, theirs = (Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (found, gold))
         scores.append(_f1(sum((ours & theirs).values()), sum(ours.values()), sum(theirs.values())))
-    return (*scores, _f1(_common_subsequence(gold, found), len(found), len(gold)))
+    longest = _f1(_common_subsequence(gold, found), len(found), len(gold))
+    return scores[0], scores[1], longest
 
 
 def _f1(shared: int, predicted: int, gold: int) -> float:
