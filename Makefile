@@ -40,11 +40,11 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format typecheck wheel smoke lock clean
+.PHONY: help quickstart test test-interop interop lint format typecheck wheel smoke lock clean
 
 help:  ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12]"
-	@sed -n 's/^\([a-z]*\):.*##/  \1:/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*##/  \1:/p' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(CORE)  ## Compare AR, diffusion and AR2Diff on three small tasks and write runs/quickstart/report/index.html.
 	@echo "==> diffusion-lm compare: finished stages are skipped, an interrupted run continues where it stopped"
@@ -53,6 +53,21 @@ quickstart: $(CORE)  ## Compare AR, diffusion and AR2Diff on three small tasks a
 test: $(DEV)  ## Run all tests (make test ARGS="tests/unit/core -x" for some of them).
 	@echo "==> pytest in $(WORKERS) processes, compiled programs cached in .jax_cache"
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# torch and transformers are no extra of the package: torch pins CUDA packages that are not those of jax[cuda13], and one
+# lock cannot hold both. They get an environment of their own. TORCH_INDEX=https://download.pytorch.org/whl/cpu takes
+# torch from there, without CUDA.
+INTEROP = torch==2.13.0 transformers==5.23.0
+TORCH_INDEX ?=
+
+test-interop:  ## Compare imported and exported checkpoints with transformers on PyTorch.
+	@$(MAKE) --no-print-directory VENV=$(VENV)-interop interop
+
+interop: $(DEV)
+	@$(BIN)/python -c "import torch, transformers" 2>/dev/null || { \
+	  echo "==> adding $(INTEROP) to $(VENV)"; \
+	  $(subst -c constraints.txt,,$(INSTALL)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(INTEROP); }
+	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS) tests/interop
 
 lint: $(DEV)  ## Check format and style (ruff).
 	$(BIN)/ruff format --check .

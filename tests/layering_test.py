@@ -102,6 +102,7 @@ def _may_import(path: pathlib.Path) -> set[str]:
 
 
 CONFINED = {"gin", "seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text", "clu", "t5", "t5x", "absl"}
+CONFINED |= {"torch", "transformers", "huggingface_hub"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)

@@ -44,9 +44,7 @@ class EncoderDecoder:
         params |= parts.init_stream(spec, parts.named_key(key, "decoder"), spec.num_layers, has_cross=True)
         params["encoder"] = parts.init_stream(spec, parts.named_key(key, "encoder"), spec.encoder_layers)
         params |= parts.init_self_conditioning(spec, key)
-        if not spec.tied_embeddings:
-            params["head"] = {"tokens": parts.init_tokens(spec, key, "head", spec.model_dim**-0.5)}
-        return params
+        return params | parts.init_head(spec, key)
 
     def abstract_params(self) -> Params:
         """Returns shapes and dtypes of the parameters."""
@@ -57,9 +55,7 @@ class EncoderDecoder:
         axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec, has_cross=True)
         axes["encoder"] = parts.stream_axes(self.spec)
         axes |= parts.self_conditioning_axes(self.spec)
-        if not self.spec.tied_embeddings:
-            axes["head"] = {"tokens": ("vocab", "embed")}
-        return axes
+        return axes | parts.head_axes(self.spec)
 
     def hidden(
         self,

@@ -1,5 +1,6 @@
 """What single-stream networks and encoder-decoders have in common: embedding, one stream through a stack, head."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.cross_entropy import Head
 from diffusion_lm.nn.embeddings import relative_bias
 from diffusion_lm.nn.layers import Context, row_dropout
-from diffusion_lm.nn.masks import Segments, Visibility, same_segment
+from diffusion_lm.nn.masks import Segments, Visibility, Window, same_segment
 from diffusion_lm.nn.transformer import TransformerSpec
 
 # Dropout sites outside the blocks; far above any layer index, which is folded into the same keys.
@@ -31,27 +32,54 @@ def init_stream(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: b
     dtype = jnp.dtype(spec.param_dtype)
     params: dict[str, Any] = {
         "blocks": stack.init_stack(spec, named_key(key, "blocks"), layers, has_cross),
-        "final_norm": stack.init_norm(spec),
     }
+    params |= {name: stack.init_norm(spec) for name in _norms(spec)}
     if spec.position == "relative_bias":
         shape = (spec.relative_buckets, spec.num_heads)
         initializer = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         params["relative_bias"] = initializer(named_key(key, "relative_bias"), shape, dtype)
     if spec.position == "learned":
-        assert spec.max_positions is not None
-        shape = (spec.max_positions, spec.model_dim)
+        shape = (spec.position_rows, spec.model_dim)
         params["positions"] = spec.embedding_std * jax.random.normal(named_key(key, "positions"), shape, dtype)
     return params
 
 
 def stream_axes(spec: TransformerSpec, has_cross: bool = False) -> Any:
     """Returns the logical axes of `init_stream`'s tree."""
-    axes = {"blocks": stack.stack_axes(spec, has_cross), "final_norm": stack.norm_axes(spec)}
+    axes = {"blocks": stack.stack_axes(spec, has_cross)} | {name: stack.norm_axes(spec) for name in _norms(spec)}
     if spec.position == "relative_bias":
         axes["relative_bias"] = ("relative_buckets", "heads")
     if spec.position == "learned":
         axes["positions"] = ("positions", "embed")
     return axes
+
+
+def _norms(spec: TransformerSpec) -> tuple[str, ...]:
+    """Returns the names of the norms of a stream outside of its blocks."""
+    present = {"embedding_norm": spec.embedding_norm, "final_norm": spec.has_final_norm}
+    return tuple(name for name, is_there in present.items() if is_there)
+
+
+def init_head(spec: TransformerSpec, key: jax.Array) -> dict[str, Any]:
+    """Returns the parameters of the output projection under their name; none where it is the embedding alone."""
+    head: dict[str, Any] = {}
+    if not spec.tied_embeddings:
+        head["tokens"] = init_tokens(spec, key, "head", spec.model_dim**-0.5)
+    if spec.head_bias:
+        head["bias"] = jnp.zeros((spec.padded_vocab_size,), jnp.dtype(spec.param_dtype))
+    if spec.head_transform:
+        head["transform"] = stack.init_head_transform(spec, named_key(key, "head_transform"))
+    return {"head": head} if head else {}
+
+
+def head_axes(spec: TransformerSpec) -> Any:
+    """Returns the logical axes of `init_head`'s tree."""
+    head: dict[str, Any] = {} if spec.tied_embeddings else {"tokens": ("vocab", "embed")}
+    if spec.head_bias:
+        head["bias"] = ("vocab",)
+    if spec.head_transform:
+        head["transform"] = stack.head_transform_axes(spec)
+    return {"head": head} if head else {}
 
 
 def init_self_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:
@@ -74,8 +102,12 @@ def init_tokens(spec: TransformerSpec, key: jax.Array, name: str, std: float) ->
 
 def head_of(spec: TransformerSpec, params: Params) -> Head:
     """Returns the output projection: the embedding where tied."""
+    head = params.get("head", {})
     return Head(
-        weight_VD=params["embed"]["tokens"] if spec.tied_embeddings else params["head"]["tokens"],
+        weight_VD=params["embed"]["tokens"] if spec.tied_embeddings else head["tokens"],
+        bias_V=head.get("bias"),
+        transform=head.get("transform"),
+        run_transform=functools.partial(stack.run_head_transform, spec) if spec.head_transform else None,
         scale=spec.logit_scale,
         vocab_size=spec.vocab_size,
         softcap=spec.logit_softcap,
@@ -123,7 +155,10 @@ def run_stream(
         )
         x = x + stack.run_self_conditioning(spec, params["self_conditioning"], self_condition, constrain)
     if spec.position == "learned":
-        x = x + jnp.take(params["positions"], positions, axis=0, mode="clip").astype(x.dtype)
+        rows = positions + spec.position_offset
+        x = x + jnp.take(params["positions"], rows, axis=0, mode="clip").astype(x.dtype)
+    if spec.embedding_norm:
+        x = stack.run_norm(spec, params["embedding_norm"], x)
     x = row_dropout(x, spec.dropout_rate, dropout_keys, _EMBEDDING_SITE)
     x = constrain(x, ("batch", "length", "activation_embed"))
 
@@ -142,8 +177,12 @@ def run_stream(
     if encoder is not None:
         q_segments = segment_ids if cache is None else jnp.take_along_axis(segment_ids, positions, axis=1, mode="clip")
         memory_mask = same_segment(q_segments, encoder.segment_ids)
+    mask = (visibility & Segments(segment_ids)).dense(q_slots, length)
+    near = None if spec.window is None else mask & Window(spec.window, copies).dense(q_slots, length)
+    differs = near is not None and spec.window_layers is not None
     context = Context(
-        mask=(visibility & Segments(segment_ids)).dense(q_slots, length),
+        mask=mask if near is None or differs else near,
+        window_mask=near if differs else None,
         positions=positions,
         bias=bias,
         memory_BSD=None if encoder is None or encoder.cross is not None else encoder.memory_BSD,
@@ -153,7 +192,8 @@ def run_stream(
     )
     cross = None if encoder is None else encoder.cross
     x, cache = stack.run_stack(spec, params["blocks"], x, context, cache=cache, cross=cross)
-    x = stack.run_norm(spec, params["final_norm"], x)
+    if spec.has_final_norm:
+        x = stack.run_norm(spec, params["final_norm"], x)
     return row_dropout(x, spec.dropout_rate, dropout_keys, _OUTPUT_SITE), cache
 
 
@@ -185,7 +225,8 @@ def self_conditioning_flops(spec: TransformerSpec) -> float:
 
 def logit_flops(spec: TransformerSpec) -> float:
     """Returns forward FLOPs of one token's logits."""
-    return 2.0 * spec.model_dim * spec.padded_vocab_size
+    transform = 2.0 * spec.model_dim**2 if spec.head_transform else 0.0
+    return transform + 2.0 * spec.model_dim * spec.padded_vocab_size
 
 
 def count(params: Params) -> dict[str, int]:

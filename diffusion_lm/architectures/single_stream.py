@@ -40,9 +40,7 @@ class SingleStream:
         params = {"embed": {"tokens": parts.init_tokens(spec, key, "embed", spec.embedding_std)}}
         params |= parts.init_stream(spec, parts.named_key(key, "decoder"), spec.num_layers)
         params |= parts.init_self_conditioning(spec, key)
-        if not spec.tied_embeddings:
-            params["head"] = {"tokens": parts.init_tokens(spec, key, "head", spec.model_dim**-0.5)}
-        return params
+        return params | parts.init_head(spec, key)
 
     def abstract_params(self) -> Params:
         """Returns shapes and dtypes of the parameters."""
@@ -52,9 +50,7 @@ class SingleStream:
         """Returns the logical axes of the parameters."""
         axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec)
         axes |= parts.self_conditioning_axes(self.spec)
-        if not self.spec.tied_embeddings:
-            axes["head"] = {"tokens": ("vocab", "embed")}
-        return axes
+        return axes | parts.head_axes(self.spec)
 
     def hidden(
         self,

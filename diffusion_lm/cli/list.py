@@ -1,7 +1,7 @@
 """Lists the gin files of one kind with what they are and where they come from, e.g. `diffusion-lm list objectives`.
 
 Kinds: objectives, samplers, scoring, models, sizes, optimizers, partitioning, runs, recipes. The texts are the first
-sentences of the files themselves."""
+sentences of the files themselves. The kind families is that of checkpoints which `import` reads."""
 
 import argparse
 import re
@@ -27,6 +27,9 @@ KINDS = {
 PARTS = "parts"
 """The folder of files that recipes include and nobody runs."""
 
+FAMILIES = "families"
+"""The kind that is no folder of gin files."""
+
 _SOURCE = re.compile(r"(?<![\w.])(\d{4}\.\d{4,5})(?!\w)")
 _NAMED = re.compile(r"^Source: (.*?)\.?$")
 _BRACKET = re.compile(r"\s*\([^()]*\d{4}\.\d{4,5}[^()]*\)")
@@ -35,7 +38,7 @@ _SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)\.(?=\s|$)")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument("kind", choices=tuple(KINDS), help="what to list")
+    parser.add_argument("kind", choices=(*KINDS, FAMILIES), help="what to list")
     parser.add_argument(
         "--gin_search_path",
         action="append",
@@ -47,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs the verb and returns one object per file: name, path to include, description, arXiv numbers."""
+    if arguments.kind == FAMILIES:
+        return _families()
     found: dict[str, dict[str, Any]] = {}
     for root in (*map(Path, split_search_path(arguments.gin_search_path)), packaged_folder()):
         folder = root / KINDS[arguments.kind]
@@ -72,6 +77,24 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     flag = {"samplers": "decode --sampler", "scoring": "evaluate --estimator"}.get(arguments.kind, "--gin_file")
     below = KINDS[arguments.kind]
     say(f"\nUse one: include '{below}/NAME.gin' in a gin file, or {flag} gin/{below}/NAME.gin.")
+    return entries
+
+
+def _families() -> list[dict[str, Any]]:
+    from diffusion_lm.interop.name_maps import FAMILIES as families
+
+    entries = [
+        {
+            "name": family.name,
+            "model_types": list(family.model_types),
+            "description": family.description,
+            "sources": [family.source],
+        }
+        for family in families
+    ]
+    rows = [(e["name"], e["description"], ", ".join(e["model_types"]), e["sources"][0]) for e in entries]
+    table([FAMILIES, "what it is", "model_type", "source"], rows, fold=(1, 2, 3))
+    say("\nRead one: diffusion-lm import FOLDER --workdir DIR.")
     return entries
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import keyword
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ VERBS = {
     "evaluate": "score a trained model: bound, metrics, likelihood, multiple choice",
     "decode": "complete prompts with a trained model",
     "explain": "show what a configuration is: parameters, shapes, shardings, FLOPs, memory",
-    "list": "show the objectives, samplers, estimators, models and recipes that there are",
+    "list": "show the objectives, samplers, estimators, models, recipes and families of checkpoints that there are",
+    "import": "make a run folder of a Hugging Face checkpoint",
+    "export": "write a trained model as a Hugging Face checkpoint",
     "materialise": "write tasks to files that training reads without TensorFlow",
     "doctor": "check that this machine can run all of it",
 }
@@ -42,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffusion-lm {diffusion_lm.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser, title="verbs")
     for name, summary in VERBS.items():
-        module = importlib.import_module(f"diffusion_lm.cli.{name}")
+        # `import` is no name that a module could be imported by.
+        module = importlib.import_module(f"diffusion_lm.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
         verb = verbs.add_parser(
             name,
             help=summary,

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.core.types import TokenStats
+from diffusion_lm.core.types import Params, TokenStats
 from diffusion_lm.nn import sampling
 
 WANTED_SLOTS = 32
@@ -25,7 +25,7 @@ NEVER = -1e30
 
 
 class Head(flax.struct.PyTreeNode):
-    """The output projection: logits = scale * h W^T + bias.
+    """The output projection: logits = scale * f(h) W^T + bias.
 
     Attributes:
       weight_VD: [padded V,D].
@@ -33,6 +33,8 @@ class Head(flax.struct.PyTreeNode):
       scale: static factor; 1/sqrt(D) where the weights are the input embedding of the T5 family.
       vocab_size: static; rows from here on only pad the matrix and are never emitted.
       softcap: static; logits become softcap * tanh(logits / softcap).
+      transform: parameters of f, which only the wanted slots go through; None = f(h) is h.
+      run_transform: static; f as a function of `transform` and [b,t,D].
     """
 
     weight_VD: jax.Array
@@ -40,6 +42,8 @@ class Head(flax.struct.PyTreeNode):
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     vocab_size: int = flax.struct.field(pytree_node=False, default=0)
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)
+    transform: Params | None = None
+    run_transform: Callable[[Params, jax.Array], jax.Array] | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass
@@ -71,6 +75,9 @@ class Noised(flax.struct.PyTreeNode):
 
 def logits(hidden_BTD: jax.Array, head: Head, forbidden: tuple[int, ...] = ()) -> jax.Array:
     """Returns f32[B,T,padded V]; the padding rows and `forbidden` ids have the logit `NEVER`."""
+    if head.run_transform is not None:
+        assert head.transform is not None
+        hidden_BTD = head.run_transform(head.transform, hidden_BTD)
     scaled = hidden_BTD if head.scale == 1.0 else hidden_BTD * jnp.asarray(head.scale, hidden_BTD.dtype)
     weight_VD = head.weight_VD.astype(hidden_BTD.dtype)
     out = jnp.einsum("BTD,VD->BTV", scaled, weight_VD, preferred_element_type=jnp.float32)

@@ -5,22 +5,29 @@ import math
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.nn.rope import RopeScaling
 
-def rotary(x_BQHE: jax.Array, positions_BQ: jax.Array, theta: float) -> jax.Array:
+
+def rotary(x_BQHE: jax.Array, positions_BQ: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
     """Rotates each head's halves by angles that grow with the position (RoPE, arXiv 2104.09864; LLaMA's half split).
 
     Args:
       x_BQHE: queries or keys; E even.
       positions_BQ: i32[B|1,Q].
       theta: base of the geometric series of wavelengths.
+      scaling: how the frequencies were stretched; None = not at all.
 
     Returns:
       The rotated array in the dtype of `x_BQHE`; angles and rotation are float32.
     """
     half = x_BQHE.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies: jax.Array = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequencies = jnp.asarray(scaling.frequencies(x_BQHE.shape[-1], theta))
     angles = positions_BQ[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scaling is not None and scaling.magnitude != 1.0:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
     left, right = jnp.split(x_BQHE.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BQHE.dtype)
 

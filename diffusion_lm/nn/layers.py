@@ -1,6 +1,7 @@
 """The layers of one block, as Linen modules. Nothing of Linen leaves this floor: see `nn/stack.py`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ class Context(flax.struct.PyTreeNode):
 
     Attributes:
       mask: bool[B|1,Q,T], who sees whom.
+      window_mask: bool[B|1,Q,T], the same inside the window, for `spec.window_layers`; None where no layer differs.
       positions: i32[B,Q].
       bias: f32[B|1,H,Q,T], the stack's relative bias, or None.
       memory_BSD: the encoder's output where each block projects its own keys and values, or None.
@@ -37,6 +39,7 @@ class Context(flax.struct.PyTreeNode):
     bias: jax.Array | None = None
     memory_BSD: jax.Array | None = None
     memory_mask: jax.Array | None = None
+    window_mask: jax.Array | None = None
     dropout_keys: jax.Array | None = None
     constrain: Callable = flax.struct.field(pytree_node=False, default=lambda x, axes: x)
 
@@ -127,11 +130,11 @@ class Attention(nn.Module):
         self.value = _parameter(self, "value", fan_in_normal(D), (D, K, E), kv_axes, dtype)
         self.output = _parameter(self, "output", fan_in_normal(H * E), (H, E, D), ("heads", "head_dim", "embed"), dtype)
         zeros = nn.initializers.zeros
-        if spec.use_bias or spec.qkv_bias:
+        if spec.has_qkv_bias:
             self.query_bias = _parameter(self, "query_bias", zeros, (H, E), ("heads", "head_dim"), dtype)
             self.key_bias = _parameter(self, "key_bias", zeros, (K, E), ("kv_heads", "head_dim"), dtype)
             self.value_bias = _parameter(self, "value_bias", zeros, (K, E), ("kv_heads", "head_dim"), dtype)
-        if spec.use_bias:
+        if spec.has_attention_output_bias:
             self.output_bias = _parameter(self, "output_bias", zeros, (D,), ("norm",), dtype)
         if spec.qk_norm:
             self.query_norm = Norm(spec)
@@ -145,7 +148,7 @@ class Attention(nn.Module):
             k = self.key_norm(k)
         if self.spec.position == "rope" and not self.cross:
             assert positions is not None
-            k = rotary(k, positions, self.spec.rope_theta)
+            k = rotary(k, positions, self.spec.rope_theta, self.spec.rope_scaling)
         return k, v
 
     def queries(self, x_BQD: jax.Array, positions: jax.Array) -> jax.Array:
@@ -155,7 +158,7 @@ class Attention(nn.Module):
         if spec.qk_norm:
             q = self.query_norm(q)
         if spec.position == "rope" and not self.cross:
-            q = rotary(q, positions, spec.rope_theta)
+            q = rotary(q, positions, spec.rope_theta, spec.rope_scaling)
         return q * jnp.asarray(spec.head_dim**-0.5, q.dtype) if spec.attention_scale == "inverse_sqrt" else q
 
     def __call__(self, x_BQD, keys_values, context: Context) -> jax.Array:
@@ -176,14 +179,19 @@ class Attention(nn.Module):
         read = out
         out = jnp.einsum("BQHE,HED->BQD", read, self.output.astype(read.dtype))
         out = add_low_rank(self, "output", out, read, inputs=2)
-        return out + self.output_bias.astype(out.dtype) if spec.use_bias else out
+        return out + self.output_bias.astype(out.dtype) if spec.has_attention_output_bias else out
 
     def _project(self, x_BTD, name: str):
         out = jnp.einsum("BTD,DHE->BTHE", x_BTD, getattr(self, name).astype(x_BTD.dtype))
         out = add_low_rank(self, name, out, x_BTD)
-        if self.spec.use_bias or self.spec.qkv_bias:
+        if self.spec.has_qkv_bias:
             out = out + getattr(self, f"{name}_bias").astype(out.dtype)
         return out
+
+
+def gelu_of(spec: TransformerSpec) -> Callable[[jax.Array], jax.Array]:
+    """Returns the GELU of a network."""
+    return functools.partial(nn.gelu, approximate=spec.gelu == "tanh")
 
 
 class Mlp(nn.Module):
@@ -196,12 +204,13 @@ class Mlp(nn.Module):
         """Returns [B,T,D]."""
         spec, x, dtype = self.spec, x_BTD, jnp.dtype(self.spec.param_dtype)
         D, F = spec.model_dim, spec.mlp_dim
-        activation = {"geglu": nn.gelu, "gelu": nn.gelu, "swiglu": nn.silu, "relu": nn.relu}[spec.mlp]
+        gelu = gelu_of(spec)
+        activation = {"geglu": gelu, "gelu": gelu, "swiglu": nn.silu, "relu": nn.relu}[spec.mlp]
 
         def linear(name, x, shape, axes):
             out = x @ _parameter(self, name, fan_in_normal(shape[0]), shape, axes, dtype).astype(x.dtype)
             out = add_low_rank(self, name, out, x)
-            if spec.use_bias:
+            if spec.has_mlp_bias:
                 bias_axes = ("mlp",) if axes[1] == "mlp" else ("norm",)
                 bias = _parameter(self, f"{name}_bias", nn.initializers.zeros, shape[1:], bias_axes, dtype)
                 out = out + bias.astype(x.dtype)
@@ -226,7 +235,7 @@ class SelfConditioning(nn.Module):
 
     def setup(self):
         """Names the layers."""
-        plain = dataclasses.replace(self.spec, use_bias=False)
+        plain = dataclasses.replace(self.spec, use_bias=False, mlp_bias=False)
         self.norm = Norm(plain)
         self.mlp = Mlp(plain)
 
@@ -236,7 +245,7 @@ class SelfConditioning(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm self-attention, cross-attention where there is an encoder, and MLP.
+    """Self-attention, cross-attention where there is an encoder, and MLP, each with a norm before or behind it.
 
     Attributes:
       spec: the network's shape.
@@ -281,26 +290,60 @@ class Block(nn.Module):
             keys = fold_in_each(keys, jnp.full(keys.shape, layer))
             context = context.replace(dropout_keys=keys)
 
-        normed = self.attention_norm(x_BQD)
+        if context.window_mask is not None:
+            assert spec.window_layers is not None
+            if isinstance(layer, int):
+                mask = context.window_mask if layer in spec.window_layers else context.mask
+            else:
+                inside = jnp.any(jnp.asarray(spec.window_layers, jnp.int32) == layer)
+                mask = jnp.where(inside, context.window_mask, context.mask)
+            context = context.replace(mask=mask)
+
+        normed = self._before(self.attention_norm, x_BQD)
         keys_values = self.attention.keys_values(normed, context.positions)
         if cache is not None:
             cache = cache.write(layer, context.positions, *keys_values)
             keys_values = cache.read(layer)
-        x_BQD = x_BQD + row_dropout(self.attention(normed, keys_values, context), spec.dropout_rate, keys, site=2)
+        read = row_dropout(self.attention(normed, keys_values, context), spec.dropout_rate, keys, site=2)
+        x_BQD = self._behind(self.attention_norm, x_BQD + read)
 
         if self.has_cross:
             if cross is None:
                 assert context.memory_BSD is not None
                 cross = self.cross_attention.keys_values(context.memory_BSD, None)
-            read = self.cross_attention(self.cross_attention_norm(x_BQD), cross, context)
-            x_BQD = x_BQD + row_dropout(read, spec.dropout_rate, keys, site=3)
+            read = self.cross_attention(self._before(self.cross_attention_norm, x_BQD), cross, context)
+            read = row_dropout(read, spec.dropout_rate, keys, site=3)
+            x_BQD = self._behind(self.cross_attention_norm, x_BQD + read)
 
-        x_BQD = x_BQD + row_dropout(self.mlp(self.mlp_norm(x_BQD), context), spec.dropout_rate, keys, site=4)
+        made = row_dropout(self.mlp(self._before(self.mlp_norm, x_BQD), context), spec.dropout_rate, keys, site=4)
+        x_BQD = self._behind(self.mlp_norm, x_BQD + made)
         return context.constrain(x_BQD, ("batch", "length", "activation_embed")), cache
+
+    def _before(self, norm: Norm, x_BQD: jax.Array) -> jax.Array:
+        return norm(x_BQD) if self.spec.norm_placement == "pre" else x_BQD
+
+    def _behind(self, norm: Norm, x_BQD: jax.Array) -> jax.Array:
+        return norm(x_BQD) if self.spec.norm_placement == "post" else x_BQD
 
     def project_memory(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns this block's cross-attention (k_BSKE, v_BSKE)."""
         return self.cross_attention.keys_values(memory_BSD, None)
+
+
+class HeadTransform(nn.Module):
+    """What the BERT family does to a hidden state before the output projection: linear layer, GELU, norm."""
+
+    spec: TransformerSpec
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns [B,T,D] in the compute dtype."""
+        D, dtype = self.spec.model_dim, jnp.dtype(self.spec.param_dtype)
+        dense = _parameter(self, "dense", fan_in_normal(D), (D, D), ("embed", "norm"), dtype)
+        bias = _parameter(self, "dense_bias", nn.initializers.zeros, (D,), ("norm",), dtype)
+        return Norm(self.spec, name="norm")(
+            gelu_of(self.spec)(x_BTD @ dense.astype(x_BTD.dtype) + bias.astype(x_BTD.dtype))
+        )
 
 
 def _parameter(module: nn.Module, name: str, initializer, shape, axes, dtype) -> Any:

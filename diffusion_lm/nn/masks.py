@@ -180,6 +180,28 @@ class Block(Visibility):
 
 
 @flax.struct.dataclass
+class Window(Visibility):
+    """Keys nearer than `size` slots, on either side (the sliding window of Mistral, arXiv 2310.06825, once causal).
+
+    Attributes:
+      size: number of tokens seen on one side, the query's own included; static.
+      count: copies of the row that lie side by side and share their distances; static.
+    """
+
+    size: int = flax.struct.field(pytree_node=False)
+    count: int = flax.struct.field(pytree_node=False, default=1)
+
+    def dense(self, q_slots, num_keys):
+        length = num_keys // self.count
+        distance = _slots(q_slots, num_keys)[:, :, None] % length - jnp.arange(num_keys) % length
+        return jnp.abs(distance) < self.size
+
+    @property
+    def copies(self):
+        return self.count
+
+
+@flax.struct.dataclass
 class Between(Visibility):
     """Queries of one copy of the row see keys of one copy, where a row holds several copies side by side.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.types import Params
 from diffusion_lm.nn.cache import KVCache
-from diffusion_lm.nn.layers import ADAPTERS, Block, Context, Norm, SelfConditioning
+from diffusion_lm.nn.layers import ADAPTERS, Block, Context, HeadTransform, Norm, SelfConditioning
 from diffusion_lm.nn.remat import rematerialise
 from diffusion_lm.nn.transformer import TransformerSpec
 
@@ -78,7 +78,7 @@ def project_memory(spec: TransformerSpec, blocks: Params, memory_BSD: jax.Array)
 
 
 def init_norm(spec: TransformerSpec) -> Params:
-    """Returns the parameters of a final norm."""
+    """Returns the parameters of a norm outside of the blocks."""
     return _values(_init_norm(spec))
 
 
@@ -88,9 +88,26 @@ def norm_axes(spec: TransformerSpec) -> Any:
 
 
 def run_norm(spec: TransformerSpec, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """Applies a final norm."""
+    """Applies a norm outside of the blocks."""
     normed: Any = Norm(spec).apply({"params": params}, x_BTD)
     return normed
+
+
+def init_head_transform(spec: TransformerSpec, key: jax.Array) -> Params:
+    """Returns the parameters of the layer in front of the output projection."""
+    return _values(_init_head_transform(spec, key))
+
+
+def head_transform_axes(spec: TransformerSpec) -> Any:
+    """Returns the logical axes of `init_head_transform`'s tree."""
+    boxed = jax.eval_shape(lambda: _init_head_transform(spec, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_box)
+
+
+def run_head_transform(spec: TransformerSpec, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """Returns [B,T,D], what the output projection reads."""
+    transformed: Any = HeadTransform(spec).apply({"params": params}, x_BTD)
+    return transformed
 
 
 def init_self_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:
@@ -135,6 +152,10 @@ def _init_block(spec: TransformerSpec, key: jax.Array, has_cross: bool):
     )
     x = jnp.zeros((1, 1, spec.model_dim), spec.compute_dtype)
     return Block(spec, has_cross=has_cross).init(key, x, context, 0)["params"]
+
+
+def _init_head_transform(spec: TransformerSpec, key: jax.Array):
+    return HeadTransform(spec).init(key, jnp.zeros((1, 1, spec.model_dim), spec.compute_dtype))["params"]
 
 
 def _init_norm(spec: TransformerSpec):

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import near_names, require
 from diffusion_lm.nn.attention import IMPLEMENTATIONS
 from diffusion_lm.nn.remat import POLICIES
+from diffusion_lm.nn.rope import RopeScaling
 
 _CHOICES = {
     "mlp": ("geglu", "swiglu", "gelu", "relu"),
+    "gelu": ("tanh", "exact"),
     "norm": ("rmsnorm", "layernorm"),
+    "norm_placement": ("pre", "post"),
     "position": ("relative_bias", "rope", "learned", "none"),
     "attention_scale": ("none", "inverse_sqrt"),
     "dtype": ("float32", "bfloat16"),
@@ -22,8 +25,9 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class TransformerSpec:
-    """A pre-norm transformer. The defaults are T5 v1.1 (arXiv 2002.05202); LLaMA is `position="rope"`, `mlp="swiglu"`,
-    `attention_scale="inverse_sqrt"`, `tied_embeddings=False` and fewer `num_kv_heads`.
+    """A transformer. The defaults are T5 v1.1 (arXiv 2002.05202); LLaMA is `position="rope"`, `mlp="swiglu"`,
+    `attention_scale="inverse_sqrt"`, `tied_embeddings=False` and fewer `num_kv_heads`. `interop/name_maps/` spells out
+    the families whose released checkpoints can be read.
 
     Attributes:
       vocab_size: tokens of the vocabulary.
@@ -33,21 +37,35 @@ class TransformerSpec:
       head_dim: size E of one head; H * E need not equal D.
       mlp_dim: width F of the feed-forward layer (of each of the two halves of a gated one).
       num_kv_heads: key/value heads K, a divisor of H; None = H.
-      mlp: "geglu" and "swiglu" are gated (tanh GELU, SiLU); "gelu" and "relu" are not.
+      mlp: "geglu" and "swiglu" are gated (GELU, SiLU); "gelu" and "relu" are not.
+      gelu: the "tanh" approximation (T5, GPT-2) or the "exact" function by erf (BERT, RoBERTa).
       norm: "rmsnorm" or "layernorm".
       norm_eps: added to the variance.
+      norm_placement: "pre" normalises what each layer reads and, once, what the stack returns; "post" normalises each
+        sum of a layer and its input (BERT, RoBERTa), and the stack has no final norm.
+      embedding_norm: a norm behind the sum of token and position embeddings (BERT, RoBERTa).
       position: "relative_bias" (T5, one table per stack), "rope", "learned" or "none".
       rope_theta: base of RoPE's wavelengths.
+      rope_scaling: how RoPE's frequencies were stretched for long streams, see `nn/rope.py`; None = not at all.
+      window: how far a token sees: keys at a distance below this one, in both directions where the visibility allows
+        both (Mistral's sliding window); None = as far as the visibility goes.
+      window_layers: numbers of the layers (of each stack) that have the window; None = all of them.
       relative_buckets: rows of the relative-bias table.
       relative_max_distance: distance from which relative positions share a bucket.
       relative_bidirectional: tells future distances apart. Also on for causal models, where it costs half of the
         buckets: a diffusion stage may then start from an AR checkpoint and change only loss and visibility, without
         every future distance being taken for distance 0.
       max_positions: longest stream; required by learned positions, None = unlimited.
+      position_offset: row of the learned table that belongs to position 0; the rows before it are never read. RoBERTa
+        counts from the id of its padding token + 1.
       tied_embeddings: the output projection is the input embedding.
       tied_logit_scale: logits are divided by sqrt(D) when tied, as in T5.
-      use_bias: biases in all linear layers (and in "layernorm").
+      use_bias: biases in all linear layers of the blocks (and in "layernorm").
       qkv_bias: biases in the query, key and value projections (Qwen2).
+      attention_output_bias: biases in the output projection of attention.
+      mlp_bias: biases in the feed-forward layers.
+      head_transform: a linear layer, GELU and norm in front of the output projection (BERT's masked language models).
+      head_bias: a bias a token on the logits.
       qk_norm: normalises each head's queries and keys (Qwen3).
       embedding_std: standard deviation of fresh embeddings.
       attention_scale: "none" (T5, which initialises the queries smaller instead) or "inverse_sqrt" of the head size.
@@ -75,18 +93,29 @@ class TransformerSpec:
     mlp_dim: int
     num_kv_heads: int | None = None
     mlp: str = "geglu"
+    gelu: str = "tanh"
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
+    norm_placement: str = "pre"
+    embedding_norm: bool = False
     position: str = "relative_bias"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    window_layers: tuple[int, ...] | None = None
     relative_buckets: int = 32
     relative_max_distance: int = 128
     relative_bidirectional: bool = True
     max_positions: int | None = None
+    position_offset: int = 0
     tied_embeddings: bool = True
     tied_logit_scale: bool = True
     use_bias: bool = False
     qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    head_transform: bool = False
+    head_bias: bool = False
     qk_norm: bool = False
     embedding_std: float = 1.0
     attention_scale: str = "none"
@@ -139,6 +168,26 @@ class TransformerSpec:
             where="TransformerSpec.max_positions",
             fix="Bind max_positions, or choose position = 'rope'.",
         )
+        require(
+            self.position_offset >= 0,
+            f"position_offset = {self.position_offset} is negative",
+            where="TransformerSpec.position_offset",
+            fix="Give the row that belongs to position 0.",
+        )
+        require(
+            self.window is None or self.window >= 1,
+            f"window = {self.window} hides a token from itself",
+            where="TransformerSpec.window",
+            fix="Give a number of tokens from 1 up, or None.",
+        )
+        if self.window_layers is not None:
+            object.__setattr__(self, "window_layers", tuple(self.window_layers))
+            require(
+                self.window is not None and all(layer >= 0 for layer in self.window_layers),
+                f"window_layers = {self.window_layers} are no layers with a window",
+                where="TransformerSpec.window_layers",
+                fix="Count layers from 0 and bind window too.",
+            )
         half = self.relative_buckets // (2 if self.relative_bidirectional else 1) // 2
         require(
             self.position != "relative_bias" or 0 < half < self.relative_max_distance,
@@ -178,6 +227,32 @@ class TransformerSpec:
     def gated(self) -> bool:
         """Whether the MLP has a gate."""
         return self.mlp in ("geglu", "swiglu")
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.use_bias or self.qkv_bias
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.use_bias or self.attention_output_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether the feed-forward layers have biases."""
+        return self.use_bias or self.mlp_bias
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a norm stands behind the blocks: where they do not end in one themselves."""
+        return self.norm_placement != "post"
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of learned positions."""
+        assert self.max_positions is not None
+        return self.max_positions + self.position_offset
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -191,6 +191,23 @@ def restore_params(path: str | Path, *, step: int | None = None, like: Params | 
         return reader.restore(item, jax.tree_util.tree_map_with_path(abstract, stored.tree))
 
 
+def save_params(workdir: str | Path, params: Params) -> None:
+    """Writes parameters as the checkpoint of step 0 of a run folder: of a network that was not trained here.
+
+    It can be read by `restore_params`; having no optimizer, it cannot be resumed.
+
+    Raises:
+      RuntimeError: Orbax declined to save.
+    """
+    folder = Path(workdir).absolute() / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(dataclasses.asdict(Progress()))}
+    with ocp.CheckpointManager(folder, item_names=("params", "meta")) as manager:
+        if not manager.save(0, args=ocp.args.Composite(**items), force=True):
+            raise RuntimeError(f"Orbax did not save the parameters in {folder}")
+        manager.wait_until_finished()
+
+
 def finished_steps(path: str | Path) -> list[int]:
     """Returns the steps of the whole checkpoints in a run folder, oldest first."""
     folder = Path(path).absolute()

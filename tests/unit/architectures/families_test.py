@@ -16,6 +16,7 @@ from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.types import EncoderInputs
 from diffusion_lm.nn import masks
+from diffusion_lm.nn.rope import YarnRope
 from diffusion_lm.nn.transformer import TransformerSpec
 
 T5 = TransformerSpec(
@@ -30,7 +31,33 @@ GPT = dataclasses.replace(
 )
 T5_DOUBLE = dataclasses.replace(T5, encoder_layers=2, tied_embeddings=False)
 LLAMA_DOUBLE = dataclasses.replace(LLAMA, encoder_layers=1)
-FAMILIES = {"t5": T5, "qwen": QWEN, "gpt": GPT, "t5_double": T5_DOUBLE, "llama_double": LLAMA_DOUBLE}
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    window=4,
+    window_layers=(1,),
+    rope_scaling=YarnRope(2.0, original_max_positions=8),
+    attention_output_bias=True,
+    mlp_bias=True,
+)
+BERT = dataclasses.replace(
+    GPT,
+    gelu="exact",
+    norm_placement="post",
+    embedding_norm=True,
+    position_offset=2,
+    attention_scale="inverse_sqrt",
+    head_transform=True,
+    head_bias=True,
+)
+FAMILIES = {
+    "t5": T5,
+    "qwen": QWEN,
+    "gpt": GPT,
+    "mistral": MISTRAL,
+    "bert": BERT,
+    "t5_double": T5_DOUBLE,
+    "llama_double": LLAMA_DOUBLE,
+}
 every_family = pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
 VISIBILITIES = masks.VISIBILITY_NAMES
 

@@ -1,0 +1,72 @@
+"""Makes a run folder of a Hugging Face checkpoint: other runs start from it, and decode and evaluate read it.
+
+PATH is a folder with config.json and safetensors files (or pytorch_model.bin, read without torch), as `hf download NAME
+--local-dir PATH` makes. The run folder gets the parameters as checkpoint 0, model.gin, which binds the network, and
+import.json, which says what became of each tensor. Where anything is wrong, nothing is written."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from diffusion_lm.cli.output import count, facts, heading, progress, say, size
+
+DTYPES = ("float32", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="run folder to write; must be new")
+    parser.add_argument("--param_dtype", choices=DTYPES, default="float32", help="of the parameters (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default: float32)")
+    parser.add_argument(
+        "--fresh_missing", action="store_true", help="initialise what the files lack, e.g. an encoder's output head"
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs the verb and returns its result."""
+    from diffusion_lm.interop.huggingface import load
+    from diffusion_lm.interop.run_folder import MODEL_GIN, check_free, write_run_folder
+    from diffusion_lm.parallel import multihost
+    from diffusion_lm.parallel.mesh import MeshSpec
+
+    multihost.initialize()
+    source, workdir = Path(arguments.path).expanduser(), Path(arguments.workdir).expanduser()
+    check_free(workdir)
+    imported = load(
+        source,
+        param_dtype=arguments.param_dtype,
+        dtype=arguments.dtype,
+        mesh=MeshSpec(),
+        fresh_missing=arguments.fresh_missing,
+    )
+    report = imported.report
+    progress(f"read in {report.seconds:.1f} s; at most {size(report.peak_host)} on the host at a time")
+    write_run_folder(imported, source, workdir)
+    specials = {name: value for name, value in dataclasses.asdict(imported.specials).items() if value not in (None, ())}
+    if multihost.is_primary():
+        heading(f"{imported.family} in {workdir}")
+        facts(
+            [
+                ("parameters", count(report.parameters)),
+                ("arrays", f"{len(report.mapped)} mapped, {len(report.missing)} initialised afresh"),
+                ("tensors ignored", ", ".join(report.ignored) or "none"),
+                ("largest array", size(report.largest_array)),
+                ("trained", "from left to right" if imported.causal else "in both directions"),
+                ("special tokens", ", ".join(f"{name} {value}" for name, value in specials.items()) or "none named"),
+            ]
+        )
+        for name in report.missing:
+            say(f"  fresh  {name}")
+        say(f"\nGo on from it in a gin file: include '{workdir / MODEL_GIN}'")
+        say(f"                             run.TrainRun.initial = '{workdir}'")
+    return {
+        "workdir": str(workdir),
+        "family": imported.family,
+        "causal": imported.causal,
+        "specials": dataclasses.asdict(imported.specials),
+        "spec": dataclasses.asdict(imported.architecture.spec),
+        "report": dataclasses.asdict(report),
+    }

@@ -1,0 +1,221 @@
+"""Checkpoints of the Hugging Face ecosystem as networks of ours: a folder with config.json and its weights.
+
+Everything is checked before the first tensor is read; then the arrays are made one after the other, each from the file
+into one buffer on the host and from there to the devices.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_lm.architectures.single_stream import SingleStream
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.files import read_json
+from diffusion_lm.core.types import Params
+from diffusion_lm.interop.assemble import Meter, Plan, plan_weights, read_array
+from diffusion_lm.interop.name_maps import family_of
+from diffusion_lm.interop.name_maps.family import CONFIG, Config
+from diffusion_lm.interop.save import save as save
+from diffusion_lm.interop.tensor_files import Checkpoint
+from diffusion_lm.nn.transformer import TransformerSpec
+from diffusion_lm.parallel.mesh import MeshSpec
+from diffusion_lm.parallel.rules import LogicalRules
+from diffusion_lm.parallel.shardings import tree_shardings
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Specials:
+    """The special tokens that the files name; None or () where they name none.
+
+    Attributes:
+      pad_id: padding.
+      bos_id: opens a text.
+      eos_ids: end a text; chat models have several.
+      mask_id: MASK.
+    """
+
+    pad_id: int | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    mask_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportReport:
+    """What became of the tensors of the files and of the arrays of the network.
+
+    Attributes:
+      mapped: (array, tensor) for each array that was read; `{i}` stands for the layers.
+      ignored: tensors that carry nothing of their own.
+      missing: arrays without a tensor, which were initialised afresh because that was asked for.
+      parameters: number of parameters of the network, rows that pad the vocabulary included.
+      largest_array: bytes of the largest array.
+      peak_host: most bytes that the reader held on the host at a time.
+      seconds: time that reading took.
+    """
+
+    mapped: tuple[tuple[str, str], ...]
+    ignored: tuple[str, ...]
+    missing: tuple[str, ...]
+    parameters: int
+    largest_array: int
+    peak_host: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A checkpoint as a network.
+
+    Attributes:
+      family: name of its family.
+      architecture: the network.
+      params: its parameters.
+      specials: its special tokens.
+      causal: whether it was trained from left to right.
+      report: what became of the tensors.
+      config: the contents of its config.json.
+    """
+
+    family: str
+    architecture: SingleStream
+    params: Params
+    specials: Specials
+    causal: bool
+    report: ImportReport
+    config: Mapping[str, Any]
+
+
+def load(
+    path: str | Path,
+    *,
+    param_dtype: str = "float32",
+    dtype: str = "float32",
+    mesh: MeshSpec | None = None,
+    rules: LogicalRules | None = None,
+    fresh_missing: bool = False,
+) -> Imported:
+    """Reads a checkpoint.
+
+    Args:
+      path: a folder with config.json and model.safetensors, pytorch_model.bin, or shards of either with their index.
+      param_dtype: dtype of the parameters, "float32" or "bfloat16".
+      dtype: dtype of the computation.
+      mesh: devices to lay the parameters out on; None = the first device.
+      rules: how they are split over the mesh; None = the default rules.
+      fresh_missing: initialises the arrays that the files lack (the head of an encoder without its language model,
+        say) instead of refusing the checkpoint.
+
+    Raises:
+      ConfigError: the checkpoint is of an unknown family, is incomplete, or has tensors that have no place.
+    """
+    start = time.perf_counter()
+    folder = _folder(path)
+    config = Config(_json(folder / CONFIG), str(folder / CONFIG))
+    family = family_of(config)
+    fields = family.spec(config) | {"dtype": dtype, "param_dtype": param_dtype}
+    architecture = SingleStream(TransformerSpec(**fields))
+    checkpoint = Checkpoint(folder)
+    plan = plan_weights(family, architecture, checkpoint, fresh_missing=fresh_missing)
+    meter = Meter()
+    params = _read(plan, architecture, checkpoint, mesh, rules, meter)
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    report = ImportReport(
+        mapped=tuple((name, weight.theirs) for name, weight in plan.weights.items()),
+        ignored=plan.ignored,
+        missing=plan.missing,
+        parameters=architecture.count_parameters()["total"],
+        largest_array=max(sizes),
+        peak_host=meter.peak,
+        seconds=time.perf_counter() - start,
+    )
+    specials = find_specials(config.values, _json(folder / GENERATION_CONFIG, optional=True))
+    return Imported(family.name, architecture, params, specials, family.causal, report, config.values)
+
+
+def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> Specials:
+    """Returns the special tokens; what the generation config says comes first."""
+
+    def ids(name: str) -> tuple[int, ...]:
+        for source in (generation_config, config):
+            value = source.get(name)
+            if value is not None:
+                return tuple(value) if isinstance(value, list) else (value,)
+        return ()
+
+    def first(name: str) -> int | None:
+        return next(iter(ids(name)), None)
+
+    return Specials(first("pad_token_id"), first("bos_token_id"), ids("eos_token_id"), first("mask_token_id"))
+
+
+def _read(
+    plan: Plan,
+    architecture: SingleStream,
+    checkpoint: Checkpoint,
+    mesh: MeshSpec | None,
+    rules: LogicalRules | None,
+    meter: Meter,
+) -> Params:
+    abstract = architecture.abstract_params()
+    if mesh is None:
+        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: single, abstract)
+    else:
+        shardings = tree_shardings(architecture.logical_axes(), abstract, rules or LogicalRules(), mesh.build())
+
+    def one(path, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in plan.missing:
+            return _fresh(architecture, name, sharding)
+        with meter.holding(leaf.size * leaf.dtype.itemsize):
+            buffer = np.zeros(leaf.shape, leaf.dtype)
+            read_array(buffer, plan.weights[name], architecture.spec, checkpoint, meter)
+            # One shard at a time; on CPU the array may be the buffer itself.
+            return jax.block_until_ready(
+                jax.make_array_from_callback(leaf.shape, sharding, lambda index: buffer[index])
+            )
+
+    return jax.tree_util.tree_map_with_path(one, abstract, shardings)
+
+
+def _fresh(architecture: SingleStream, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Returns one array of `init`; the compiled program computes no other."""
+
+    def pick(key: jax.Array) -> jax.Array:
+        tree: Any = architecture.init(key)
+        for part in name.split("/"):
+            tree = tree[part]
+        return tree
+
+    return jax.jit(pick, out_shardings=sharding)(jax.random.key(0))
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"there is no {CONFIG} in {folder}",
+            where="PATH",
+            fix="Name a folder with a downloaded checkpoint, such as `hf download NAME --local-dir FOLDER` makes.",
+        )
+    return folder
+
+
+def _json(file: Path, optional: bool = False) -> dict[str, Any]:
+    if optional and not file.is_file():
+        return {}
+    try:
+        values = read_json(file)
+    except ValueError as error:
+        raise ConfigError(f"{file.name} is no JSON: {error}", where=str(file), fix="Download it again.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file.name} holds no JSON object", where=str(file), fix="Download it again.")
+    return values

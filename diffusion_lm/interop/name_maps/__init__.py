@@ -1,0 +1,47 @@
+"""The families of released checkpoints, one file per family."""
+
+from diffusion_lm.core.errors import ConfigError, near_names
+from diffusion_lm.interop.name_maps.family import Config, Family
+from diffusion_lm.interop.name_maps.gpt2 import FAMILY as GPT2
+from diffusion_lm.interop.name_maps.llama import LLAMA, MISTRAL
+from diffusion_lm.interop.name_maps.qwen import QWEN2, QWEN3
+from diffusion_lm.interop.name_maps.roberta import ROBERTA, XLM_ROBERTA_XL
+
+FAMILIES: tuple[Family, ...] = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, ROBERTA, XLM_ROBERTA_XL)
+_BY_TYPE = {name: family for family in FAMILIES for name in family.model_types}
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def family_of(config: Config) -> Family:
+    """Returns the family of a config.json.
+
+    Raises:
+      ConfigError: it is of no family that is known, a mixture of experts, quantised, or has another head.
+    """
+    kind = config.get("model_type", "")
+    experts = next((name for name in _EXPERTS if config.get(name, 0)), None)
+    if experts is not None or any(word in kind for word in ("moe", "mixtral")):
+        counted = f", {experts} = {config.get(experts)}" if experts else ""
+        raise ConfigError(
+            f"{config.file} describes a mixture of experts (model_type = {kind!r}{counted}), and this network has none",
+            where="model_type",
+            fix="Use a dense checkpoint.",
+        )
+    if kind not in _BY_TYPE:
+        raise ConfigError(
+            f"{config.file} says model_type = {kind!r}, which is no known family{near_names(kind, _BY_TYPE)}",
+            where="model_type",
+            fix=f"Known are {', '.join(_BY_TYPE)}; a new one is a table in interop/name_maps.",
+        )
+    if config.get("quantization_config"):
+        raise config.unsupported("quantization_config", "weights as they were trained")
+    family = _BY_TYPE[kind]
+    classes = config.get("architectures", [])
+    if classes and not set(classes) & set(family.architectures):
+        raise ConfigError(
+            f"{config.file} says architectures = {classes}, which has another head than the language model"
+            f"{near_names(classes[0], family.architectures)}",
+            where="architectures",
+            fix=f"Use a checkpoint of {' or '.join(family.architectures)}.",
+        )
+    return family

@@ -1,0 +1,167 @@
+"""What a family of released checkpoints is: a table of weights, and how config.json says the network's shape."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.nn.transformer import TransformerSpec
+
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one tensor of a file becomes one array of ours (of one layer), and back.
+
+    Both functions take an array and the spec, only move and cut, and work on numpy arrays and on JAX tracers.
+
+    Attributes:
+      load: from the file's tensor to ours; where ours is longer (a padded vocabulary), the rest is zeros.
+      save: from ours to the file's.
+      row_by_row: whether row i of the tensor is row i of ours, so that large ones can be read in slices.
+    """
+
+    load: Callable[[Any, TransformerSpec], Any]
+    save: Callable[[Any, TransformerSpec], Any]
+    row_by_row: bool = False
+
+
+SAME = Layout(lambda x, spec: x, lambda x, spec: x, row_by_row=True)
+"""Vectors, tables of positions."""
+
+TRANSPOSED = Layout(lambda x, spec: x.T, lambda x, spec: x.T)
+"""PyTorch's Linear, [out, in], to [in, out]."""
+
+VOCABULARY = Layout(lambda x, spec: x, lambda x, spec: x[: spec.vocab_size], row_by_row=True)
+"""[V, ...] to [padded V, ...]."""
+
+HEADS_OUT = Layout(
+    lambda x, spec: x.T.reshape(x.shape[1], -1, spec.head_dim), lambda x, spec: x.reshape(x.shape[0], -1).T
+)
+"""Linear of queries, keys or values, [heads * E, D], to [D, heads, E]."""
+
+HEADS_IN = Layout(
+    lambda x, spec: x.T.reshape(-1, spec.head_dim, x.shape[0]), lambda x, spec: x.reshape(-1, x.shape[-1]).T
+)
+"""Linear of attention's output, [D, H * E], to [H, E, D]."""
+
+HEADS_BIAS = Layout(lambda x, spec: x.reshape(-1, spec.head_dim), lambda x, spec: x.reshape(-1))
+"""[heads * E] to [heads, E]."""
+
+CONV_HEADS_OUT = Layout(
+    lambda x, spec: x.reshape(x.shape[0], -1, spec.head_dim), lambda x, spec: x.reshape(x.shape[0], -1)
+)
+"""GPT-2's Conv1D, [D, heads * E], to [D, heads, E]."""
+
+CONV_HEADS_IN = Layout(
+    lambda x, spec: x.reshape(-1, spec.head_dim, x.shape[-1]), lambda x, spec: x.reshape(-1, x.shape[-1])
+)
+"""GPT-2's Conv1D, [H * E, D], to [H, E, D]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One line of a family's table. Lines whose `ours` the network does not have (a bias, say) do not apply.
+
+    Attributes:
+      ours: path in our parameter tree, such as `blocks/attention/query`.
+      theirs: name in the file; `{i}` is the number of the layer.
+      layout: from one to the other.
+      part: which of the `parts` equal slices of the tensor's last axis this is (GPT-2 joins queries, keys, values).
+      parts: number of slices.
+      plus_row: name of a table whose row 0 is added to every row: token type 0, which is everywhere the same.
+    """
+
+    ours: str
+    theirs: str
+    layout: Layout = SAME
+    part: int = 0
+    parts: int = 1
+    plus_row: str | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is a tensor for every layer."""
+        return "{i}" in self.theirs
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The contents of a config.json.
+
+    Attributes:
+      values: the JSON object.
+      file: its path, for errors.
+    """
+
+    values: Mapping[str, Any]
+    file: str = CONFIG
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns a value; `default` where it is absent or null."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        """Returns a value; raises `ConfigError` where it is absent or null."""
+        value = self.values.get(name)
+        if value is None:
+            raise ConfigError(f"{self.file} does not say {name!r}", where=name, fix="Complete the file.")
+        return value
+
+    def choose(self, name: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
+        """Returns `choices[value]`; raises `ConfigError` for any other value."""
+        value = self.get(name, default)
+        if value not in choices:
+            raise self.unsupported(name, f"supported: {', '.join(map(repr, choices))}")
+        return choices[value]
+
+    def refuse(self, **supported: Any) -> None:
+        """Raises `ConfigError` where a value is given and is not the supported one."""
+        for name, value in supported.items():
+            if self.get(name, value) != value:
+                raise self.unsupported(name, f"supported: {value!r}")
+
+    def unsupported(self, name: str, why: str) -> ConfigError:
+        """Returns the error about a value that the network cannot have."""
+        return ConfigError(
+            f"{self.file} says {name} = {self.values.get(name)!r}, which this network cannot do ({why})",
+            where=name,
+            fix="Use a checkpoint without it.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of checkpoints.
+
+    Attributes:
+      name: what `diffusion-lm list families` calls it.
+      description: one sentence.
+      source: where the family is published.
+      model_types: values of `model_type` in config.json.
+      architectures: classes in config.json's `architectures` whose weights have these names.
+      prefix: of the names of all weights but the head's; a checkpoint may have been saved without it.
+      weights: the table.
+      copies: (name, name that it repeats where the embeddings are tied): may be in the file, must be equal.
+      ignorable: regular expressions of tensors that carry nothing: masks and tables that follow from the config.
+      spec: from config.json to the fields of a `TransformerSpec`.
+      config: from a `TransformerSpec` to what is particular to the family in config.json; inverse of `spec`.
+      renames: (regular expression, replacement) that make an older name of a tensor from the one in the table.
+      causal: whether the family was trained from left to right.
+    """
+
+    name: str
+    description: str
+    source: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    prefix: str
+    weights: tuple[Weight, ...]
+    spec: Callable[[Config], dict[str, Any]]
+    config: Callable[[TransformerSpec], dict[str, Any]]
+    copies: tuple[tuple[str, str], ...] = ()
+    ignorable: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    causal: bool = True

@@ -1,0 +1,120 @@
+"""An imported checkpoint as a run folder: what `TrainRun.initial`, `Stage.initial`, `decode` and `evaluate` read.
+
+WORKDIR/checkpoints/0   the parameters
+WORKDIR/model.gin       the network, to be included
+WORKDIR/import.json     where it came from, what became of each tensor, special tokens, config.json
+WORKDIR/run_card.json   says that the folder is taken
+"""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.files import write_json, write_text
+from diffusion_lm.interop.huggingface import Imported
+from diffusion_lm.nn.transformer import TransformerSpec
+from diffusion_lm.training.card import claim_folder, plain
+from diffusion_lm.training.checkpoint import save_params
+
+MODEL_GIN = "model.gin"
+IMPORT_CARD = "import.json"
+
+
+def check_free(workdir: Path) -> None:
+    """Raises `ConfigError` where `workdir` is there and not empty."""
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ConfigError(
+            f"{workdir} is there already",
+            where="--workdir",
+            fix="Name a new folder; an imported checkpoint is never written over another run.",
+        )
+
+
+def write_run_folder(imported: Imported, source: Path, workdir: Path) -> None:
+    """Writes the folder, whole or not at all: under a name beside it, and then renamed.
+
+    Args:
+      imported: the checkpoint.
+      source: where it was read from.
+      workdir: the folder to be; absent or empty.
+
+    Raises:
+      ConfigError: the folder is taken.
+    """
+    check_free(workdir)
+    workdir = workdir.absolute()
+    beside = workdir.with_name(f".{workdir.name}.importing")
+    primary = jax.process_index() == 0
+    if primary:
+        shutil.rmtree(beside, ignore_errors=True)
+    try:
+        save_params(beside, imported.params)
+        if primary:
+            spec = imported.architecture.spec
+            facts = _facts(imported, source)
+            write_text(beside / MODEL_GIN, model_gin(imported, source))
+            write_json(beside / IMPORT_CARD, facts)
+            claim_folder(beside, {"class": "imported checkpoint", "spec": plain(spec), "source": facts["source"]})
+            if workdir.exists():
+                workdir.rmdir()
+            os.replace(beside, workdir)
+    except BaseException:
+        if primary:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def model_gin(imported: Imported, source: Path) -> str:
+    """Returns the gin file of the network: every field of its spec, so that nothing of earlier files is left."""
+    spec, specials = imported.architecture.spec, imported.specials
+    known = [f"{name} {value}" for name, value in dataclasses.asdict(specials).items() if value not in (None, ())]
+    scaling = spec.rope_scaling
+    lines = [
+        f"# {source.name}: a checkpoint of the family {imported.family}, {imported.report.parameters:,} parameters.",
+        f"# Its special tokens: {', '.join(known) if known else 'none are named'}.",
+        "from __gin__ import dynamic_registration",
+        "",
+        "from diffusion_lm.architectures import single_stream",
+        *(["from diffusion_lm.nn import rope"] if scaling else []),
+        "from diffusion_lm.nn import transformer",
+        "",
+        "MODEL = @single_stream.SingleStream()",
+        f"VOCAB_SIZE = {spec.vocab_size}",
+        "single_stream.SingleStream.spec = @transformer.TransformerSpec()",
+        "",
+        "transformer.TransformerSpec:",
+        *(f"  {name} = {text}" for name, text in _bindings(spec)),
+    ]
+    if scaling is not None:
+        kind = type(scaling).__name__
+        fields = {field.name: getattr(scaling, field.name) for field in dataclasses.fields(scaling)}
+        lines += ["", f"rope.{kind}:", *(f"  {name} = {value!r}" for name, value in fields.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _bindings(spec: TransformerSpec) -> list[tuple[str, str]]:
+    found = []
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if field.name == "vocab_size":
+            found.append((field.name, "%VOCAB_SIZE"))
+        elif dataclasses.is_dataclass(value):
+            found.append((field.name, f"@rope.{type(value).__name__}()"))
+        else:
+            found.append((field.name, repr(value)))
+    return found
+
+
+def _facts(imported: Imported, source: Path) -> dict[str, Any]:
+    return {
+        "source": str(source.absolute()),
+        "family": imported.family,
+        "specials": dataclasses.asdict(imported.specials),
+        "report": dataclasses.asdict(imported.report),
+        "config": imported.config,
+    }
