@@ -179,3 +179,29 @@ def test_added_ids_with_a_gap_in_tokenizer_json_are_refused(tmp_path):
     path = folders.gpt2_folder(tmp_path / "model", added_tokens={"<|far|>": 500})
     with pytest.raises(ConfigError, match="cannot have the id 500"):
         Vocabulary.load(path)
+
+
+@pytest.mark.parametrize("make", [folders.gpt2_folder, folders.json_folder])
+def test_special_tokens_without_a_role_do_not_come_out_of_text_either(make, tmp_path):
+    vocabulary = Vocabulary.load(make(tmp_path / "model", MARKS))
+    text = "a <|start|><|hole|> b"
+    assert not set(range(len(MARKS))) & set(vocabulary.encode(text))
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+
+
+def test_a_bos_that_is_eos_is_reused_though_files_name_it(tmp_path):
+    named = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    path = folders.gpt2_folder(tmp_path / "model", tokenizer_config=named)
+    assert roles(path)["bos"] == (0, "reused")
+    assert roles(path)["unk"] == roles(path)["eos"] == (0, "found")
+
+
+def test_a_token_with_a_role_is_special_though_its_file_says_otherwise(tmp_path):
+    path = folders.json_folder(tmp_path / "model", ("<|endoftext|>", "<§fill§>"), config={"pad_token_id": 1})
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["added_tokens"][1]["special"] = False
+    folders.write(path, tokenizer=content)
+    vocabulary = Vocabulary.load(path)
+    assert vocabulary.specials.pad_id == 1
+    assert 1 not in vocabulary.encode("a <§fill§> b")
+    assert vocabulary.decode(vocabulary.encode("a <§fill§> b")) == "a <§fill§> b"
