@@ -1,6 +1,5 @@
 """What single-stream networks and encoder-decoders have in common: embedding, one stream through a stack, head."""
 
-import functools
 from typing import Any
 
 import jax
@@ -107,7 +106,7 @@ def head_of(spec: TransformerSpec, params: Params) -> Head:
         weight_VD=params["embed"]["tokens"] if spec.tied_embeddings else head["tokens"],
         bias_V=head.get("bias"),
         transform=head.get("transform"),
-        run_transform=functools.partial(stack.run_head_transform, spec) if spec.head_transform else None,
+        run_transform=stack.RunHeadTransform(spec) if spec.head_transform else None,
         scale=spec.logit_scale,
         vocab_size=spec.vocab_size,
         softcap=spec.logit_softcap,
@@ -146,6 +145,9 @@ def run_stream(
     )
     dropout_keys = dropout_keys if spec.dropout_rate > 0 else None
     x = jnp.take(embedding_VD, tokens, axis=0, mode="clip").astype(spec.compute_dtype)
+    if spec.scaled_embeddings:
+        # Rounded to the dtype of the computation, as the released models were trained.
+        x = x * jnp.asarray(spec.model_dim**0.5, x.dtype)
     if self_condition is not None:
         require(
             spec.self_conditioning,

@@ -117,6 +117,8 @@ def _meaning(spec: TransformerSpec, name: str) -> Any:
             return None if scaling is None else (scaling.frequencies(*size).tolist(), scaling.magnitude)
         case "max_positions":
             return spec.max_positions if spec.position == "learned" else None
+        case "attention_scale_size":
+            return spec.head_dim if spec.attention_scale_size is None else spec.attention_scale_size
         case "rope_theta":
             return spec.rope_theta if spec.position == "rope" else None
     return getattr(spec, name)

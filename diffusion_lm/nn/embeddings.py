@@ -24,10 +24,24 @@ def rotary(x_BQHE: jax.Array, positions_BQ: jax.Array, theta: float, scaling: Ro
     frequencies: jax.Array = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is not None:
         frequencies = jnp.asarray(scaling.frequencies(x_BQHE.shape[-1], theta))
+    return rotate(x_BQHE, positions_BQ, frequencies, 1.0 if scaling is None else scaling.magnitude)
+
+
+def rotate(
+    x_BQHE: jax.Array, positions_BQ: jax.Array, frequencies: jax.Array, magnitude: float | jax.Array = 1.0
+) -> jax.Array:
+    """Rotates as `rotary` does, by given frequencies.
+
+    Args:
+      x_BQHE: queries or keys.
+      positions_BQ: i32[B|1,Q].
+      frequencies: f32[E/2], angle of each pair from one position to the next.
+      magnitude: factor of the result.
+    """
     angles = positions_BQ[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if scaling is not None and scaling.magnitude != 1.0:
-        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    if isinstance(magnitude, jax.Array) or magnitude != 1.0:
+        cos, sin = cos * magnitude, sin * magnitude
     left, right = jnp.split(x_BQHE.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BQHE.dtype)
 

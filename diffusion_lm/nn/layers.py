@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from diffusion_lm.core.rng import fold_in_each
 from diffusion_lm.nn.attention import attend
 from diffusion_lm.nn.cache import KVCache
-from diffusion_lm.nn.embeddings import rotary
+from diffusion_lm.nn.embeddings import rotary, rotate
+from diffusion_lm.nn.rope import LinearRope, base_frequencies
 from diffusion_lm.nn.transformer import TransformerSpec
 
 ADAPTERS = "adapters"
@@ -30,6 +31,7 @@ class Context(flax.struct.PyTreeNode):
       bias: f32[B|1,H,Q,T], the stack's relative bias, or None.
       memory_BSD: the encoder's output where each block projects its own keys and values, or None.
       memory_mask: bool[B,Q,S], or None without an encoder.
+      windowed: whether the layer at hand is one of them.
       dropout_keys: key[B], or None.
       constrain: pins activations to the mesh.
     """
@@ -40,6 +42,7 @@ class Context(flax.struct.PyTreeNode):
     memory_BSD: jax.Array | None = None
     memory_mask: jax.Array | None = None
     window_mask: jax.Array | None = None
+    windowed: jax.Array | bool = flax.struct.field(default=False)
     dropout_keys: jax.Array | None = None
     constrain: Callable = flax.struct.field(pytree_node=False, default=lambda x, axes: x)
 
@@ -98,7 +101,9 @@ class Norm(nn.Module):
         if spec.norm == "layernorm":
             y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + spec.norm_eps)
-        y = y * _parameter(self, "scale", nn.initializers.ones, (size,), ("norm",), dtype)
+        first = nn.initializers.zeros if spec.norm_around_one else nn.initializers.ones
+        scale = _parameter(self, "scale", first, (size,), ("norm",), dtype)
+        y = y * (1.0 + scale.astype(jnp.float32) if spec.norm_around_one else scale)
         if spec.norm == "layernorm" and spec.use_bias:
             y = y + _parameter(self, "bias", nn.initializers.zeros, (size,), ("norm",), dtype)
         return y.astype(spec.compute_dtype)
@@ -140,33 +145,52 @@ class Attention(nn.Module):
             self.query_norm = Norm(spec)
             self.key_norm = Norm(spec)
 
-    def keys_values(self, x_BTD: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Returns (k_BTKE, v_BTKE) of a stream, position encoding applied."""
+    def keys_values(
+        self, x_BTD: jax.Array, positions: jax.Array | None, windowed: bool | jax.Array = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns (k_BTKE, v_BTKE) of a stream, position encoding applied; `windowed` as in `Context`."""
         k = self._project(x_BTD, "key")
         v = self._project(x_BTD, "value")
         if self.spec.qk_norm:
             k = self.key_norm(k)
         if self.spec.position == "rope" and not self.cross:
             assert positions is not None
-            k = rotary(k, positions, self.spec.rope_theta, self.spec.rope_scaling)
+            k = self._rotated(k, positions, windowed)
         return k, v
 
-    def queries(self, x_BQD: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns scaled q_BQHE, position encoding applied."""
+    def queries(self, x_BQD: jax.Array, positions: jax.Array, windowed: bool | jax.Array = False) -> jax.Array:
+        """Returns scaled q_BQHE, position encoding applied; `windowed` as in `Context`."""
         spec = self.spec
         q = self._project(x_BQD, "query")
         if spec.qk_norm:
             q = self.query_norm(q)
         if spec.position == "rope" and not self.cross:
-            q = rotary(q, positions, spec.rope_theta, spec.rope_scaling)
-        return q * jnp.asarray(spec.head_dim**-0.5, q.dtype) if spec.attention_scale == "inverse_sqrt" else q
+            q = self._rotated(q, positions, windowed)
+        size = spec.head_dim if spec.attention_scale_size is None else spec.attention_scale_size
+        return q * jnp.asarray(size**-0.5, q.dtype) if spec.attention_scale == "inverse_sqrt" else q
+
+    def _rotated(self, x_BTHE: jax.Array, positions: jax.Array, windowed: bool | jax.Array) -> jax.Array:
+        """Returns queries or keys rotated by their positions, at the frequencies of a layer with or without window."""
+        spec = self.spec
+        theta = spec.window_rope_theta
+        if theta is None or windowed is False:
+            return rotary(x_BTHE, positions, spec.rope_theta, spec.rope_scaling)
+        if windowed is True:
+            return rotary(x_BTHE, positions, theta)
+        far = spec.rope_scaling or LinearRope(1.0)
+        frequencies = jnp.where(
+            windowed, base_frequencies(spec.head_dim, theta), far.frequencies(spec.head_dim, spec.rope_theta)
+        )
+        return rotate(x_BTHE, positions, frequencies, jnp.where(windowed, 1.0, far.magnitude))
 
     def __call__(self, x_BQD, keys_values, context: Context) -> jax.Array:
         """Returns [B,Q,D]: what the queries of `x_BQD` read from (k_BTKE, v_BTKE)."""
         spec, constrain = self.spec, context.constrain
         mask = context.memory_mask if self.cross else context.mask
         assert mask is not None
-        q = constrain(self.queries(x_BQD, context.positions), ("batch", "length", "heads", "head_dim"))
+        q = constrain(
+            self.queries(x_BQD, context.positions, context.windowed), ("batch", "length", "heads", "head_dim")
+        )
         out = attend(
             q,
             *keys_values,
@@ -264,6 +288,11 @@ class Block(nn.Module):
             self.cross_attention = Attention(self.spec, cross=True)
         self.mlp_norm = Norm(self.spec)
         self.mlp = Mlp(self.spec)
+        if self.spec.norm_placement == "both":
+            self.attention_output_norm = Norm(self.spec)
+            self.mlp_output_norm = Norm(self.spec)
+            if self.has_cross:
+                self.cross_attention_output_norm = Norm(self.spec)
 
     def __call__(
         self,
@@ -292,35 +321,40 @@ class Block(nn.Module):
 
         if context.window_mask is not None:
             assert spec.window_layers is not None
+            windowed: Any
             if isinstance(layer, int):
-                mask = context.window_mask if layer in spec.window_layers else context.mask
+                windowed = layer in spec.window_layers
+                mask = context.window_mask if windowed else context.mask
             else:
-                inside = jnp.any(jnp.asarray(spec.window_layers, jnp.int32) == layer)
-                mask = jnp.where(inside, context.window_mask, context.mask)
-            context = context.replace(mask=mask)
+                windowed = jnp.any(jnp.asarray(spec.window_layers, jnp.int32) == layer)
+                mask = jnp.where(windowed, context.window_mask, context.mask)
+            context = context.replace(mask=mask, windowed=windowed)
 
         normed = self._before(self.attention_norm, x_BQD)
-        keys_values = self.attention.keys_values(normed, context.positions)
+        keys_values = self.attention.keys_values(normed, context.positions, context.windowed)
         if cache is not None:
             cache = cache.write(layer, context.positions, *keys_values)
             keys_values = cache.read(layer)
-        read = row_dropout(self.attention(normed, keys_values, context), spec.dropout_rate, keys, site=2)
-        x_BQD = self._behind(self.attention_norm, x_BQD + read)
+        read = self._added("attention", self.attention(normed, keys_values, context))
+        x_BQD = self._behind(self.attention_norm, x_BQD + row_dropout(read, spec.dropout_rate, keys, site=2))
 
         if self.has_cross:
             if cross is None:
                 assert context.memory_BSD is not None
                 cross = self.cross_attention.keys_values(context.memory_BSD, None)
             read = self.cross_attention(self._before(self.cross_attention_norm, x_BQD), cross, context)
-            read = row_dropout(read, spec.dropout_rate, keys, site=3)
+            read = row_dropout(self._added("cross_attention", read), spec.dropout_rate, keys, site=3)
             x_BQD = self._behind(self.cross_attention_norm, x_BQD + read)
 
-        made = row_dropout(self.mlp(self._before(self.mlp_norm, x_BQD), context), spec.dropout_rate, keys, site=4)
-        x_BQD = self._behind(self.mlp_norm, x_BQD + made)
+        made = self._added("mlp", self.mlp(self._before(self.mlp_norm, x_BQD), context))
+        x_BQD = self._behind(self.mlp_norm, x_BQD + row_dropout(made, spec.dropout_rate, keys, site=4))
         return context.constrain(x_BQD, ("batch", "length", "activation_embed")), cache
 
     def _before(self, norm: Norm, x_BQD: jax.Array) -> jax.Array:
-        return norm(x_BQD) if self.spec.norm_placement == "pre" else x_BQD
+        return x_BQD if self.spec.norm_placement == "post" else norm(x_BQD)
+
+    def _added(self, layer: str, x_BQD: jax.Array) -> jax.Array:
+        return getattr(self, f"{layer}_output_norm")(x_BQD) if self.spec.norm_placement == "both" else x_BQD
 
     def _behind(self, norm: Norm, x_BQD: jax.Array) -> jax.Array:
         return norm(x_BQD) if self.spec.norm_placement == "post" else x_BQD

@@ -1,6 +1,7 @@
 """Stacks of blocks as pure functions. The parameters of the N blocks lie on a leading `layers` axis, always; whether
 the compiled program loops over them or unrolls them is a matter of execution and leaves checkpoints alone."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -104,10 +105,20 @@ def head_transform_axes(spec: TransformerSpec) -> Any:
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_box)
 
 
-def run_head_transform(spec: TransformerSpec, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """Returns [B,T,D], what the output projection reads."""
-    transformed: Any = HeadTransform(spec).apply({"params": params}, x_BTD)
-    return transformed
+@dataclasses.dataclass(frozen=True)
+class RunHeadTransform:
+    """The layer in front of the output projection as a function that compares by value, so that it can be static.
+
+    Attributes:
+      spec: the network's shape.
+    """
+
+    spec: TransformerSpec
+
+    def __call__(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+        """Returns [B,T,D], what the output projection reads."""
+        transformed: Any = HeadTransform(self.spec).apply({"params": params}, x_BTD)
+        return transformed
 
 
 def init_self_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:

@@ -13,7 +13,7 @@ _CHOICES = {
     "mlp": ("geglu", "swiglu", "gelu", "relu"),
     "gelu": ("tanh", "exact"),
     "norm": ("rmsnorm", "layernorm"),
-    "norm_placement": ("pre", "post"),
+    "norm_placement": ("pre", "post", "both"),
     "position": ("relative_bias", "rope", "learned", "none"),
     "attention_scale": ("none", "inverse_sqrt"),
     "dtype": ("float32", "bfloat16"),
@@ -42,7 +42,9 @@ class TransformerSpec:
       norm: "rmsnorm" or "layernorm".
       norm_eps: added to the variance.
       norm_placement: "pre" normalises what each layer reads and, once, what the stack returns; "post" normalises each
-        sum of a layer and its input (BERT, RoBERTa), and the stack has no final norm.
+        sum of a layer and its input (BERT, RoBERTa), and the stack has no final norm; "both" is "pre" and a norm of
+        what each layer adds (Gemma 2).
+      norm_around_one: the scales of the norms are stored as their distance from 1, and begin at 0 (Gemma).
       embedding_norm: a norm behind the sum of token and position embeddings (BERT, RoBERTa).
       position: "relative_bias" (T5, one table per stack), "rope", "learned" or "none".
       rope_theta: base of RoPE's wavelengths.
@@ -50,6 +52,7 @@ class TransformerSpec:
       window: how far a token sees: keys at a distance below this one, in both directions where the visibility allows
         both (Mistral's sliding window); None = as far as the visibility goes.
       window_layers: numbers of the layers (of each stack) that have the window; None = all of them.
+      window_rope_theta: base of RoPE in those layers, without scaling; None = as in the others (Gemma 3 has one).
       relative_buckets: rows of the relative-bias table.
       relative_max_distance: distance from which relative positions share a bucket.
       relative_bidirectional: tells future distances apart. Also on for causal models, where it costs half of the
@@ -68,7 +71,9 @@ class TransformerSpec:
       head_bias: a bias a token on the logits.
       qk_norm: normalises each head's queries and keys (Qwen3).
       embedding_std: standard deviation of fresh embeddings.
+      scaled_embeddings: embedded tokens are multiplied by sqrt(D) (Gemma).
       attention_scale: "none" (T5, which initialises the queries smaller instead) or "inverse_sqrt" of the head size.
+      attention_scale_size: takes the place of the head size in "inverse_sqrt" (Gemma 2 and 3).
       attention_softcap: soft cap of the attention scores, or None (Gemma 2 uses 50).
       logit_softcap: soft cap of the logits, or None (Gemma 2 uses 30).
       dropout_rate: on embeddings, on what each layer adds to the residual stream, inside the MLP and on the output.
@@ -97,12 +102,14 @@ class TransformerSpec:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
     norm_placement: str = "pre"
+    norm_around_one: bool = False
     embedding_norm: bool = False
     position: str = "relative_bias"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     window: int | None = None
     window_layers: tuple[int, ...] | None = None
+    window_rope_theta: float | None = None
     relative_buckets: int = 32
     relative_max_distance: int = 128
     relative_bidirectional: bool = True
@@ -118,7 +125,9 @@ class TransformerSpec:
     head_bias: bool = False
     qk_norm: bool = False
     embedding_std: float = 1.0
+    scaled_embeddings: bool = False
     attention_scale: str = "none"
+    attention_scale_size: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     dropout_rate: float = 0.0
@@ -188,6 +197,12 @@ class TransformerSpec:
                 where="TransformerSpec.window_layers",
                 fix="Count layers from 0 and bind window too.",
             )
+        require(
+            self.window_rope_theta is None or self.window_layers is not None,
+            f"window_rope_theta = {self.window_rope_theta} is for the window_layers, and none are named",
+            where="TransformerSpec.window_rope_theta",
+            fix="Bind window_layers, or rope_theta for all layers.",
+        )
         half = self.relative_buckets // (2 if self.relative_bidirectional else 1) // 2
         require(
             self.position != "relative_bias" or 0 < half < self.relative_max_distance,

@@ -46,6 +46,13 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
+_GEMMA = _DECODER | {"head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 9, "tie_word_embeddings": True}
+_LOCAL = ["sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+}
+
 GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", _GPT2),
     "llama": ("Llama", _DECODER),
@@ -60,6 +67,9 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
         _DECODER | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3", _DECODER | {"head_dim": 6, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", _GEMMA | {"rope_parameters": _GEMMA3_ROPE, "num_hidden_layers": 3, "layer_types": _LOCAL}),
+    "bert": ("Bert", _ENCODER | {"pad_token_id": 0}),
     "roberta": ("Roberta", _ENCODER),
     "xlm_roberta_xl": ("XLMRobertaXL", _ENCODER),
 }
@@ -86,13 +96,23 @@ LIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral_no_window": ("Mistral", _DECODER | {"sliding_window": None, "head_dim": 6}),
     "qwen2_tied": ("Qwen2", _DECODER | {"tie_word_embeddings": True}),
     "qwen3_biases": ("Qwen3", _DECODER | {"attention_bias": True, "head_dim": 10}),
+    "gemma": ("Gemma", _DECODER | {"head_dim": 6, "tie_word_embeddings": True}),
+    "gemma2_no_caps": (
+        "Gemma2",
+        _GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+    ),
+    "gemma3_defaults": (
+        "Gemma3",
+        _DECODER | {"num_hidden_layers": 7, "sliding_window": 3, "tie_word_embeddings": True},
+    ),
     "xlm_roberta": ("XLMRoberta", _ENCODER | {"type_vocab_size": 1, "layer_norm_eps": 1e-3}),
     "roberta_other_pad": ("Roberta", _ENCODER | {"pad_token_id": 3}),
     "roberta_relu": ("Roberta", _ENCODER | {"hidden_act": "relu"}),
 }
 """More shapes, compared where transformers is installed."""
 
-_HEADS = {"GPT2": "LMHeadModel", "Roberta": "ForMaskedLM", "XLMRoberta": "ForMaskedLM", "XLMRobertaXL": "ForMaskedLM"}
+_HEADS = {"GPT2": "LMHeadModel"} | dict.fromkeys(("Bert", "Roberta", "XLMRoberta", "XLMRobertaXL"), "ForMaskedLM")
+_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
 def build(name: str) -> Any:
@@ -101,16 +121,17 @@ def build(name: str) -> Any:
     import transformers
 
     prefix, fields = (GOLDEN | LIVE)[name]
-    config = getattr(transformers, f"{prefix}Config")(**fields)
+    config = getattr(transformers, _CONFIGS.get(prefix, f"{prefix}Config"))(**fields)
     model = getattr(transformers, prefix + _HEADS.get(prefix, "ForCausalLM"))(config).eval()
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    ones = () if prefix.startswith("Gemma") else ("norm.weight", "layernorm.weight", "ln_")
     with torch.no_grad():
         for path, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 2:
                 weight.copy_(noise * (0.5 if "embed" in path or "wte" in path else 1.5 / weight.shape[1] ** 0.5))
             else:
-                weight.copy_(0.2 * noise + (1.0 if "norm" in path.lower() or "ln_" in path else 0.0))
+                weight.copy_(0.2 * noise + (1.0 if any(word in path.lower() for word in ones) else 0.0))
     return model
 
 
@@ -137,8 +158,13 @@ def reference(model: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def our_logits(
     imported: Imported, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns our logits; positions count the real tokens, as the pipeline lays rows out, unless they are given."""
-    if positions is None:
+    """Returns our logits; positions count the real tokens, as the pipeline lays rows out, unless they are given.
+
+    BERT alone counts the padding too; its rows are compared at the positions that transformers gives them.
+    """
+    if positions is None and imported.family == "bert":
+        positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    elif positions is None:
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     model = BoundModel(imported.architecture, imported.params)
     hidden = model(

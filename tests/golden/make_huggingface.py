@@ -21,7 +21,8 @@ def main() -> None:
         folder = cases.FOLDER / name
         model = cases.build(name)
         model.save_pretrained(folder)
-        ids, mask = cases.inputs(None if model.config.model_type == "gpt2" else model.config.pad_token_id)
+        encoder = type(model).__name__.endswith("MaskedLM")
+        ids, mask = cases.inputs(model.config.pad_token_id if encoder else None)
         logits = cases.reference(model, ids, mask)
         save_file({"ids": ids, "mask": mask, "logits": logits}, folder / "golden.safetensors")
     # What `TorchFile` has to read: 32 and 16 bits, shared storages, strides, a parameter, an empty tensor.

@@ -1,13 +1,18 @@
 """The families of released checkpoints, one file per family."""
 
 from diffusion_lm.core.errors import ConfigError, near_names
+from diffusion_lm.interop.name_maps.bert import FAMILY as BERT
 from diffusion_lm.interop.name_maps.family import Config, Family
+from diffusion_lm.interop.name_maps.gemma import GEMMA, GEMMA2, GEMMA3
 from diffusion_lm.interop.name_maps.gpt2 import FAMILY as GPT2
 from diffusion_lm.interop.name_maps.llama import LLAMA, MISTRAL
 from diffusion_lm.interop.name_maps.qwen import QWEN2, QWEN3
 from diffusion_lm.interop.name_maps.roberta import ROBERTA, XLM_ROBERTA_XL
 
-FAMILIES: tuple[Family, ...] = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, ROBERTA, XLM_ROBERTA_XL)
+FAMILIES: tuple[Family, ...] = (
+    *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3),
+    *(BERT, ROBERTA, XLM_ROBERTA_XL),
+)
 _BY_TYPE = {name: family for family in FAMILIES for name in family.model_types}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 

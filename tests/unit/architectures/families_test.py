@@ -49,12 +49,26 @@ BERT = dataclasses.replace(
     head_transform=True,
     head_bias=True,
 )
+GEMMA = dataclasses.replace(
+    T5,
+    position="rope",
+    num_kv_heads=2,
+    norm_placement="both",
+    norm_around_one=True,
+    scaled_embeddings=True,
+    attention_scale="inverse_sqrt",
+    attention_scale_size=9.0,
+    window=4,
+    window_layers=(0,),
+    window_rope_theta=50.0,
+)
 FAMILIES = {
     "t5": T5,
     "qwen": QWEN,
     "gpt": GPT,
     "mistral": MISTRAL,
     "bert": BERT,
+    "gemma": GEMMA,
     "t5_double": T5_DOUBLE,
     "llama_double": LLAMA_DOUBLE,
 }
@@ -383,6 +397,11 @@ def test_users_get_errors_that_say_what_to_do():
         ("position", "learned", "max_positions"),
         ("relative_buckets", 2, "buckets"),
         ("attention", "flash", "Choose one of xla, cudnn"),
+        ("norm_placement", "behind", "Choose one of pre, post, both"),
+        ("position_offset", -1, "negative"),
+        ("window", 0, "hides a token from itself"),
+        ("window_layers", (0,), "no layers with a window"),
+        ("window_rope_theta", 10.0, "none are named"),
     ],
 )
 def test_wrong_fields_are_refused(field, value, message):

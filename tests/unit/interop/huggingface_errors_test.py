@@ -249,7 +249,7 @@ def test_export_refuses_what_has_no_counterpart(tmp_path):
 def test_export_refuses_what_was_built_on_a_network(tmp_path):
     source = load(FOLDER / "llama")
     extended = WithTokenSchedules(source.architecture)
-    with pytest.raises(ConfigError, match="the family llama has no place for token_schedules"):
+    with pytest.raises(ConfigError, match="the family llama has no place for exponents"):
         save(tmp_path / "a", extended, extended.init(jax.random.key(0)))
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_lm.nn.embeddings import relative_bias, relative_buckets, rotary
+from diffusion_lm.nn.rope import LinearRope, Llama3Rope, YarnRope, base_frequencies
 
 
 def test_buckets_follow_t5():
@@ -38,3 +39,32 @@ def test_rotary_depends_on_relative_positions_only():
     np.testing.assert_allclose(scores(0), scores(7), atol=1e-4)
     np.testing.assert_allclose(jnp.linalg.norm(rotary(q, positions, 100.0)), jnp.linalg.norm(q), rtol=1e-5)
     assert jnp.abs(scores(0) - jnp.einsum("bqhe,bthe->bhqt", q, k)).max() > 0.1
+
+
+def test_linear_scaling_divides_positions():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    positions = jnp.asarray([[3, 6, 12]])
+    np.testing.assert_allclose(
+        rotary(x, positions, 100.0, LinearRope(3.0)), rotary(x, positions // 3, 100.0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_llama3_and_yarn_stretch_what_turns_slowly():
+    plain = base_frequencies(64, 10_000.0)
+    for scaling in (Llama3Rope(8.0, original_max_positions=2048), YarnRope(8.0, original_max_positions=2048)):
+        ratio = plain / scaling.frequencies(64, 10_000.0)
+        assert ratio[0] == 1
+        np.testing.assert_allclose(ratio[-1], 8.0, rtol=1e-6)
+        assert (np.diff(ratio) >= -1e-6).all()
+        assert ((ratio > 1.01) & (ratio < 7.9)).sum() >= 3
+    # In LLaMA 3, wavelengths up to a quarter of the original stream are left alone and those beyond it stretched whole.
+    wavelengths = 2 * np.pi / plain
+    ratio = plain / Llama3Rope(8.0, original_max_positions=2048).frequencies(64, 10_000.0)
+    np.testing.assert_allclose(ratio[wavelengths < 512], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ratio[wavelengths > 2048], 8.0, rtol=1e-6)
+
+
+def test_yarn_sharpens_the_scores():
+    x = jnp.ones((1, 1, 1, 8))
+    length = jnp.linalg.norm(rotary(x, jnp.zeros((1, 1), jnp.int32), 100.0, YarnRope(4.0, original_max_positions=16)))
+    np.testing.assert_allclose(length, 8**0.5 * (0.1 * np.log(4.0) + 1), rtol=1e-6)

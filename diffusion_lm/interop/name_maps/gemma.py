@@ -1,0 +1,171 @@
+"""Gemma 1, 2 and 3 (text): scaled embeddings, norms around one, and from 2 on norms on both sides of each layer."""
+
+from typing import Any
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.interop.name_maps import llama
+from diffusion_lm.interop.name_maps.family import Config, Family, Weight
+from diffusion_lm.nn.transformer import TransformerSpec
+
+_TANH = {"gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
+_PATTERNS = {"gemma2": 2, "gemma3_text": 6}
+
+
+def _spec(config: Config) -> dict[str, Any]:
+    config.refuse(use_bidirectional_attention=False)
+    bias = config.get("attention_bias", False)
+    own = ("hidden_act", "hidden_activation")
+    fields = llama.decoder_spec(Config({k: v for k, v in config.values.items() if k not in own}, config.file))
+    return fields | dict(
+        head_dim=config.get("head_dim", 256),
+        mlp="geglu",
+        gelu="tanh",
+        norm_around_one=True,
+        scaled_embeddings=True,
+        tied_embeddings=config.get("tie_word_embeddings", True),
+        qkv_bias=bias,
+        attention_output_bias=bias,
+    )
+
+
+def _gemma_spec(config: Config) -> dict[str, Any]:
+    # The first files say "gelu" and mean the approximation that the models were trained with.
+    name = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
+    config.choose(name, _TANH | {"gelu": "tanh"}, "gelu_pytorch_tanh")
+    return _spec(config)
+
+
+def _gemma2_spec(config: Config) -> dict[str, Any]:
+    config.choose("hidden_activation", _TANH, "gelu_pytorch_tanh")
+    return (
+        _spec(config)
+        | _windows(config, "gemma2")
+        | dict(
+            norm_placement="both",
+            attention_scale_size=config.get("query_pre_attn_scalar", 256),
+            attention_softcap=config.get("attn_logit_softcapping"),
+            logit_softcap=config.get("final_logit_softcapping"),
+        )
+    )
+
+
+def _gemma3_spec(config: Config) -> dict[str, Any]:
+    config.choose("hidden_activation", _TANH, "gelu_pytorch_tanh")
+    if config.get("attn_logit_softcapping") is not None:
+        raise config.unsupported("attn_logit_softcapping", "Gemma 3 caps no scores")
+    parameters = config.get("rope_parameters") or {}
+    if "full_attention" in parameters:
+        far, near = parameters["full_attention"], parameters.get("sliding_attention") or {}
+    else:
+        far = {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
+        near = {"rope_theta": config.get("rope_local_base_freq", 1e4)}
+    if near.get("rope_type", "default") != "default":
+        raise ConfigError(
+            f"{config.file} scales RoPE in the layers with a window, which this network cannot do",
+            where="rope_parameters",
+            fix="Use a checkpoint without it.",
+        )
+    plain = Config({**config.values, "rope_parameters": far, "rope_scaling": None}, config.file)
+    windows = _windows(config, "gemma3_text")
+    if windows.get("window_layers") is not None:
+        windows["window_rope_theta"] = float(near.get("rope_theta", 1e4))
+    elif windows:
+        plain = Config({**plain.values, "rope_parameters": near}, config.file)
+    return (
+        _spec(plain)
+        | windows
+        | dict(
+            norm_placement="both",
+            qk_norm=True,
+            attention_scale_size=config.get("query_pre_attn_scalar", 256),
+            logit_softcap=config.get("final_logit_softcapping"),
+        )
+    )
+
+
+def _windows(config: Config, kind: str) -> dict[str, Any]:
+    """Returns the window and its layers; files without `layer_types` leave out every second or every sixth layer."""
+    layers = config.need("num_hidden_layers")
+    every = config.get("sliding_window_pattern", _PATTERNS[kind])
+    types = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
+    return llama.layer_windows(Config({"layer_types": types, "sliding_window": 4096} | _given(config)), layers)
+
+
+def _given(config: Config) -> dict[str, Any]:
+    return {name: config.get(name) for name in ("layer_types", "sliding_window") if config.get(name) is not None}
+
+
+def _gemma_config(spec: TransformerSpec) -> dict[str, Any]:
+    names = ("hidden_act", "hidden_activation")
+    return llama.decoder_config(spec) | dict.fromkeys(names, "gelu_pytorch_tanh") | {"attention_bias": spec.qkv_bias}
+
+
+def _gemma2_config(spec: TransformerSpec) -> dict[str, Any]:
+    windows = llama.window_config(spec)
+    return _gemma_config(spec) | dict(
+        query_pre_attn_scalar=spec.head_dim if spec.attention_scale_size is None else spec.attention_scale_size,
+        attn_logit_softcapping=spec.attention_softcap,
+        final_logit_softcapping=spec.logit_softcap,
+        sliding_window=windows["sliding_window"] or 4096,
+        layer_types=windows["layer_types"],
+    )
+
+
+def _gemma3_config(spec: TransformerSpec) -> dict[str, Any]:
+    config = _gemma2_config(spec)
+    near = spec.rope_theta if spec.window_rope_theta is None else spec.window_rope_theta
+    parameters = {
+        "full_attention": config["rope_parameters"],
+        "sliding_attention": {"rope_type": "default", "rope_theta": near},
+    }
+    return config | {"rope_parameters": parameters, "rope_local_base_freq": near}
+
+
+_BOTH = (
+    *(line for line in llama.WEIGHTS if not line.ours.startswith("blocks/mlp_norm/")),
+    Weight("blocks/attention_output_norm/scale", "model.layers.{i}.post_attention_layernorm.weight"),
+    Weight("blocks/mlp_norm/scale", "model.layers.{i}.pre_feedforward_layernorm.weight"),
+    Weight("blocks/mlp_output_norm/scale", "model.layers.{i}.post_feedforward_layernorm.weight"),
+)
+
+GEMMA = Family(
+    name="gemma",
+    description="Gemma 1",
+    source="arXiv 2403.08295",
+    model_types=("gemma",),
+    architectures=("GemmaForCausalLM", "GemmaModel"),
+    prefix="model.",
+    weights=llama.WEIGHTS,
+    copies=llama.COPIES,
+    ignorable=llama.IGNORABLE,
+    spec=_gemma_spec,
+    config=_gemma_config,
+)
+
+GEMMA2 = Family(
+    name="gemma2",
+    description="Gemma 2, with soft caps and a window in every second layer",
+    source="arXiv 2408.00118",
+    model_types=("gemma2",),
+    architectures=("Gemma2ForCausalLM", "Gemma2Model"),
+    prefix="model.",
+    weights=_BOTH,
+    copies=llama.COPIES,
+    ignorable=llama.IGNORABLE,
+    spec=_gemma2_spec,
+    config=_gemma2_config,
+)
+
+GEMMA3 = Family(
+    name="gemma3",
+    description="Gemma 3, text only, with a window in five of six layers",
+    source="arXiv 2503.19786",
+    model_types=("gemma3_text",),
+    architectures=("Gemma3ForCausalLM", "Gemma3TextModel"),
+    prefix="model.",
+    weights=_BOTH,
+    copies=llama.COPIES,
+    ignorable=llama.IGNORABLE,
+    spec=_gemma3_spec,
+    config=_gemma3_config,
+)
