@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         return _families()
     found: dict[str, dict[str, Any]] = {}
     for root in (*map(Path, split_search_path(arguments.gin_search_path)), packaged_folder()):
-        folder = root / KINDS[arguments.kind]
-        for path in sorted(folder.glob("**/*.gin" if arguments.kind == "recipes" else "*.gin")):
-            inside = path.relative_to(folder)
+        offered = root / KINDS[arguments.kind]
+        for path in sorted(offered.glob("**/*.gin" if arguments.kind == "recipes" else "*.gin")):
+            inside = path.relative_to(offered)
             if PARTS in inside.parts:
                 continue
             description, sources = describe(path.read_text(encoding="utf-8"))

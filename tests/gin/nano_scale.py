@@ -1,7 +1,8 @@
 """Any comparison at the smallest scale at which all of it still runs, and synthetic data for every task that it reads.
 
 What makes a recipe stays: arms, stages, objectives, optimizers, target windows, samplers. What only makes it long is
-cut: widths, layers, lengths, steps, examples. Lengths and sizes are the same for all recipes, which so share programs.
+cut: widths, layers, lengths, steps, examples. Lengths and sizes are the same for all recipes, so that they share
+programs.
 """
 
 import dataclasses

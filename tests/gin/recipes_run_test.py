@@ -1,9 +1,9 @@
 """Every recipe runs from its first stage to its report, at nano scale on synthetic data (`nano_scale.py`).
 
 A stage is one step, a task two examples. A recipe of more than four arms runs four of them: the first of each family,
-and a spread of the others (of objective_families AR, SUNDAE and two more; every objective and sampler by itself is
-the business of tests/contracts). Recipes that differ in size alone (ar2diff_base, _large, _xl) are equal at nano
-scale; what is equal runs once.
+and a spread of the others (of objective_families AR, SUNDAE and two more; every objective and sampler by itself is the
+business of tests/contracts). Recipes that differ in size alone (ar2diff_base, _large, _xl) are equal at nano scale;
+what is equal runs once. 70 s of one core with compiled programs cached.
 """
 
 import dataclasses
