@@ -57,7 +57,7 @@ def json_lines(relative: str) -> Iterator[dict[str, Any]]:
 def rows(relative: str, field: str) -> Iterator[str]:
     """Yields one text field of every row of the files of a folder, in the order of their paths.
 
-    Files are `.jsonl`, plain or compressed (`.gz`, `.zst`), and `.parquet`, in whatever subfolders a download left them.
+    Files are `.jsonl`, plain or compressed (`.gz`, `.zst`), and `.parquet`, in whatever subfolders a download made.
 
     Raises:
       ConfigError: the folder or its files are not there, a row has no such field, or `.zst` cannot be read.
