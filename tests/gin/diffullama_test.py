@@ -62,7 +62,7 @@ def test_mixture_of_the_7b():
 )
 def test_sizes_have_the_parameters_of_the_released_models(size, vocabulary, total):
     files = ["gin/models/decoder_only.gin", f"gin/models/sizes/{size}.gin"]
-    loaded = config.load(files, [f"VOCAB_SIZE={vocabulary}", "TransformerSpec.vocab_multiple=1"])
+    loaded = config.load(files, [f"VOCAB_SIZE={vocabulary}", "TransformerSpec.vocab_multiple=1"], macros=["MODEL"])
     assert loaded.build_macro("MODEL").count_parameters()["total"] == total
 
 

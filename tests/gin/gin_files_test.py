@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
-from diffusion_lm.cli.bindings import Reference
+from diffusion_lm.cli.bindings import Reference, macros_in
 from diffusion_lm.cli.main import main
 from diffusion_lm.cli.search_path import packaged_folder
 from diffusion_lm.core.errors import ConfigError
@@ -107,8 +107,9 @@ def test_resolved_recipe_is_the_same_recipe(name, tmp_path):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_misspelt_macro_is_refused_in_every_recipe(name):
-    macros = [one.scope for one in config.load([f"gin/{name}"]).current.values() if one.is_macro]
-    chosen = next(macro for macro in macros if len(macro) > 4)
+    loaded = config.load([f"gin/{name}"])
+    referred = {macro for one in loaded.bindings for macro in macros_in(one.value)}
+    chosen = next(one.scope for one in loaded.current.values() if one.is_macro and one.scope in referred)
     with pytest.raises(ConfigError, match=rf"no binding refers to macro {chosen}X; did you mean {chosen}\b"):
         config.load([f"gin/{name}"], [f"{chosen}X=1"])
 

@@ -21,9 +21,11 @@ from diffusion_lm.evaluation.likelihood import BoundEvaluation
 from diffusion_lm.evaluation.speed import SpeedStudy
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.recipes.comparison import Comparison
+from diffusion_lm.recipes.stage import Stage
 from diffusion_lm.training.run import TrainRun
 
 EXAMPLES = 2
+MASK, SEPARATOR = 4, 5
 INPUTS, TARGETS = 7, 8
 CHUNK = INPUTS + TARGETS
 SAMPLER_LIMITS = {"steps": 2, "candidates": 2, "beams": 2, "beam": 2, "draft": 4}
@@ -35,6 +37,11 @@ SENTINELS = 4
 def nano(comparison, root, *, vocab_size, most_arms):
     """Returns the comparison at nano scale, its data below `root`, with at most `most_arms` of its arms."""
     return _shrunk(dataclasses.replace(comparison, arms=some(comparison.arms, most_arms)), str(root), vocab_size)
+
+
+def nano_run(run, root, *, vocab_size):
+    """Returns a training run at nano scale, from fresh parameters, its data below `root`."""
+    return _shrunk(run, str(root), vocab_size)
 
 
 def some(arms, most):
@@ -56,7 +63,7 @@ def write_data(comparison, vocabulary):
 
 
 def train_vocabulary(folder):
-    """Returns a vocabulary of single characters with MASK at 4, as all recipes expect it, and sentinels."""
+    """Returns a vocabulary of single characters with MASK at 4, as most recipes expect it, and sentinels."""
     import sentencepiece
 
     text = folder / "text.txt"
@@ -77,6 +84,7 @@ def _write(source, vocabulary, metric, *, text_only):
         reference = {"answers": [phrase]} if metric == "squad" else phrase
         if metric in ("pass_at_1", "pass_at_k"):
             reference = {"setup": "", "tests": ["assert x == 1"]}
+        reference = {"final_answer": {"answer": "2"}, "countdown": {"numbers": [1], "goal": 1}}.get(metric, reference)
         records.append(
             Record(
                 inputs=[] if text_only else vocabulary.encode(f"say {phrase}"),
@@ -125,9 +133,13 @@ def _smaller(value, root, vocab_size):
         case GrainSource():
             return {"root": root, "chunk_length": CHUNK if value.chunk_length else None}
         case SingleStreamConverter() | EncoderDecoderConverter():
-            return {"inputs_length": INPUTS, "target_length": TARGETS}
+            separator = {"separator_id": SEPARATOR} if getattr(value, "separator_id", None) is not None else {}
+            return {"inputs_length": INPUTS, "target_length": TARGETS, **separator}
         case TrainRun():
-            return {"steps": min(value.steps, 1), "batch_size": EXAMPLES, "microbatches": 1, "log_every": 1}
+            small = {"steps": min(value.steps, 1), "batch_size": EXAMPLES, "microbatches": 1, "log_every": 1}
+            return {**small, "initial": None}
+        case Stage(initial=str()):
+            return {"initial": None}
         case GenerationTask():
             return {"limit": EXAMPLES, "batch_size": EXAMPLES, "samples": min(value.samples, 2)}
         case BoundEvaluation():
@@ -137,6 +149,8 @@ def _smaller(value, root, vocab_size):
         case Comparison():
             bounded = min(value.bound_limit, EXAMPLES)
             return {"bound_limit": bounded, "resamples": 10, "shown": min(value.shown, 1)}
+    if any(field.name == "mask_id" for field in dataclasses.fields(value)) and value.mask_id is not None:
+        return {"mask_id": MASK}
     if hasattr(value, "generate"):
         limited = {name: (getattr(value, name, None), most) for name, most in SAMPLER_LIMITS.items()}
         return {name: min(found, most) for name, (found, most) in limited.items() if found is not None}

@@ -11,17 +11,21 @@ import json
 import math
 
 import pytest
-from nano_scale import nano, train_vocabulary, write_data
+from nano_scale import nano, nano_run, train_vocabulary, write_data
 
 from diffusion_lm.cli import config
 from diffusion_lm.cli.search_path import packaged_folder
 from diffusion_lm.recipes.compare import compare
 from diffusion_lm.recipes.comparison import Comparison
 from diffusion_lm.training.card import fingerprint
+from diffusion_lm.training.loop import train
+from diffusion_lm.training.run import TrainRun
 
 FOLDER = packaged_folder() / "recipes"
 FILES = (path.relative_to(FOLDER) for path in FOLDER.rglob("*.gin"))
-RECIPES = sorted(path.as_posix() for path in FILES if "parts" not in path.parts)
+NAMES = sorted(path.as_posix() for path in FILES if "parts" not in path.parts)
+RECIPES = [name for name in NAMES if "comparison.Comparison" in (FOLDER / name).read_text()]
+RUNS = [name for name in NAMES if name not in RECIPES]
 MOST_ARMS = 4
 
 
@@ -74,3 +78,17 @@ def test_recipe_runs_to_its_report(recipe, run):
         rows = json.loads((folder / "speed.json").read_text())["rows"]
         assert [row["label"] for row in rows] == [arm.label for arm in comparison.speed.arms]
         assert all(0 < row["seconds"] < math.inf for row in rows)
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_run_trains_and_is_evaluated(recipe, tmp_path):
+    """Recipes of one training run, such as the adaptation of a checkpoint; what they start from is left out."""
+    vocabulary = train_vocabulary(tmp_path)
+    whole = config.load([f"gin/recipes/{recipe}"]).build(TrainRun)
+    small = nano_run(whole, tmp_path / "data", vocab_size=vocabulary.size)
+    write_data(small, vocabulary)
+    result = train(small, tmp_path / "run")
+    names = {evaluation.name for evaluation in small.evaluations}
+    assert {name.rpartition("/")[0] for name in result.metrics if "/" in name} >= names
+    assert result.metrics["loss"] > 0
+    assert all(math.isfinite(value) for value in result.metrics.values())

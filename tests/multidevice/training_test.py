@@ -13,6 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "unit" / "training"))
 
 from training_stubs import AUTOREGRESSIVE, DIFFUSION, RaggedRows, nano, small_run
 
+from diffusion_lm.architectures.lora import WithLoRA
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -23,6 +24,7 @@ from diffusion_lm.training.step import make_program
 
 BATCH = RaggedRows().batch(0, 16)
 MODEL = nano(num_heads=8, head_dim=4)
+QUERY_OUTPUT_DOWN = (("attention", "query"), ("attention", "output"), ("mlp", "down"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,10 @@ MESHES = {
 }
 
 
-def _step(objective, mesh, microbatches=1, ema_decay=None):
+def _step(objective, mesh, microbatches=1, ema_decay=None, model=MODEL):
     """Returns the parameters, gradient moments and statistics after one step of Adam from fixed parameters."""
     program = make_program(
-        MODEL, objective, AdamW(), mesh=mesh, rules=LogicalRules(), microbatches=microbatches, ema_decay=ema_decay
+        model, objective, AdamW(), mesh=mesh, rules=LogicalRules(), microbatches=microbatches, ema_decay=ema_decay
     )
     state = program.init(jax.random.key(7))
     state, stats = program.step(state, BATCH, jax.random.key(0), np.float32(1e-3))
@@ -96,6 +98,19 @@ def test_the_state_is_sharded_by_the_rules():
     for tree in (state.params, state.opt_state[1].mu, state.opt_state[1].nu, state.ema):
         assert tree["blocks"]["mlp"]["up"].sharding.spec == up
     assert state.opt_state[1].count.sharding.spec == P()
+
+
+def test_adapters_are_sharded_like_their_matrices_and_learn_the_same_on_every_mesh():
+    """Also where a frozen matrix is split over devices that the gradient of its adapter is summed over."""
+    model = WithLoRA(MODEL, rank=4, trained_too=("embed",))
+    state, stats = _step(DIFFUSION, MESHES["4x2"], ema_decay=0.9, model=model)
+    _assert_as_on_one_device(state, stats, _step(DIFFUSION, ONE, ema_decay=0.9, model=model))
+    for tree in (state.params, state.opt_state[1].mu, state.opt_state[1].nu, state.ema):
+        query, output, down = (tree["lora"]["blocks"][a][b] for a, b in QUERY_OUTPUT_DOWN)
+        assert (query["a"].sharding.spec, query["b"].sharding.spec) == (P(None, "fsdp"), P(None, None, "tensor"))
+        assert (output["a"].sharding.spec, output["b"].sharding.spec) == (P(None, "tensor"), P(None, None, "fsdp"))
+        assert (down["a"].sharding.spec, down["b"].sharding.spec) == (P(None, "tensor"), P(None, None, "fsdp"))
+    assert set(state.opt_state[1].mu) == {"embed", "lora"}
 
 
 def test_a_run_may_continue_on_another_mesh(tmp_path):
