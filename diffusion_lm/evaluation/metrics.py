@@ -212,7 +212,7 @@ def rouge_tokens(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def rouge_f1(reference: str, prediction: str) -> tuple[float, float, float]:
+def rouge_f1(reference: str, prediction: str) -> tuple[float, ...]:
     """Returns the F1 of shared words, of shared word pairs, and of the longest common subsequence, each in [0, 1]."""
     gold, found = rouge_tokens(reference), rouge_tokens(prediction)
     scores = []

@@ -107,6 +107,30 @@ class InverseSqrt:
 
 
 @dataclasses.dataclass(frozen=True)
+class PeakInverseSqrt:
+    """Linear warmup to `peak` over a part of the run, then `peak * sqrt(warmup / step)`: fairseq's inverse square root.
+
+    Attributes:
+      peak: the highest learning rate.
+      warmup_ratio: part of the run's steps that the warmup takes, at least one step (arXiv 2308.12219: 0.01).
+    """
+
+    peak: float
+    warmup_ratio: float = 0.01
+
+    needs_total: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check(self, "peak")
+        _check_fraction(self, "warmup_ratio")
+
+    def value(self, step: int, total: int) -> float:
+        """Returns the learning rate of update `step`."""
+        warmup_steps = max(1, round(self.warmup_ratio * total))
+        return self.peak * linear_warmup(step, warmup_steps) * math.sqrt(warmup_steps / max(step + 1, warmup_steps))
+
+
+@dataclasses.dataclass(frozen=True)
 class Cosine:
     """Linear warmup to `peak`, then half a cosine down to `final_fraction * peak` at the end of the run.
 

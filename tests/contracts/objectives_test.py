@@ -97,7 +97,7 @@ def test_T10_local_denominator(objective, model):
     if np.ptp(weights) > 1e-3:  # A mean over examples has the same denominator in every microbatch of two.
         # Single losses may agree by chance, gradients of all parameters do not.
         local = jax.tree.map(
-            lambda *leaves: np.mean([g / w for g, w in zip(leaves, weights, strict=True)], axis=0),
+            lambda *leaves: np.mean([g / (w or 1.0) for g, w in zip(leaves, weights, strict=True)], axis=0),
             *(part_grads for _, part_grads in parts),
         )
         apart = jax.tree.map(

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.training.schedules import WSD, Constant, Cosine, InverseSqrt
+from diffusion_lm.training.schedules import WSD, Constant, Cosine, InverseSqrt, PeakInverseSqrt
 
 
 def test_constant_after_warmup():
@@ -29,6 +29,19 @@ def test_inverse_sqrt_with_ramp_peaks_at_the_end_of_the_warmup():
 
 def test_inverse_sqrt_without_warmup_is_finite_at_step_0():
     assert InverseSqrt(warmup_steps=0).value(0, 10) == 1.0
+
+
+def test_peak_inverse_sqrt_warms_up_over_a_part_of_the_run():
+    schedule = PeakInverseSqrt(peak=0.2, warmup_ratio=0.01)
+    values = [schedule.value(step, 5000) for step in range(5000)]
+    assert values.index(max(values)) == 49
+    assert max(values) == pytest.approx(0.2)
+    assert values[0] == pytest.approx(0.2 / 50)
+    assert values[199] == pytest.approx(0.1), "four times the warmup is half the rate"
+    assert values[4999] == pytest.approx(0.02)
+    assert PeakInverseSqrt(peak=0.2).value(0, 10) == pytest.approx(0.2), "a warmup has one step at least"
+    with pytest.raises(ConfigError, match="warmup_ratio = 2 is no fraction"):
+        PeakInverseSqrt(peak=0.2, warmup_ratio=2)
 
 
 @pytest.mark.parametrize("final_fraction", [0.0, 0.1])
