@@ -1,10 +1,15 @@
 """The recipes of Diffusion-LLM say what the paper says (arXiv 2308.12219)."""
 
+import dataclasses
+
 import pytest
 
 from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
 from diffusion_lm.data.vocabulary_map import UsedTokens
+from diffusion_lm.interop.name_maps import family_of
+from diffusion_lm.interop.name_maps.family import Config
+from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.noise.corruption import MixtureCorruption
 from diffusion_lm.objectives.length_prediction import LengthPrediction
 
@@ -82,6 +87,32 @@ def test_sizes_are_those_of_xlmr(size, millions, layers):
     assert counts["blocks"] / 1e6 == pytest.approx(millions, rel=0.015)
     assert model.spec.num_layers == layers
     assert model.spec.num_heads * model.spec.head_dim == model.spec.model_dim
+
+
+@pytest.mark.parametrize(("size", "kind", "longest"), [("base", "xlm-roberta", 514), ("xl", "xlm-roberta-xl", 514)])
+def test_sizes_take_the_released_checkpoints(size, kind, longest):
+    """What `import` would make of the released config.json is the preset, but for the dtype of the computation."""
+    files = ["gin/models/encoder_only.gin", f"gin/models/sizes/xlmr_{size}.gin"]
+    spec = config.load(files, ["VOCAB_SIZE=250002"], macros=["MODEL"]).build_macro("MODEL").spec
+    released = Config(
+        {
+            "model_type": kind,
+            "vocab_size": 250002,
+            "hidden_size": spec.model_dim,
+            "num_hidden_layers": spec.num_layers,
+            "num_attention_heads": spec.num_heads,
+            "intermediate_size": spec.mlp_dim,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": longest,
+            "pad_token_id": 1,
+        }
+    )
+    imported = TransformerSpec(**family_of(released).spec(released))
+    execution = ("dtype", "remat", "dropout_rate", "vocab_multiple")
+    assert dataclasses.asdict(imported) == dataclasses.asdict(
+        dataclasses.replace(spec, **{name: getattr(imported, name) for name in execution})
+    )
 
 
 def test_another_size_is_a_file_and_two_macros():
