@@ -40,7 +40,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-interop interop lint format typecheck wheel smoke lock clean
+.PHONY: help quickstart test test-recipes test-interop interop lint format typecheck wheel smoke lock clean
 
 help:  ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -59,6 +59,9 @@ test: $(DEV)  ## Run all tests (make test ARGS="tests/unit/core -x" for some of 
 # torch from there, without CUDA.
 INTEROP = torch==2.13.0 transformers==5.23.0
 TORCH_INDEX ?=
+
+test-recipes: $(DEV)  ## Run every recipe at nano scale, from its first stage to its report.
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m recipes $(ARGS) tests/gin
 
 test-interop:  ## Compare imported and exported checkpoints with transformers on PyTorch.
 	@$(MAKE) --no-print-directory VENV=$(VENV)-interop interop

@@ -16,6 +16,7 @@ from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.store import read_manifest, split_folder, write_records
 from diffusion_lm.data.vocabulary import Vocabulary
+from diffusion_lm.data.vocabulary_map import UsedTokens
 from diffusion_lm.evaluation.generation import GenerationTask
 from diffusion_lm.evaluation.likelihood import BoundEvaluation
 from diffusion_lm.evaluation.speed import SpeedStudy
@@ -25,7 +26,7 @@ from diffusion_lm.recipes.stage import Stage
 from diffusion_lm.training.run import TrainRun
 
 EXAMPLES = 2
-MASK, SEPARATOR = 4, 5
+PAD, EOS, MASK, SEPARATOR = 0, 1, 4, 5
 INPUTS, TARGETS = 7, 8
 CHUNK = INPUTS + TARGETS
 SAMPLER_LIMITS = {"steps": 2, "candidates": 2, "beams": 2, "beam": 2, "draft": 4}
@@ -130,6 +131,8 @@ def _smaller(value, root, vocab_size):
                 "scan_layers": False,
                 "remat": "none",
             }
+        case UsedTokens():
+            return {"size": vocab_size}
         case GrainSource():
             return {"root": root, "chunk_length": CHUNK if value.chunk_length else None}
         case SingleStreamConverter() | EncoderDecoderConverter():
@@ -149,9 +152,10 @@ def _smaller(value, root, vocab_size):
         case Comparison():
             bounded = min(value.bound_limit, EXAMPLES)
             return {"bound_limit": bounded, "resamples": 10, "shown": min(value.shown, 1)}
-    if any(field.name == "mask_id" for field in dataclasses.fields(value)) and value.mask_id is not None:
-        return {"mask_id": MASK}
+    ids = {"pad_id": PAD, "eos_id": EOS, "mask_id": MASK}
+    fields = {field.name for field in dataclasses.fields(value) if field.init}
+    changed = {name: token for name, token in ids.items() if name in fields and getattr(value, name) is not None}
     if hasattr(value, "generate"):
         limited = {name: (getattr(value, name, None), most) for name, most in SAMPLER_LIMITS.items()}
-        return {name: min(found, most) for name, (found, most) in limited.items() if found is not None}
-    return {}
+        changed |= {name: min(found, most) for name, (found, most) in limited.items() if found is not None}
+    return changed

@@ -3,7 +3,7 @@
 A stage is one step, a task two examples. A recipe of more than four arms runs four of them: the first of each family,
 and a spread of the others (of objective_families AR, SUNDAE and two more; every objective and sampler by itself is the
 business of tests/contracts). Recipes that differ in size alone (ar2diff_base, _large, _xl) are equal at nano scale;
-what is equal runs once. 70 s of one core with compiled programs cached.
+what is equal runs once. Two to three minutes of two cores: `make test-recipes`, which `.ci/run` calls.
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ from diffusion_lm.recipes.comparison import Comparison
 from diffusion_lm.training.card import fingerprint
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.run import TrainRun
+
+pytestmark = pytest.mark.recipes
 
 FOLDER = packaged_folder() / "recipes"
 FILES = (path.relative_to(FOLDER) for path in FOLDER.rglob("*.gin"))

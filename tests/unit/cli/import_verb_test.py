@@ -17,8 +17,6 @@ from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm.interop.huggingface import load, save
 from diffusion_lm.nn.rope import YarnRope
 from diffusion_lm.nn.transformer import TransformerSpec
-from diffusion_lm.recipes.compare import _initial_params
-from diffusion_lm.recipes.stage import Stage
 from diffusion_lm.training.checkpoint import restore_params
 
 SPEC = TransformerSpec(
@@ -180,9 +178,8 @@ def test_a_run_goes_on_from_it(name, imported, folder):
     assert 0 < change < 0.1
 
 
-def test_a_stage_takes_it_as_initial(imported):
-    stage = Stage(name="tune", run=None, initial="imported")
-    assert _equal(_initial_params(stage, None), load("checkpoint").params)
+def test_the_run_folder_holds_the_checkpoint(imported):
+    assert _equal(restore_params("imported"), load("checkpoint").params)
 
 
 def test_decode_and_evaluate_use_it(imported, folder, capsys):

@@ -12,6 +12,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm_tasks import instruction, summarization, tfds_sources, translation, vocabularies
 
 pytestmark = pytest.mark.tensorflow
@@ -22,8 +23,9 @@ def data(tmp_path, monkeypatch):
     """Returns `write(name, text or rows)` into a local data folder; the vocabulary is the embedded one."""
     monkeypatch.setenv("DIFFUSION_LM_DATA", str(tmp_path))
     monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", vocabularies.embedded_model())
+    # What is cached in the process stays for the other tests.
     for module in (translation, summarization, instruction):
-        monkeypatch.setattr(module.VOCABULARY, "_model", None)
+        monkeypatch.setitem(module.VOCABULARY.__dict__, "vocabulary", Vocabulary.load(vocabularies.embedded_model()))
 
     def write(name, content):
         path = tmp_path / name
