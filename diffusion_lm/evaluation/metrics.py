@@ -24,6 +24,7 @@ from diffusion_lm.evaluation.code_runner import run_programs
 from diffusion_lm.evaluation.metrics_reasoning import ANSWER_MARK as ANSWER_MARK
 from diffusion_lm.evaluation.metrics_reasoning import answer_rows, countdown_rows
 from diffusion_lm.evaluation.metrics_reasoning import final_answer as final_answer
+from diffusion_lm.evaluation.metrics_rouge import ROUGE_NAMES, rouge_rows
 
 Values = Callable[[np.ndarray], dict[str, float]]
 
@@ -202,46 +203,6 @@ def _code_values(total: np.ndarray) -> dict[str, float]:
     return {"pass_at_1": _mean(total, 0), "pass_at_k": _mean(total, 1), "k": samples}
 
 
-# --- ROUGE (Lin 2004) ---
-
-ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
-
-
-def rouge_tokens(text: str) -> list[str]:
-    """Returns the runs of ASCII letters and digits of the lower-cased text, unstemmed: what rouge-score does."""
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def rouge_f1(reference: str, prediction: str) -> tuple[float, ...]:
-    """Returns the F1 of shared words, of shared word pairs, and of the longest common subsequence, each in [0, 1]."""
-    gold, found = rouge_tokens(reference), rouge_tokens(prediction)
-    scores = []
-    for n in (1, 2):
-        ours, theirs = (Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (found, gold))
-        scores.append(_f1(sum((ours & theirs).values()), sum(ours.values()), sum(theirs.values())))
-    longest = _f1(_common_subsequence(gold, found), len(found), len(gold))
-    return scores[0], scores[1], longest
-
-
-def _f1(shared: int, predicted: int, gold: int) -> float:
-    return 2 * shared / (predicted + gold) if shared else 0.0
-
-
-def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Returns the length of the longest common subsequence."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        above = 0  # row[j] of the line before, to the left
-        for j, y in enumerate(b, 1):
-            above, row[j] = row[j], above + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
-
-
-def _rouge_rows(references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
-    rows = [[*rouge_f1(r, p), 1.0] for r, p in zip(references, predictions, strict=True)]
-    return np.asarray(rows, np.float64).reshape(-1, 4)
-
-
 # --- Numbers as answers (GSM8K, MGSM) ---
 
 
@@ -290,7 +251,7 @@ METRICS: dict[str, Metric] = {
             "rouge",
             "rougeL",
             "ROUGE-L",
-            _rouge_rows,
+            rouge_rows,
             lambda total: {name: _mean(total, column) for column, name in enumerate(ROUGE_NAMES)},
             conditions="F1, ASCII letters and digits, lower case, no stemming (rouge-score's rules)",
         ),

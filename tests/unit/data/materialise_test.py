@@ -20,7 +20,7 @@ from diffusion_lm.data.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.tensorflow
 seqio = pytest.importorskip("seqio")
-from diffusion_lm.data.seqio_source import task_vocabulary  # noqa: E402
+from diffusion_lm.data.seqio_source import _examples, task_vocabulary  # noqa: E402
 from diffusion_lm.data.seqio_vocabulary import LazyVocabulary  # noqa: E402
 
 PAIRS = [(f"the cat {i}", f"def f(x):\n    return {i}") for i in range(12)]
@@ -206,3 +206,33 @@ def test_data_know_when_the_code_of_their_task_has_changed(tmp_path, monkeypatch
     (tmp_path / "stale_alone.py").unlink()
     importlib.invalidate_caches()
     assert not is_stale(manifest), "a machine that only trains need not have the tasks"
+
+
+@pytest.mark.parametrize("rank", [1, 2, None])
+def test_examples_are_those_of_tensorflows_own_iterator(rank):
+    """Scalars, texts, lists of texts, empty and ragged rows; what cannot be batched comes one by one."""
+    import tensorflow as tf
+
+    def examples():
+        for number in range(7):
+            rows = np.arange(number * (number % 3), dtype=np.int32)
+            extra = rows if rank == 1 else rows.reshape(-1, number % 3 or 1)
+            yield {"text": f"é {number}", "number": number, "words": [b"a"] * (number % 2), "extra": extra}
+
+    shape = None if rank is None else [None] * rank
+    signature = {
+        "text": tf.TensorSpec([], tf.string),
+        "number": tf.TensorSpec([], tf.int64),
+        "words": tf.TensorSpec([None], tf.string),
+        "extra": tf.TensorSpec(shape, tf.int32),
+    }
+    dataset = tf.data.Dataset.from_generator(examples, output_signature=signature)
+    expected = list(dataset.as_numpy_iterator())
+    found = list(_examples(dataset))
+    assert len(found) == len(expected) == 7
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert type(ours[name]) is type(value)
+            np.testing.assert_array_equal(ours[name], value)
+            assert np.asarray(ours[name]).dtype == np.asarray(value).dtype

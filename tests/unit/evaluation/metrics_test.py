@@ -7,7 +7,7 @@ import pytest
 import sacrebleu
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.evaluation import metrics
+from diffusion_lm.evaluation import metrics, metrics_rouge
 from diffusion_lm.evaluation.metrics import METRICS
 
 REFERENCES = ["le chat est sur le tapis rouge .", "bonjour le monde entier", "il fait beau aujourd'hui , non ?"]
@@ -168,9 +168,9 @@ def test_bleu_says_which_tokenisation():
     ],
 )
 def test_rouge_of_published_examples(reference, prediction, expected):
-    assert metrics.rouge_f1(reference, prediction) == pytest.approx(expected)
+    assert metrics_rouge.rouge_f1(reference, prediction) == pytest.approx(expected)
     scores = metrics.rouge([reference], [prediction])
-    assert tuple(scores[name] for name in metrics.ROUGE_NAMES) == pytest.approx(tuple(100 * e for e in expected))
+    assert tuple(scores[name] for name in metrics_rouge.ROUGE_NAMES) == pytest.approx(tuple(100 * e for e in expected))
 
 
 def test_rouge_is_a_mean_over_examples():
