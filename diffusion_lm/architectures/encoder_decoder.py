@@ -119,8 +119,10 @@ class EncoderDecoder:
         project: bool = True,
     ) -> EncoderState:
         """Encodes the source; `project` also computes the cross-attention keys and values of all layers."""
+        # The source is read both ways, also where the decoder's relative bias knows the past alone (T5).
+        both_ways = dataclasses.replace(self.spec, relative_bidirectional=True)
         memory_BSD, _ = parts.run_stream(
-            self.spec,
+            both_ways,
             params["embed"]["tokens"],
             params["encoder"],
             inputs.tokens,

@@ -71,7 +71,7 @@ def plan_weights(family: Family, architecture: Architecture, checkpoint: Checkpo
       ConfigError: tensors are missing, left over, of a wrong shape or dtype, or copies that differ.
     """
     spec, abstract = architecture.spec, _abstract(architecture)
-    active = [line for line in family.weights if line.ours in abstract]
+    active = [line for line in family.weights if line.applies(abstract, spec)]
     taken = {line.theirs for line in active}
     lines = [_as_in_the_file(line, family, taken, checkpoint) for line in active]
     unnamed = set(abstract) - {line.ours for line in lines}
@@ -212,12 +212,19 @@ def _check_copy(name: str, original: str, family: Family, checkpoint: Checkpoint
         step = max(1, SLICE_BYTES // max(1, 4 * int(np.prod(checkpoint.shape(name)[1:]))))
         parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         same = all(np.array_equal(checkpoint.read(name, part), checkpoint.read(source, part)) for part in parts)
-    if not same:
+    if same:
+        return
+    if any(line.theirs == name for line in family.weights):
         raise ConfigError(
             f"tensor {name!r} differs from {source!r}, though config.json ties them",
             where=str(checkpoint.files[name]),
             fix="Set tie_word_embeddings to false in config.json if the model was trained with both.",
         )
+    raise ConfigError(
+        f"tensor {name!r} differs from {source!r}, and a {family.name} model has one array for both",
+        where=str(checkpoint.files[name]),
+        fix="Use a checkpoint in which they are equal.",
+    )
 
 
 def _fill(into: np.ndarray, weight: Weight, name: str, spec: TransformerSpec, checkpoint: Checkpoint, meter: Meter):

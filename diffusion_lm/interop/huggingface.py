@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion_lm.architectures.encoder_decoder import EncoderDecoder
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import read_json
@@ -29,6 +30,8 @@ from diffusion_lm.parallel.shardings import tree_shardings
 
 GENERATION_CONFIG = "generation_config.json"
 
+Network = SingleStream | EncoderDecoder
+
 
 @dataclasses.dataclass(frozen=True)
 class Specials:
@@ -36,7 +39,7 @@ class Specials:
 
     Attributes:
       pad_id: padding.
-      bos_id: opens a text.
+      bos_id: opens a text; of an encoder-decoder, what its decoder begins with.
       eos_ids: end a text; chat models have several.
       mask_id: MASK.
     """
@@ -85,7 +88,7 @@ class Imported:
     """
 
     family: str
-    architecture: SingleStream
+    architecture: Network
     params: Params
     specials: Specials
     causal: bool
@@ -120,9 +123,9 @@ def load(
     folder = _folder(path)
     config = Config(_json(folder / CONFIG), str(folder / CONFIG))
     family = family_of(config)
-    fields = family.spec(config) | {"dtype": dtype, "param_dtype": param_dtype}
-    architecture = SingleStream(TransformerSpec(**fields))
     checkpoint = Checkpoint(folder)
+    fields = family.spec(dataclasses.replace(config, tensors=checkpoint.files))
+    architecture = network_of(TransformerSpec(**fields | {"dtype": dtype, "param_dtype": param_dtype}))
     plan = plan_weights(family, architecture, checkpoint, fresh_missing=fresh_missing)
     meter = Meter()
     params = _read(plan, architecture, checkpoint, mesh, rules, meter)
@@ -140,6 +143,11 @@ def load(
     return Imported(family.name, architecture, params, specials, family.causal, report, config.values)
 
 
+def network_of(spec: TransformerSpec) -> Network:
+    """Returns the network of a shape: an encoder-decoder where it has encoder layers."""
+    return EncoderDecoder(spec) if spec.encoder_layers else SingleStream(spec)
+
+
 def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> Specials:
     """Returns the special tokens; what the generation config says comes first."""
 
@@ -153,12 +161,13 @@ def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any
     def first(name: str) -> int | None:
         return next(iter(ids(name)), None)
 
-    return Specials(first("pad_token_id"), first("bos_token_id"), ids("eos_token_id"), first("mask_token_id"))
+    start, bos = first("decoder_start_token_id"), first("bos_token_id")
+    return Specials(first("pad_token_id"), bos if start is None else start, ids("eos_token_id"), first("mask_token_id"))
 
 
 def _read(
     plan: Plan,
-    architecture: SingleStream,
+    architecture: Network,
     checkpoint: Checkpoint,
     mesh: MeshSpec | None,
     rules: LogicalRules | None,
@@ -186,7 +195,7 @@ def _read(
     return jax.tree_util.tree_map_with_path(one, abstract, shardings)
 
 
-def _fresh(architecture: SingleStream, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+def _fresh(architecture: Network, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
     """Returns one array of `init`; the compiled program computes no other."""
 
     def pick(key: jax.Array) -> jax.Array:

@@ -72,6 +72,9 @@ def write_run_folder(imported: Imported, source: Path, workdir: Path) -> None:
 def model_gin(imported: Imported, source: Path) -> str:
     """Returns the gin file of the network: every field of its spec, so that nothing of earlier files is left."""
     spec, specials = imported.architecture.spec, imported.specials
+    kind = type(imported.architecture)
+    module = kind.__module__.rpartition(".")[2]
+    network = f"{module}.{kind.__name__}"
     known = [f"{name} {value}" for name, value in dataclasses.asdict(specials).items() if value not in (None, ())]
     scaling = spec.rope_scaling
     lines = [
@@ -79,21 +82,21 @@ def model_gin(imported: Imported, source: Path) -> str:
         f"# Its special tokens: {', '.join(known) if known else 'none are named'}.",
         "from __gin__ import dynamic_registration",
         "",
-        "from diffusion_lm.architectures import single_stream",
+        f"from diffusion_lm.architectures import {module}",
         *(["from diffusion_lm.nn import rope"] if scaling else []),
         "from diffusion_lm.nn import transformer",
         "",
-        "MODEL = @single_stream.SingleStream()",
+        f"MODEL = @{network}()",
         f"VOCAB_SIZE = {spec.vocab_size}",
-        "single_stream.SingleStream.spec = @transformer.TransformerSpec()",
+        f"{network}.spec = @transformer.TransformerSpec()",
         "",
         "transformer.TransformerSpec:",
         *(f"  {name} = {text}" for name, text in _bindings(spec)),
     ]
     if scaling is not None:
-        kind = type(scaling).__name__
+        rope = type(scaling).__name__
         fields = {field.name: getattr(scaling, field.name) for field in dataclasses.fields(scaling)}
-        lines += ["", f"rope.{kind}:", *(f"  {name} = {value!r}" for name, value in fields.items())]
+        lines += ["", f"rope.{rope}:", *(f"  {name} = {value!r}" for name, value in fields.items())]
     return "\n".join(lines) + "\n"
 
 

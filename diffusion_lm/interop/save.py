@@ -24,7 +24,7 @@ SHARD_BYTES = 5 * 10**9
 # What a config.json says nothing about: how the network is run, initialised and stored here.
 _OURS = (
     *("dtype", "param_dtype", "dropout_rate", "vocab_multiple", "scan_layers", "remat", "logits_chunk", "attention"),
-    *("embedding_std", "relative_buckets", "relative_max_distance", "relative_bidirectional"),
+    "embedding_std",
 )
 
 
@@ -84,10 +84,9 @@ def save(
 def differences(spec: TransformerSpec, family: Family) -> list[str]:
     """Returns the fields in which a network differs from what its config.json of this family would be read as."""
     try:
-        fields = family.spec(Config(family.config(spec)))
+        read = TransformerSpec(**family.spec(Config(family.config(spec))))
     except (ConfigError, KeyError) as error:
         return [str(error)]
-    read = TransformerSpec(**fields)
     found = []
     for name in TransformerSpec.__dataclass_fields__:
         if name in _OURS:
@@ -119,6 +118,8 @@ def _meaning(spec: TransformerSpec, name: str) -> Any:
             return spec.max_positions if spec.position == "learned" else None
         case "attention_scale_size":
             return spec.head_dim if spec.attention_scale_size is None else spec.attention_scale_size
+        case "relative_buckets" | "relative_max_distance" | "relative_bidirectional":
+            return getattr(spec, name) if spec.position == "relative_bias" else None
         case "rope_theta":
             return spec.rope_theta if spec.position == "rope" else None
     return getattr(spec, name)
@@ -211,7 +212,7 @@ def _tensors(
     ours = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     groups: dict[str, list[Weight]] = {}
     for weight in family.weights:
-        if weight.ours in ours:
+        if weight.applies(ours, spec):
             groups.setdefault(weight.theirs, []).append(weight)
     for theirs, group in groups.items():
         arrays = [np.asarray(ours[weight.ours]) for weight in sorted(group, key=lambda weight: weight.part)]

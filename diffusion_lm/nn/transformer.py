@@ -57,7 +57,8 @@ class TransformerSpec:
       relative_max_distance: distance from which relative positions share a bucket.
       relative_bidirectional: tells future distances apart. Also on for causal models, where it costs half of the
         buckets: a diffusion stage may then start from an AR checkpoint and change only loss and visibility, without
-        every future distance being taken for distance 0.
+        every future distance being taken for distance 0. Off for the released T5s, whose decoder has all buckets for
+        the past; an encoder tells both directions apart in any case.
       max_positions: longest stream; required by learned positions, None = unlimited.
       position_offset: row of the learned table that belongs to position 0; the rows before it are never read. RoBERTa
         counts from the id of its padding token + 1.
@@ -203,9 +204,10 @@ class TransformerSpec:
             where="TransformerSpec.window_rope_theta",
             fix="Bind window_layers, or rope_theta for all layers.",
         )
-        half = self.relative_buckets // (2 if self.relative_bidirectional else 1) // 2
+        both_ways = {self.relative_bidirectional, self.relative_bidirectional or self.encoder_layers > 0}
+        halves = [self.relative_buckets // (4 if both else 2) for both in both_ways]
         require(
-            self.position != "relative_bias" or 0 < half < self.relative_max_distance,
+            self.position != "relative_bias" or all(0 < half < self.relative_max_distance for half in halves),
             f"{self.relative_buckets} buckets do not fit relative_max_distance = {self.relative_max_distance}",
             where="TransformerSpec.relative_buckets",
             fix="Give at least 4 buckets and a max distance above a quarter of them.",

@@ -1,4 +1,4 @@
-"""Writes the fixtures of `huggingface_golden_test.py`; needs torch and transformers.
+"""Writes the fixtures of `huggingface_golden_test.py` and `t5_golden_test.py`; needs torch and transformers.
 
 python tests/golden/make_huggingface.py     (in the environment that `make test-interop` makes)
 """
@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import huggingface_cases as cases
+import t5_cases
 
 
 def main() -> None:
@@ -25,6 +26,10 @@ def main() -> None:
         ids, mask = cases.inputs(model.config.pad_token_id if encoder else None)
         logits = cases.reference(model, ids, mask)
         save_file({"ids": ids, "mask": mask, "logits": logits}, folder / "golden.safetensors")
+    for name in t5_cases.GOLDEN:
+        model, arrays = t5_cases.build(name), t5_cases.inputs()
+        model.save_pretrained(cases.FOLDER / name)
+        save_file(arrays | {"logits": t5_cases.reference(model, arrays)}, cases.FOLDER / name / "golden.safetensors")
     # What `TorchFile` has to read: 32 and 16 bits, shared storages, strides, a parameter, an empty tensor.
     table = torch.arange(24.0).reshape(4, 6)
     tensors = {
@@ -38,7 +43,7 @@ def main() -> None:
     }
     torch.save(tensors, cases.FOLDER / "weights.bin")
     size = sum(path.stat().st_size for path in cases.FOLDER.rglob("*") if path.is_file())
-    print(f"{len(cases.GOLDEN)} cases, {size / 1024:.0f} KiB in {cases.FOLDER}")
+    print(f"{len(cases.GOLDEN) + len(t5_cases.GOLDEN)} cases, {size / 1024:.0f} KiB in {cases.FOLDER}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from diffusion_lm.interop.name_maps.gpt2 import FAMILY as GPT2
 from diffusion_lm.interop.name_maps.llama import LLAMA, MISTRAL
 from diffusion_lm.interop.name_maps.qwen import QWEN2, QWEN3
 from diffusion_lm.interop.name_maps.roberta import ROBERTA, XLM_ROBERTA_XL
+from diffusion_lm.interop.name_maps.t5 import MT5, T5
 
 FAMILIES: tuple[Family, ...] = (
     *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA_XL),
+    *(T5, MT5),
 )
 _BY_TYPE = {name: family for family in FAMILIES for name in family.model_types}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

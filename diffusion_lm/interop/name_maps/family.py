@@ -1,7 +1,7 @@
 """What a family of released checkpoints is: a table of weights, and how config.json says the network's shape."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
@@ -71,6 +71,7 @@ class Weight:
       part: which of the `parts` equal slices of the tensor's last axis this is (GPT-2 joins queries, keys, values).
       parts: number of slices.
       plus_row: name of a table whose row 0 is added to every row: token type 0, which is everywhere the same.
+      gated: whether the line is for networks with gated feed-forward layers or for the others; None = for both.
     """
 
     ours: str
@@ -79,11 +80,16 @@ class Weight:
     part: int = 0
     parts: int = 1
     plus_row: str | None = None
+    gated: bool | None = None
 
     @property
     def stacked(self) -> bool:
         """Whether there is a tensor for every layer."""
         return "{i}" in self.theirs
+
+    def applies(self, arrays: Collection[str], spec: TransformerSpec) -> bool:
+        """Returns whether the line is about a network of this shape with these arrays."""
+        return self.ours in arrays and self.gated in (None, spec.gated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +99,12 @@ class Config:
     Attributes:
       values: the JSON object.
       file: its path, for errors.
+      tensors: names of the tensors beside it, for families whose config.json does not say which there are.
     """
 
     values: Mapping[str, Any]
     file: str = CONFIG
+    tensors: Collection[str] = ()
 
     def get(self, name: str, default: Any = None) -> Any:
         """Returns a value; `default` where it is absent or null."""

@@ -106,7 +106,7 @@ def encoder_config(spec: TransformerSpec) -> dict[str, Any]:
         intermediate_size=spec.mlp_dim,
         hidden_act=activations[spec.mlp, spec.gelu if spec.mlp == "gelu" else "exact"],
         layer_norm_eps=spec.norm_eps,
-        max_position_embeddings=spec.position_rows,
+        max_position_embeddings=(spec.max_positions or 0) + spec.position_offset,
         tie_word_embeddings=spec.tied_embeddings,
     )
 
