@@ -1,8 +1,9 @@
-"""Makes a run folder of a Hugging Face checkpoint: other runs start from it, and decode and evaluate read it.
+"""Makes a run folder of a released checkpoint: other runs start from it, and decode and evaluate read it.
 
 PATH is a folder with config.json and safetensors files (or pytorch_model.bin, read without torch), as `hf download NAME
---local-dir PATH` makes. The run folder gets the parameters as checkpoint 0, model.gin, which binds the network, and
-import.json, which says what became of each tensor. Where anything is wrong, nothing is written."""
+--local-dir PATH` makes, or a T5X checkpoint of T5 or mT5, such as checkpoint_1000000. The run folder gets the
+parameters as checkpoint 0, model.gin, which binds the network, and import.json, which says what became of each tensor.
+Where anything is wrong, nothing is written."""
 
 import argparse
 import dataclasses

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.core.errors import ConfigError, near_names
-from diffusion_lm.interop.name_maps.family import Family, Weight
+from diffusion_lm.interop.name_maps.family import CONFIG, Family, Weight
 from diffusion_lm.interop.tensor_files import Checkpoint
 from diffusion_lm.nn.transformer import TransformerSpec
 
@@ -94,7 +94,7 @@ def plan_weights(family: Family, architecture: Architecture, checkpoint: Checkpo
         weights[line.ours] = line
         used.update(names)
         for name in names:
-            _check(name, line, leaf.shape, spec, checkpoint)
+            _check(name, line, leaf.shape, family, spec, checkpoint)
     if absent and not fresh_missing:
         raise _missing(family, absent, checkpoint)
     ignored = _sort_leftovers(family, lines, present - used, checkpoint)
@@ -155,7 +155,9 @@ def _old_names(name: str, family: Family) -> list[str]:
     return [re.sub(pattern, new, name) for pattern, new in family.renames if re.search(pattern, name)]
 
 
-def _check(name: str, weight: Weight, shape: tuple[int, ...], spec: TransformerSpec, checkpoint: Checkpoint) -> None:
+def _check(
+    name: str, weight: Weight, shape: tuple[int, ...], family: Family, spec: TransformerSpec, checkpoint: Checkpoint
+) -> None:
     checkpoint.check_dtype(name)
     found = checkpoint.shape(name)
     if name == weight.plus_row:
@@ -165,9 +167,9 @@ def _check(name: str, weight: Weight, shape: tuple[int, ...], spec: TransformerS
         fits, expected = found == wanted, str(list(wanted))
     if not fits:
         raise ConfigError(
-            f"tensor {name!r} has shape {list(found)} and config.json asks for {expected}",
+            f"tensor {name!r} has shape {list(found)} and {family.told_by} asks for {expected}",
             where=str(checkpoint.files[name]),
-            fix="Use the config.json that belongs to these weights.",
+            fix=_other_files(family),
         )
 
 
@@ -197,11 +199,18 @@ def _sort_leftovers(family: Family, lines: Iterable[Weight], left: set[str], che
     if unknown:
         near = near_names(unknown[0], (line.theirs.format(i=0) for line in lines))
         raise ConfigError(
-            f"{len(unknown)} tensors have no place in the {family.name} model of config.json: {_some(unknown)}{near}",
+            f"{len(unknown)} tensors have no place in the {family.name} model of {family.told_by}: "
+            f"{_some(unknown)}{near}",
             where=str(checkpoint.files[unknown[0]]),
-            fix="Use the config.json that belongs to these weights.",
+            fix=_other_files(family),
         )
     return ignored
+
+
+def _other_files(family: Family) -> str:
+    if family.told_by == CONFIG:
+        return f"Use the {CONFIG} that belongs to these weights."
+    return "Use a checkpoint whose tensors are all of one network."
 
 
 def _check_copy(name: str, original: str, family: Family, checkpoint: Checkpoint) -> None:

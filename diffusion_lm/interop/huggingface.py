@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face ecosystem as networks of ours: a folder with config.json and its weights.
+"""Released checkpoints as networks of ours: a folder with config.json and its weights, or a checkpoint of T5X.
 
 Everything is checked before the first tensor is read; then the arrays are made one after the other, each from the file
 into one buffer on the host and from there to the devices.
@@ -20,9 +20,11 @@ from diffusion_lm.core.files import read_json
 from diffusion_lm.core.types import Params
 from diffusion_lm.interop.assemble import Meter, Plan, plan_weights, read_array
 from diffusion_lm.interop.name_maps import family_of
-from diffusion_lm.interop.name_maps.family import CONFIG, Config
+from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family
+from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
 from diffusion_lm.interop.save import save as save
-from diffusion_lm.interop.tensor_files import Checkpoint
+from diffusion_lm.interop.t5x_files import INDEX
+from diffusion_lm.interop.tensor_files import LAYOUTS, Checkpoint
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -108,7 +110,8 @@ def load(
     """Reads a checkpoint.
 
     Args:
-      path: a folder with config.json and model.safetensors, pytorch_model.bin, or shards of either with their index.
+      path: a folder with config.json and model.safetensors, pytorch_model.bin, or shards of either with their index;
+        or a folder of T5X, such as checkpoint_1000000.
       param_dtype: dtype of the parameters, "float32" or "bfloat16".
       dtype: dtype of the computation.
       mesh: devices to lay the parameters out on; None = the first device.
@@ -121,10 +124,8 @@ def load(
     """
     start = time.perf_counter()
     folder = _folder(path)
-    config = Config(_json(folder / CONFIG), str(folder / CONFIG))
-    family = family_of(config)
-    checkpoint = Checkpoint(folder)
-    fields = family.spec(dataclasses.replace(config, tensors=checkpoint.files))
+    family, config, checkpoint = _open(folder)
+    fields = family.spec(config)
     architecture = network_of(TransformerSpec(**fields | {"dtype": dtype, "param_dtype": param_dtype}))
     plan = plan_weights(family, architecture, checkpoint, fresh_missing=fresh_missing)
     meter = Meter()
@@ -163,6 +164,22 @@ def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any
 
     start, bos = first("decoder_start_token_id"), first("bos_token_id")
     return Specials(first("pad_token_id"), bos if start is None else start, ids("eos_token_id"), first("mask_token_id"))
+
+
+def _open(folder: Path) -> tuple[Family, Config, Checkpoint]:
+    """Returns the family of a folder, what its config.json says (or the sizes of T5X's tensors do), and its tensors."""
+    file = folder / CONFIG
+    if not _is_t5x(folder):
+        config = Config(_json(file), str(file))
+        family, checkpoint = family_of(config), Checkpoint(folder)
+        return family, dataclasses.replace(config, tensors=checkpoint.files), checkpoint
+    checkpoint = Checkpoint(folder)
+    sizes = read_sizes({name: checkpoint.shape(name) for name in checkpoint.files}, folder)
+    return T5X, Config(sizes, str(folder / INDEX)), checkpoint
+
+
+def _is_t5x(folder: Path) -> bool:
+    return (folder / INDEX).is_file() and not any((folder / name).is_file() for names in LAYOUTS for name in names)
 
 
 def _read(
@@ -209,13 +226,16 @@ def _fresh(architecture: Network, name: str, sharding: jax.sharding.Sharding) ->
 
 def _folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(
-            f"there is no {CONFIG} in {folder}",
-            where="PATH",
-            fix="Name a folder with a downloaded checkpoint, such as `hf download NAME --local-dir FOLDER` makes.",
-        )
-    return folder
+    if (folder / CONFIG).is_file() or _is_t5x(folder):
+        return folder
+    inside = sorted(index.parent.name for index in folder.glob(f"checkpoint_*/{INDEX}"))
+    raise ConfigError(
+        f"there is no {CONFIG} in {folder}" + (f", but checkpoints of T5X: {', '.join(inside)}" if inside else ""),
+        where="PATH",
+        fix="Name one of them."
+        if inside
+        else "Name a folder with a downloaded checkpoint, such as `hf download NAME --local-dir FOLDER` makes.",
+    )
 
 
 def _json(file: Path, optional: bool = False) -> dict[str, Any]:

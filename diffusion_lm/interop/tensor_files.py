@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.interop.t5x_files import INDEX, T5xFile
 from diffusion_lm.interop.torch_files import TorchFile
 
 LAYOUTS = (
@@ -103,6 +104,9 @@ class Checkpoint:
             if (folder / single).is_file():
                 self._add(folder / single)
                 return
+        if (folder / INDEX).is_file():
+            self._add(folder / INDEX)
+            return
         raise ConfigError(
             f"there are no weights in {folder}",
             where=str(folder),
@@ -136,7 +140,11 @@ class Checkpoint:
                 )
 
     def _add(self, path: Path) -> None:
-        file: TensorFile = SafeTensorFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+        file: TensorFile
+        if path.name == INDEX:
+            file = T5xFile(path)
+        else:
+            file = SafeTensorFile(path) if path.suffix == ".safetensors" else TorchFile(path)
         self._open[path] = file
         for name in file.names():
             if name in self.files:

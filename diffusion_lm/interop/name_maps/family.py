@@ -158,6 +158,7 @@ class Family:
       config: from a `TransformerSpec` to what is particular to the family in config.json; inverse of `spec`.
       renames: (regular expression, replacement) that make an older name of a tensor from the one in the table.
       causal: whether the family was trained from left to right.
+      told_by: what says the network's shape, for errors.
     """
 
     name: str
@@ -173,3 +174,4 @@ class Family:
     ignorable: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     causal: bool = True
+    told_by: str = CONFIG

@@ -132,7 +132,7 @@ def _mt5_config(spec: TransformerSpec) -> dict[str, Any]:
 
 T5 = Family(
     name="t5",
-    description="T5 1.0 and 1.1, Flan-T5, UL2 and ByT5",
+    description="T5 1.0 and 1.1, Flan-T5, UL2 and ByT5, and what T5X stores of T5 and mT5",
     source="arXiv 1910.10683, 2105.13626",
     model_types=("t5",),
     architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model"),

@@ -1,0 +1,154 @@
+"""T5 as T5X stores it: the names of `t5x/examples/t5/network.py`, kernels [in, out], sizes in the shapes alone."""
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.interop.name_maps.family import (
+    CONV_HEADS_IN,
+    CONV_HEADS_OUT,
+    TRANSPOSED,
+    VOCABULARY,
+    Family,
+    Layout,
+    Weight,
+)
+from diffusion_lm.interop.name_maps.t5 import T5
+
+OPERATIVE = "config.gin"
+"""The file that T5X writes beside its checkpoints."""
+
+_HEAD = "decoder.logits_dense.kernel"
+_VOCABULARY_LAST = Layout(lambda x, spec: x.T, lambda x, spec: x[: spec.vocab_size].T)
+_FEED_FORWARD = {
+    ("gelu", "linear"): "gated-gelu",
+    ("silu", "linear"): "gated-silu",
+    ("swish", "linear"): "gated-silu",
+    ("relu",): "relu",
+    ("gelu",): "gelu_new",
+}
+_ACTIVATIONS = re.compile(r"^[ \t\w./]*\bmlp_activations\s*=[\s\\]*(\(.*?\)|\[.*?\])", re.MULTILINE | re.DOTALL)
+
+
+def _stream(ours: str, theirs: str, attentions: Mapping[str, str]) -> Iterator[Weight]:
+    """Yields the lines of one stack."""
+    layer = f"{theirs}.layers_{{i}}."
+    yield Weight(f"{ours}relative_bias", f"{theirs}.relpos_bias.rel_embedding", TRANSPOSED)
+    for name, module in attentions.items():
+        norm = module.replace("encoder_decoder", "cross")
+        yield Weight(f"{ours}blocks/{name}_norm/scale", f"{layer}pre_{norm}_layer_norm.scale")
+        for array in ("query", "key", "value"):
+            yield Weight(f"{ours}blocks/{name}/{array}", f"{layer}{module}.{array}.kernel", CONV_HEADS_OUT)
+        yield Weight(f"{ours}blocks/{name}/output", f"{layer}{module}.out.kernel", CONV_HEADS_IN)
+    yield Weight(f"{ours}blocks/mlp_norm/scale", f"{layer}pre_mlp_layer_norm.scale")
+    yield Weight(f"{ours}blocks/mlp/gate", f"{layer}mlp.wi_0.kernel", gated=True)
+    yield Weight(f"{ours}blocks/mlp/up", f"{layer}mlp.wi_1.kernel", gated=True)
+    yield Weight(f"{ours}blocks/mlp/up", f"{layer}mlp.wi.kernel", gated=False)
+    yield Weight(f"{ours}blocks/mlp/down", f"{layer}mlp.wo.kernel")
+    yield Weight(f"{ours}final_norm/scale", f"{theirs}.{theirs}_norm.scale")
+
+
+def read_sizes(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Any]:
+    """Returns the config.json that Hugging Face would have for the network of these tensors.
+
+    Heads are the rows of the relative bias, and a gate is a second input matrix. Only the activation is in no shape: it
+    is read from `config.gin` in the folder or above it, and else is T5's own, GELU where there is a gate and ReLU where
+    there is none.
+
+    Args:
+      shapes: of all tensors, by name.
+      folder: of the checkpoint.
+
+    Raises:
+      ConfigError: a tensor that tells a size is missing, or the activation is none that this network has.
+    """
+    vocabulary, width = _shape(shapes, "token_embedder.embedding")
+    heads, buckets = _shape(shapes, "encoder.relpos_bias.rel_embedding")
+    queries = _shape(shapes, "encoder.layers_0.attention.query.kernel")[1]
+    gated = "encoder.layers_0.mlp.wi_0.kernel" in shapes
+    if queries % heads:
+        raise ConfigError(
+            f"'encoder.layers_0.attention.query.kernel' has {queries} columns for the {heads} heads of "
+            "'encoder.relpos_bias.rel_embedding'",
+            where=str(folder),
+            fix="Use a checkpoint whose tensors are of one network.",
+        )
+    return dict(
+        model_type="t5",
+        vocab_size=vocabulary,
+        d_model=width,
+        num_heads=heads,
+        d_kv=queries // heads,
+        d_ff=_shape(shapes, "encoder.layers_0.mlp.wo.kernel")[0],
+        num_layers=_layers(shapes, "encoder"),
+        num_decoder_layers=_layers(shapes, "decoder"),
+        relative_attention_num_buckets=buckets,
+        relative_attention_max_distance=128,
+        layer_norm_epsilon=1e-6,
+        feed_forward_proj=_activation(folder) or ("gated-gelu" if gated else "relu"),
+        tie_word_embeddings=_HEAD not in shapes,
+        is_encoder_decoder=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    shape = shapes.get(name, ())
+    if len(shape) != 2:
+        found = f"has shape {list(shape)} and not two axes" if name in shapes else "is missing"
+        raise ConfigError(
+            f"tensor {name!r} {found}, and the sizes of a T5X checkpoint are read from it",
+            where="PATH",
+            fix="Use a checkpoint of t5x/examples/t5, complete.",
+        )
+    return shape
+
+
+def _layers(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
+    found = (re.match(rf"{stack}\.layers_(\d+)\.", name) for name in shapes)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _activation(folder: Path) -> str | None:
+    """Returns what the run's gin file says about the feed-forward layers; None where there is none."""
+    for file in (folder / OPERATIVE, folder.parent / OPERATIVE):
+        told = _ACTIVATIONS.findall(file.read_text(encoding="utf-8")) if file.is_file() else []
+        if not told:
+            continue
+        try:
+            names = tuple(ast.literal_eval(told[-1]))
+        except (ValueError, SyntaxError):
+            names = (told[-1],)
+        if names not in _FEED_FORWARD:
+            raise ConfigError(
+                f"{file.name} says mlp_activations = {told[-1]}, which this network cannot do "
+                f"(supported: {', '.join(map(str, _FEED_FORWARD))})",
+                where=str(file),
+                fix="Use another checkpoint.",
+            )
+        return _FEED_FORWARD[names]
+    return None
+
+
+T5X = Family(
+    name="t5x",
+    description="T5 and mT5 as T5X stores them",
+    source=T5.source,
+    model_types=(),
+    architectures=T5.architectures,
+    prefix="",
+    weights=(
+        Weight("embed/tokens", "token_embedder.embedding", VOCABULARY),
+        *_stream("encoder/", "encoder", {"attention": "attention"}),
+        *_stream("", "decoder", {"attention": "self_attention", "cross_attention": "encoder_decoder_attention"}),
+        Weight("head/tokens", _HEAD, _VOCABULARY_LAST),
+    ),
+    spec=T5.spec,
+    config=T5.config,
+    told_by="the rest of the checkpoint",
+)
