@@ -89,6 +89,7 @@ def _families() -> list[dict[str, Any]]:
             "model_types": list(family.model_types),
             "description": family.description,
             "sources": [family.source],
+            "diffusion": family.diffusion is not None,
         }
         for family in families
     ]

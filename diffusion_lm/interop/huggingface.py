@@ -18,10 +18,12 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import read_json
 from diffusion_lm.core.types import Params
 from diffusion_lm.interop.assemble import Meter, Plan, plan_weights, read_array
+from diffusion_lm.interop.diffusion import TrainedAs, trained_as
 from diffusion_lm.interop.name_maps import family_of
-from diffusion_lm.interop.name_maps.family import CONFIG, Config
+from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family
 from diffusion_lm.interop.save import save as save
 from diffusion_lm.interop.tensor_files import Checkpoint
+from diffusion_lm.interop.tokenizer_folder import mask_of_tokenizer
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -82,6 +84,7 @@ class Imported:
       causal: whether it was trained from left to right.
       report: what became of the tensors.
       config: the contents of its config.json.
+      diffusion: what a diffusion model was trained as; None for all others.
     """
 
     family: str
@@ -91,6 +94,7 @@ class Imported:
     causal: bool
     report: ImportReport
     config: Mapping[str, Any]
+    diffusion: TrainedAs | None = None
 
 
 def load(
@@ -101,6 +105,7 @@ def load(
     mesh: MeshSpec | None = None,
     rules: LogicalRules | None = None,
     fresh_missing: bool = False,
+    layout: str | None = None,
 ) -> Imported:
     """Reads a checkpoint.
 
@@ -112,6 +117,7 @@ def load(
       rules: how they are split over the mesh; None = the default rules.
       fresh_missing: initialises the arrays that the files lack (the head of an encoder without its language model,
         say) instead of refusing the checkpoint.
+      layout: name of the family, where the files do not tell it from others (DiffuLLaMA's are LLaMA's); None = look.
 
     Raises:
       ConfigError: the checkpoint is of an unknown family, is incomplete, or has tensors that have no place.
@@ -119,10 +125,11 @@ def load(
     start = time.perf_counter()
     folder = _folder(path)
     config = Config(_json(folder / CONFIG), str(folder / CONFIG))
-    family = family_of(config)
-    fields = family.spec(config) | {"dtype": dtype, "param_dtype": param_dtype}
-    architecture = SingleStream(TransformerSpec(**fields))
+    family_of(config, layout=layout)  # before the weights, which may not be there
     checkpoint = Checkpoint(folder)
+    family = family_of(config, checkpoint.files, layout)
+    fields = family.spec(config) | {"dtype": dtype, "param_dtype": param_dtype} | _rows(family, checkpoint)
+    architecture = SingleStream(TransformerSpec(**fields))
     plan = plan_weights(family, architecture, checkpoint, fresh_missing=fresh_missing)
     meter = Meter()
     params = _read(plan, architecture, checkpoint, mesh, rules, meter)
@@ -137,7 +144,18 @@ def load(
         seconds=time.perf_counter() - start,
     )
     specials = find_specials(config.values, _json(folder / GENERATION_CONFIG, optional=True))
-    return Imported(family.name, architecture, params, specials, family.causal, report, config.values)
+    trained = None
+    if family.diffusion is not None:
+        trained = trained_as(family.diffusion, config, architecture.spec.vocab_size, mask_of_tokenizer(folder))
+        specials = dataclasses.replace(specials, mask_id=trained.mask_id)
+    return Imported(family.name, architecture, params, specials, family.causal, report, config.values, trained)
+
+
+def _rows(family: Family, checkpoint: Checkpoint) -> dict[str, int]:
+    """Returns the size of the vocabulary where the tensors and not config.json say it."""
+    if family.rows is None or family.rows not in checkpoint.files:
+        return {}
+    return {"vocab_size": checkpoint.shape(family.rows)[0]}
 
 
 def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> Specials:
