@@ -2,9 +2,9 @@
 
 PATH is a folder with config.json and safetensors files (or pytorch_model.bin, read without torch), as `hf download NAME
 --local-dir PATH` makes. The run folder gets the parameters as checkpoint 0, model.gin, which binds the network, and
-import.json, which says what became of each tensor. A diffusion model's gets objective.gin and sampler.gin too: which state
-predicts which token, what sees what, and MASK. No code that comes with a checkpoint is run. Where anything is wrong,
-nothing is written."""
+import.json, which says what became of each tensor. A diffusion model's gets objective.gin and sampler.gin too: which
+state predicts which token, what sees what, and MASK. No code that comes with a checkpoint is run. Where anything is
+wrong, nothing is written."""
 
 import argparse
 import dataclasses
@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             say(f"Decode with it:              decode --workdir {workdir} --sampler {workdir / SAMPLER_GIN}")
         elif imported.diffusion is not None:
             trained = imported.diffusion
-            say(f"\nNo file names MASK: bind MASK_ID behind objectives/{trained.objective}.gin, samplers/{trained.sampler}.gin")
+            files = f"objectives/{trained.objective}.gin and samplers/{trained.sampler}.gin"
+            say(f"\nNo file names MASK: bind MASK_ID behind {files}")
     return {
         "workdir": str(workdir),
         "family": imported.family,

@@ -113,7 +113,7 @@ def of_objective(objective: Any) -> TrainedAs | None:
 
 
 def layout_for(spec: TransformerSpec, trained: TrainedAs | None) -> Family | None:
-    """Returns the public layout of such a network trained as such, the first of `FAMILIES`; None where there is none."""
+    """Returns the public layout of such a network trained as such, the first of `FAMILIES`, or None."""
     for family in FAMILIES:
         meant = family.diffusion
         if trained is None or meant is None or meant.shifted != trained.shifted:

@@ -194,8 +194,9 @@ def _full_config(
     own = {"model_type": kind, "architectures": [heads.get(kind, names[0])], "torch_dtype": stored, "dtype": stored}
     given = {name: value for name, value in (config or {}).items() if name not in (*_REFERENCES, HINT)}
     told: dict[str, Any] = {}
-    if family.diffusion is not None:
+    if family.diffusion is not None or trained_as:
         told[HINT] = {"layout": family.name, **(trained_as or {})}
+    if family.diffusion is not None:
         if (mask := (trained_as or {}).get("mask_token_id")) is not None:
             told["mask_token_id"] = mask
         if family.diffusion.block_key is not None:

@@ -1,13 +1,15 @@
-"""A vocabulary as the tokenizer files that `transformers` reads: tokenizer.json with its roles, and a SentencePiece model.
+"""A vocabulary as the tokenizer files that `transformers` reads: tokenizer.json, its roles, a SentencePiece model.
 
 A `Vocabulary` of ours is a `tokenizer.json` with tokens behind it, or a SentencePiece model. The second is written as a
 `tokenizer.json` too (its pieces, its normalisation, its white space), since the classes that read a bare
-`tokenizer.model` each expect the one of their own family. What is written is then tried: on every piece and on a few
-awkward texts it must give the ids that the vocabulary gives.
+`tokenizer.model` each expect the one of their own family. What is written is then tried: on every piece of text and on
+a few awkward texts it must give the ids that the vocabulary gives. One thing differs, as with every tokenizer of
+transformers: text that spells a special token (or a byte, `<0x41>`) becomes it, and with a `Vocabulary` it never does.
 """
 
 import base64
 import json
+import re
 from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
@@ -16,9 +18,8 @@ from diffusion_lm.data.vocabulary import Vocabulary
 TOKENIZER_JSON, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType of sentencepiece_model.proto
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.Type of it
-_NEVER = -1e6
-"""A score that keeps a piece out of every text that can be spelt without it."""
+_NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4  # SentencePiece.Type of it
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 _PROBES = (
     "The quick brown fox, 1,024 times; naïve café.",
@@ -88,14 +89,17 @@ def _from_sentencepiece(proto: bytes) -> dict[str, Any]:
     """Returns an object as in tokenizer.json that splits text as the SentencePiece model does."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model: Any = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2
+    model = messages.ModelProto()
     model.ParseFromString(proto)
     pieces, trainer, normalizer = list(model.pieces), model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE):
         raise _cannot("only unigram and BPE models of SentencePiece have a counterpart")
     unknown = next(number for number, piece in enumerate(pieces) if piece.type == _UNKNOWN)
     if trainer.model_type == _UNIGRAM:
-        scores = [[piece.piece, piece.score if piece.type in (_NORMAL, _USER) else _NEVER] for piece in pieces]
+        # The library scores what it does not know from the lowest score of all; SentencePiece looks at normal pieces.
+        lowest = min(piece.score for piece in pieces if piece.type == _NORMAL)
+        scores = [[piece.piece, piece.score if piece.type in (_NORMAL, _USER) else lowest] for piece in pieces]
         kind: dict[str, Any] = {"type": "Unigram", "unk_id": unknown, "vocab": scores}
     else:
         kind = _bpe(pieces, unknown)
@@ -114,9 +118,7 @@ def _from_sentencepiece(proto: bytes) -> dict[str, Any]:
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if normalizer.add_dummy_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    symbols = [
-        _added(number, piece.piece) for number, piece in enumerate(pieces) if piece.type in (_CONTROL, _UNKNOWN)
-    ]
+    symbols = [_added(number, piece.piece) for number, piece in enumerate(pieces) if piece.type in (_CONTROL, _UNKNOWN)]
     return {
         "version": "1.0",
         "truncation": None,
@@ -145,7 +147,7 @@ def _kept_whole(pieces: list[Any]) -> dict[str, Any] | None:
 
 
 def _bpe(pieces: list[Any], unknown: int) -> dict[str, Any]:
-    """Returns a BPE model: every way to halve a piece into two others is a merge, in the order of the pieces' scores."""
+    """Returns a BPE model: every way to halve a piece into two others is a merge, in the order of the scores."""
     ids = {piece.piece: number for number, piece in enumerate(pieces)}
     merges = []
     for number, piece in enumerate(pieces):
@@ -174,11 +176,12 @@ def _try(text: str, vocabulary: Vocabulary) -> None:
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_str(text)
-    tokenizer.encode_special_tokens = True
     for role in vocabulary.report.roles:
         if tokenizer.token_to_id(role.piece) != role.token:
             raise _cannot(f"{role.piece!r} would have the id {tokenizer.token_to_id(role.piece)} and not {role.token}")
-    pieces = [vocabulary.piece(token).replace("▁", " ") for token in range(vocabulary.size)]
+    special = {token["id"] for token in json.loads(text)["added_tokens"]}
+    spellings = {token: vocabulary.piece(token) for token in range(vocabulary.size) if token not in special}
+    pieces = [piece.replace("▁", " ") for piece in spellings.values() if not _BYTE.fullmatch(piece)]
     spelled = ["".join(pieces[start : start + 16]) for start in range(0, len(pieces), 16)]
     for probe in (*_PROBES, *spelled):
         ours, theirs = vocabulary.encode(probe), tokenizer.encode(probe, add_special_tokens=False).ids

@@ -1,8 +1,8 @@
 """Small diffusion checkpoints under the names of the published ones. Nothing here needs torch until `build` is called.
 
-transformers has no classes for these models. The reference is the autoregressive model that they have the shape of, with
-its causal mask replaced; what its tensors are called in the published files is written down here by hand, apart from the
-tables of the package.
+transformers has no classes for these models. The reference is the autoregressive model that they have the shape of,
+with its causal mask replaced; what its tensors are called in the published files is written down here by hand, apart
+from the tables of the package.
 """
 
 import dataclasses
@@ -140,7 +140,8 @@ CASES: dict[str, Case] = {
         "Qwen2",
         _SHAPE,
         {},
-        _TOKENS | {"model_type": "Dream", "architectures": ["DreamModel"], "auto_map": {"AutoModel": "modeling_dream.X"}},
+        _TOKENS
+        | {"model_type": "Dream", "architectures": ["DreamModel"], "auto_map": {"AutoModel": "modeling_dream.X"}},
         "dream",
         True,
     ),

@@ -1,4 +1,4 @@
-"""Diffusion checkpoints under their published names compute what the shape's torch model does under their visibility."""
+"""Diffusion checkpoints under their published names compute what the shape's torch model does so masked."""
 
 import dataclasses
 import json
@@ -65,7 +65,10 @@ def test_a_round_trip_is_exact(name, imported, tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert kind == written["model_type"] == source["model_type"]
     if name == "diffullama_denoiser":  # written as the files are published, with LLaMA's names
-        after = {re.sub(r"^model\.(?!embed)", "denoise_model.", key).replace("model.embed", "embed"): one for key, one in after.items()}
+        after = {
+            re.sub(r"^model\.(?!embed)", "denoise_model.", key).replace("model.embed", "embed"): one
+            for key, one in after.items()
+        }
     assert set(after) == set(before)
     for tensor in before:
         np.testing.assert_array_equal(after[tensor], before[tensor], err_msg=tensor)

@@ -1,6 +1,7 @@
 """Diffusion models that began as autoregressive ones and kept their shape: GPT-2, LLaMA, Qwen 2.5 and Qwen 3."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from diffusion_lm.interop.name_maps import gpt2, llama
@@ -17,9 +18,14 @@ def _renamed(weight: Weight) -> Weight:
     return dataclasses.replace(weight, theirs=_diffugpt_name(weight.theirs))
 
 
-def _dream_spec(config: Config) -> dict[str, Any]:
-    config.refuse(use_mrope=False)
-    return QWEN2.spec(config)
+def _without_windows(family: Family) -> Callable[[Config], dict[str, Any]]:
+    """Returns the family's `spec` for models whose code shows every token of a block whatever their files say."""
+
+    def spec(config: Config) -> dict[str, Any]:
+        config.refuse(use_sliding_window=False, use_mrope=False)
+        return family.spec(config)
+
+    return spec
 
 
 DIFFUGPT = dataclasses.replace(
@@ -66,7 +72,7 @@ DREAM = dataclasses.replace(
     source="arXiv 2508.15487, 2506.20639",
     model_types=("Dream",),
     architectures=("DreamModel",),
-    spec=_dream_spec,
+    spec=_without_windows(QWEN2),
     causal=False,
     diffusion=Diffusion(
         shifted=True,
@@ -85,6 +91,7 @@ SDAR = dataclasses.replace(
     source="arXiv 2510.06303",
     model_types=("sdar",),
     architectures=("SDARForCausalLM",),
+    spec=_without_windows(QWEN3),
     causal=False,
     diffusion=Diffusion(
         shifted=False,
@@ -104,6 +111,7 @@ FAST_DLLM_V2 = dataclasses.replace(
     source="arXiv 2509.26328",
     model_types=("Fast_dLLM_Qwen",),
     architectures=("Fast_dLLM_QwenForCausalLM",),
+    spec=_without_windows(QWEN2),
     causal=False,
     diffusion=Diffusion(
         shifted=True,

@@ -184,7 +184,7 @@ class Family:
       causal: whether the family was trained from left to right.
       diffusion: what a family of diffusion models was trained as; None for all others.
       signature: regular expression of tensors that tell the family from others of its model types; "" = none does.
-      rows: tensor whose rows are the size of the vocabulary where config.json says another; None = config.json is right.
+      rows: tensor whose rows are the size of the vocabulary, whatever config.json says; None = config.json is right.
     """
 
     name: str

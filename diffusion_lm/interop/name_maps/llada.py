@@ -1,7 +1,7 @@
 """LLaDA: the shape of LLaMA under the names of OLMo, trained from scratch as masked diffusion under full visibility.
 
-Names and fields are those of `LLaDALlamaBlock` and `LLaDAModel` in the model code that GSAI-ML publishes with the weights.
-Its RoPE turns the two halves of a head against each other, as LLaMA's does, and its gate is `ff_proj`.
+Names and fields are those of `LLaDALlamaBlock` and `LLaDAModel` in the model code that GSAI-ML publishes with the
+weights. Its RoPE turns the two halves of a head against each other, as LLaMA's does, and its gate is `ff_proj`.
 """
 
 from typing import Any
