@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         imported=imported if source.layout else None,
         files=tuple(files),
         lineage=source.lineage,
+        bound_kind=source.bound_kind,
     )
     files[MODEL_CARD] = model_card(card).encode()
     told = {} if trained is None else trained.facts()
@@ -121,7 +122,8 @@ class _Source:
       layout: the family that it was imported as; None for what was trained here.
       trained: what a diffusion model was trained as.
       sampler: the run's sampler as plain data.
-      lineage: what the parameters began as.
+      lineage: what the parameters began as, in words.
+      bound_kind: what the objective's evaluation is.
       tokenizer: the tokenizer's files by name.
     """
 
@@ -132,6 +134,7 @@ class _Source:
     trained: Any
     sampler: Any
     lineage: tuple[str, ...]
+    bound_kind: str
     tokenizer: dict[str, bytes]
 
 
@@ -151,7 +154,7 @@ def _imported(arguments: argparse.Namespace, folder: Path, imported: Any) -> _So
     layout = imported["family"] if trained else imported["config"]["model_type"]
     files = sorted((folder / TOKENIZER).glob("*")) if arguments.tokenizer == "auto" else []
     tokenizer = {file.name: file.read_bytes() for file in files}
-    return _Source(model, 0, imported["config"], layout, trained, None, (), tokenizer)
+    return _Source(model, 0, imported["config"], layout, trained, None, (), "", tokenizer)
 
 
 def _trained(arguments: argparse.Namespace) -> _Source:
@@ -167,7 +170,21 @@ def _trained(arguments: argparse.Namespace) -> _Source:
     tokenizer: dict[str, bytes] = {}
     if arguments.tokenizer == "auto":
         config, tokenizer = _tokens(opened.run.data)
-    return _Source(opened.run.model, opened.step, config, None, trained, sampler, opened.lineage, tokenizer)
+    lineage = tuple(map(_named, opened.lineage))
+    bound = opened.run.objective.bound_kind
+    return _Source(opened.run.model, opened.step, config, None, trained, sampler, lineage, bound, tokenizer)
+
+
+def _named(start: str) -> str:
+    """Returns what parameters began as in words: a stage or a folder, and what that was imported from."""
+    from diffusion_lm.core.files import read_json
+    from diffusion_lm.interop.run_folder import IMPORT_CARD
+
+    folder = Path(start).expanduser()
+    if not (folder / IMPORT_CARD).is_file():
+        return f"`{folder.name}`"
+    card = read_json(folder / IMPORT_CARD)
+    return f"`{folder.name}` (imported from `{Path(card['source']).name}`, family {card['family']})"
 
 
 def _tokens(data: Any) -> tuple[dict[str, Any], dict[str, bytes]]:

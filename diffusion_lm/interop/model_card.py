@@ -16,9 +16,9 @@ from diffusion_lm.training.card import installed_versions
 MODEL_CARD = "README.md"
 
 _BOUNDS = {
-    "exact": "the likelihood itself",
+    "exact": "the negative log-likelihood itself",
     "nelbo": "an upper bound of the negative log-likelihood",
-    "pseudo": "a pseudo-likelihood, which bounds nothing",
+    "pseudo": "a training loss, which bounds no likelihood",
 }
 # Folders of one machine, and what a section of its own says.
 _LEFT_OUT = ("root", "class", "manifests", "path")
@@ -40,7 +40,8 @@ class CardFacts:
       sampler: the sampler of the run as plain data, or None.
       imported: contents of import.json, or None.
       files: names of the tokenizer's files that were written.
-      lineage: what the parameters began as, the first one first.
+      lineage: what the parameters began as, the first one first, in words.
+      bound_kind: what the objective's evaluation is ("exact", "nelbo", "pseudo"), or "".
     """
 
     name: str
@@ -55,6 +56,7 @@ class CardFacts:
     imported: Mapping[str, Any] | None = None
     files: tuple[str, ...] = ()
     lineage: tuple[str, ...] = ()
+    bound_kind: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -89,7 +91,7 @@ def _origin(facts: CardFacts) -> list[str]:
     identity = _identity(facts)
     if not identity:
         return ["The run folder has no run_card.json, so that nothing is known of the training."]
-    before = ", then ".join(f"`{_last(one)}`" for one in facts.lineage)
+    before = ", then ".join(facts.lineage)
     started = f"from the parameters of {before}" if before else "from a fresh initialisation"
     lines = [
         f"Trained {started}; this is the checkpoint of step {facts.step:,}, {identity.get('batch_size')} rows a step."
@@ -141,9 +143,11 @@ def _measured(facts: CardFacts) -> list[str]:
             found |= {key: (value, row["step"]) for key, value in row.items() if key not in ("step", "kind", "timing")}
     if not found:
         return ["Nothing: the run has no evaluations."]
-    lines = ["| measure | value | step |", "|---|---|---|"]
+    bound = f"What the objective evaluates to is {_BOUNDS[facts.bound_kind]} ({facts.bound_kind}), in nats a token."
+    lines = [bound, ""] if facts.bound_kind else []
+    lines += ["| measure | value | step |", "|---|---|---|"]
     for key, (value, step) in found.items():
-        shown = f"{_BOUNDS.get(value, value)} ({value})" if isinstance(value, str) else f"{value:.5g}"
+        shown = f"{value:.5g}" if isinstance(value, int | float) else str(value)
         lines.append(f"| {key} | {shown} | {step:,} |")
     return lines
 
@@ -151,8 +155,11 @@ def _measured(facts: CardFacts) -> list[str]:
 def _decoding(facts: CardFacts) -> list[str]:
     if facts.sampler is not None:
         return _fields("sampler", facts.sampler)
-    if facts.trained is not None and facts.trained.sampler:
-        return [f"`gin/samplers/{facts.trained.sampler}.gin` of diffusion_lm with the MASK above."]
+    published = facts.family.diffusion
+    if facts.trained is not None and published is not None:
+        return [
+            f"`gin/samplers/{published.sampler}.gin` of diffusion_lm with the MASK above; the run names none of its own."
+        ]
     return ["The run names no sampler."]
 
 
