@@ -157,9 +157,8 @@ def _decoding(facts: CardFacts) -> list[str]:
         return _fields("sampler", facts.sampler)
     published = facts.family.diffusion
     if facts.trained is not None and published is not None:
-        return [
-            f"`gin/samplers/{published.sampler}.gin` of diffusion_lm with the MASK above; the run names none of its own."
-        ]
+        file = f"gin/samplers/{published.sampler}.gin"
+        return [f"The run names no sampler; `{file}` of diffusion_lm fits, with this MASK."]
     return ["The run names no sampler."]
 
 

@@ -54,12 +54,6 @@ run.TrainRun:
   steps = 1
   batch_size = 4
   initial = 'imported'
-  evaluations = (@likelihood.BoundEvaluation(),)
-likelihood.BoundEvaluation:
-  data = @iterator.DataPipeline()
-  objective = %OBJECTIVE
-  limit = 4
-  batch_size = 4
 iterator.DataPipeline:
   sources = (@grain_source.GrainSource(),)
   converter = @converters.SingleStreamConverter()
@@ -70,10 +64,18 @@ converters.SingleStreamConverter:
   target_length = 8
   target_window = @target_window.PadFilled()
 """
+EVALUATED = """
+run.TrainRun.evaluations = (@likelihood.BoundEvaluation(),)
+likelihood.BoundEvaluation:
+  data = @iterator.DataPipeline()
+  objective = %OBJECTIVE
+  limit = 4
+  batch_size = 4
+"""
 
 
 # What an export says follows from the configuration; no step need be compiled for it.
-UNTRAINED = ["--gin.TrainRun.steps=0", "--gin.TrainRun.evaluations=()"]
+UNTRAINED = ["--gin.TrainRun.steps=0"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("diffusion")
     files = {"own": "imported/objective.gin", "shifted": "objectives/diffullama.gin", "random": "objectives/sundae.gin"}
     for name, file in files.items():
-        (folder / f"{name}.gin").write_text(RUN.replace("OBJECTIVE_FILE", file))
+        text = RUN + (EVALUATED if name == "own" else "")
+        (folder / f"{name}.gin").write_text(text.replace("OBJECTIVE_FILE", file))
     stream = io.BytesIO()
     lines = [f"{number} plus {other}" for number in range(10, 40) for other in ("one", "two", "three")]
     sentencepiece.SentencePieceTrainer.train(

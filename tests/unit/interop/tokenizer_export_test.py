@@ -11,6 +11,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm.interop.tokenizer_export import SENTENCEPIECE, TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_files
 
+WIDE = "\uff34\uff45\uff58\uff54"  # what NFKC makes plain letters of
 LINES = [f"{number} plus {other} is  a  naïve {WIDE}" for number in range(10, 60) for other in ("one", "two", "three")]
 TEXTS = ("11 plus two", "  two  spaces ", f"naïve {WIDE} 日本", "a\nb\tc", "1 < 2 / 3 > x", "")
 OURS = dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3, control_symbols=["<mask>", "<sep>"])
