@@ -166,10 +166,7 @@ def _trained(arguments: argparse.Namespace) -> _Source:
     opened = open_run(arguments, bindings=arguments.gin)
     trained = of_objective(opened.run.objective)
     sampler = plain(opened.generation[0].sampler) if opened.generation else None
-    config: dict[str, Any] = {}
-    tokenizer: dict[str, bytes] = {}
-    if arguments.tokenizer == "auto":
-        config, tokenizer = _tokens(opened.run.data)
+    config, tokenizer = _tokens(opened.run.data, arguments.tokenizer == "auto")
     lineage = tuple(map(_named, opened.lineage))
     bound = opened.run.objective.bound_kind
     return _Source(opened.run.model, opened.step, config, None, trained, sampler, lineage, bound, tokenizer)
@@ -187,21 +184,30 @@ def _named(start: str) -> str:
     return f"`{folder.name}` (imported from `{Path(card['source']).name}`, family {card['family']})"
 
 
-def _tokens(data: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Returns what config.json says of special tokens, and the tokenizer's files; without data, neither."""
+def _tokens(data: Any, wanted: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Returns what config.json says of special tokens, and the tokenizer's files; without data, neither.
+
+    Where no file would encode as the vocabulary does, none is written and that is said.
+    """
     from diffusion_lm.interop.tokenizer_export import tokenizer_files
 
     try:
         specials = data.specials
     except ConfigError as error:
-        progress(f"no tokenizer is written: {error.what}")
+        progress(f"no special tokens and no tokenizer are written: {error.what}")
         return {}, {}
     names = {"pad_token_id": specials.pad_id, "bos_token_id": specials.bos_id, "eos_token_id": specials.eos_id}
     config = {**names, **({} if specials.mask_id is None else {"mask_token_id": specials.mask_id})}
+    if not wanted:
+        return config, {}
     if data.pruned is not None:
         progress("no tokenizer is written: the run's vocabulary map gives its tokens other ids")
         return config, {}
-    return config, tokenizer_files(data.vocabulary)
+    try:
+        return config, tokenizer_files(data.vocabulary)
+    except ConfigError as error:
+        progress(f"no tokenizer is written: {error.what}")
+        return config, {}
 
 
 def _check_meaning(family: Any, trained: Any) -> None:

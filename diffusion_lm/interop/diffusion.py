@@ -23,7 +23,8 @@ class TrainedAs:
       shifted: whether the state at slot i - 1 predicts token i, not that at slot i.
       block_size: tokens of a block of block diffusion; None where every token sees every other.
       mask_id: MASK; None where nothing names it.
-      mask_from: who says so: "config.json", "tokenizer", "published checkpoint", "objective" or "".
+      mask_from: who says so: "config.json", "generation_config.json", "tokenizer", "published checkpoint", "objective"
+        or "".
       objective: file of gin/objectives that trains such a model, or "".
       sampler: file of gin/samplers that decodes it, or "".
       sub_block: tokens that the sampler fills at a time; None = a whole block.
@@ -59,14 +60,14 @@ class TrainedAs:
         }
 
 
-def trained_as(family: Diffusion, config: Config, rows: int, tokenizer_mask: int | None) -> TrainedAs:
+def trained_as(family: Diffusion, config: Config, rows: int, named: tuple[int | None, str]) -> TrainedAs:
     """Returns what a checkpoint of a diffusion family was trained as.
 
     Args:
       family: what all its members have in common.
       config: the contents of config.json, which say MASK and the size of a block or do not.
       rows: of its vocabulary, by which published checkpoints are known.
-      tokenizer_mask: MASK of the tokenizer files beside it, where they name one.
+      named: MASK of the other files beside it, where they name one, and which they are.
 
     Raises:
       ConfigError: MASK is no token, or the block no number of tokens.
@@ -82,7 +83,7 @@ def trained_as(family: Diffusion, config: Config, rows: int, tokenizer_mask: int
         )
     mask, said_by = config.get("mask_token_id"), "config.json"
     if mask is None:
-        mask, said_by = tokenizer_mask, "tokenizer"
+        mask, said_by = named
     if mask is None:
         mask, said_by = dict(family.mask_ids).get(rows), "published checkpoint"
     require(

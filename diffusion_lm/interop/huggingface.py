@@ -146,7 +146,10 @@ def load(
     specials = find_specials(config.values, _json(folder / GENERATION_CONFIG, optional=True))
     trained = None
     if family.diffusion is not None:
-        trained = trained_as(family.diffusion, config, architecture.spec.vocab_size, mask_of_tokenizer(folder))
+        named = specials.mask_id, GENERATION_CONFIG
+        if specials.mask_id is None:
+            named = mask_of_tokenizer(folder), "tokenizer"
+        trained = trained_as(family.diffusion, config, architecture.spec.vocab_size, named)
         specials = dataclasses.replace(specials, mask_id=trained.mask_id)
     return Imported(family.name, architecture, params, specials, family.causal, report, config.values, trained)
 

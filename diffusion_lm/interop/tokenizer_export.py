@@ -192,6 +192,6 @@ def _try(text: str, vocabulary: Vocabulary) -> None:
 def _cannot(why: str) -> ConfigError:
     return ConfigError(
         f"this vocabulary cannot be written as a tokenizer.json: {why}",
-        where="--tokenizer",
-        fix="Add --tokenizer none, and give the files of the original to whoever uses the model.",
+        where="Vocabulary",
+        fix="Give the files of the original to whoever uses the model.",
     )

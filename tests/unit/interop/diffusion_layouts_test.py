@@ -69,32 +69,31 @@ def test_a_checkpoint_has_its_own_layout(name):
     assert found.name == ("llada" if name == "llada_tied_biases" else CASES[name].family)
 
 
-def test_mask_comes_from_the_config_then_the_tokenizer_then_the_published_checkpoint():
-    meant = DIFFUGPT.diffusion
-    assert trained_as(meant, Config({"mask_token_id": 7}), 50257, 9) == trained_as(
-        meant, Config({"mask_token_id": 7}), 99, 9
-    )
-    assert trained_as(meant, Config({}), 50257, 9).mask_id == 9
-    assert trained_as(meant, Config({}), 50257, 9).mask_from == "tokenizer"
+def test_mask_comes_from_the_config_then_other_files_then_the_published_checkpoint():
+    meant, nothing = DIFFUGPT.diffusion, (None, "tokenizer")
+    said = trained_as(meant, Config({"mask_token_id": 7}), 50257, (9, "tokenizer"))
+    assert (said.mask_id, said.mask_from) == (7, "config.json")
+    said = trained_as(meant, Config({}), 50257, (9, "tokenizer"))
+    assert (said.mask_id, said.mask_from) == (9, "tokenizer")
     # Small reuses a token, medium has one more row (arXiv 2410.17891).
-    assert trained_as(meant, Config({}), 50257, None).mask_id == 10541
-    assert trained_as(meant, Config({}), 50258, None).mask_id == 50257
-    assert trained_as(DIFFULLAMA.diffusion, Config({}), 32000, None).mask_id == 811
-    unknown = trained_as(meant, Config({}), 1000, None)
+    assert trained_as(meant, Config({}), 50257, nothing).mask_id == 10541
+    assert trained_as(meant, Config({}), 50258, nothing).mask_id == 50257
+    assert trained_as(DIFFULLAMA.diffusion, Config({}), 32000, nothing).mask_id == 811
+    unknown = trained_as(meant, Config({}), 1000, nothing)
     assert (unknown.mask_id, unknown.mask_from) == (None, "")
 
 
 @pytest.mark.parametrize("mask", [-1, 100])
 def test_a_mask_outside_of_the_vocabulary_is_refused(mask):
     with pytest.raises(ConfigError, match="mask_token_id"):
-        trained_as(SDAR.diffusion, Config({"mask_token_id": mask}), 100, None)
+        trained_as(SDAR.diffusion, Config({"mask_token_id": mask}), 100, (None, ""))
 
 
 @pytest.mark.parametrize("block", [0, -4, "four"])
 def test_a_block_that_is_no_number_is_refused(block):
     with pytest.raises(ConfigError, match="bd_size"):
-        trained_as(FAST_DLLM_V2.diffusion, Config({"bd_size": block}), 100, None)
-    assert trained_as(FAST_DLLM_V2.diffusion, Config({}), 100, None).block_size == 32
+        trained_as(FAST_DLLM_V2.diffusion, Config({"bd_size": block}), 100, (None, ""))
+    assert trained_as(FAST_DLLM_V2.diffusion, Config({}), 100, (None, "")).block_size == 32
 
 
 @pytest.mark.parametrize(
