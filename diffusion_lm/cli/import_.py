@@ -3,7 +3,8 @@
 PATH is a folder with config.json and safetensors files (or pytorch_model.bin, read without torch), as `hf download NAME
 --local-dir PATH` makes, or a T5X checkpoint of T5 or mT5, such as checkpoint_1000000. The run folder gets the
 parameters as checkpoint 0, model.gin, which binds the network, and import.json, which says what became of each tensor.
-Where anything is wrong, nothing is written."""
+A diffusion model's gets objective.gin and sampler.gin too: which state predicts which token, what sees what, and MASK.
+No code that comes with a checkpoint is run. Where anything is wrong, nothing is written."""
 
 import argparse
 import dataclasses
@@ -24,12 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh_missing", action="store_true", help="initialise what the files lack, e.g. an encoder's output head"
     )
+    parser.add_argument(
+        "--layout",
+        metavar="NAME",
+        help="one of `list families`, where the files do not show it: diffullama for LLaMA's names",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns its result."""
     from diffusion_lm.interop.huggingface import load
-    from diffusion_lm.interop.run_folder import MODEL_GIN, check_free, write_run_folder
+    from diffusion_lm.interop.run_folder import MODEL_GIN, OBJECTIVE_GIN, SAMPLER_GIN, check_free, write_run_folder
     from diffusion_lm.parallel import multihost
     from diffusion_lm.parallel.mesh import MeshSpec
 
@@ -42,6 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         dtype=arguments.dtype,
         mesh=MeshSpec(),
         fresh_missing=arguments.fresh_missing,
+        layout=arguments.layout,
     )
     report = imported.report
     progress(f"read in {report.seconds:.1f} s; at most {size(report.peak_host)} on the host at a time")
@@ -55,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 ("arrays", f"{len(report.mapped)} mapped, {len(report.missing)} initialised afresh"),
                 ("tensors ignored", ", ".join(report.ignored) or "none"),
                 ("largest array", size(report.largest_array)),
-                ("trained", "from left to right" if imported.causal else "in both directions"),
+                ("trained", _trained(imported)),
                 ("special tokens", ", ".join(f"{name} {value}" for name, value in specials.items()) or "none named"),
             ]
         )
@@ -63,11 +70,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             say(f"  fresh  {name}")
         say(f"\nGo on from it in a gin file: include '{workdir / MODEL_GIN}'")
         say(f"                             run.TrainRun.initial = '{workdir}'")
+        if (workdir / OBJECTIVE_GIN).is_file():
+            say(f"with its own objective:      include '{workdir / OBJECTIVE_GIN}'")
+            say(f"Decode with it:              decode --workdir {workdir} --sampler {workdir / SAMPLER_GIN}")
+        elif imported.diffusion is not None:
+            trained = imported.diffusion
+            files = f"objectives/{trained.objective}.gin and samplers/{trained.sampler}.gin"
+            say(f"\nNo file names MASK: bind MASK_ID behind {files}")
     return {
         "workdir": str(workdir),
         "family": imported.family,
         "causal": imported.causal,
+        "diffusion": None if imported.diffusion is None else dataclasses.asdict(imported.diffusion),
         "specials": dataclasses.asdict(imported.specials),
         "spec": dataclasses.asdict(imported.architecture.spec),
         "report": dataclasses.asdict(report),
     }
+
+
+def _trained(imported: Any) -> str:
+    trained = imported.diffusion
+    if trained is None:
+        return "from left to right" if imported.causal else "in both directions"
+    mask = "MASK not named" if trained.mask_id is None else f"MASK {trained.mask_id} ({trained.mask_from})"
+    return f"as masked diffusion: {trained.prediction}, visibility {trained.visibility}, {mask}"

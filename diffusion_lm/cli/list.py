@@ -83,12 +83,13 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def _families() -> list[dict[str, Any]]:
     from diffusion_lm.interop.name_maps import FAMILIES as families
 
-    entries = [
+    entries: list[dict[str, Any]] = [
         {
             "name": family.name,
             "model_types": list(family.model_types),
             "description": family.description,
             "sources": [family.source],
+            "diffusion": family.diffusion is not None,
         }
         for family in families
     ]

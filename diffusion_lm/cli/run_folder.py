@@ -28,12 +28,14 @@ class OpenRun:
       run: how it was trained.
       evaluations: what it is scored on: the run's own evaluations, or those of the comparison that it is a stage of.
       step: the checkpoint that is used.
+      lineage: what the run's parameters began as: stages of its comparison from the first on, or `TrainRun.initial`.
     """
 
     folder: Path
     run: TrainRun
     evaluations: tuple[Any, ...]
     step: int
+    lineage: tuple[str, ...] = ()
 
     def load(self) -> BoundModel:
         """Returns the model with its parameters on the run's mesh."""
@@ -78,7 +80,7 @@ def open_run(arguments: argparse.Namespace, *, bindings: Sequence[str]) -> OpenR
     step = steps[-1] if arguments.step is None else arguments.step
     if isinstance(root, Comparison):
         return _stage(root, folder, step)
-    return OpenRun(folder, root, root.evaluations, step)
+    return OpenRun(folder, root, root.evaluations, step, () if root.initial is None else (root.initial,))
 
 
 def _resolved_file(folder: Path) -> Path:
@@ -108,7 +110,8 @@ def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
             where="--workdir",
             fix=f"Its stages are {', '.join(stages)}.",
         )
-    run = stages[folder.name].run
+    run, path = stages[folder.name].run, stages[folder.name].path
+    given = (path[0].initial,) if isinstance(path[0].initial, str) else ()
     evaluations: list[Any] = []
     for arm in comparison.arms:
         for task in comparison.tasks:
@@ -126,4 +129,4 @@ def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
                         seed=comparison.seed,
                     )
                 )
-    return OpenRun(folder, run, tuple(evaluations), step)
+    return OpenRun(folder, run, tuple(evaluations), step, (*given, *(stage.name for stage in path[:-1])))

@@ -19,12 +19,14 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import read_json
 from diffusion_lm.core.types import Params
 from diffusion_lm.interop.assemble import Meter, Plan, plan_weights, read_array
+from diffusion_lm.interop.diffusion import TrainedAs, trained_as
 from diffusion_lm.interop.name_maps import family_of
 from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family
 from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
 from diffusion_lm.interop.save import save as save
 from diffusion_lm.interop.t5x_files import INDEX
 from diffusion_lm.interop.tensor_files import LAYOUTS, Checkpoint
+from diffusion_lm.interop.tokenizer_folder import mask_of_tokenizer
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -87,6 +89,7 @@ class Imported:
       causal: whether it was trained from left to right.
       report: what became of the tensors.
       config: the contents of its config.json.
+      diffusion: what a diffusion model was trained as; None for all others.
     """
 
     family: str
@@ -96,6 +99,7 @@ class Imported:
     causal: bool
     report: ImportReport
     config: Mapping[str, Any]
+    diffusion: TrainedAs | None = None
 
 
 def load(
@@ -106,6 +110,7 @@ def load(
     mesh: MeshSpec | None = None,
     rules: LogicalRules | None = None,
     fresh_missing: bool = False,
+    layout: str | None = None,
 ) -> Imported:
     """Reads a checkpoint.
 
@@ -118,15 +123,16 @@ def load(
       rules: how they are split over the mesh; None = the default rules.
       fresh_missing: initialises the arrays that the files lack (the head of an encoder without its language model,
         say) instead of refusing the checkpoint.
+      layout: name of the family, where the files do not tell it from others (DiffuLLaMA's are LLaMA's); None = look.
 
     Raises:
       ConfigError: the checkpoint is of an unknown family, is incomplete, or has tensors that have no place.
     """
     start = time.perf_counter()
     folder = _folder(path)
-    family, config, checkpoint = _open(folder)
-    fields = family.spec(config)
-    architecture = network_of(TransformerSpec(**fields | {"dtype": dtype, "param_dtype": param_dtype}))
+    family, config, checkpoint = _open(folder, layout)
+    fields = family.spec(config) | {"dtype": dtype, "param_dtype": param_dtype} | _rows(family, checkpoint)
+    architecture = network_of(TransformerSpec(**fields))
     plan = plan_weights(family, architecture, checkpoint, fresh_missing=fresh_missing)
     meter = Meter()
     params = _read(plan, architecture, checkpoint, mesh, rules, meter)
@@ -141,7 +147,21 @@ def load(
         seconds=time.perf_counter() - start,
     )
     specials = find_specials(config.values, _json(folder / GENERATION_CONFIG, optional=True))
-    return Imported(family.name, architecture, params, specials, family.causal, report, config.values)
+    trained = None
+    if family.diffusion is not None:
+        named = specials.mask_id, GENERATION_CONFIG
+        if specials.mask_id is None:
+            named = mask_of_tokenizer(folder), "tokenizer"
+        trained = trained_as(family.diffusion, config, architecture.spec.vocab_size, named)
+        specials = dataclasses.replace(specials, mask_id=trained.mask_id)
+    return Imported(family.name, architecture, params, specials, family.causal, report, config.values, trained)
+
+
+def _rows(family: Family, checkpoint: Checkpoint) -> dict[str, int]:
+    """Returns the size of the vocabulary where the tensors and not config.json say it."""
+    if family.rows is None or family.rows not in checkpoint.files:
+        return {}
+    return {"vocab_size": checkpoint.shape(family.rows)[0]}
 
 
 def network_of(spec: TransformerSpec) -> Network:
@@ -166,12 +186,14 @@ def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any
     return Specials(first("pad_token_id"), bos if start is None else start, ids("eos_token_id"), first("mask_token_id"))
 
 
-def _open(folder: Path) -> tuple[Family, Config, Checkpoint]:
+def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]:
     """Returns the family of a folder, what its config.json says (or the sizes of T5X's tensors do), and its tensors."""
     file = folder / CONFIG
     if not _is_t5x(folder):
         config = Config(_json(file), str(file))
-        family, checkpoint = family_of(config), Checkpoint(folder)
+        family_of(config, layout=layout)  # before the weights, which may not be there
+        checkpoint = Checkpoint(folder)
+        family = family_of(config, checkpoint.files, layout)
         return family, dataclasses.replace(config, tensors=checkpoint.files), checkpoint
     checkpoint = Checkpoint(folder)
     sizes = read_sizes({name: checkpoint.shape(name) for name in checkpoint.files}, folder)

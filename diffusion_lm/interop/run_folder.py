@@ -2,6 +2,9 @@
 
 WORKDIR/checkpoints/0   the parameters
 WORKDIR/model.gin       the network, to be included
+WORKDIR/objective.gin   of a diffusion model: the objective that such a model is trained by, to be included behind it
+WORKDIR/sampler.gin     of a diffusion model: the sampler, for `decode --sampler`
+WORKDIR/tokenizer/      its tokenizer files, where it has some
 WORKDIR/import.json     where it came from, what became of each tensor, special tokens, config.json
 WORKDIR/run_card.json   says that the folder is taken
 """
@@ -16,12 +19,14 @@ import jax
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import write_json, write_text
+from diffusion_lm.interop.diffusion import objective_gin, sampler_gin
 from diffusion_lm.interop.huggingface import Imported
+from diffusion_lm.interop.tokenizer_folder import TOKENIZER, copied_files, read_vocabulary
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.training.card import claim_folder, plain
 from diffusion_lm.training.checkpoint import save_params
 
-MODEL_GIN = "model.gin"
+MODEL_GIN, OBJECTIVE_GIN, SAMPLER_GIN = "model.gin", "objective.gin", "sampler.gin"
 IMPORT_CARD = "import.json"
 
 
@@ -58,6 +63,11 @@ def write_run_folder(imported: Imported, source: Path, workdir: Path) -> None:
             spec = imported.architecture.spec
             facts = _facts(imported, source)
             write_text(beside / MODEL_GIN, model_gin(imported, source))
+            for name, text in _diffusion_files(imported, source).items():
+                write_text(beside / name, text)
+            for file in copied_files(source):
+                (beside / TOKENIZER).mkdir(exist_ok=True)
+                shutil.copyfile(file, beside / TOKENIZER / file.name)
             write_json(beside / IMPORT_CARD, facts)
             claim_folder(beside, {"class": "imported checkpoint", "spec": plain(spec), "source": facts["source"]})
             if workdir.exists():
@@ -100,6 +110,18 @@ def model_gin(imported: Imported, source: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _diffusion_files(imported: Imported, source: Path) -> dict[str, str]:
+    """Returns the gin files of a diffusion model's objective and sampler; none where nothing names MASK."""
+    trained, specials = imported.diffusion, imported.specials
+    if trained is None or trained.mask_id is None:
+        return {}
+    eos, pad = next(iter(specials.eos_ids), None), specials.pad_id
+    vocabulary = read_vocabulary(source, trained.mask_id)
+    if vocabulary is not None:
+        eos, pad = vocabulary.specials.eos_id, vocabulary.specials.pad_id
+    return {OBJECTIVE_GIN: objective_gin(trained, eos), SAMPLER_GIN: sampler_gin(trained, eos, pad)}
+
+
 def _bindings(spec: TransformerSpec) -> list[tuple[str, str]]:
     found = []
     for field in dataclasses.fields(spec):
@@ -120,4 +142,5 @@ def _facts(imported: Imported, source: Path) -> dict[str, Any]:
         "specials": dataclasses.asdict(imported.specials),
         "report": dataclasses.asdict(imported.report),
         "config": imported.config,
+        "diffusion": None if imported.diffusion is None else dataclasses.asdict(imported.diffusion),
     }

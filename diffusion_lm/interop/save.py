@@ -14,12 +14,15 @@ from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.core.errors import ConfigError, near_names
 from diffusion_lm.core.files import write_json
 from diffusion_lm.core.types import Params
-from diffusion_lm.interop.name_maps import FAMILIES
+from diffusion_lm.interop.name_maps import FAMILIES, HINT
 from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family, Weight
 from diffusion_lm.nn.transformer import TransformerSpec
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of one file, as transformers cuts them."""
+
+_REFERENCES = ("auto_map", "_name_or_path", "transformers_version", "quantization_config")
+"""What a config.json says about files and versions that are not those of an export; `auto_map` names code to run."""
 
 # What a config.json says nothing about: how the network is run, initialised and stored here.
 _OURS = (
@@ -37,6 +40,8 @@ def save(
     config: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    trained_as: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> str:
     """Writes config.json and safetensors files that `transformers` reads.
 
@@ -48,6 +53,8 @@ def save(
       config: further contents of config.json (special tokens, say); what follows from the network comes before it.
       dtype: of the weights in the files, "float32" or "bfloat16"; None = as they are.
       shard_bytes: most bytes of one file.
+      trained_as: of a diffusion model: `mask_token_id`, `block_size`, and whatever else config.json shall say of it.
+      files: further files of the folder, by name.
 
     Returns:
       The model type that was written.
@@ -58,12 +65,12 @@ def save(
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already", where="--to", fix="Name a new folder.")
-    chosen, kind = _family_for(architecture.spec, family)
+    chosen, kind = family_for(architecture.spec, family)
     unknown = _paths(architecture.abstract_params()) - {weight.ours for weight in chosen.weights}
     if unknown:
         raise ConfigError(
             f"the family {chosen.name} has no place for {', '.join(sorted(unknown)[:3])}",
-            where="--family",
+            where="--layout",
             fix="Export the run of the network without what was built on it.",
         )
     beside = folder.with_name(f".{folder.name}.exporting")
@@ -71,7 +78,9 @@ def save(
     beside.mkdir(parents=True)
     try:
         _write_weights(beside, chosen, architecture.spec, params, dtype, shard_bytes)
-        write_json(beside / CONFIG, _full_config(architecture.spec, chosen, kind, config, dtype))
+        write_json(beside / CONFIG, _full_config(architecture.spec, chosen, kind, config, dtype, trained_as))
+        for name, content in (files or {}).items():
+            (beside / name).write_bytes(content)
         if folder.exists():
             folder.rmdir()
         os.replace(beside, folder)
@@ -130,22 +139,35 @@ def _paths(params: Params) -> set[str]:
     return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
 
 
-def _family_for(spec: TransformerSpec, name: str | None) -> tuple[Family, str]:
-    kinds = {kind: family for family in FAMILIES for kind in (family.name, *family.model_types)}
+def family_for(spec: TransformerSpec, name: str | None) -> tuple[Family, str]:
+    """Returns the family to write a network as, and its model type.
+
+    Args:
+      spec: the network's shape.
+      name: a family or a model type; None = the first family of autoregressive models or encoders with this shape.
+
+    Raises:
+      ConfigError: as `save`.
+    """
+    kinds: dict[str, Family] = {}
+    for family in FAMILIES:
+        for kind in (family.name, *family.model_types):
+            kinds.setdefault(kind, family)
     if name is None:
-        fitting = next((family for family in FAMILIES if not differences(spec, family)), None)
+        plain = [family for family in FAMILIES if family.diffusion is None]
+        fitting = next((family for family in plain if not differences(spec, family)), None)
         if fitting is None:
-            tried = "; ".join(f"{family.name}: {differences(spec, family)[0]}" for family in FAMILIES)
+            tried = "; ".join(f"{family.name}: {differences(spec, family)[0]}" for family in plain)
             raise ConfigError(
                 f"no family has networks of this shape ({tried})",
-                where="--family",
+                where="--layout",
                 fix="Only networks of a shape that transformers knows can be exported.",
             )
         return fitting, fitting.model_types[0]
     if name not in kinds:
         raise ConfigError(
             f"there is no family {name!r}{near_names(name, kinds)}",
-            where="--family",
+            where="--layout",
             fix=f"Choose one of {', '.join(kinds)}.",
         )
     family = kinds[name]
@@ -153,20 +175,34 @@ def _family_for(spec: TransformerSpec, name: str | None) -> tuple[Family, str]:
     if found:
         raise ConfigError(
             f"this network is none of the family {family.name}: {'; '.join(found)}",
-            where="--family",
+            where="--layout",
             fix="Leave the family out to have one looked for.",
         )
     return family, name if name in family.model_types else family.model_types[0]
 
 
 def _full_config(
-    spec: TransformerSpec, family: Family, kind: str, config: Mapping[str, Any] | None, dtype: str | None
+    spec: TransformerSpec,
+    family: Family,
+    kind: str,
+    config: Mapping[str, Any] | None,
+    dtype: str | None,
+    trained_as: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     stored = dtype or spec.param_dtype
-    names = [name for name in family.architectures if "For" in name or "LMHead" in name]
+    names = [name for name in family.architectures if "For" in name or "LMHead" in name] or [*family.architectures]
     heads = dict(zip(family.model_types, names, strict=False))
     own = {"model_type": kind, "architectures": [heads.get(kind, names[0])], "torch_dtype": stored, "dtype": stored}
-    return {**(config or {}), **family.config(spec), **own}
+    given = {name: value for name, value in (config or {}).items() if name not in (*_REFERENCES, HINT)}
+    told: dict[str, Any] = {}
+    if family.diffusion is not None or trained_as:
+        told[HINT] = {"layout": family.name, **(trained_as or {})}
+    if family.diffusion is not None:
+        if (mask := (trained_as or {}).get("mask_token_id")) is not None:
+            told["mask_token_id"] = mask
+        if family.diffusion.block_key is not None:
+            told[family.diffusion.block_key] = (trained_as or {}).get("block_size") or family.diffusion.block_size
+    return {**given, **family.config(spec), **told, **own}
 
 
 def _write_weights(

@@ -1,10 +1,15 @@
 """The families of released checkpoints, one file per family."""
 
+import re
+from collections.abc import Iterable
+
 from diffusion_lm.core.errors import ConfigError, near_names
 from diffusion_lm.interop.name_maps.bert import FAMILY as BERT
+from diffusion_lm.interop.name_maps.converted import CONVERTED
 from diffusion_lm.interop.name_maps.family import Config, Family
 from diffusion_lm.interop.name_maps.gemma import GEMMA, GEMMA2, GEMMA3
 from diffusion_lm.interop.name_maps.gpt2 import FAMILY as GPT2
+from diffusion_lm.interop.name_maps.llada import LLADA
 from diffusion_lm.interop.name_maps.llama import LLAMA, MISTRAL
 from diffusion_lm.interop.name_maps.qwen import QWEN2, QWEN3
 from diffusion_lm.interop.name_maps.roberta import ROBERTA, XLM_ROBERTA_XL
@@ -14,13 +19,24 @@ FAMILIES: tuple[Family, ...] = (
     *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA_XL),
     *(T5, MT5),
+    *(LLADA, *CONVERTED),
 )
-_BY_TYPE = {name: family for family in FAMILIES for name in family.model_types}
+HINT = "diffusion_lm"
+"""The field of config.json that `export` adds: what transformers' classes cannot say of a diffusion model."""
+
+# Of the families of one model type, the first is meant where nothing tells them apart.
+_BY_TYPE = {name: family for family in reversed(FAMILIES) for name in family.model_types}
+_BY_NAME = {family.name: family for family in FAMILIES}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def family_of(config: Config) -> Family:
+def family_of(config: Config, tensors: Iterable[str] = (), layout: str | None = None) -> Family:
     """Returns the family of a config.json.
+
+    Args:
+      config: its contents.
+      tensors: names of the tensors beside it, by which families of one model type are told apart.
+      layout: the family that the caller knows it to be; None = look.
 
     Raises:
       ConfigError: it is of no family that is known, a mixture of experts, quantised, or has another head.
@@ -42,7 +58,7 @@ def family_of(config: Config) -> Family:
         )
     if config.get("quantization_config"):
         raise config.unsupported("quantization_config", "weights as they were trained")
-    family = _BY_TYPE[kind]
+    family = _chosen(config, kind, tuple(tensors), layout)
     classes = config.get("architectures", [])
     if classes and not set(classes) & set(family.architectures):
         raise ConfigError(
@@ -52,3 +68,23 @@ def family_of(config: Config) -> Family:
             fix=f"Use a checkpoint of {' or '.join(family.architectures)}.",
         )
     return family
+
+
+def _chosen(config: Config, kind: str, tensors: tuple[str, ...], layout: str | None) -> Family:
+    """Returns which family of this model type is meant: the named one, that of the tensors, or that of `HINT`."""
+    same = [family for family in FAMILIES if kind in family.model_types]
+    if layout is not None:
+        named = _BY_NAME.get(layout)
+        if named is None or named not in same:
+            raise ConfigError(
+                f"{config.file} says model_type = {kind!r}, which is not of the layout {layout!r}",
+                where="--layout",
+                fix=f"Leave it out, or choose one of {', '.join(family.name for family in same)}.",
+            )
+        return named
+    for family in same:
+        if family.signature and any(re.fullmatch(family.signature, name) for name in tensors):
+            return family
+    hint = config.get(HINT, {})
+    told = hint.get("layout") if isinstance(hint, dict) else None
+    return next((family for family in same if family.name == told), _BY_TYPE[kind])

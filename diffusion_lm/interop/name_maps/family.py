@@ -141,6 +141,38 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """What a family of diffusion models was trained as: nothing of it shows in the weights.
+
+    Attributes:
+      shifted: whether the state at slot i - 1 predicts token i (as in an autoregressive model), not that at slot i.
+      objective: its file in gin/objectives, without the ending.
+      sampler: its file in gin/samplers, without the ending.
+      mask_ids: (rows of the vocabulary, MASK) of the published checkpoints, for those whose files name no MASK.
+      block_key: what config.json calls the number of tokens of a block; None where every token sees every other.
+      block_size: of the published checkpoints whose config.json does not say it.
+      sub_block: tokens that the sampler fills at a time; None = a whole block.
+      names_eos: whether the objective's file has a macro EOS_ID.
+      code: repository that holds the class that config.json names; None where transformers has it.
+    """
+
+    shifted: bool
+    objective: str
+    sampler: str
+    mask_ids: tuple[tuple[int, int], ...] = ()
+    block_key: str | None = None
+    block_size: int | None = None
+    sub_block: int | None = None
+    names_eos: bool = False
+    code: str | None = None
+
+    @property
+    def prediction(self) -> str:
+        """The alignment in words."""
+        return "shifted" if self.shifted else "same position"
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A family of checkpoints.
 
@@ -159,6 +191,9 @@ class Family:
       renames: (regular expression, replacement) that make an older name of a tensor from the one in the table.
       causal: whether the family was trained from left to right.
       told_by: what says the network's shape, for errors.
+      diffusion: what a family of diffusion models was trained as; None for all others.
+      signature: regular expression of tensors that tell the family from others of its model types; "" = none does.
+      rows: tensor whose rows are the size of the vocabulary, whatever config.json says; None = config.json is right.
     """
 
     name: str
@@ -175,3 +210,6 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     causal: bool = True
     told_by: str = CONFIG
+    diffusion: Diffusion | None = None
+    signature: str = ""
+    rows: str | None = None

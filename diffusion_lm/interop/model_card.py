@@ -1,0 +1,212 @@
+"""The README.md of an exported checkpoint: what it is, what it was made of, how it is decoded, what is not known.
+
+Everything in it comes from the run folder: `run_card.json`, `metrics.jsonl` and, of an imported checkpoint,
+`import.json`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from diffusion_lm.interop.diffusion import TrainedAs
+from diffusion_lm.interop.name_maps.family import Family
+from diffusion_lm.training.card import installed_versions
+
+MODEL_CARD = "README.md"
+
+_BOUNDS = {
+    "exact": "the negative log-likelihood itself",
+    "nelbo": "an upper bound of the negative log-likelihood",
+    "pseudo": "a training loss, which bounds no likelihood",
+}
+# Folders of one machine, and what a section of its own says.
+_LEFT_OUT = ("root", "class", "manifests", "path")
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+    """What a model card is made of.
+
+    Attributes:
+      name: its title, normally the folder's name.
+      parameters: number of parameters, rows that pad the vocabulary included.
+      family: the layout that was written.
+      model_type: as config.json says.
+      step: of the checkpoint.
+      card: contents of run_card.json; {} where there is none.
+      rows: of metrics.jsonl.
+      trained: what a diffusion model was trained as; None for all others.
+      sampler: the sampler of the run as plain data, or None.
+      imported: contents of import.json, or None.
+      files: names of the tokenizer's files that were written.
+      lineage: what the parameters began as, the first one first, in words.
+      bound_kind: what the objective's evaluation is ("exact", "nelbo", "pseudo"), or "".
+    """
+
+    name: str
+    parameters: int
+    family: Family
+    model_type: str
+    step: int
+    card: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]] = ()
+    trained: TrainedAs | None = None
+    sampler: Mapping[str, Any] | None = None
+    imported: Mapping[str, Any] | None = None
+    files: tuple[str, ...] = ()
+    lineage: tuple[str, ...] = ()
+    bound_kind: str = ""
+
+
+def model_card(facts: CardFacts) -> str:
+    """Returns the text of README.md; its first lines are the metadata that model hubs read."""
+    kind = "diffusion language model" if facts.trained else "language model"
+    tags = ["diffusion-lm", facts.family.name, *(["text-diffusion"] if facts.trained else [])]
+    metadata = ["---", "license: unknown", "library_name: diffusion_lm", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    what = f"A {kind} of {facts.parameters:,} parameters in the layout `{facts.family.name}` ({facts.family.source})."
+    sections = {
+        "Where it comes from": _origin(facts),
+        "Data": _data(facts),
+        "Objective": _objective(facts),
+        "Measured": _measured(facts),
+        "Decoding": _decoding(facts),
+        "Reading it": _reading(facts),
+        "Licence": [
+            "Unknown: nothing in the run folder states one. The licences of the data and of whatever the weights were "
+            "initialised from apply; state yours before you pass this on."
+        ],
+        "Versions": _versions(facts),
+    }
+    lines = [*metadata, f"# {facts.name}", "", what]
+    for title, text in sections.items():
+        lines += ["", f"## {title}", *text]
+    return "\n".join(lines) + "\n"
+
+
+def _origin(facts: CardFacts) -> list[str]:
+    if facts.imported is not None:
+        source = PurePath(facts.imported["source"]).name
+        return [f"Imported from `{source}` (family {facts.imported['family']}) and written back; not trained further."]
+    identity = _identity(facts)
+    if not identity:
+        return ["The run folder has no run_card.json, so that nothing is known of the training."]
+    before = ", then ".join(facts.lineage)
+    started = f"from the parameters of {before}" if before else "from a fresh initialisation"
+    lines = [
+        f"Trained {started}; this is the checkpoint of step {facts.step:,}, {identity.get('batch_size')} rows a step."
+    ]
+    average = identity.get("ema_decay")
+    if average is not None:
+        lines.append(f"The weights are a moving average with decay {average}.")
+    return [*lines, "", *_fields("optimizer", identity.get("optimizer"))]
+
+
+def _data(facts: CardFacts) -> list[str]:
+    manifests = _identity(facts).get("manifests") or []
+    if not manifests:
+        return ["Not known here." if facts.imported else "The run card names none."]
+    lines = [
+        f"- `{one['task']}`, split {one['split']}: {one['count']:,} examples, {one['target_tokens']:,} target tokens"
+        for one in manifests
+    ]
+    hashes = sorted({one["vocabulary_sha256"] for one in manifests})
+    window = ((_identity(facts).get("data") or {}).get("converter") or {}).get("target_window")
+    told = [f"Vocabulary: SHA-256 {', '.join(hashes)}."]
+    return [*lines, "", *told, *([] if window is None else ["", *_fields("target window", window)])]
+
+
+def _objective(facts: CardFacts) -> list[str]:
+    lines = []
+    if facts.trained is not None:
+        state = "i - 1 predicts token i (shifted)" if facts.trained.shifted else "i predicts token i (same position)"
+        mask = "not named" if facts.trained.mask_id is None else str(facts.trained.mask_id)
+        lines = [
+            f"Masked diffusion. The state at slot {state}; visibility: {facts.trained.visibility}; MASK: {mask}.",
+            "",
+        ]
+    objective = _identity(facts).get("objective")
+    if objective is not None:
+        return [*lines, *_fields("objective", objective)]
+    if facts.trained is not None and facts.trained.objective:
+        return [
+            *lines,
+            f"Such checkpoints are trained by `gin/objectives/{facts.trained.objective}.gin` of diffusion_lm.",
+        ]
+    return lines or ["Not known here."]
+
+
+def _measured(facts: CardFacts) -> list[str]:
+    found: dict[str, Any] = {}
+    for row in facts.rows:
+        if row.get("kind") == "evaluation" and row["step"] <= facts.step:
+            found |= {key: (value, row["step"]) for key, value in row.items() if key not in ("step", "kind", "timing")}
+    if not found:
+        return ["Nothing: the run has no evaluations."]
+    bound = f"What the objective evaluates to is {_BOUNDS[facts.bound_kind]} ({facts.bound_kind}), in nats a token."
+    lines = [bound, ""] if facts.bound_kind else []
+    lines += ["| measure | value | step |", "|---|---|---|"]
+    for key, (value, step) in found.items():
+        shown = f"{value:.5g}" if isinstance(value, int | float) else str(value)
+        lines.append(f"| {key} | {shown} | {step:,} |")
+    return lines
+
+
+def _decoding(facts: CardFacts) -> list[str]:
+    if facts.sampler is not None:
+        return _fields("sampler", facts.sampler)
+    published = facts.family.diffusion
+    if facts.trained is not None and published is not None:
+        file = f"gin/samplers/{published.sampler}.gin"
+        return [f"The run names no sampler; `{file}` of diffusion_lm fits, with this MASK."]
+    return ["The run names no sampler."]
+
+
+def _reading(facts: CardFacts) -> list[str]:
+    lines = [f"`config.json` says `model_type = {facts.model_type!r}`; the weights are safetensors."]
+    code = facts.family.diffusion and facts.family.diffusion.code
+    if code:
+        lines.append(
+            f"transformers has no class for it and no code lies here (`auto_map` is left out on purpose). Its class is "
+            f"published in {code}; inference engines that know the layout read these files as they are."
+        )
+    elif facts.trained is not None:
+        lines.append("Its causal class reads the weights, but as a left-to-right model: replace the attention mask.")
+    lines.append("With diffusion_lm: `diffusion-lm import FOLDER --workdir RUN`.")
+    tokenizer = ", ".join(f"`{name}`" for name in facts.files)
+    lines.append(f"Tokenizer: {tokenizer}." if tokenizer else "No tokenizer was written: use that of the original.")
+    return lines
+
+
+def _versions(facts: CardFacts) -> list[str]:
+    def listed(versions: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+    trained = facts.card.get("versions")
+    written = f"Written with {listed(installed_versions())}."
+    return ([] if not trained or facts.imported else [f"Trained with {listed(trained)}.", ""]) + [written]
+
+
+def _identity(facts: CardFacts) -> Mapping[str, Any]:
+    return {} if facts.imported is not None else facts.card.get("identity", {})
+
+
+def _last(path: Any) -> str:
+    return Path(str(path)).name
+
+
+def _fields(title: str, value: Any) -> list[str]:
+    """Returns a configured object as a line: its class and fields, nested ones in brackets."""
+    return [f"{title.capitalize()}: `{_shown(value)}`"]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        name = str(value.get("class", "")).rsplit(".", 1)[-1]
+        inside = (f"{key}={_shown(item)}" for key, item in value.items() if key not in _LEFT_OUT and item is not None)
+        return f"{name}({', '.join(inside)})"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, str) and value.startswith("/"):
+        return repr(_last(value))
+    return repr(value)
