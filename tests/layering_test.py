@@ -23,6 +23,7 @@ FLOORS = {
     "evaluation": 5,
     "recipes": 5,
     "interop": 5,
+    "planning": 5,
     "cli": 6,
 }
 # Rooms of these floors do not import each other; those of floor 5 may (recipes use training and evaluation).

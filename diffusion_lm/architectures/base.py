@@ -15,14 +15,31 @@ from diffusion_lm.nn.cross_entropy import Head
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.transformer import TransformerSpec
 
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-"""Pins an activation to the mesh by its logical axes."""
+
+class Constrain(Protocol):
+    """Where activations lie; `parallel.shardings.Placement` on several devices."""
+
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Pins an activation to the mesh by its logical axes."""
+
+    def per_device(self, function: Callable[[Any, Any], Any], shared: Any, tokens: Any) -> Any:
+        """Returns `function(shared, tokens)`, each device running it on its own part of the tokens."""
 
 
-def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """The `Constrain` of a single device: returns `x`."""
-    del axes
-    return x
+class Unconstrained:
+    """The `Constrain` of a single device."""
+
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Returns `x`."""
+        del axes
+        return x
+
+    def per_device(self, function: Callable[[Any, Any], Any], shared: Any, tokens: Any) -> Any:
+        """Returns `function(shared, tokens)`."""
+        return function(shared, tokens)
+
+
+no_constraint = Unconstrained()
 
 
 @flax.struct.dataclass
@@ -207,17 +224,22 @@ class BoundModel:
           where: bool[B,T], the slots that are wanted; 0 elsewhere. None = all.
           forbidden: ids without probability.
         """
-        return cross_entropy.chunked_nll(
-            hidden.values_BTD, self._head(), targets, self.spec.logits_chunk, where_BT=where, forbidden=forbidden
-        )
+        return self._over_tokens(cross_entropy.chunked_nll, hidden, targets, where, forbidden)
 
     def nll_terms(
         self, hidden: Hidden, targets: jax.Array, *, where: jax.Array | None = None, forbidden: tuple[int, ...] = ()
     ) -> cross_entropy.NllTerms:
         """Returns -log p(target), log Z and the mean -log p over the vocabulary, for z-loss and label smoothing."""
-        return cross_entropy.chunked_nll_terms(
-            hidden.values_BTD, self._head(), targets, self.spec.logits_chunk, where_BT=where, forbidden=forbidden
-        )
+        return self._over_tokens(cross_entropy.chunked_nll_terms, hidden, targets, where, forbidden)
+
+    def _over_tokens(
+        self, terms: Callable, hidden: Hidden, targets: jax.Array, where: jax.Array | None, forbidden: tuple[int, ...]
+    ) -> Any:
+        def one(head: Head, tokens: tuple[jax.Array, jax.Array, jax.Array | None]) -> Any:
+            hidden_BTD, targets_BT, where_BT = tokens
+            return terms(hidden_BTD, head, targets_BT, self.spec.logits_chunk, where_BT=where_BT, forbidden=forbidden)
+
+        return self.constrain.per_device(one, self._head(), (hidden.values_BTD, targets, where))
 
     def token_stats(
         self,

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns all that it printed."""
-    from diffusion_lm.cli.estimates import estimate
+    from diffusion_lm.planning.estimates import estimate
     from diffusion_lm.recipes.comparison import Comparison
     from diffusion_lm.training.run import TrainRun
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"config": loaded.resolved()}
     if isinstance(root, Comparison):
         result["comparison"] = _explain_comparison(root)
-        runs = _distinct_runs(root)
+        runs = distinct_runs(root)
     else:
         runs = {"run": root}
     costs = {name: estimate(one, arguments.devices) for name, one in runs.items()}
@@ -153,12 +153,12 @@ def _arm(comparison: Any, arm: Any) -> dict[str, Any]:
 
 
 def _stage_flops(run: Any) -> float:
-    from diffusion_lm.cli.estimates import train_flops_per_step
+    from diffusion_lm.planning.estimates import train_flops_per_step
 
     return train_flops_per_step(run) * run.steps
 
 
-def _distinct_runs(comparison: Any) -> dict[str, Any]:
+def distinct_runs(comparison: Any) -> dict[str, Any]:
     """Returns one run for each combination of what costs differ by; the first stage that trains gives it its name."""
     found: dict[Any, tuple[str, Any]] = {}
     for stage in sorted(comparison.stages, key=lambda stage: stage.run.steps == 0):
@@ -173,9 +173,9 @@ def _distinct_runs(comparison: Any) -> dict[str, Any]:
 
 def _explain_model(model: Any, devices: int | None) -> dict[str, Any]:
     """Prints a network by itself, which presets of gin/models/ describe."""
-    from diffusion_lm.cli.estimates import layout
     from diffusion_lm.parallel.mesh import MeshSpec
     from diffusion_lm.parallel.rules import LogicalRules
+    from diffusion_lm.planning.estimates import layout
 
     placed = layout(model, MeshSpec(), LogicalRules(), devices)
     _print_model(model, placed, with_decay=False)
@@ -259,7 +259,7 @@ def _print_steps(runs: dict[str, Any], costs: dict[str, Any]) -> None:
 
 
 def _data(run: Any, cost: Any) -> dict[str, Any]:
-    from diffusion_lm.cli.estimates import describe_rules
+    from diffusion_lm.planning.estimates import describe_rules
 
     plain = output.plain(cost)
     plain |= plain.pop("layout")

@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "score a trained model: bound, metrics, likelihood, multiple choice",
     "decode": "complete prompts with a trained model",
     "explain": "show what a configuration is: parameters, shapes, shardings, FLOPs, memory",
+    "plan": "compile for TPUs that are not here: memory, communication and speed of each chip",
     "list": "show the objectives, samplers, estimators, models, recipes and families of checkpoints that there are",
     "import": "make a run folder of a Hugging Face checkpoint",
     "export": "write a trained model as a Hugging Face checkpoint",

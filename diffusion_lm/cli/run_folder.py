@@ -41,7 +41,7 @@ class OpenRun:
         """Returns the model with its parameters on the run's mesh."""
         import jax
 
-        from diffusion_lm.parallel.shardings import make_constrain, tree_shardings
+        from diffusion_lm.parallel.shardings import Placement, tree_shardings
 
         mesh, model = self.run.mesh.build(), self.run.model
         abstract = model.abstract_params()
@@ -52,7 +52,7 @@ class OpenRun:
         )
         params = restore_params(self.folder, step=self.step, like=like)
         require_arrays(params, abstract, where=str(self.folder))
-        return BoundModel(model, params, make_constrain(mesh, self.run.rules))
+        return BoundModel(model, params, Placement(mesh, self.run.rules))
 
     @property
     def generation(self) -> tuple[GenerationEvaluation, ...]:

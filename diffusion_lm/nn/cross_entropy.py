@@ -304,15 +304,16 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
         filler = jnp.broadcast_to(x[:, :1], (B, chunks * slots - T, *x.shape[2:]))
         return jnp.moveaxis(jnp.concatenate([x, filler], axis=1).reshape(B, chunks, slots, *x.shape[2:]), 1, 0)
 
-    body = chunk
-    if not fits:
-        body = jax.checkpoint(chunk, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
-
     def one(number, xs):
         if wanted is None:
-            return body(head, *xs)
-        nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(body, head, *xs))
-        return jax.lax.cond(number * slots < wanted, lambda: body(head, *xs), lambda: nothing)
+            return chunk(head, *xs)
+        nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(chunk, head, *xs))
+        return jax.lax.cond(number * slots < wanted, lambda: chunk(head, *xs), lambda: nothing)
+
+    if not fits:
+        # Around the branch and not in it: a branch hands all that its backward pass reads to the loop, which would then
+        # keep a copy of the head for every chunk.
+        one = jax.checkpoint(one, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 
     numbered = (jnp.arange(chunks), jax.tree.map(split, inputs))
     _, out = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, numbered)

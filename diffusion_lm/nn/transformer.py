@@ -87,7 +87,7 @@ class TransformerSpec:
       scan_layers: runs the blocks as a loop of the compiled program (quick to compile) or unrolled (faster on CPU).
         The parameters are stacked either way, so checkpoints do not depend on it.
       remat: what the backward pass keeps: "none" (keeps all), "full", "dots" or "dots_no_batch"; see `nn/remat.py`.
-      logits_chunk: most tokens whose logits are held at a time.
+      logits_chunk: most tokens whose logits a device holds at a time.
       attention: implementation, "xla" or "cudnn".
     """
 

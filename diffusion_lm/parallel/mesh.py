@@ -77,7 +77,20 @@ class MeshSpec:
           ConfigError: the axes do not multiply to the number of devices.
         """
         devices = list(jax.devices() if devices is None else devices)
-        shape = tuple(self.sizes(len(devices)).values())
+        sizes = self.sizes(len(devices))
+        slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+        require(
+            sizes["data"] % slices == 0,
+            f"data = {sizes['data']} does not divide by the {slices} slices that the devices are of",
+            where="MeshSpec.data",
+            fix="Only the data axis crosses slices: make it a multiple of their number.",
+        )
         # Orders TPU devices so that neighbours on the mesh are neighbours on the interconnect; elsewhere a reshape.
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        if slices > 1:
+            within = (sizes["data"] // slices, *list(sizes.values())[1:])
+            grid = mesh_utils.create_hybrid_device_mesh(
+                within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+            )
+        else:
+            grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
         return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -13,7 +13,6 @@ from diffusion_lm.core.types import Batch
 from diffusion_lm.parallel.rules import LogicalRules
 
 Axes = Sequence[str | None]
-Constrain = Callable[[jax.Array, Axes], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,18 +142,52 @@ def place_batch(batch: Batch, rules: LogicalRules, mesh: Mesh) -> Batch:
     return jax.tree.map(one, batch)
 
 
-def make_constrain(mesh: Mesh, rules: LogicalRules) -> Constrain:
-    """Returns `constrain(x, axes)`, which pins an activation inside a jitted function to the rules.
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the arrays inside a jitted function lie: mesh and rules, closed over.
 
-    Mesh and rules are closed over: rules in a context variable silently vanish for whatever is traced outside it.
+    Rules in a context variable silently vanish for whatever is traced outside it.
+
+    Attributes:
+      mesh: the devices.
+      rules: logical axis -> mesh axes.
     """
-    if mesh.size == 1:
-        return lambda x, axes: x
 
-    def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_for(axes, rules, x.shape, mesh)))
+    mesh: Mesh
+    rules: LogicalRules
 
-    return constrain
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """Pins an activation to the rules."""
+        if self.mesh.size == 1:
+            return x
+        spec = spec_for(axes, self.rules, x.shape, self.mesh)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def per_device(self, function: Callable[[Any, Any], Any], shared: Any, tokens: Any) -> Any:
+        """Returns `function(shared, tokens)`, run by each device on its own part of the tokens.
+
+        For loops: partitioned as a whole, the gradient of what their turns share would be summed over the devices in
+        every turn; here it is summed once, behind the loop.
+
+        Args:
+          function: from `shared` and arrays [b,t,...] to arrays [b,t,...]; it treats tokens (or rows, where the length
+            is not split) one by one.
+          shared: arrays that every device needs whole, but for dimensions over mesh axes that do not split tokens.
+          tokens: a tree of arrays [B,T,...].
+        """
+        shape = jax.tree.leaves(tokens)[0].shape[:2]
+        spec = spec_for(("batch", "length"), self.rules, shape, self.mesh)
+        manual = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+        if not manual:
+            return function(shared, tokens)
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(), spec),
+            out_specs=spec,
+            axis_names=manual,
+            check_vma=False,
+        )(shared, tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Params
 from diffusion_lm.data.iterator import BatchIterator
 from diffusion_lm.data.vocabulary_map import read_map
-from diffusion_lm.parallel.shardings import make_constrain, place_batch
+from diffusion_lm.parallel.shardings import Placement, place_batch
 from diffusion_lm.training import metrics, writers
 from diffusion_lm.training.card import claim_folder
 from diffusion_lm.training.checkpoint import Checkpointer, Progress, restore_params
@@ -210,7 +210,7 @@ def _evaluate(run: TrainRun, program: Program, state: TrainState, step: int, log
     if stop and step < run.steps:
         return False
     log.drain()
-    model = BoundModel(run.model, state.final_params, make_constrain(program.mesh, run.rules))
+    model = BoundModel(run.model, state.final_params, Placement(program.mesh, run.rules))
     with log.pause():
         for evaluation in due:
             start = time.perf_counter()

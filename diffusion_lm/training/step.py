@@ -22,7 +22,7 @@ from diffusion_lm.core.types import Batch, LossTerms, Params
 from diffusion_lm.objectives.base import Objective
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
-from diffusion_lm.parallel.shardings import make_constrain, replicated, tree_shardings
+from diffusion_lm.parallel.shardings import Placement, replicated, tree_shardings
 from diffusion_lm.training.optimizers import Optimizer
 from diffusion_lm.training.partial import rejoined, trained_part
 from diffusion_lm.training.schedules import Constant
@@ -74,13 +74,15 @@ def make_program(
     rules: LogicalRules,
     microbatches: int = 1,
     ema_decay: float | None = None,
+    devices: tuple[jax.Device, ...] | None = None,
 ) -> Program:
     """Returns the program of these settings, the same one for equal settings in a process.
 
-    The schedule is no part of it: learning rates are arguments of the step.
+    The schedule is no part of it: learning rates are arguments of the step. `devices` are those of all processes unless
+    others are given, to compile for and not to run on.
     """
     rule = dataclasses.replace(optimizer, schedule=Constant(1.0))  # type: ignore[type-var]
-    return _program(architecture, objective, rule, mesh, rules, microbatches, ema_decay)  # type: ignore[arg-type]
+    return _program(architecture, objective, rule, mesh, rules, microbatches, ema_decay, devices)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=16)
@@ -92,8 +94,9 @@ def _program(
     rules: LogicalRules,
     microbatches: int,
     ema_decay: float | None,
+    devices: tuple[jax.Device, ...] | None,
 ) -> Program:
-    mesh = mesh_spec.build()
+    mesh = mesh_spec.build(devices)
     axes, frozen = architecture.logical_axes(), frozen_arrays(architecture)
     rule = optimizer.transformation(trained_part(axes, frozen))
 
@@ -154,7 +157,7 @@ def train_step(
     optimizer state (`params_shardings` are those of the others). A batch in which nothing is scored changes nothing but
     the step counter (trap T15).
     """
-    constrain = make_constrain(mesh, rules)
+    constrain = Placement(mesh, rules)
     learned = trained_part(state.params, frozen)
     keys = StreamKeys(root=root, step=state.step)
 

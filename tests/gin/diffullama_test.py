@@ -6,11 +6,11 @@ from diffusion_lm.architectures.lora import WithLoRA
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
-from diffusion_lm.cli.estimates import layout
 from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.noise.weighting import InverseRate, Nelbo
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
+from diffusion_lm.planning.estimates import layout
 
 FOLDER = "gin/recipes/diffullama"
 

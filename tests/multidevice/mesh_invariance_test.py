@@ -23,7 +23,7 @@ from diffusion_lm.objectives.denoising import Denoising
 from diffusion_lm.objectives.token_schedules import TokenSchedules
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
-from diffusion_lm.parallel.shardings import make_constrain, place_batch, replicated, tree_shardings
+from diffusion_lm.parallel.shardings import Placement, place_batch, replicated, tree_shardings
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 from diffusion_lm.samplers.denoising import DenoisingSampler
 
@@ -73,7 +73,7 @@ def _loss_and_gradient(model_name: str, objective_name: str, spec: MeshSpec):
     model, objective = MODELS[model_name], OBJECTIVES[objective_name]
     mesh = spec.build(jax.devices()[: 1 if spec == ALONE else 8])
     shardings = tree_shardings(model.logical_axes(), model.abstract_params(), RULES, mesh)
-    constrain = make_constrain(mesh, RULES)
+    constrain = Placement(mesh, RULES)
 
     def loss(params, batch, keys):
         return objective.loss(BoundModel(model, params, constrain), batch, keys).loss
@@ -134,7 +134,7 @@ def test_decoded_tokens_do_not_depend_on_the_mesh(sampler):
     def decode(spec):
         mesh = spec.build(jax.devices()[: 1 if spec == ALONE else 8])
         shardings = tree_shardings(model.logical_axes(), model.abstract_params(), RULES, mesh)
-        constrain = make_constrain(mesh, RULES)
+        constrain = Placement(mesh, RULES)
         params = jax.device_put(model.init(jax.random.key(1)), shardings)
         generate = jax.jit(lambda p, b: sampler.generate(BoundModel(model, p, constrain), b, StreamKeys.create(0)))
         return np.asarray(generate(params, place_batch(prompt, RULES, mesh)).tokens)

@@ -11,7 +11,7 @@ from diffusion_lm.core.types import Batch
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import (
-    make_constrain,
+    Placement,
     place_batch,
     replicated,
     sharding_table,
@@ -90,7 +90,7 @@ def test_T10_weighted_loss_and_gradient_do_not_depend_on_the_mesh(spec):
     alone = jax.value_and_grad(loss)(parameters, batch, lambda x, axes: x)
     mesh = spec.build()
     shardings = tree_shardings(AXES, parameters, RULES, mesh)
-    constrain = make_constrain(mesh, RULES)
+    constrain = Placement(mesh, RULES)
     step = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, constrain)), out_shardings=(replicated(mesh), shardings))
     value, gradient = step(jax.device_put(parameters, shardings), place_batch(batch, RULES, mesh))
     np.testing.assert_allclose(value, alone[0], rtol=1e-6)
@@ -100,7 +100,7 @@ def test_T10_weighted_loss_and_gradient_do_not_depend_on_the_mesh(spec):
 
 def test_constrain_pins_an_activation():
     mesh = MeshSpec(data=2, fsdp=2, tensor=2).build()
-    constrain = make_constrain(mesh, RULES)
+    constrain = Placement(mesh, RULES)
     inner = jax.jit(lambda x: constrain(x * 2, ("batch", "length", "mlp")))(jnp.ones((8, 4, 32)))
     assert inner.sharding.spec == P(("data", "fsdp"), None, "tensor")
 

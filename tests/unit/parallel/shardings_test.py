@@ -11,9 +11,9 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.parallel.mesh import MESH_AXES, MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import (
+    Placement,
     batch_divisor,
     batch_shardings,
-    make_constrain,
     resolve,
     sharding_table,
     spec_for,
@@ -92,4 +92,4 @@ def test_batch_leaves_are_split_by_rows_and_tokens():
 
 def test_constrain_on_one_device_is_free():
     x = jnp.ones((2, 3))
-    assert make_constrain(MeshSpec().build(jax.devices()[:1]), RULES)(x, ("batch", None)) is x
+    assert Placement(MeshSpec().build(jax.devices()[:1]), RULES)(x, ("batch", None)) is x

@@ -1,0 +1,207 @@
+"""Compiles a configuration for TPUs that are not here and reports what each chip needs, whether it fits, and how fast
+it can be: training step, bound and decode of each run that differs in cost. Exit code 3: something does not fit."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from diffusion_lm.cli import environment, output
+from diffusion_lm.cli.arguments import add_gin, build_root, load_config
+from diffusion_lm.cli.explain import distinct_runs
+from diffusion_lm.core.errors import ConfigError, near_names
+
+PROGRAMS = ("train", "bound", "decode")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    add_gin(parser)
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="TPU slice, e.g. v5e-16, v4-32, v5p:4x4x4, 2xv6e-256"
+    )
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of such slices (default 1)")
+    parser.add_argument(
+        "--programs", default=",".join(PROGRAMS), metavar="LIST", help=f"of {','.join(PROGRAMS)} (default: all)"
+    )
+    parser.add_argument("--stage", metavar="NAME", help="only this stage of a comparison")
+    parser.add_argument("--search", action="store_true", help="where a training step does not fit, look for what does")
+    parser.add_argument("--search_limit", type=int, default=8, metavar="N", help="programs to compile for it at most")
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Runs the verb and returns all that it printed and the exit code."""
+    from diffusion_lm.planning.accelerators import parse
+    from diffusion_lm.planning.programs import tpu_devices
+    from diffusion_lm.recipes.comparison import Comparison
+
+    accelerator = parse(arguments.topology, arguments.slices)
+    wanted = _programs(arguments.programs)
+    root = build_root(load_config(arguments))
+    runs = distinct_runs(root) if isinstance(root, Comparison) else {"run": root}
+    if arguments.stage:
+        runs = _one_stage(root, arguments.stage)
+    devices = tpu_devices(accelerator)
+    output.heading(f"plan for {accelerator}")
+    planner = _Planner(accelerator, devices)
+    result: dict[str, Any] = {"accelerator": str(accelerator), "programs": {}, "found": {}}
+    fits = True
+    for name, one in runs.items():
+        for program in PROGRAMS[:2]:
+            if program in wanted and (program == "train" or one.objective.needs().passes):
+                output.progress(f"compile  {program} of {name}")
+                plan = planner.plan(program, one)
+                result["programs"][f"{name}/{program}"] = _show(f"{name}: {program}", plan, accelerator, one)
+                fits = fits and plan.fits
+                if program == "train" and arguments.search and not plan.fits:
+                    result["found"][name] = _search(planner, one, arguments.search_limit)
+    if "decode" in wanted:
+        for name, one, sampler, prompts in _decodes(root, arguments.stage):
+            output.progress(f"compile  decode {name}")
+            plan = planner.decode(one, sampler, prompts)
+            result["programs"][f"{name}/decode"] = _show(f"{name}: decode, {prompts} prompts", plan, accelerator, None)
+            fits = fits and plan.fits
+    output.say("\n  " + ("Everything fits." if fits else _advice(arguments.search)))
+    result["fits"] = fits
+    return result, environment.EXIT_OK if fits else environment.EXIT_DOES_NOT_FIT
+
+
+class _Planner:
+    """Compiles and reads programs for one accelerator."""
+
+    def __init__(self, accelerator: Any, devices: Sequence[Any]):
+        self.accelerator, self.devices = accelerator, devices
+
+    def plan(self, program: str, run: Any) -> Any:
+        """Returns the plan of the training step or the bound of `run`."""
+        from diffusion_lm.planning import plan, programs
+        from diffusion_lm.planning.estimates import train_flops_per_step
+        from diffusion_lm.planning.search import recomputed_share
+
+        compiled = programs.train(run, self.devices) if program == "train" else programs.bound(run, self.devices)
+        flops = train_flops_per_step(run)
+        return plan.examine(
+            compiled,
+            self.accelerator,
+            model_flops=flops if program == "train" else flops / 3,
+            recomputed_flops=flops * recomputed_share(run) if program == "train" else 0.0,
+            tokens=run.batch_size * run.data.row_length,
+        )
+
+    def decode(self, run: Any, sampler: Any, prompts: int) -> Any:
+        """Returns the plan of decoding `prompts` rows of the run's shape."""
+        from diffusion_lm.planning import plan, programs
+
+        compiled = programs.decode(run, sampler, prompts, self.devices)
+        return plan.examine(compiled, self.accelerator, model_flops=0.0, tokens=prompts * run.data.row_length)
+
+
+def _programs(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in PROGRAMS:
+            raise ConfigError(
+                f"there is no program {name!r}{near_names(name, PROGRAMS)}",
+                where="--programs",
+                fix=f"Use {', '.join(PROGRAMS)}.",
+            )
+    return names
+
+
+def _one_stage(root: Any, name: str) -> dict[str, Any]:
+    stages = {stage.name: stage.run for stage in getattr(root, "stages", ())}
+    if name not in stages:
+        raise ConfigError(
+            f"there is no stage {name!r}{near_names(name, stages)}",
+            where="--stage",
+            fix=f"Use one of {', '.join(stages)}." if stages else "Leave it out: this is one run.",
+        )
+    return {name: stages[name]}
+
+
+def _decodes(root: Any, stage: str | None) -> list[tuple[str, Any, Any, int]]:
+    """Returns one decode for each sampler and network: that of the task with the most slots."""
+    found: dict[Any, tuple[int, tuple[str, Any, Any, int]]] = {}
+    if hasattr(root, "arms"):
+        for arm in root.arms:
+            for task in root.tasks:
+                run, sampler = arm.stage_for(task.name).run, arm.sampler_for(task.name)
+                if stage in (None, arm.stage_for(task.name).name):
+                    data = task.data.with_encoder(run.model.needs_encoder)
+                    slots = task.batch_size * data.row_length
+                    entry = (
+                        f"{arm.name} on {task.name}",
+                        dataclasses.replace(run, data=data),
+                        sampler,
+                        task.batch_size,
+                    )
+                    if slots > found.get((run.model, sampler), (0,))[0]:
+                        found[run.model, sampler] = (slots, entry)
+        return [entry for _, entry in found.values()]
+    for evaluation in root.evaluations:
+        if hasattr(evaluation, "sampler"):
+            task = evaluation.task
+            data = task.data.with_encoder(root.model.needs_encoder)
+            found[evaluation.sampler] = (
+                0, (task.name, dataclasses.replace(root, data=data), evaluation.sampler, task.batch_size)
+            )  # fmt: skip
+    return [entry for _, entry in found.values()]
+
+
+def _show(title: str, plan: Any, accelerator: Any, run: Any) -> dict[str, Any]:
+    output.heading(title)
+    if plan.memory is None:
+        output.facts([("does not fit", plan.refusal.splitlines()[0])])
+        return output.plain(plan)
+    memory, roof = plan.memory, plan.roof
+    verdict = f"fits, {output.size(memory.spare)} to spare" if plan.fits else f"{output.size(-memory.spare)} too much"
+    output.facts(
+        [
+            ("memory", f"{output.size(memory.peak)} of {output.size(memory.available)} a device: {verdict}"),
+            ("  arguments", f"{output.size(memory.arguments)}, {output.size(memory.donated)} of it updated in place"),
+            ("  temporaries", output.size(memory.temporaries)),
+            ("  outputs, code", f"{output.size(memory.outputs)}, {output.size(memory.code)}"),
+        ]
+    )
+    for scope, kind, size in plan.largest[:3]:
+        output.say(f"  large: {kind} {output.size(size)}  {_short_scope(scope)}")
+    if plan.collectives:
+        rows = [
+            (one.kind, one.group, "DCN" if one.crosses_slices else "ICI", one.count, output.size(one.bytes))
+            for one in plan.collectives
+        ]
+        output.table(["collective", "devices", "over", "times", "sent by each"], rows, right=[1, 3, 4], fold=[])
+    times = [(name, getattr(roof, name)) for name in ("compute", "hbm", "ici", "dcn")]
+    shown = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in times if seconds)
+    pairs = [("at best", f"{roof.seconds * 1e3:.2f} ms by {roof.bound} (ms: {shown})")]
+    speed: dict[str, Any] = {"seconds": roof.seconds, "bound_by": roof.bound}
+    mfu = plan.mfu(accelerator)
+    if mfu is not None:
+        speed |= {"tokens_per_second": plan.tokens / roof.seconds, "mfu": mfu}
+        pairs.append(("", f"{output.count(speed['tokens_per_second'])} tokens/s, MFU {mfu:.0%}"))
+    if run is not None and plan.name == "train":
+        speed["hours"] = run.steps * roof.seconds / 3600
+        pairs.append(("whole run", f"{run.steps:,} steps, {speed['hours']:.1f} hours at best"))
+    output.facts([*pairs, ("compiled in", f"{plan.compile_seconds:.0f} s")])
+    return output.plain(plan) | {"speed": speed}
+
+
+def _short_scope(scope: str) -> str:
+    return "/".join(scope.split("/")[-4:])
+
+
+def _search(planner: _Planner, run: Any, limit: int) -> dict[str, Any] | None:
+    from diffusion_lm.planning.search import search
+
+    found = search(run, planner.accelerator, lambda one: planner.plan("train", one), limit=limit, log=output.progress)
+    if found is None:
+        output.say(f"  search: nothing among {limit} compiled settings fits; take more chips or a smaller batch")
+        return None
+    output.say(f"  search: fits with {'; '.join(found.changes)} ({found.tried} compiled)")
+    return {"changes": list(found.changes), "tried": found.tried} | _show(
+        "found: train", found.plan, planner.accelerator, found.run
+    )
+
+
+def _advice(searched: bool) -> str:
+    return "Not everything fits." + ("" if searched else " --search looks for settings that do.")

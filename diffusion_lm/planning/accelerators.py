@@ -1,0 +1,162 @@
+"""TPU slices by the names that Cloud users write, and what one chip of each generation can do.
+
+A name is a generation and a size (`v5e-256`), or a generation and a shape in chips (`v5e:16x16`). Cloud counts
+chips for v5e and v6e and TensorCores, two a chip, for v3, v4, v5p and TPU7x: a v4-32 has 16 chips, a v5p-128 64.
+JAX sees one device a chip where the chip's two cores work as one (v4, v5p) or there is but one (v5e, v6e), and two
+devices a chip on v3 and TPU7x.
+
+Figures: Google Cloud's system-architecture pages of each version; ICI of v3 and v4 from arXiv 2304.01433, table 4.
+"""
+
+import dataclasses
+import math
+import re
+
+from diffusion_lm.core.errors import ConfigError, near_names
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One kind of chip.
+
+    Attributes:
+      name: as in `v5e`; also libtpu's.
+      hbm: bytes of memory per chip.
+      flops: dense bfloat16 peak per chip, FLOP/s.
+      hbm_bandwidth: bytes/s per chip.
+      ici_bandwidth: bytes/s that a chip sends over all of its links at once (it receives as much).
+      dcn_bandwidth: bytes/s per chip to other slices.
+      dimensions: of the torus, 2 or 3.
+      counts_cores: sizes in names count TensorCores, two a chip.
+      devices_per_chip: devices that JAX sees.
+      host: chips of one host, per dimension of the torus.
+      pod: chips of the largest slice.
+    """
+
+    name: str
+    hbm: int
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    dcn_bandwidth: float
+    dimensions: int
+    counts_cores: bool
+    devices_per_chip: int
+    host: tuple[int, ...]
+    pod: int
+
+
+# Network of a host divided by its chips where the vendor names no figure per chip: 3.1e9 is 100 Gbit/s for four chips.
+GENERATIONS = {
+    generation.name: generation
+    for generation in (
+        Generation("v3", 32 * GIB, 123e12, 900e9, 280e9, 3.1e9, 2, True, 2, (2, 2), 1024),
+        Generation("v4", 32 * GIB, 275e12, 1228e9, 300e9, 6.25e9, 3, True, 1, (2, 2, 1), 4096),
+        Generation("v5e", 16 * GIB, 197e12, 819e9, 200e9, 3.1e9, 2, False, 1, (2, 2), 256),
+        Generation("v5p", 95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, 3, True, 1, (2, 2, 1), 8960),
+        Generation("v6e", 32 * GIB, 918e12, 1638e9, 400e9, 12.5e9, 2, False, 1, (2, 2), 256),
+        Generation("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, 12.5e9, 3, True, 2, (2, 2, 1), 9216),
+    )
+}
+_OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "trillium": "v6e", "ironwood": "tpu7x"}
+_NAME = re.compile(r"(?:(?P<slices>\d+)x)?(?P<generation>[a-z]+\d*[a-z]*|v\d+[a-z]*)[-:](?P<size>\d+(?:x\d+)*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """Some equal slices of one generation, joined over the data-center network.
+
+    Attributes:
+      generation: the kind of chip.
+      shape: chips along each dimension of one slice's torus.
+      slices: number of slices.
+    """
+
+    generation: Generation
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        """Chips of all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def devices(self) -> int:
+        """Devices that JAX sees, of all slices."""
+        return self.chips * self.generation.devices_per_chip
+
+    @property
+    def hbm_per_device(self) -> int:
+        """Bytes of memory of one device."""
+        return self.generation.hbm // self.generation.devices_per_chip
+
+    @property
+    def topology(self) -> str:
+        """libtpu's name of one slice, e.g. `v5e:4x4`."""
+        return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
+
+    def __str__(self) -> str:
+        slices = f"{self.slices} slices of " if self.slices > 1 else ""
+        return f"{slices}{self.topology} ({self.chips} chips, {self.devices} devices)"
+
+
+def parse(name: str, slices: int = 1) -> Accelerator:
+    """Returns the accelerator of a name: `v5e-16`, `v5litepod-16`, `v4-32`, `v5p:4x4x4`, `2xv5e-256` (two slices).
+
+    Raises:
+      ConfigError: the generation is unknown, or it has no slice of that size or shape.
+    """
+    match = _NAME.fullmatch(name.strip().lower().replace("_", "-"))
+    known = match and _OTHER_NAMES.get(match["generation"], match["generation"])
+    if match is None or known not in GENERATIONS:
+        guess = near_names(str(known), GENERATIONS) if known else ""
+        raise ConfigError(
+            f"{name!r} is no TPU slice that can be planned for{guess}",
+            where="--topology",
+            fix="Write a generation and a size, e.g. v5e-16, v4-32, 2xv5p-128 or v6e:4x4; generations are "
+            f"{', '.join(GENERATIONS)}.",
+        )
+    generation = GENERATIONS[known]
+    number = int(match["slices"] or 1) * slices
+    numbers = tuple(int(part) for part in match["size"].split("x"))
+    if ":" in name or len(numbers) > 1:
+        return Accelerator(generation, _checked_shape(generation, numbers, name), number)
+    chips, odd = divmod(numbers[0], 2 if generation.counts_cores else 1)
+    if odd or chips < 1:
+        raise ConfigError(
+            f"{name!r} counts the TensorCores of {generation.name}, two a chip",
+            where="--topology",
+            fix=f"Write {generation.name}-{2 * max(1, round(numbers[0] / 2))}.",
+        )
+    return Accelerator(generation, _shape(generation, chips, name), number)
+
+
+def _checked_shape(generation: Generation, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    if len(shape) != generation.dimensions or math.prod(shape) > generation.pod or min(shape) < 1:
+        raise ConfigError(
+            f"{name!r} is no shape of a {generation.name} slice",
+            where="--topology",
+            fix=f"Give {generation.dimensions} numbers of chips whose product is at most {generation.pod}.",
+        )
+    return shape
+
+
+def _shape(generation: Generation, chips: int, name: str) -> tuple[int, ...]:
+    """The most cubic shape of powers of two, as Cloud lays out slices; whole hosts, or one host's part."""
+    exponent = chips.bit_length() - 1
+    if 2**exponent != chips or chips > generation.pod:
+        raise ConfigError(
+            f"{generation.name} has no slice of {chips} chips by size alone ({name!r})",
+            where="--topology",
+            fix=f"Give a power of two up to {generation.pod} chips, or the shape, e.g. {generation.name}:"
+            + "x".join(map(str, generation.host)),
+        )
+    parts = [exponent // generation.dimensions] * generation.dimensions
+    for index in range(exponent % generation.dimensions):
+        parts[-1 - index] += 1
+    if chips == math.prod(generation.host):
+        return generation.host
+    return tuple(2**part for part in parts)

@@ -1,0 +1,138 @@
+"""The communication of a compiled program: each collective, over how many devices, how often, and how many bytes."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from diffusion_lm.planning.hlo import Computation, Instruction, Module
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_EXPLICIT = re.compile(r"replica_groups=\{(\{[\d,{}\s]*\})\}")
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}\s]*\})\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Equal collectives of a program, taken together.
+
+    Attributes:
+      kind: one of `KINDS`.
+      group: devices that take part in each.
+      crosses_slices: some of them are on other slices, so the bytes go over the data-center network.
+      count: how often a device takes part in one run of the program.
+      bytes: that one device sends in one run, over all of them.
+    """
+
+    kind: str
+    group: int
+    crosses_slices: bool
+    count: int
+    bytes: float
+
+
+def collectives(module: Module, devices_per_slice: int) -> tuple[Collective, ...]:
+    """Returns the collectives of a program, those that move most first.
+
+    Bytes are those of a ring: an all-gather or reduce-scatter of N bytes over n devices sends N (n - 1) / n from each,
+    an all-reduce twice that, an all-to-all what each device does not keep, a permutation all.
+    """
+    found: dict[tuple[str, int, bool], list[float]] = {}
+    for instruction, kind, size, times in _all(module):
+        groups = _groups(instruction)
+        group = max(len(one) for one in groups)
+        if group < 2:
+            continue
+        crosses = any(len({device // devices_per_slice for device in one}) > 1 for one in groups)
+        entry = found.setdefault((kind, group, crosses), [0, 0.0])
+        entry[0] += times
+        entry[1] += times * _sent(kind, size, group)
+    rows = [Collective(*key, count=int(count), bytes=size) for key, (count, size) in found.items()]
+    return tuple(sorted(rows, key=lambda row: -row.bytes))
+
+
+def _all(module: Module) -> Iterator[tuple[Instruction, str, float, int]]:
+    """Yields each collective once, its kind, the bytes of its result, and how often it runs.
+
+    The TPU compiler overlaps a collective with arithmetic by spreading it over several fusions, which all hold it; they
+    share its channel.
+    """
+    seen = set()
+    for instruction, kind, size, times in _occurrences(module):
+        channel = _CHANNEL.search(instruction.text)
+        if channel is None or channel[1] not in seen:
+            yield instruction, kind, size, times
+        if channel is not None:
+            seen.add(channel[1])
+
+
+def _occurrences(module: Module) -> Iterator[tuple[Instruction, str, float, int]]:
+    for instruction, _, times in module.executed():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in KINDS:
+            yield instruction, kind, _result_bytes(instruction), times
+        elif instruction.opcode == "fusion":
+            for inner, computation in module.inside(instruction):
+                kind, size = inner.opcode.removesuffix("-start"), _result_bytes(inner)
+                if kind == "all-reduce" and (part := _kept_slice(inner, computation)) is not None:
+                    kind, size = "reduce-scatter", part
+                if kind in KINDS:
+                    yield inner, kind, size, times
+
+
+def _result_bytes(instruction: Instruction) -> float:
+    sizes = [array.bytes for array in instruction.arrays]
+    # A -start returns its operands beside its results; the result of a gather is the larger.
+    return max(sizes, default=0.0) if instruction.opcode.endswith("-start") else sum(sizes)
+
+
+def _kept_slice(reduction: Instruction, computation: Computation) -> float | None:
+    """Bytes of the slice of an all-reduce that its fusion keeps: so the TPU compiler writes a reduce-scatter."""
+    users = [one for one in computation.values() if reduction.name in one.operands]
+    if not users or any(user.opcode != "dynamic-slice" for user in users):
+        return None
+    return sum(array.bytes for user in users for array in user.arrays)
+
+
+def _groups(instruction: Instruction) -> list[list[int]]:
+    iota = _IOTA.search(instruction.text)
+    if iota:
+        rows, columns = int(iota[1]), int(iota[2])
+        shape = [int(n) for n in iota[3].split(",")]
+        order = [int(n) for n in iota[4].split(",")] if iota[4] else list(range(len(shape)))
+        flat = _transposed(shape, order)
+        return [flat[row * columns : (row + 1) * columns] for row in range(rows)]
+    named = _MESH.search(instruction.text)
+    if named:
+        axes = [part.split("=") for part in named[1].split(",")]
+        shape, over = [int(size) for _, size in axes], [name.strip() for name in named[2].split(",")]
+        inner = [index for index, (name, _) in enumerate(axes) if name.strip() in over]
+        outer = [index for index in range(len(axes)) if index not in inner]
+        flat, columns = _transposed(shape, outer + inner), math.prod(shape[index] for index in inner)
+        return [flat[start : start + columns] for start in range(0, len(flat), columns)]
+    explicit = _EXPLICIT.search(instruction.text) or _PAIRS.search(instruction.text)
+    if not explicit:
+        return [[0]]
+    return [[int(n) for n in part.split(",") if n.strip()] for part in re.findall(r"\{([\d,\s]*)\}", explicit[1])]
+
+
+def _transposed(shape: list[int], order: list[int]) -> list[int]:
+    """`arange(prod(shape)).reshape(shape).transpose(order)`, flat."""
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    flat = [0]
+    for axis in order:
+        flat = [base + index * strides[axis] for base in flat for index in range(shape[axis])]
+    return flat
+
+
+def _sent(kind: str, size: float, group: int) -> float:
+    """Bytes that one device sends in a collective whose result has `size` bytes."""
+    others = group - 1
+    if kind == "collective-permute":
+        return size
+    if kind == "reduce-scatter":
+        return size * others
+    return size * others / group * (2 if kind == "all-reduce" else 1)

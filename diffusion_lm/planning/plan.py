@@ -1,0 +1,162 @@
+"""What one program needs of each device, how fast it can be, and whether it fits."""
+
+import dataclasses
+import re
+
+from diffusion_lm.planning import collectives as communication
+from diffusion_lm.planning import hlo, programs
+from diffusion_lm.planning.accelerators import Accelerator
+from diffusion_lm.planning.collectives import Collective
+from diffusion_lm.planning.roofline import Roofline, roofline
+
+_REQUIRED = re.compile(r"\(?([\d.]+)([GMK])\)? exceeds")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, as the compiler assigned them.
+
+    Attributes:
+      arguments: parameters, optimizer state and batch.
+      outputs: results that do not lie where an argument did.
+      donated: results that do.
+      temporaries: activations, gradients, buffers of collectives.
+      code: the program.
+      available: what the device has.
+    """
+
+    arguments: int
+    outputs: int
+    donated: int
+    temporaries: int
+    code: int
+    available: int
+
+    @property
+    def peak(self) -> int:
+        """What the program needs while it runs."""
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+    @property
+    def spare(self) -> int:
+        """What is left; negative where it does not fit."""
+        return self.available - self.peak
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramPlan:
+    """One program on one accelerator.
+
+    Attributes:
+      name: `train`, `bound` or `decode`.
+      fits: the compiler placed it in the device's memory.
+      memory: how; None where the compiler refused.
+      refusal: the compiler's words where it refused.
+      needed: bytes of a device that it needs; where the compiler refused, its temporaries alone.
+      collectives: communication of one device in one run.
+      largest: the largest arrays that are written to main memory, `(scope, type, bytes)`.
+      roof: the shortest time of a run; None where the compiler refused.
+      model_flops: FLOPs of the model's matrix products in one run over all devices, nothing recomputed.
+      tokens: slots of the main stream in one run.
+      compile_seconds: to trace, lower and compile here.
+    """
+
+    name: str
+    fits: bool
+    memory: Memory | None
+    refusal: str
+    needed: int
+    collectives: tuple[Collective, ...]
+    largest: tuple[tuple[str, str, int], ...]
+    roof: Roofline | None
+    model_flops: float
+    tokens: int
+    compile_seconds: float
+
+    def mfu(self, accelerator: Accelerator) -> float | None:
+        """Model FLOPs over what the chips could have done in the shortest time: an upper bound; None without one."""
+        if self.roof is None or not self.model_flops:
+            return None
+        return self.model_flops / (self.roof.seconds * accelerator.chips * accelerator.generation.flops)
+
+
+def examine(
+    compiled: programs.Compiled,
+    accelerator: Accelerator,
+    *,
+    model_flops: float,
+    recomputed_flops: float = 0.0,
+    tokens: int,
+) -> ProgramPlan:
+    """Reads a compiled program.
+
+    Args:
+      compiled: the program.
+      accelerator: what it was compiled for.
+      model_flops: of one run over all devices.
+      recomputed_flops: that rematerialisation adds.
+      tokens: of one run.
+    """
+    if compiled.executable is None:
+        return ProgramPlan(
+            name=compiled.name,
+            fits=False,
+            memory=None,
+            refusal=compiled.refusal,
+            needed=_refused_bytes(compiled.refusal),
+            collectives=(),
+            largest=(),
+            roof=None,
+            model_flops=model_flops,
+            tokens=tokens,
+            compile_seconds=compiled.seconds,
+        )
+    analysis = compiled.executable.memory_analysis()
+    memory = Memory(
+        arguments=analysis.argument_size_in_bytes,
+        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        donated=analysis.alias_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+        available=usable_hbm(accelerator),
+    )
+    module = hlo.parse(compiled.executable.as_text())
+    per_slice = accelerator.devices // accelerator.slices
+    moved = communication.collectives(module, per_slice)
+    return ProgramPlan(
+        name=compiled.name,
+        fits=memory.spare >= 0,
+        memory=memory,
+        refusal="",
+        needed=memory.peak,
+        collectives=moved,
+        largest=largest_arrays(module),
+        roof=roofline(accelerator, model_flops + recomputed_flops, module.hbm_bytes(), moved),
+        model_flops=model_flops,
+        tokens=tokens,
+        compile_seconds=compiled.seconds,
+    )
+
+
+def _refused_bytes(refusal: str) -> int:
+    found = _REQUIRED.search(refusal)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def usable_hbm(accelerator: Accelerator) -> int:
+    """Bytes of a device that programs may use: the runtime keeps 1/64 of a chip's memory (15.75 of a v5e's 16 GiB)."""
+    return accelerator.hbm_per_device * 63 // 64
+
+
+def largest_arrays(module: hlo.Module, count: int = 5) -> tuple[tuple[str, str, int], ...]:
+    """Returns the largest arrays that instructions of a program return in main memory."""
+    found: dict[str, tuple[str, str, int]] = {}
+    for instruction, _, _ in module.executed():
+        if instruction.opcode in ("parameter", "while", "tuple", "get-tuple-element", "bitcast", "call", "conditional"):
+            continue
+        for array in instruction.arrays:
+            if array.in_hbm:
+                kind = f"{array.dtype}[{','.join(map(str, array.shape))}]"
+                found.setdefault(kind, (instruction.scope, kind, int(array.bytes)))
+    return tuple(sorted(found.values(), key=lambda row: -row[2])[:count])

@@ -1,0 +1,172 @@
+"""The three programs of a run, compiled for devices that are not here: a training step, a bound, a decode.
+
+libtpu compiles for a named topology on any Linux host (`jax.experimental.topologies`); nothing is allocated. Shapes,
+shardings and donation are those of the real run: the training step is `training.step`'s own.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import Batch
+from diffusion_lm.parallel.shardings import Placement, batch_shardings, replicated
+from diffusion_lm.planning.accelerators import Accelerator
+from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.training.run import TrainRun
+from diffusion_lm.training.step import make_program
+
+# libtpu would otherwise ask a TPU's metadata server for minutes, print what it did not find, and let one process of a
+# machine load it at a time, which guards a TPU that is not here.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program that was compiled and not run.
+
+    Attributes:
+      name: `train`, `bound` or `decode`.
+      executable: JAX's compiled program; None where it does not fit and the compiler refused.
+      refusal: the compiler's words where it refused.
+      seconds: to trace, lower and compile.
+    """
+
+    name: str
+    executable: Any
+    refusal: str
+    seconds: float
+
+
+def tpu_devices(accelerator: Accelerator) -> Sequence[Any]:
+    """Returns compile-only devices of an accelerator.
+
+    Raises:
+      ConfigError: libtpu is not installed, or knows no such topology.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    host = accelerator.generation.host
+    if len(accelerator.shape) == len(host) and any(a < b for a, b in zip(accelerator.shape, host, strict=True)):
+        options["chips_per_host_bounds"] = (*accelerator.shape, *(1,) * (3 - len(accelerator.shape)))
+    if accelerator.slices > 1:
+        options["num_slices"] = accelerator.slices
+    require(
+        importlib.util.find_spec("libtpu") is not None,
+        "the TPU compiler is not installed",
+        where="--topology",
+        fix="Install the plan extra: pip install 'diffusion-lm[plan]'.",
+    )
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=accelerator.topology, **options).devices
+    except Exception as error:
+        raise ConfigError(
+            f"the TPU compiler cannot load the topology {accelerator.topology}: {_first_line(error)}",
+            where="--topology",
+            fix="Give another size or shape.",
+        ) from error
+
+
+def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
+    """Compiles a training step of `run` on `devices`, its state donated."""
+    program = make_program(
+        run.model,
+        run.objective,
+        run.optimizer,
+        mesh=run.mesh,
+        rules=run.rules,
+        microbatches=run.microbatches,
+        ema_decay=run.ema_decay,
+        devices=tuple(devices),
+    )
+    batch = _placed(run.data.abstract_batch(run.batch_size), run, program.mesh)
+    rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(program.mesh))
+    return _compile(
+        "train",
+        lambda: program.step.lower(program.abstract_state, batch, _key(program.mesh), rate),  # type: ignore[attr-defined]
+    )
+
+
+def bound(run: TrainRun, devices: Sequence[Any]) -> Compiled:
+    """Compiles the evaluation of one batch: the objective's bound, without gradients."""
+    mesh = run.mesh.build(devices)
+
+    def program(params: Any, batch: Batch, root: jax.Array) -> Any:
+        model = BoundModel(run.model, params, Placement(mesh, run.rules))
+        return run.objective.bound(model, batch, StreamKeys(root=root, step=jnp.int32(0)))
+
+    batch = _placed(run.data.abstract_batch(run.batch_size), run, mesh)
+    return _compile("bound", lambda: jax.jit(program).lower(_params(run, mesh), batch, _key(mesh)))
+
+
+def decode(run: TrainRun, sampler: Sampler, prompts: int, devices: Sequence[Any]) -> Compiled:
+    """Compiles `sampler` on `prompts` rows of the run's shape."""
+    mesh = run.mesh.build(devices)
+
+    def program(params: Any, prompt: Batch, root: jax.Array) -> Any:
+        model = BoundModel(run.model, params, Placement(mesh, run.rules))
+        return sampler.generate(model, prompt, StreamKeys(root=root, step=jnp.int32(0)))
+
+    prompt = _placed(run.data.abstract_batch(prompts), run, mesh)
+    return _compile("decode", lambda: jax.jit(program).lower(_params(run, mesh), prompt, _key(mesh)))
+
+
+def _params(run: TrainRun, mesh: Mesh) -> Any:
+    from diffusion_lm.parallel.shardings import tree_shardings
+
+    abstract = run.model.abstract_params()
+    shardings = tree_shardings(run.model.logical_axes(), abstract, run.rules, mesh)
+    return jax.tree.map(_with_sharding, abstract, shardings)
+
+
+def _placed(batch: Batch, run: TrainRun, mesh: Mesh) -> Batch:
+    return jax.tree.map(_with_sharding, batch, batch_shardings(batch, run.rules, mesh))
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return _with_sharding(_abstract_key(), replicated(mesh))
+
+
+@functools.cache
+def _abstract_key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _compile(name: str, lower: Callable[[], Any]) -> Compiled:
+    started = time.perf_counter()
+    lowered = lower()
+    try:
+        executable, refusal = lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        executable, refusal = None, str(error)
+    return Compiled(name, executable, refusal, time.perf_counter() - started)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,121 @@
+"""Runs one `diffusion-lm` command as N processes on this machine, as N hosts of a pod would.
+
+  python launch/local_processes.py --processes 2 train --gin_file gin/runs/train.gin --workdir runs/two
+
+Each process sees `--devices` CPU devices and reads its part of the data. Lines are printed with the number of their
+process. When one process fails the others, which would wait for it forever, are stopped; the exit code is the first
+failure's.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO
+
+GRACE_SECONDS = 20.0
+"""How long the others may go on after one process ended with an error, and after SIGTERM."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="number of processes (default 2)")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="CPU devices of each process (default 1)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="a verb of diffusion-lm and its flags")
+    given = parser.parse_args(argv)
+    if not given.command or given.processes < 1 or given.devices < 1:
+        parser.error("give a verb of diffusion-lm, at least one process and at least one device")
+    command = [sys.executable, "-m", "diffusion_lm.cli.main", *given.command]
+    return run(command, processes=given.processes, devices=given.devices)
+
+
+def run(command: Sequence[str], *, processes: int, devices: int = 1) -> int:
+    """Runs `command` as processes that find each other; returns 0, or the exit code of the first that failed."""
+    address = f"localhost:{_free_port()}"
+    workers = [
+        subprocess.Popen(
+            command,
+            env=environment(address, processes, number, devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in range(processes)
+    ]
+    threads = [
+        threading.Thread(target=_forward, args=(worker.stdout, number), daemon=True)
+        for number, worker in enumerate(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    previous = signal.signal(
+        signal.SIGTERM, lambda *_: workers[0].terminate()
+    )  # one is enough: all of them learn of it
+    try:
+        code = _wait(workers)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        _stop(workers)
+    for thread in threads:
+        thread.join(timeout=5)
+    return code
+
+
+def environment(address: str, processes: int, number: int, devices: int) -> dict[str, str]:
+    """Returns the environment of one process: how `parallel.multihost` finds the others, and its CPU devices."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
+    return os.environ | {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(number),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _forward(stream: IO[bytes] | None, number: int) -> None:
+    assert stream is not None
+    for line in stream:
+        sys.stdout.write(f"[{number}] {line.decode(errors='replace')}")
+        sys.stdout.flush()
+
+
+def _wait(workers: Sequence[subprocess.Popen]) -> int:
+    """Waits until all have ended, or one has failed and the others had time to notice."""
+    failed, since = 0, 0.0
+    while any(worker.poll() is None for worker in workers):
+        for worker in workers:
+            if worker.poll() not in (None, 0) and not failed:
+                failed, since = int(worker.returncode), time.monotonic()
+        if failed and time.monotonic() - since > GRACE_SECONDS:
+            break
+        time.sleep(0.05)
+    return failed or next((worker.returncode for worker in workers if worker.returncode), 0)
+
+
+def _stop(workers: Sequence[subprocess.Popen]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for worker in workers:
+        try:
+            worker.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""Makes `training_stubs` importable."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "training"))

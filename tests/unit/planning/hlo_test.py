@@ -1,0 +1,113 @@
+"""Reading compiled programs: a small one in XLA's syntax, whose figures can be worked out by hand, and a real one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffusion_lm.planning import hlo
+from diffusion_lm.planning.accelerators import parse
+from diffusion_lm.planning.collectives import Collective, collectives
+from diffusion_lm.planning.roofline import roofline
+
+# Two devices a row and two rows; a loop of three turns gathers weights, an all-reduce follows. One fusion reads one
+# slice of a stack of ten; one collective is spread over two fusions; what lies in S(1) stays on the chip.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%reader (stack: f32[10,64], index: s32[]) -> f32[64] {
+  %stack = f32[10,64]{1,0} parameter(0)
+  %index = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,64]{1,0} dynamic-slice(%stack, %index, %zero), dynamic_slice_sizes={1,64}
+  ROOT %flat = f32[64]{0} bitcast(%slice)
+}
+
+%start (part: bf16[8,16]) -> bf16[16,16] {
+  %part = bf16[8,16]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[16,16]{1,0} all-gather(%part), channel_id=7, replica_groups=mesh['x'=2,'y'=2] {'y'}
+}
+
+%finish (part.2: bf16[8,16]) -> bf16[16,16] {
+  %part.2 = bf16[8,16]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[16,16]{1,0} all-gather(%part.2), channel_id=7, replica_groups=mesh['x'=2,'y'=2] {'y'}
+}
+
+%scatterer (whole: f32[32]) -> f32[16] {
+  %whole = f32[32]{0} parameter(0)
+  %sum = f32[32]{0} all-reduce(%whole), channel_id=9, replica_groups={{0,2},{1,3}}, to_apply=%add
+  %zero.2 = s32[] constant(0)
+  ROOT %mine = f32[16]{0} dynamic-slice(%sum, %zero.2), dynamic_slice_sizes={16}
+}
+
+%condition (state: (s32[], bf16[8,16])) -> pred[] {
+  %state = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %limit = s32[] constant(3)
+  %i = s32[] get-tuple-element(%state), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (state.2: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %state.2 = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%state.2), index=0
+  %w = bf16[8,16]{1,0} get-tuple-element(%state.2), index=1
+  %a = bf16[16,16]{1,0:T(8,128)S(1)} fusion(%w), kind=kCustom, calls=%start
+  %b = bf16[16,16]{1,0:T(8,128)S(1)} fusion(%w), kind=kCustom, calls=%finish
+  ROOT %next = (s32[], bf16[8,16]{1,0}) tuple(%i.2, %w)
+}
+
+ENTRY %main (stack.1: f32[10,64], i.1: s32[], w.1: bf16[8,16], g: f32[32]) -> f32[64] {
+  %stack.1 = f32[10,64]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %w.1 = bf16[8,16]{1,0} parameter(2)
+  %g = f32[32]{0} parameter(3)
+  %begin = (s32[], bf16[8,16]{1,0}) tuple(%i.1, %w.1)
+  %loop = (s32[], bf16[8,16]{1,0}) while(%begin), condition=%condition, body=%body
+  %total = f32[4]{0} all-reduce(%g), channel_id=8, replica_groups=[1,4]<=[4], to_apply=%add
+  %scattered = f32[16]{0} fusion(%g), kind=kCustom, calls=%scatterer
+  ROOT %row = f32[64]{0} fusion(%stack.1, %i.1), kind=kLoop, calls=%reader, metadata={op_name="jit(step)/read"}
+}
+"""
+
+
+def test_collectives_of_a_program():
+    found = {(one.kind, one.group): one for one in collectives(hlo.parse(PROGRAM), devices_per_slice=2)}
+    # 16 x 16 x 2 bytes, half of them sent, three turns; the channel is counted once a turn.
+    assert found["all-gather", 2] == Collective("all-gather", 2, False, count=3, bytes=3 * 512 / 2)
+    assert found["all-reduce", 4] == Collective("all-reduce", 4, True, count=1, bytes=2 * 16 * 3 / 4)
+    # An all-reduce of which a fusion keeps half: each sends the half that it does not keep. {0,2} and {1,3} cross.
+    assert found["reduce-scatter", 2] == Collective("reduce-scatter", 2, True, count=1, bytes=64)
+    assert len(found) == 3
+
+
+def test_memory_traffic_of_a_program():
+    module = hlo.parse(PROGRAM)
+    loop = 3 * 2 * (8 * 16 * 2)  # both fusions read w; what they return stays on the chip
+    total = 32 * 4 + 4 * 4
+    scattered = 32 * 4 + 16 * 4
+    row = 64 * 4 + 4 + 64 * 4  # one slice of the stack, the index, the result
+    assert module.hbm_bytes() == loop + total + scattered + row
+
+
+def test_roofline_by_hand():
+    v5e = parse("v5e-16")
+    moved = (Collective("all-gather", 16, False, 1, 2e9), Collective("all-reduce", 2, True, 1, 3.1e9))
+    found = roofline(v5e, flops=16 * 197e12, hbm_bytes=819e9 / 2, collectives=moved)
+    assert found.compute == pytest.approx(1.0)
+    assert found.hbm == pytest.approx(0.5)
+    assert found.ici == pytest.approx(0.01)  # all four links of the chip
+    assert found.dcn == pytest.approx(1.0)
+    assert found.seconds == pytest.approx(1.0)
+    within_a_row = roofline(v5e, 0, 0, (Collective("all-gather", 4, False, 1, 1e9),))
+    assert within_a_row.ici == pytest.approx(0.01), "a group of one row of the torus has half of the links"
+
+
+@pytest.mark.parametrize("turns", [1, 5])
+def test_loops_of_a_real_program_are_counted(turns):
+    """The traffic of a scan grows with its length, where XLA's own analysis does not."""
+
+    def run(x):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, None, length=turns)[0]
+
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    module = hlo.parse(jax.jit(run).lower(x).compile().as_text())
+    assert module.hbm_bytes() >= turns * 3 * 64 * 64 * 4 * 0.9
+    assert module.hbm_bytes() <= (turns + 2) * 8 * 64 * 64 * 4

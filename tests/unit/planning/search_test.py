@@ -1,0 +1,58 @@
+"""The search for settings that fit, with a compiler that answers from a formula."""
+
+import dataclasses
+
+import pytest
+
+from diffusion_lm.planning import search
+from diffusion_lm.planning.accelerators import parse
+from diffusion_lm.planning.plan import ProgramPlan, usable_hbm
+
+V5E = parse("v5e-8")
+
+
+@dataclasses.dataclass
+class Compiler:
+    """Needs `memory(run)` bytes; remembers what it was asked."""
+
+    memory: object
+    asked: list = dataclasses.field(default_factory=list)
+
+    def __call__(self, run):
+        needed = self.memory(run)
+        self.asked.append((run.model.spec.remat, run.microbatches, run.mesh.tensor))
+        fits = needed <= usable_hbm(V5E)
+        return ProgramPlan("train", fits, None, "", int(needed), (), (), None, 0.0, 1, 0.0)
+
+
+@pytest.fixture
+def run():
+    from training_stubs import small_run
+
+    from diffusion_lm.parallel.mesh import MeshSpec
+
+    return small_run(batch_size=64, mesh=MeshSpec())
+
+
+def test_the_given_settings_come_first(run):
+    compiler = Compiler(lambda run: 1)
+    found = search.search(run, V5E, compiler)
+    assert found.changes == ()
+    assert found.tried == 1
+
+
+def test_the_cheapest_that_fits_is_found(run):
+    """Rematerialising little is tried before much, and microbatches before recomputing everything."""
+    need = {"none": 4.0, "dots": 3.0, "dots_no_batch": 1.5, "full": 0.5}
+    compiler = Compiler(lambda run: usable_hbm(V5E) * need[run.model.spec.remat] / run.microbatches)
+    found = search.search(run, V5E, compiler, limit=20)
+    assert found is not None
+    assert need[found.run.model.spec.remat] / found.run.microbatches <= 1
+    assert found.run.model.spec.remat != "full", "microbatches are cheaper than a third more arithmetic"
+    assert all(change.split(" = ")[0] in ("TransformerSpec.remat", "TrainRun.microbatches") for change in found.changes)
+
+
+def test_it_gives_up_at_the_limit(run):
+    compiler = Compiler(lambda run: usable_hbm(V5E) * 1000)
+    assert search.search(run, V5E, compiler, limit=3) is None
+    assert len(compiler.asked) <= 3
