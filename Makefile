@@ -41,7 +41,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-recipes test-interop interop lint format typecheck wheel smoke lock clean
+.PHONY: help quickstart test test-recipes test-interop interop test-aot aot lint format typecheck wheel smoke lock clean
 
 help:  ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -72,6 +72,15 @@ interop: $(DEV)
 	  echo "==> adding $(INTEROP) to $(VENV)"; \
 	  $(subst -c constraints.txt,,$(INSTALL)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(INTEROP); }
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS) tests/interop
+
+# An environment of its own: where libtpu is installed, JAX looks for a TPU first. It reads XLA_FLAGS too, and knows other flags.
+test-aot:  ## Compile the base network for a TPU slice that is not here, and read what the compiler made of it.
+	@$(MAKE) --no-print-directory VENV=$(VENV)-plan aot
+
+aot: $(DEV)
+	@$(BIN)/python -c "import libtpu" 2>/dev/null || { echo "==> adding the TPU compiler to $(VENV)"; \
+	  $(INSTALL) --no-build-isolation -e ".[plan]"; }
+	DIFFUSION_LM_LOCKED=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m aot $(ARGS) tests/aot
 
 lint: $(DEV)  ## Check format and style (ruff).
 	$(BIN)/ruff format --check .

@@ -1,0 +1,41 @@
+"""The base network compiled for v5e-16 as a pod would compile it: it fits, its state is donated, no logits are whole.
+
+Needs the `plan` extra and minutes: `make test-aot` runs it.
+"""
+
+import pytest
+
+from diffusion_lm.cli import config
+from diffusion_lm.planning import hlo, plan, programs
+from diffusion_lm.planning.accelerators import GIB, parse
+from diffusion_lm.recipes.comparison import Comparison
+
+pytestmark = pytest.mark.aot
+V5E_16 = parse("v5e-16")
+
+
+@pytest.fixture(scope="module")
+def stages():
+    comparison = config.load(["gin/recipes/ar2diff_base.gin"]).build(Comparison)
+    return {stage.name: stage.run for stage in comparison.stages}
+
+
+@pytest.mark.parametrize("stage", ["pretrain_ar", "pretrain_diffusion"])
+def test_a_training_step_of_the_base_network_fits_v5e_16(stages, stage):
+    run = stages[stage]
+    compiled = programs.train(run, programs.tpu_devices(V5E_16))
+    assert compiled.executable is not None, compiled.refusal
+    found = plan.examine(compiled, V5E_16, model_flops=0.0, tokens=1)
+    assert found.memory.spare > 4 * GIB, f"{found.memory.spare / GIB:.2f} GiB to spare"
+    assert found.memory.donated > 0.99 * (found.memory.donated + found.memory.outputs), "the state is updated in place"
+    spec = run.model.spec
+    tokens_per_device = run.batch_size * run.data.row_length // V5E_16.devices
+    logits = 4 * tokens_per_device * spec.padded_vocab_size
+    module = hlo.parse(compiled.executable.as_text())
+    largest = max(
+        array.bytes
+        for one, _, _ in module.executed()
+        if one.opcode not in ("while", "tuple", "parameter", "get-tuple-element")
+        for array in one.arrays
+    )
+    assert largest < logits / 4, f"{largest / GIB:.2f} GiB; all logits of a device are {logits / GIB:.2f}"
