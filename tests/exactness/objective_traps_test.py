@@ -159,7 +159,7 @@ def test_T17_uniform_noise_needs_clean_positions():
         objective = dataclasses.replace(sundae, weighting=weighting, time=DiscreteTime(1), schedule=Half())
 
         def loss(nudge):
-            return objective.loss(Nudged(model.architecture, model.params, nudge), batch, KEYS).loss_sum
+            return objective.loss(Nudged(model.architecture, model.params, nudge=nudge), batch, KEYS).loss_sum
 
         return np.abs(np.asarray(jax.jit(jax.grad(loss))(jnp.zeros((1, 10, stubs.VOCAB)))))[0].sum(axis=-1)
 
@@ -177,11 +177,13 @@ class Half(Linear):
 
 @dataclasses.dataclass(frozen=True)
 class Nudged(BoundModel):
-    """A model whose logits are moved by `constrain`, to differentiate with respect to them."""
+    """A model whose logits are moved by `nudge`, to differentiate with respect to them."""
+
+    nudge: jax.Array | None = None
 
     def __call__(self, tokens, **inputs):
         hidden = BoundModel(self.architecture, self.params)(tokens, **inputs)
-        return hidden.replace(values_BTD=hidden.values_BTD + self.constrain)
+        return hidden.replace(values_BTD=hidden.values_BTD + self.nudge)
 
     def _head(self):
         return self.architecture.head(self.params)
