@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         for program in PROGRAMS[:2]:
             if program in wanted and (program == "train" or one.objective.needs().passes):
                 output.progress(f"compile  {program} of {name}")
-                plan = planner.plan(program, one)
+                plan = planner.train(one) if program == "train" else planner.bound(one)
                 result["programs"][f"{name}/{program}"] = _show(f"{name}: {program}", plan, accelerator, one)
                 fits = fits and plan.fits
                 if program == "train" and arguments.search and not plan.fits:
@@ -67,26 +67,38 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 class _Planner:
-    """Compiles and reads programs for one accelerator."""
+    """Compiles and reads programs for one accelerator; the training step of a run once.
+
+    Only of a training step are the FLOPs known: how many passes a bound or a decode takes is theirs to decide.
+    """
 
     def __init__(self, accelerator: Any, devices: Sequence[Any]):
         self.accelerator, self.devices = accelerator, devices
+        self._steps: dict[Any, Any] = {}
 
-    def plan(self, program: str, run: Any) -> Any:
-        """Returns the plan of the training step or the bound of `run`."""
+    def train(self, run: Any) -> Any:
+        """Returns the plan of the training step of `run`."""
         from diffusion_lm.planning import plan, programs
         from diffusion_lm.planning.estimates import train_flops_per_step
         from diffusion_lm.planning.search import recomputed_share
 
-        compiled = programs.train(run, self.devices) if program == "train" else programs.bound(run, self.devices)
-        flops = train_flops_per_step(run)
-        return plan.examine(
-            compiled,
-            self.accelerator,
-            model_flops=flops if program == "train" else flops / 3,
-            recomputed_flops=flops * recomputed_share(run) if program == "train" else 0.0,
-            tokens=run.batch_size * run.data.row_length,
-        )
+        if run not in self._steps:
+            flops = train_flops_per_step(run)
+            self._steps[run] = plan.examine(
+                programs.train(run, self.devices),
+                self.accelerator,
+                model_flops=flops,
+                recomputed_flops=flops * recomputed_share(run),
+                tokens=run.batch_size * run.data.row_length,
+            )
+        return self._steps[run]
+
+    def bound(self, run: Any) -> Any:
+        """Returns the plan of the bound of one batch."""
+        from diffusion_lm.planning import plan, programs
+
+        tokens = run.batch_size * run.data.row_length
+        return plan.examine(programs.bound(run, self.devices), self.accelerator, model_flops=0.0, tokens=tokens)
 
     def decode(self, run: Any, sampler: Any, prompts: int) -> Any:
         """Returns the plan of decoding `prompts` rows of the run's shape."""
@@ -193,7 +205,7 @@ def _short_scope(scope: str) -> str:
 def _search(planner: _Planner, run: Any, limit: int) -> dict[str, Any] | None:
     from diffusion_lm.planning.search import search
 
-    found = search(run, planner.accelerator, lambda one: planner.plan("train", one), limit=limit, log=output.progress)
+    found = search(run, planner.accelerator, planner.train, limit=limit, log=output.progress)
     if found is None:
         output.say(f"  search: nothing among {limit} compiled settings fits; take more chips or a smaller batch")
         return None

@@ -21,7 +21,7 @@ from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
-from diffusion_lm.parallel.shardings import Placement, batch_shardings, replicated
+from diffusion_lm.parallel.shardings import Placement, batch_shardings, replicated, tree_shardings
 from diffusion_lm.planning.accelerators import Accelerator
 from diffusion_lm.samplers.base import Sampler
 from diffusion_lm.training.run import TrainRun
@@ -132,8 +132,6 @@ def decode(run: TrainRun, sampler: Sampler, prompts: int, devices: Sequence[Any]
 
 
 def _params(run: TrainRun, mesh: Mesh) -> Any:
-    from diffusion_lm.parallel.shardings import tree_shardings
-
     abstract = run.model.abstract_params()
     shardings = tree_shardings(run.model.logical_axes(), abstract, run.rules, mesh)
     return jax.tree.map(_with_sharding, abstract, shardings)
