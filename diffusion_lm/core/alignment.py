@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class SamePosition:
-    """The hidden state at slot i predicts token i (SUNDAE, AR2Diff, masked language models)."""
+    """The hidden state at slot i predicts token i (SUNDAE, AR2Diff, masked language models).
+
+    Attributes:
+      back: how many slots before its token a state stands.
+    """
+
+    back = 0
 
     def slot_of(self, tokens: jax.Array) -> jax.Array:
         """Returns the slots whose hidden states predict the tokens at these slots."""
@@ -29,7 +35,12 @@ class Shifted:
 
     Only [B,T] values move, never hidden states. Slot T - 1 is handed token 0, a conditioning token (every example opens
     with one), so what wraps around is never scored and never written; the same holds at the border of packed examples.
+
+    Attributes:
+      back: how many slots before its token a state stands.
     """
+
+    back = 1
 
     def slot_of(self, tokens: jax.Array) -> jax.Array:
         """Returns the slots before; what stands first is conditioning and is never asked for."""

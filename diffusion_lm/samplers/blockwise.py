@@ -48,6 +48,11 @@ class Blocks:
         """Returns bool[R,T], the slots of block i32[R] of each row; none for rows that are done."""
         return self.number == block[:, None]
 
+    def opens(self) -> jax.Array:
+        """Returns bool[R,T], the first slot of each block."""
+        earlier = jax.lax.cummax(self.number, axis=1)[:, :-1]
+        return self.number > jnp.pad(earlier, ((0, 0), (1, 0)), constant_values=-1)
+
     def steps_in(self, block: jax.Array) -> jax.Array:
         """Returns i32[R], the steps of block i32[R], at least 1.
 
@@ -70,10 +75,15 @@ class Blocks:
         return max(self.total_steps, -(-length // self.size) if self.size else 1)
 
 
-def seed_slots(target_mask: jax.Array, blocks: NamedBlocks) -> jax.Array:
-    """Returns bool[R,T], the target slots with which a block of the network opens (`BlockDenoising.block_start`)."""
-    place = jnp.arange(target_mask.shape[1])[None] - blocks.starts(target_mask)[:, None]
-    return target_mask & (place % blocks.size == 0)
+def seed_slots(target_mask: jax.Array, blocks: Blocks, network: NamedBlocks | None) -> jax.Array:
+    """Returns bool[R,T], the target slots with which a block of the network opens (`BlockDenoising.block_start`).
+
+    Where the network has none, they are those with which a block of the sampler opens.
+    """
+    if network is None:
+        return blocks.opens()
+    place = jnp.arange(target_mask.shape[1])[None] - network.starts(target_mask)[:, None]
+    return target_mask & (place % network.size == 0)
 
 
 def unfinished_slots(target_mask: jax.Array, active: jax.Array, blocks: NamedBlocks) -> jax.Array:

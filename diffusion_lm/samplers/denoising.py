@@ -59,9 +59,12 @@ class DenoisingSampler:
         (`visibility`), smaller ones here are the sub-blocks of Fast-dLLM v2: an order inside the network's block.
       first_block: blocks are counted from the "target" or from the "example"; in the latter case the remainder of the
         prompt is the known part of the first block. A visibility with blocks must count alike.
+      cache: `samplers.caching.PrefixCache` or `DualCache`: after a block's first step only a part of each row is read
+        again, the keys and values of the rest are kept (Fast-dLLM, arXiv 2505.22618). An approximation, unless the
+        visibility hides the block from what is kept. Rows of a batch then enter each block together. None = whole rows.
       seeds: the token with which a block of the network opens is drawn alone, in a step before the rest of its block,
         as `BlockDenoising.block_start = "seed"` trains it. With as many steps as slots; where steps are fewer, a block
-        of one step takes all at once.
+        of one step takes all at once. With a cache, under a visibility without blocks, the sampler's are meant.
       causal_context: for networks trained with `BlockDenoising.causal_clean`: finished blocks and conditioning see from
         left to right, the network's block that is decoded sees itself and all before it.
       candidates: starts per prompt.
@@ -101,6 +104,7 @@ class DenoisingSampler:
     steps: int | None = 10
     block: int = 0
     first_block: str = "target"
+    cache: Any = None
     seeds: bool = False
     causal_context: bool = False
     candidates: int = 8
@@ -192,9 +196,16 @@ class DenoisingSampler:
             where="DenoisingSampler.first_block",
             fix="'target' goes with visibility = 'blocks:N', 'example' with 'example_blocks:N'.",
         )
+        require(
+            self.cache is None or (self.block > 0 and self.mask_id is not None),
+            "keys and values are kept from step to step of a block of MASK, and "
+            + ("block = 0 has no end" if self.mask_id is not None else "the noise is made of ordinary tokens"),
+            where="DenoisingSampler.cache",
+            fix="Use block = 32 and AbsorbingCorruption, or cache = None.",
+        )
         for name in ("seeds", "causal_context"):
             require(
-                blocks is not None or not getattr(self, name),
+                blocks is not None or not getattr(self, name) or (name == "seeds" and self.cache is not None),
                 f"{name} asks for blocks, and visibility {self.visibility!r} has none",
                 where=f"DenoisingSampler.{name}",
                 fix="Use visibility = 'blocks:N' or 'example_blocks:N' with the block size of the training.",
@@ -253,12 +264,11 @@ class DenoisingSampler:
 
         canvas, target_mask = noise(keys), proposal.rows.target_mask
         blocks = Blocks.of(target_mask, self.block, self.steps, self.first_block)
-        network_blocks = named_blocks(self.visibility) if self.seeds else None
         step = Step(
             settings=self,
             proposal=proposal,
             blocks=blocks,
-            seeds=None if network_blocks is None else seed_slots(target_mask, network_blocks),
+            seeds=seed_slots(target_mask, blocks, named_blocks(self.visibility)) if self.seeds else None,
             token_keys=candidate_keys(keys, "sampler/token", prompt, C) if self.temperature > 0 else None,
             rule_keys=candidate_keys(keys, "sampler/rule", prompt, C),
             noise=fresh_noise,
@@ -275,6 +285,7 @@ class DenoisingSampler:
                 turn=jnp.zeros(B * C, jnp.int32),
                 calls=jnp.zeros((), jnp.int32),
                 prediction=proposal.no_prediction(),
+                kept=None if self.cache is None else proposal.nothing_kept(),
                 trace=jnp.broadcast_to(canvas, (blocks.most_steps(), *canvas.shape)) if self.keep_trace else None,
             ),
         )

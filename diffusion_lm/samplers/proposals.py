@@ -13,6 +13,7 @@ from diffusion_lm.nn.masks import Causal, Queries, Visibility, named_blocks, nam
 from diffusion_lm.noise.corruption import Corruption
 from diffusion_lm.samplers.base import Model
 from diffusion_lm.samplers.blockwise import unfinished_slots
+from diffusion_lm.samplers.caching import Feed, Kept
 from diffusion_lm.samplers.candidates import repeat_rows, row_indices
 
 
@@ -80,16 +81,25 @@ class Proposal:
         spec = self.model.spec
         return jnp.zeros((*self.rows.tokens.shape, self.rows_per_call, spec.model_dim), spec.compute_dtype)
 
-    def run(self, canvas: jax.Array, active: jax.Array, prediction: jax.Array | None = None) -> tuple[Any, Any]:
+    def nothing_kept(self) -> Kept:
+        """Returns the empty cache of the rows of a call."""
+        R, T = self.rows.tokens.shape
+        return Kept.nothing(self.model.init_cache(R * self.rows_per_call, T), R)
+
+    def run(
+        self, canvas: jax.Array, active: jax.Array, prediction: jax.Array | None = None, feed: Feed | None = None
+    ) -> tuple[Any, Any]:
         """Runs one network call.
 
         Args:
           canvas: i32[R,T].
           active: bool[R,T], the slots that are being decoded.
           prediction: [R,T,P,D], what the draws of the call before returned as `expected`, or None.
+          feed: the slots to read, where a cache holds the others; None reads all.
 
         Returns:
-          The hidden states and the unconditional ones (or None).
+          The hidden states, with the cache of all rows of the call if there is one, and the unconditional ones (or
+          None).
         """
         rows, tokens = self.rows, canvas
         if self.blank is not None:
@@ -97,19 +107,20 @@ class Proposal:
             rows, active = _joined(rows, rows), _joined(active, active)
         if prediction is not None:
             prediction = jnp.concatenate(jnp.unstack(prediction, axis=2))
-        hidden = self.model(
-            tokens,
-            visibility=self._visibility(rows.target_mask, active),
-            positions=rows.positions,
-            segment_ids=rows.segment_ids,
-            encoder=self.encoder,
-            self_condition=prediction,
-        )
+        inputs = {
+            "visibility": self._visibility(rows.target_mask, active),
+            "segment_ids": rows.segment_ids,
+            "encoder": self.encoder,
+        }
+        if feed is None:
+            hidden = self.model(tokens, positions=rows.positions, self_condition=prediction, **inputs)
+        else:
+            hidden = feed.run(self.model, tokens, prediction, **inputs)
         if self.blank is None:
             return hidden, None
         R = canvas.shape[0]
         return (
-            hidden.replace(values_BTD=hidden.values_BTD[:R], cache=None),
+            hidden.replace(values_BTD=hidden.values_BTD[:R]),
             hidden.replace(values_BTD=hidden.values_BTD[R:], cache=None),
         )
 

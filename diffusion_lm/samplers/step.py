@@ -14,6 +14,7 @@ from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn.cross_entropy import Noised
 from diffusion_lm.samplers.base import ended_before
 from diffusion_lm.samplers.blockwise import Blocks
+from diffusion_lm.samplers.caching import Feed
 from diffusion_lm.samplers.proposals import Proposal
 from diffusion_lm.samplers.stopping import ended, settled
 from diffusion_lm.samplers.view import Decision, View
@@ -32,6 +33,7 @@ class State:
       turn: i32[R], steps done in all, those without a network call included; it numbers the row's draws.
       calls: i32[], network calls made.
       prediction: [R,T,P,D], the mean embeddings that the last call predicts, or None where none are fed back.
+      kept: `samplers.caching.Kept`, or None without a cache.
       trace: i32[steps,R,T] or None.
     """
 
@@ -43,6 +45,7 @@ class State:
     turn: jax.Array
     calls: jax.Array
     prediction: Any
+    kept: Any
     trace: Any
 
 
@@ -73,9 +76,10 @@ class Step:
         mask_id = self.settings.mask_id
         if self._knows_bounds and state.prediction is None and state.trace is None:
             state = self._past_idle_steps(state)
-        view = self._view(state)
+        moves, view = self._moves(state), self._view(state)
+        view = view.replace(active=view.active & moves, open=view.open & moves)
         token_keys = None if self.token_keys is None else _numbered(self.token_keys, state.turn)
-        view, decision = self._decide(view, token_keys, state.prediction)
+        view, decision, kept = self._decide(view, token_keys, state)
         draws = view.stats.sample
         if mask_id is None and decision.erase is not None:
             # The last canvas is the argmax, not the last draws beside the last noise (trap T49).
@@ -84,7 +88,7 @@ class Step:
         if decision.erase is not None:
             noise = self.noise(state.calls) if mask_id is None else mask_id
             canvas = jnp.where(decision.erase, noise, canvas)
-        return self._moved(state, view, canvas, decision.write)
+        return self._moved(state, view, canvas, decision.write, moves, kept)
 
     @property
     def _decides_first(self) -> bool:
@@ -111,6 +115,18 @@ class Step:
             exponents=token_exponents(self.proposal.model),
         )
         return view if self.seeds is None else _only(view, self.seeds)
+
+    def _moves(self, state: State) -> jax.Array:
+        """Returns bool[R,1], the rows that take this step: all, or, with a cache, those of the lowest block at hand.
+
+        Rows that wait for the others enter a block together with them, so that the batch reads its rows as a whole once
+        a block and not whenever one of them gets there. A row's draws are numbered by its own steps: waiting changes
+        none of them.
+        """
+        if self.settings.cache is None:
+            return jnp.ones((1, 1), bool)
+        lowest = jnp.min(jnp.where(state.block < self.blocks.counts, state.block, jnp.iinfo(jnp.int32).max))
+        return (state.block <= lowest)[:, None]
 
     def _noise_in(self, active: jax.Array, canvas: jax.Array) -> jax.Array:
         """Returns bool[R,T], the active slots that may be written: all of them where the noise has no MASK."""
@@ -149,9 +165,9 @@ class Step:
         erase = None if decision.erase is None else decision.erase & ~view.is_last
         return Decision(jnp.where(view.is_last, self._noise_in(view.active, view.canvas), decision.write), erase)
 
-    def _decide(self, view: View, token_keys: jax.Array | None, prediction: jax.Array | None) -> tuple[View, Decision]:
-        """Runs the network and the commit rule; returns the view with statistics, and the decision."""
-        settings = self.settings
+    def _decide(self, view: View, token_keys: jax.Array | None, state: State) -> tuple[View, Decision, Any]:
+        """Runs the network and the commit rule; returns the view with statistics, the decision, and what is kept."""
+        settings, prediction, feed, kept = self.settings, state.prediction, None, state.kept
         masked = settings.mask_id is not None
         commit, stop = settings.commit, settings.stop
         target_mask = self.proposal.rows.target_mask
@@ -160,7 +176,12 @@ class Step:
             # A block begins without one, and what is written is no longer predicted.
             read = noisy & (view.clock > 0)[:, None]
             prediction = jnp.where(read[:, :, None, None], prediction, 0)
-        passes, temperature = self.proposal.run(view.canvas, view.active, prediction), settings.temperature
+        if kept is not None:
+            feed = Feed.of(settings, kept, state.block, view.active, self.proposal.rows.segment_ids > 0)
+            noisy &= settings.alignment.to_tokens(feed.wanted)
+        passes, temperature = self.proposal.run(view.canvas, view.active, prediction, feed), settings.temperature
+        if kept is not None:
+            kept = kept.after(passes[0].cache, state.block, view.active)
         if settings.final_temperature is not None:
             left = 1.0 - view.clock / view.steps
             temperature = settings.final_temperature + (temperature - settings.final_temperature) * left
@@ -182,7 +203,7 @@ class Step:
         if self._decides_first:
             # The slots are known before the logits are: only theirs are computed and drawn from (trap T03).
             decision = self._filled(view, commit.decide(view))
-            return view.replace(stats=stats(decision.write, ())), decision
+            return view.replace(stats=stats(decision.write, ())), decision, kept
         where = self._noise_in(view.active, view.canvas)
         if not masked:
             where = target_mask  # the score of the whole input is wanted
@@ -191,14 +212,16 @@ class Step:
         summaries = commit.summaries + (() if stop is None else stop.summaries)
         view = view.replace(stats=stats(where, tuple(dict.fromkeys(summaries))))
         decided = commit.decide(self._with_ends_last(view) if settings.end == "defer" else view)
-        return view, self._filled(view, decided)
+        return view, self._filled(view, decided), kept
 
     def _with_ends_last(self, view: View) -> View:
         """Closes slots whose draw is an end, before anything is ranked (trap T47), while others are open."""
         ends = (view.stats.sample == self.settings.eos_id) | (view.stats.sample == self.settings.pad_id)
         return _only(view, ~ends)
 
-    def _moved(self, state: State, view: View, canvas: jax.Array, written: jax.Array) -> State:
+    def _moved(
+        self, state: State, view: View, canvas: jax.Array, written: jax.Array, moves: jax.Array, kept: Any
+    ) -> State:
         """Returns the next state: rows stay in their block, enter the next one, or are done."""
         settings, blocks, target_mask = self.settings, self.blocks, self.proposal.rows.target_mask
         running = state.block < blocks.counts
@@ -228,18 +251,21 @@ class Step:
             canvas = jnp.where(over[:, None] & holes, settings.pad_id, canvas)
         trace = None
         if settings.keep_trace:
-            later = jnp.arange(state.trace.shape[0])[:, None, None] >= state.calls
+            later = jnp.arange(state.trace.shape[0])[:, None, None] >= state.turn[:, None]
             trace = jnp.where(later, canvas[None], state.trace)
+        moves = moves[:, 0]
+        advance &= moves
         following = jnp.minimum(jnp.where(advance, state.block + 1, state.block), blocks.counts)
         return State(
             canvas=canvas,
             block=jnp.where(over, blocks.counts, following),
-            clock=jnp.where(advance, 0, state.clock + 1),
+            clock=jnp.where(advance, 0, state.clock + moves),
             log_prob=jnp.where(written, view.stats.sample_log_prob, state.log_prob),
             scores=scores,
-            turn=state.turn + 1,
+            turn=state.turn + moves,
             calls=state.calls + 1,
             prediction=view.stats.expected,
+            kept=kept,
             trace=trace,
         )
 
