@@ -81,6 +81,11 @@ def check_visibility(name: str, where: str) -> None:
     )
 
 
+def check_auxiliary(weight: float, where: str) -> None:
+    """Raises `ConfigError` unless `weight` can weigh a loss."""
+    require(weight >= 0, f"auxiliary = {weight} is negative", where=where, fix="0.0 leaves the second loss out.")
+
+
 def frozen(keys: StreamKeys) -> StreamKeys:
     """Returns the keys of step 0, so that evaluations of the same weights agree whenever they are made (trap T31)."""
     return keys.replace(step=jnp.zeros((), jnp.int32))

@@ -22,6 +22,7 @@ from diffusion_lm.objectives.base import (
     Forward,
     Model,
     Needs,
+    check_auxiliary,
     check_visibility,
     frozen,
     real_tokens,
@@ -67,6 +68,8 @@ class Denoising:
       self_conditioning: probability with which an example's pass reads the prediction of a pass before it, as the mean
         embedding of each noisy token; no gradient flows through that. The loss is of the second pass alone, which reads
         zeros otherwise (Analog Bits, arXiv 2208.04202; DiffusionGemma uses 0.5). `bound` always reads a prediction.
+      auxiliary: weight of D3PM's second loss, the plain cross-entropy of all scored tokens, intact ones included, which
+        is added to that of each pass (arXiv 2107.03006, L_lambda). 0 is off; `bound` has none.
       label_smoothing: probability mass that the training target spreads over the vocabulary.
       protected: ids that stay clean and unscored in a target (RDM: EOS); they count as conditioning.
       evaluation_time: the fixed noise levels of `bound`.
@@ -86,6 +89,7 @@ class Denoising:
     unrolls: int = 1
     unroll_temperature: float = 0.0
     self_conditioning: float = 0.0
+    auxiliary: float = 0.0
     label_smoothing: float = 0.0
     protected: tuple[int, ...] = ()
     evaluation_time: FixedGrid = FixedGrid()
@@ -121,6 +125,7 @@ class Denoising:
             where="Denoising.self_conditioning",
             fix="Give a probability, and unrolls = 0: a prediction is fed back as a distribution or as tokens.",
         )
+        check_auxiliary(self.auxiliary, "Denoising.auxiliary")
         self._check_composition()
 
     def _check_composition(self) -> None:
@@ -217,7 +222,7 @@ class Denoising:
     def _evaluated(self) -> "Denoising":
         """Returns the composition that `bound` evaluates."""
         one = dataclasses.replace(
-            self, views="one", annealing=None, self_conditioning=float(self.self_conditioning > 0)
+            self, views="one", annealing=None, self_conditioning=float(self.self_conditioning > 0), auxiliary=0.0
         )
         if not self._absorbing or self.protected:
             return one
@@ -278,6 +283,7 @@ class Denoising:
         """Returns the terms of one canvas and of what is unrolled from it."""
         weights = batch.loss_weights * self.weighting.weigh(t_BT, noisy.replaced, self.schedule, batch=batch)
         weights, weight = normalised(self.normaliser, weights, noisy.replaced, batch)
+        everywhere, _ = normalised(self.normaliser, self.auxiliary * batch.loss_weights, noisy.replaced, batch)
         real = real_tokens(batch, self.pad_id, self.eos_id)
         scored = batch.loss_weights != 0
         counted = jnp.ones_like(t_BT)
@@ -292,8 +298,11 @@ class Denoising:
             first_pass += 1
         for number in range(1 + self.unrolls):
             hidden = forward(canvas, first_pass + number, self_condition=prediction)
-            nll, loss = self._token_losses(model, hidden, batch, scored, train=train)
-            losses.append(weighted_sum(loss, weights))
+            where = batch.loss_weights != 0 if self.auxiliary else scored
+            nll, loss = self._token_losses(model, hidden, batch, where, train=train)
+            losses.append(weighted_sum(loss, jnp.where(scored, weights, 0.0)))
+            if self.auxiliary:
+                losses.append(weighted_sum(loss, everywhere))
             prefix = "unrolled_" if number else ""
             metrics[f"{prefix}nll_per_token"] = weighted_mean(nll * counted, batch.loss_weights)
             metrics[f"{prefix}nll_per_real_token"] = weighted_mean(nll * counted, real)

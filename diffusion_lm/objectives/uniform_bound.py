@@ -22,6 +22,7 @@ from diffusion_lm.objectives.base import (
     Forward,
     Model,
     Needs,
+    check_auxiliary,
     check_visibility,
     frozen,
     mapped_losses,
@@ -115,6 +116,8 @@ class UniformNelbo:
       weighting: "nelbo" trains the bound; "dynamic" replaces r/q by 2 on MASK, 1 on other noise and B/V SNR^(gamma/2)
         on intact tokens, clipped to [0, max_weight] (GIDD). `bound` is the bound either way.
       max_weight: see `weighting`.
+      auxiliary: weight of D3PM's second loss, the plain cross-entropy of all scored tokens (L_lambda). 0 is off;
+        `bound` has none.
       time: at which t an example is trained.
       alignment: which hidden state predicts which token.
       visibility: "full", or another name of `nn.masks.named_visibility`.
@@ -127,6 +130,7 @@ class UniformNelbo:
     steps: int | None = None
     weighting: str = "nelbo"
     max_weight: float = 2.0
+    auxiliary: float = 0.0
     time: Any = UniformTime()
     alignment: Any = SamePosition()
     visibility: str = "full"
@@ -137,6 +141,7 @@ class UniformNelbo:
     def __post_init__(self):
         check_visibility(self.visibility, "UniformNelbo.visibility")
         check_draws(self.evaluation_draws, "UniformNelbo.evaluation_draws")
+        check_auxiliary(self.auxiliary, "UniformNelbo.auxiliary")
         require(
             self.weighting in WEIGHTINGS,
             f"weighting = {self.weighting!r} is unknown",
@@ -176,10 +181,11 @@ class UniformNelbo:
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the summed loss; `weight` counts each scored token once.
 
-        Metrics: `nll_per_real_token`, the same loss per real token (the bound's estimate where it is trained).
+        Metrics: `nll_per_real_token`, the same loss per real token (the bound's estimate where that alone is trained).
         """
         t = self.time.draw(keys, batch.example_ids, strata=batch.strata)
-        return self._at(t, self.noise, model, batch, keys, train=train, weighting=self.weighting)
+        extra = self.auxiliary
+        return self._at(t, self.noise, model, batch, keys, train=train, weighting=self.weighting, auxiliary=extra)
 
     def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
         """Returns an unbiased estimate of the negative ELBO, with frozen noise and without dropout.
@@ -201,7 +207,15 @@ class UniformNelbo:
         return sum_over_draws(keys, self.evaluation_draws, one)
 
     def token_losses(
-        self, t_BT, noisy_BT, noise, model: Model, batch: Batch, forward: Forward, weighting: str = "nelbo"
+        self,
+        t_BT,
+        noisy_BT,
+        noise,
+        model: Model,
+        batch: Batch,
+        forward: Forward,
+        weighting: str = "nelbo",
+        auxiliary: float = 0.0,
     ) -> jax.Array:
         """Returns f32[B,T]: the integrand at given times (T times a step's divergence in discrete time)."""
         mask_id = noise.mask_id
@@ -209,14 +223,15 @@ class UniformNelbo:
         def fn(logits, tokens, noisy, t):
             log_p = jax.nn.log_softmax(logits, axis=-1)
             level = noise.level(t)
+            second = -auxiliary * jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0] if auxiliary else 0.0
             if self.steps is not None:
-                return self.steps * self._step_divergence(log_p, tokens, noisy, t, noise)
+                return second + self.steps * self._step_divergence(log_p, tokens, noisy, t, noise)
             apart = divergence(log_p, tokens, noisy, level, mask_id)
             if weighting == "dynamic":
                 weight = self._dynamic_weight(tokens, noisy, t, logits.shape[-1])
             else:
                 weight = bound_weight(tokens, noisy, level, mask_id, logits.shape[-1])
-            return weight * (apart.kl + jnp.expm1(apart.log_ratio) - apart.log_ratio)
+            return second + weight * (apart.kl + jnp.expm1(apart.log_ratio) - apart.log_ratio)
 
         hidden = forward(noisy_BT)
         return mapped_losses(model, hidden, self.alignment, batch, fn, batch.tokens, noisy_BT, t_BT, mask_id=mask_id)
@@ -232,12 +247,13 @@ class UniformNelbo:
         train: bool,
         weighting: str,
         factor: Any = 1.0,
+        auxiliary: float = 0.0,
     ) -> LossTerms:
         if self.steps is not None:
             t_BT = jnp.clip(jnp.ceil(t_BT * self.steps), 1, self.steps) / self.steps
         noisy = corrupt(noise, keys, batch, t_BT, model.spec.vocab_size)
         forward = Forward(model, batch, keys, visibility=self.visibility, train=train)
-        losses = factor * self.token_losses(t_BT, noisy, noise, model, batch, forward, weighting)
+        losses = factor * self.token_losses(t_BT, noisy, noise, model, batch, forward, weighting, auxiliary)
         return per_token_terms(losses, batch, self.pad_id, self.eos_id)
 
     def _step_divergence(self, log_p, tokens, noisy, t, noise) -> jax.Array:

@@ -124,6 +124,31 @@ def test_T12_discrete_steps_converge_to_continuous_time():
         dataclasses.replace(MASKED, time=DiscreteTime(50))
 
 
+def test_the_auxiliary_loss_of_d3pm_is_the_cross_entropy_of_all_tokens():
+    """L_vb + lambda x CE of masked and intact tokens, over all masks and steps; the bound knows nothing of it."""
+    steps, share = 4, 0.7
+    plain = dataclasses.replace(MASKED, weighting=Nelbo(steps=steps), time=DiscreteTime(steps))
+    both = dataclasses.replace(plain, auxiliary=share)
+    nodes = (np.arange(1, steps + 1) / steps, np.full(steps, 1 / steps))
+    losses = [tiny.expected_loss(WORLD, TARGET, one, Linear(), nodes, steps=steps) for one in (plain, both)]
+    everything = masked = 0.0
+    for t, weight in zip(*nodes, strict=True):
+        for mask, probability in zip(WORLD.masks, WORLD.mask_probabilities(t), strict=True):
+            nll = -WORLD.log_p(TARGET, mask)
+            everything += weight * probability * nll.sum()
+            masked += weight * probability * nll[mask].sum()
+    np.testing.assert_allclose(losses[1] - losses[0], share * everything, rtol=1e-4)
+    assert everything > 1.2 * masked, "intact tokens have a share in it"
+    batch = WORLD.batch([TARGET] * 3)
+    terms = [one.loss(WORLD.model, batch, tiny.KEYS) for one in (plain, both)]
+    assert terms[1].loss_sum > terms[0].loss_sum
+    jax.tree.map(np.testing.assert_array_equal, terms[1].metrics, terms[0].metrics)
+    bounds = [one.bound(WORLD.model, batch, tiny.KEYS) for one in (plain, both)]
+    jax.tree.map(np.testing.assert_array_equal, bounds[1], bounds[0])
+    with pytest.raises(ConfigError, match="auxiliary"):
+        dataclasses.replace(plain, auxiliary=-0.1)
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 def test_T20_the_bound_reads_the_slots_that_predict(shifted):
     """`bound` of a hand-made model is the enumerated NELBO under its own alignment, and not under the other one."""

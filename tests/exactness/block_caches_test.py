@@ -130,7 +130,7 @@ def test_T43_a_cache_that_is_filled_in_each_step_changes_nothing(cache, often):
 
 @pytest.mark.parametrize("fields", [{}, {"causal_context": True}, {"block": 2}], ids=str)
 def test_T43_what_cannot_see_the_block_is_kept_exactly(fields):
-    """Block diffusion: finished blocks never see later ones, so the dual cache is a plain cache of them; many layers."""
+    """Block diffusion: finished blocks never see later ones, so the dual cache is a cache of them; many layers."""
     chosen = {"visibility": f"blocks:{fields.get('block', 4)}", "alignment": Shifted()} | fields
     check_equal(deep(), PROMPT, DualCache(), **chosen)
 

@@ -116,6 +116,25 @@ def test_the_discrete_bound_is_that_of_the_chain(world, steps):
     assert (ours > exact + 1e-2).any() or steps == 1
 
 
+def test_the_auxiliary_loss_of_d3pm_is_the_cross_entropy_at_the_same_noise(world):
+    """Of all tokens, intact ones included; the bound knows nothing of it."""
+    vocab_size, noise, model = world
+    batch, share = tiny_world.batch_of(data_canvases(vocab_size, noise)), 0.3
+    plain, both = (UniformNelbo(noise=noise, steps=4, auxiliary=weight) for weight in (0.0, share))
+    gap = both.loss(model, batch, KEYS).loss_sum - plain.loss(model, batch, KEYS).loss_sum
+    t = plain.time.draw(KEYS, batch.example_ids, strata=batch.strata)
+    noisy = np.asarray(corrupt(noise, KEYS, batch, jnp.ceil(t * 4) / 4, vocab_size))[:, 1:]
+    forbidden = () if noise.mask_id is None else (noise.mask_id,)
+    log_p = tiny_world.log_softmax(model.architecture.table, forbidden)
+    numbers = noisy @ (vocab_size ** np.arange(L - 1, -1, -1))
+    nll = -np.take_along_axis(log_p[numbers], np.asarray(batch.tokens)[:, 1:, None], axis=2)
+    np.testing.assert_allclose(gap, share * nll.sum(), rtol=1e-3)
+    bounds = [one.bound(model, batch, KEYS) for one in (plain, both)]
+    jax.tree.map(np.testing.assert_array_equal, bounds[1], bounds[0])
+    with pytest.raises(ConfigError, match="auxiliary"):
+        UniformNelbo(noise=noise, auxiliary=-0.1)
+
+
 def test_the_continuous_bound_is_the_limit_of_the_discrete_ones(world):
     """And itself above the likelihood that the chain approaches."""
     vocab_size, noise, model = world
