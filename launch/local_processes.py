@@ -75,6 +75,9 @@ def environment(address: str, processes: int, number: int, devices: int) -> dict
         "JAX_PROCESS_ID": str(number),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
+        # A device that waits for the others holds a thread. With one for each core, those that wait in two collectives
+        # can wait for each other.
+        "PJRT_NPROC": str(max(4 * devices, os.cpu_count() or 1)),
     }
 
 

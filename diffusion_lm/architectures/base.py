@@ -11,35 +11,10 @@ import jax.numpy as jnp
 from diffusion_lm.core.types import EncoderInputs, Params, TokenStats
 from diffusion_lm.nn import cross_entropy
 from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.cross_entropy import Head
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.transformer import TransformerSpec
-
-
-class Constrain(Protocol):
-    """Where activations lie; `parallel.shardings.Placement` on several devices."""
-
-    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        """Pins an activation to the mesh by its logical axes."""
-
-    def per_device(self, function: Callable[[Any, Any], Any], shared: Any, tokens: Any) -> Any:
-        """Returns `function(shared, tokens)`, each device running it on its own part of the tokens."""
-
-
-class Unconstrained:
-    """The `Constrain` of a single device."""
-
-    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        """Returns `x`."""
-        del axes
-        return x
-
-    def per_device(self, function: Callable[[Any, Any], Any], shared: Any, tokens: Any) -> Any:
-        """Returns `function(shared, tokens)`."""
-        return function(shared, tokens)
-
-
-no_constraint = Unconstrained()
 
 
 @flax.struct.dataclass

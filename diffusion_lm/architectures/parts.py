@@ -5,14 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.architectures.base import Constrain, EncoderState
+from diffusion_lm.architectures.base import EncoderState
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import fold_in_each, stream_number
 from diffusion_lm.core.types import Params
 from diffusion_lm.nn import stack
 from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.constrain import Constrain
 from diffusion_lm.nn.cross_entropy import Head
-from diffusion_lm.nn.embeddings import relative_bias
+from diffusion_lm.nn.embeddings import relative_bias, relative_diagonals
 from diffusion_lm.nn.layers import Context, row_dropout
 from diffusion_lm.nn.masks import Segments, Visibility, Window, same_segment
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -165,22 +166,28 @@ def run_stream(
     x = constrain(x, ("batch", "length", "activation_embed"))
 
     q_slots = None if cache is None else positions
+    # A kernel evaluates the expression itself, wherever whole rows see each other.
+    written_out = spec.attention != "flash" or cache is not None
     bias = None
     if spec.position == "relative_bias":
-        bias = relative_bias(
-            params["relative_bias"],
-            q_slots,
-            length // copies,
-            bidirectional=spec.relative_bidirectional,
-            max_distance=spec.relative_max_distance,
-        )
-        bias = jnp.tile(bias, (1, 1, copies, copies)) if copies > 1 else bias
+        settings: Any = {
+            "bidirectional": spec.relative_bidirectional,
+            "max_distance": spec.relative_max_distance,
+        }
+        if written_out:
+            bias = relative_bias(params["relative_bias"], q_slots, length // copies, **settings)
+            bias = jnp.tile(bias, (1, 1, copies, copies)) if copies > 1 else bias
+        else:
+            bias = relative_diagonals(params["relative_bias"], length // copies, **settings)
     memory_mask = None
     if encoder is not None:
         q_segments = segment_ids if cache is None else jnp.take_along_axis(segment_ids, positions, axis=1, mode="clip")
         memory_mask = same_segment(q_segments, encoder.segment_ids)
-    mask = (visibility & Segments(segment_ids)).dense(q_slots, length)
-    near = None if spec.window is None else mask & Window(spec.window, copies).dense(q_slots, length)
+    mask: Any = visibility & Segments(segment_ids)
+    near: Any = None if spec.window is None else Window(spec.window, copies)
+    if written_out:
+        mask, near = mask.dense(q_slots, length), None if near is None else near.dense(q_slots, length)
+    near = None if near is None else mask & near
     differs = near is not None and spec.window_layers is not None
     context = Context(
         mask=mask if near is None or differs else near,

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 
 from diffusion_lm.architectures import parts
-from diffusion_lm.architectures.base import Constrain, EncoderState, Hidden, no_constraint
+from diffusion_lm.architectures.base import EncoderState, Hidden
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.cross_entropy import Head
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.transformer import TransformerSpec

@@ -1,11 +1,17 @@
 """Scaled dot-product attention behind one entry point."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.nn.constrain import Constrain, no_constraint
+from diffusion_lm.nn.embeddings import toeplitz
+from diffusion_lm.nn.flash import fits, flash_backward, flash_forward
+from diffusion_lm.nn.masks import Visibility
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn", "flash")
 _HIDDEN = -1e30
 _NOTHING_SEEN = -1e29
 
@@ -15,10 +21,11 @@ def attend(
     k_BTKE: jax.Array,
     v_BTKE: jax.Array,
     *,
-    mask: jax.Array,
+    mask: jax.Array | Visibility,
     bias: jax.Array | None = None,
     softcap: float | None = None,
     implementation: str = "xla",
+    constrain: Constrain = no_constraint,
 ) -> jax.Array:
     """Returns softmax(q k^T + bias) v over the visible keys. Queries come pre-scaled.
 
@@ -29,10 +36,13 @@ def attend(
       q_BQHE: queries.
       k_BTKE: keys, K dividing H.
       v_BTKE: values.
-      mask: bool[B|1,Q,T], True where the key is visible.
-      bias: f32[H,Q,T] or f32[B|1,H,Q,T], added to the scores.
+      mask: bool[B|1,Q,T], True where the key is visible; or, for "flash", the expression that says so of T slots.
+      bias: f32[H,Q,T] or f32[B|1,H,Q,T], added to the scores; beside an expression f32[H,2L], its diagonals
+        (`embeddings.relative_diagonals`), which all copies of a row share.
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
-      implementation: "xla" runs everywhere; "cudnn" is flash attention on NVIDIA GPUs, in bfloat16, without softcap.
+      implementation: "xla" runs everywhere; "cudnn" is flash attention on NVIDIA GPUs, in bfloat16, without softcap;
+        "flash" is that of `nn/flash.py` on TPUs where the mask is an expression and the rows fit, "xla" elsewhere.
+      constrain: where activations lie; kernels are split as it says.
 
     Returns:
       [B,Q,H,E] in the dtype of the values.
@@ -40,9 +50,17 @@ def attend(
     Raises:
       ConfigError: the implementation is unknown or cannot do what is asked.
     """
+    if isinstance(mask, Visibility):
+        require(
+            implementation == "flash",
+            f"attention = {implementation!r} needs the mask written out",
+            where="TransformerSpec.attention",
+            fix="Evaluate the visibility with `dense`, or choose 'flash'.",
+        )
+        return _attend_flash(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap, constrain)
     if bias is not None and bias.ndim == 3:
         bias = bias[None]
-    if implementation == "xla":
+    if implementation in ("xla", "flash"):
         return _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap)
     if implementation == "cudnn":
         return _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap)
@@ -92,3 +110,64 @@ def _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):
         implementation="cudnn",
     )
     return jnp.where(mask_B1QT[:, 0].any(-1)[:, :, None, None], out, 0)
+
+
+def _attend_flash(q_BTHE, k_BTKE, v_BTKE, visibility, diagonals, softcap, constrain):
+    group = q_BTHE.shape[2] // k_BTKE.shape[2]
+
+    def one(q, k, v, visibility, diagonals):
+        require(
+            q.shape[2] == group * k.shape[2],
+            f"{k_BTKE.shape[2]} key/value heads cannot be split as {q_BTHE.shape[2]} query heads are",
+            where="MeshSpec",
+            fix="Split the heads over no more devices than there are key/value heads, or choose attention = 'xla'.",
+        )
+        return _flash(softcap, q, k, v, visibility, diagonals)
+
+    heads, kv_heads = ("batch", None, "heads", "head_dim"), ("batch", None, "kv_heads", "head_dim")
+    axes = (heads, kv_heads, kv_heads, ("batch", None, None), ("heads", None))
+    return constrain.split(one, (q_BTHE, k_BTKE, v_BTKE, visibility, diagonals), axes, heads)
+
+
+# The platform is known when the program is compiled for its devices, which need not be those of this process.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(softcap, q_BTHE, k_BTKE, v_BTKE, visibility, diagonals):
+    return _flash_forward(softcap, q_BTHE, k_BTKE, v_BTKE, visibility, diagonals)[0]
+
+
+def _flash_forward(softcap, *inputs):
+    def dense(*inputs):
+        out = _dense(softcap, *inputs)
+        B, Q, H, _ = inputs[0].shape
+        return out, jnp.zeros((B, H, Q), jnp.float32)
+
+    kernel = functools.partial(flash_forward, softcap=softcap) if _fits(inputs) else dense
+    out, logsumexp = jax.lax.platform_dependent(*inputs, tpu=kernel, default=dense)
+    return out, (*inputs, out, logsumexp)
+
+
+def _flash_backward(softcap, residuals, cotangent):
+    def dense(q, k, v, visibility, diagonals, out, logsumexp, cotangent):
+        del out, logsumexp
+        _, pull = jax.vjp(
+            lambda q, k, v, diagonals: _dense(softcap, q, k, v, visibility, diagonals), q, k, v, diagonals
+        )
+        return pull(cotangent)
+
+    kernel = functools.partial(flash_backward, softcap=softcap) if _fits(residuals) else dense
+    dq, dk, dv, d_diagonals = jax.lax.platform_dependent(*residuals, cotangent, tpu=kernel, default=dense)
+    return dq, dk, dv, None, d_diagonals
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _fits(inputs) -> bool:
+    q_BTHE, _, _, visibility, diagonals, *_ = inputs
+    return fits(q_BTHE.shape[1], visibility.copies, diagonals is not None)
+
+
+def _dense(softcap, q_BTHE, k_BTKE, v_BTKE, visibility, diagonals):
+    length, copies = q_BTHE.shape[1], visibility.copies
+    bias = None if diagonals is None else jnp.tile(toeplitz(diagonals), (copies, copies))[None]
+    return _attend_xla(q_BTHE, k_BTKE, v_BTKE, visibility.dense(None, length), bias, softcap)

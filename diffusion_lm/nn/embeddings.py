@@ -92,19 +92,36 @@ def relative_bias(
     Returns:
       f32[1,H,T,T] for all slots, f32[B,H,Q,T] otherwise.
     """
-    buckets, heads = table.shape
-    table = table.astype(jnp.float32)
     if q_slots is not None:
         distance_BQT = jnp.arange(num_keys) - q_slots[:, :, None]
-        ids = relative_buckets(distance_BQT, bidirectional=bidirectional, buckets=buckets, max_distance=max_distance)
-        return jnp.moveaxis(table[ids], 3, 1)
-    # The matrix is Toeplitz. Its 2T diagonals come from a small matmul, and reading them with a stride one short of
-    # their number shifts each row by one: no gather of T*T entries, and no scatter of as many in the backward pass.
-    period = 2 * num_keys
-    distance = jnp.arange(period)
-    distance = jnp.where(distance < num_keys, distance, distance - period)
+        ids = relative_buckets(
+            distance_BQT, bidirectional=bidirectional, buckets=table.shape[0], max_distance=max_distance
+        )
+        return jnp.moveaxis(table.astype(jnp.float32)[ids], 3, 1)
+    diagonals = relative_diagonals(table, num_keys, bidirectional=bidirectional, max_distance=max_distance)
+    return toeplitz(diagonals)[None]
+
+
+def relative_diagonals(table: jax.Array, length: int, *, bidirectional: bool, max_distance: int) -> jax.Array:
+    """Returns f32[H,2T], the diagonals of the Toeplitz matrix that `relative_bias` is for all T slots.
+
+    They are those of the distances key - query from 0 to T - 1, then from -T to -1. Arguments as in `relative_bias`.
+    """
+    distance = jnp.arange(2 * length)
+    distance = jnp.where(distance < length, distance, distance - 2 * length)
+    buckets = table.shape[0]
     ids = relative_buckets(distance, bidirectional=bidirectional, buckets=buckets, max_distance=max_distance)
-    diagonals = jax.nn.one_hot(ids, buckets, dtype=jnp.float32) @ table
-    rows = jnp.broadcast_to(diagonals.T[:, None, :], (heads, num_keys, period)).reshape(heads, num_keys * period)
-    rows = rows[:, : num_keys * (period - 1)].reshape(heads, num_keys, period - 1)
-    return rows[None, :, :, :num_keys]
+    # A product and no gather: its transpose is one too, and no scatter.
+    return (jax.nn.one_hot(ids, buckets, dtype=jnp.float32) @ table.astype(jnp.float32)).T
+
+
+def toeplitz(diagonals: jax.Array) -> jax.Array:
+    """Returns f32[H,T,T], queries first, from the diagonals of `relative_diagonals`.
+
+    Reading them with a stride one short of their number shifts each row by one: no gather of T*T entries, and no
+    scatter of as many in the backward pass.
+    """
+    heads, period = diagonals.shape
+    length = period // 2
+    rows = jnp.broadcast_to(diagonals[:, None, :], (heads, length, period)).reshape(heads, length * period)
+    return rows[:, : length * (period - 1)].reshape(heads, length, period - 1)[:, :, :length]

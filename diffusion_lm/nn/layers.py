@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from diffusion_lm.core.rng import fold_in_each
 from diffusion_lm.nn.attention import attend
 from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.embeddings import rotary, rotate
+from diffusion_lm.nn.masks import Rows, Visibility
 from diffusion_lm.nn.rope import LinearRope, base_frequencies
 from diffusion_lm.nn.transformer import TransformerSpec
 
@@ -25,10 +27,10 @@ class Context(flax.struct.PyTreeNode):
     """What every block of a stack needs besides its input.
 
     Attributes:
-      mask: bool[B|1,Q,T], who sees whom.
-      window_mask: bool[B|1,Q,T], the same inside the window, for `spec.window_layers`; None where no layer differs.
+      mask: bool[B|1,Q,T], who sees whom; or the expression that says so, for attention that evaluates it itself.
+      window_mask: the same inside the window, for `spec.window_layers`; None where no layer differs.
       positions: i32[B,Q].
-      bias: f32[B|1,H,Q,T], the stack's relative bias, or None.
+      bias: f32[B|1,H,Q,T], the stack's relative bias, beside an expression its diagonals f32[H,2L]; or None.
       memory_BSD: the encoder's output where each block projects its own keys and values, or None.
       memory_mask: bool[B,Q,S], or None without an encoder.
       windowed: whether the layer at hand is one of them.
@@ -36,15 +38,15 @@ class Context(flax.struct.PyTreeNode):
       constrain: pins activations to the mesh.
     """
 
-    mask: jax.Array
+    mask: jax.Array | Visibility
     positions: jax.Array
     bias: jax.Array | None = None
     memory_BSD: jax.Array | None = None
     memory_mask: jax.Array | None = None
-    window_mask: jax.Array | None = None
+    window_mask: jax.Array | Visibility | None = None
     windowed: jax.Array | bool = flax.struct.field(default=False)
     dropout_keys: jax.Array | None = None
-    constrain: Callable = flax.struct.field(pytree_node=False, default=lambda x, axes: x)
+    constrain: Constrain = flax.struct.field(pytree_node=False, default=no_constraint)
 
 
 def row_dropout(x_BTD: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax.Array:
@@ -198,6 +200,7 @@ class Attention(nn.Module):
             bias=None if self.cross else context.bias,
             softcap=spec.attention_softcap,
             implementation=spec.attention,
+            constrain=constrain,
         )
         out = constrain(out, ("batch", "length", "heads", "head_dim"))
         read = out
@@ -327,7 +330,7 @@ class Block(nn.Module):
                 mask = context.window_mask if windowed else context.mask
             else:
                 windowed = jnp.any(jnp.asarray(spec.window_layers, jnp.int32) == layer)
-                mask = jnp.where(windowed, context.window_mask, context.mask)
+                mask = _either(windowed, context.window_mask, context.mask)
             context = context.replace(mask=mask, windowed=windowed)
 
         normed = self._before(self.attention_norm, x_BQD)
@@ -378,6 +381,13 @@ class HeadTransform(nn.Module):
         return Norm(self.spec, name="norm")(
             gelu_of(self.spec)(x_BTD @ dense.astype(x_BTD.dtype) + bias.astype(x_BTD.dtype))
         )
+
+
+def _either(condition: jax.Array, first: Any, second: Any) -> Any:
+    """Returns one of two masks, or of two expressions."""
+    if isinstance(first, Visibility):
+        return (first & Rows(condition[None])) | (second & Rows(~condition[None]))
+    return jnp.where(condition, first, second)
 
 
 def _parameter(module: nn.Module, name: str, initializer, shape, axes, dtype) -> Any:

@@ -5,7 +5,7 @@ evaluates one for the queries at hand, all slots of a row in training or the one
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -18,8 +18,36 @@ BLOCK_NAMES = ("blocks:N", "example_blocks:N")
 _BLOCKS = re.compile(r"(example_)?blocks:([1-9][0-9]*)")
 
 
+class Sides(NamedTuple):
+    """What is known of every slot, once for the queries and once for the keys; the two broadcast against each other.
+
+    Attributes:
+      queries: the values at the queries' slots.
+      keys: the values at the keys' slots.
+    """
+
+    queries: Any
+    keys: Any
+
+
 class Visibility:
-    """Base of all expressions. Slots are indices into the row, not position ids."""
+    """Base of all expressions. Slots are indices into the row, not position ids.
+
+    An expression is evaluated for all pairs at once (`dense`) or tile by tile inside of a kernel (`nn/flash.py`). Both
+    put a pair of `Sides` in the place of each of its arrays and ask `seen`, which only compares, element by element.
+    """
+
+    def seen(self, slots: Sides, num_keys: int) -> Any:
+        """Says who sees whom, of an expression whose arrays are `Sides`.
+
+        Args:
+          slots: i32, numbers of the slots.
+          num_keys: T, the number of key slots.
+
+        Returns:
+          bool, as the sides broadcast; or True, where everything is seen.
+        """
+        raise NotImplementedError
 
     def dense(self, q_slots: jax.Array | None, num_keys: int) -> jax.Array:
         """Evaluates the expression.
@@ -31,7 +59,11 @@ class Visibility:
         Returns:
           bool[B|1,Q,T], True where the query may attend to the key; the leading axis is 1 where rows do not differ.
         """
-        raise NotImplementedError
+        every = jnp.arange(num_keys)[None]
+        slots = Sides((every if q_slots is None else q_slots)[:, :, None], every[:, None, :])
+        paired = jax.tree.map(lambda values: _sides(values, q_slots), self)
+        seen = jnp.asarray(paired.seen(slots, num_keys))
+        return jnp.broadcast_to(seen, jnp.broadcast_shapes(seen.shape, (1, slots.queries.shape[1], num_keys)))
 
     @property
     def copies(self) -> int:
@@ -52,8 +84,8 @@ class And(Visibility):
     left: Visibility
     right: Visibility
 
-    def dense(self, q_slots, num_keys):
-        return self.left.dense(q_slots, num_keys) & self.right.dense(q_slots, num_keys)
+    def seen(self, slots, num_keys):
+        return self.left.seen(slots, num_keys) & self.right.seen(slots, num_keys)
 
     @property
     def copies(self):
@@ -67,8 +99,8 @@ class Or(Visibility):
     left: Visibility
     right: Visibility
 
-    def dense(self, q_slots, num_keys):
-        return self.left.dense(q_slots, num_keys) | self.right.dense(q_slots, num_keys)
+    def seen(self, slots, num_keys):
+        return self.left.seen(slots, num_keys) | self.right.seen(slots, num_keys)
 
     @property
     def copies(self):
@@ -79,16 +111,30 @@ class Or(Visibility):
 class Causal(Visibility):
     """A query sees its own slot and the slots before it."""
 
-    def dense(self, q_slots, num_keys):
-        return jnp.arange(num_keys) <= _slots(q_slots, num_keys)[:, :, None]
+    def seen(self, slots, num_keys):
+        return slots.keys <= slots.queries
 
 
 @flax.struct.dataclass
 class Full(Visibility):
     """Every query sees every key."""
 
-    def dense(self, q_slots, num_keys):
-        return jnp.ones((1, _slots(q_slots, num_keys).shape[1], num_keys), bool)
+    def seen(self, slots, num_keys):
+        return True
+
+
+@flax.struct.dataclass
+class Rows(Visibility):
+    """Everything is seen in some rows, nothing in the others.
+
+    Attributes:
+      allowed: bool[B|1].
+    """
+
+    allowed: Any
+
+    def seen(self, slots, num_keys):
+        return self.allowed.keys
 
 
 @flax.struct.dataclass
@@ -99,11 +145,10 @@ class Conditioning(Visibility):
       is_conditioning: bool[B,T].
     """
 
-    is_conditioning: jax.Array
+    is_conditioning: Any
 
-    def dense(self, q_slots, num_keys):
-        rows, queries = self.is_conditioning.shape[0], _slots(q_slots, num_keys).shape[1]
-        return jnp.broadcast_to(self.is_conditioning[:, None, :], (rows, queries, num_keys))
+    def seen(self, slots, num_keys):
+        return self.is_conditioning.keys
 
 
 @flax.struct.dataclass
@@ -116,11 +161,10 @@ class Queries(Visibility):
       asked: bool[B,T].
     """
 
-    asked: jax.Array
+    asked: Any
 
-    def dense(self, q_slots, num_keys):
-        asked_BQ = _at_queries(self.asked, q_slots)
-        return jnp.broadcast_to(asked_BQ[:, :, None], (*asked_BQ.shape, num_keys))
+    def seen(self, slots, num_keys):
+        return self.asked.queries
 
 
 @flax.struct.dataclass
@@ -128,16 +172,13 @@ class Given(Visibility):
     """Seen where a matrix says so, drawn ones for instance.
 
     Attributes:
-      seen: bool[B|1,T,T], queries first.
+      matrix: bool[B|1,T,T], queries first.
     """
 
-    seen: jax.Array
+    matrix: Any
 
-    def dense(self, q_slots, num_keys):
-        if q_slots is None:
-            return self.seen
-        seen = jnp.broadcast_to(self.seen, (q_slots.shape[0], *self.seen.shape[1:]))
-        return jnp.take_along_axis(seen, q_slots[:, :, None], axis=1, mode="clip")
+    def seen(self, slots, num_keys):
+        return self.matrix.keys
 
 
 @flax.struct.dataclass
@@ -150,11 +191,10 @@ class BlindConditioning(Visibility):
       is_conditioning: bool[B,T].
     """
 
-    is_conditioning: jax.Array
+    is_conditioning: Any
 
-    def dense(self, q_slots, num_keys):
-        is_conditioning_q = _at_queries(self.is_conditioning, q_slots)
-        return ~is_conditioning_q[:, :, None] | self.is_conditioning[:, None, :]
+    def seen(self, slots, num_keys):
+        return ~self.is_conditioning.queries | self.is_conditioning.keys
 
 
 @flax.struct.dataclass
@@ -168,15 +208,16 @@ class Block(Visibility):
     """
 
     size: int = flax.struct.field(pytree_node=False)
-    starts: jax.Array | None = None
+    starts: Any = None
 
-    def dense(self, q_slots, num_keys):
-        starts = jnp.zeros((1,), jnp.int32) if self.starts is None else self.starts
+    def seen(self, slots, num_keys):
+        starts = Sides(0, 0) if self.starts is None else self.starts
 
-        def block_of(slots_BT):
-            return jnp.maximum(jnp.floor_divide(slots_BT - starts[:, None], self.size), -1)
+        def block_of(slots, starts):
+            # TPUs divide no integers inside a kernel; half a slot above them, float32 is exact to four million slots.
+            return jnp.maximum(jnp.floor(((slots - starts).astype(jnp.float32) + 0.5) / self.size), -1.0)
 
-        return block_of(jnp.arange(num_keys)[None])[:, None, :] <= block_of(_slots(q_slots, num_keys))[:, :, None]
+        return block_of(slots.keys, starts.keys) <= block_of(slots.queries, starts.queries)
 
 
 @flax.struct.dataclass
@@ -191,10 +232,13 @@ class Window(Visibility):
     size: int = flax.struct.field(pytree_node=False)
     count: int = flax.struct.field(pytree_node=False, default=1)
 
-    def dense(self, q_slots, num_keys):
+    def seen(self, slots, num_keys):
         length = num_keys // self.count
-        distance = _slots(q_slots, num_keys)[:, :, None] % length - jnp.arange(num_keys) % length
-        return jnp.abs(distance) < self.size
+
+        def inside(slots):
+            return slots - sum(jnp.where(slots >= copy * length, length, 0) for copy in range(1, self.count))
+
+        return jnp.abs(inside(slots.queries) - inside(slots.keys)) < self.size
 
     @property
     def copies(self):
@@ -215,10 +259,13 @@ class Between(Visibility):
     keys: int = flax.struct.field(pytree_node=False)
     count: int = flax.struct.field(pytree_node=False, default=2)
 
-    def dense(self, q_slots, num_keys):
+    def seen(self, slots, num_keys):
         length = num_keys // self.count
-        asked = _slots(q_slots, num_keys) // length == self.queries
-        return asked[:, :, None] & (jnp.arange(num_keys) // length == self.keys)
+
+        def within(slots, copy):
+            return (slots >= copy * length) & (slots < (copy + 1) * length)
+
+        return within(slots.queries, self.queries) & within(slots.keys, self.keys)
 
     @property
     def copies(self):
@@ -234,11 +281,11 @@ class Groups(Visibility):
       order: "same" (the key's group is the query's), "earlier" or "not_later"; static.
     """
 
-    group_ids: jax.Array
+    group_ids: Any
     order: str = flax.struct.field(pytree_node=False, default="same")
 
-    def dense(self, q_slots, num_keys):
-        of_query, of_key = _at_queries(self.group_ids, q_slots)[:, :, None], self.group_ids[:, None, :]
+    def seen(self, slots, num_keys):
+        of_query, of_key = self.group_ids
         match self.order:
             case "same":
                 return of_key == of_query
@@ -278,10 +325,11 @@ class Segments(Visibility):
       segment_ids: i32[B,T].
     """
 
-    segment_ids: jax.Array
+    segment_ids: Any
 
-    def dense(self, q_slots, num_keys):
-        return same_segment(_at_queries(self.segment_ids, q_slots), self.segment_ids)
+    def seen(self, slots, num_keys):
+        of_query, of_key = self.segment_ids
+        return (of_key == of_query) & (of_query > 0)
 
 
 def same_segment(q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
@@ -356,9 +404,16 @@ def named_visibility(name: str, target_mask: jax.Array) -> Visibility:
     )
 
 
-def _slots(q_slots: jax.Array | None, num_keys: int) -> jax.Array:
-    """Returns the query slots as i32[B|1,Q]."""
-    return jnp.arange(num_keys)[None] if q_slots is None else q_slots
+def _sides(values: jax.Array, q_slots: jax.Array | None) -> Sides:
+    """Returns the sides of an array of an expression, [B] of rows, [B,T] of slots or [B,Q,T] of pairs."""
+    if values.ndim == 1:
+        return Sides(values[:, None, None], values[:, None, None])
+    if values.ndim == 2:
+        return Sides(_at_queries(values, q_slots)[:, :, None], values[:, None, :])
+    if q_slots is not None:
+        values = jnp.broadcast_to(values, (q_slots.shape[0], *values.shape[1:]))
+        values = jnp.take_along_axis(values, q_slots[:, :, None], axis=1, mode="clip")
+    return Sides(values, values)
 
 
 def _at_queries(values_BT: jax.Array, q_slots: jax.Array | None) -> jax.Array:

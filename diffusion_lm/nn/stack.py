@@ -2,7 +2,6 @@
 the compiled program loops over them or unrolls them is a matter of execution and leaves checkpoints alone."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.types import Params
 from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.layers import ADAPTERS, Block, Context, HeadTransform, Norm, SelfConditioning
 from diffusion_lm.nn.remat import rematerialise
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -135,7 +135,7 @@ def self_conditioning_axes(spec: TransformerSpec) -> Any:
 
 
 def run_self_conditioning(
-    spec: TransformerSpec, params: Params, signal_BTD: jax.Array, constrain: Callable
+    spec: TransformerSpec, params: Params, signal_BTD: jax.Array, constrain: Constrain
 ) -> jax.Array:
     """Returns what the embedding [B,T,D] of a previous prediction adds to the tokens' own."""
     context = _empty_context(constrain)
@@ -148,7 +148,7 @@ def _init_self_conditioning(spec: TransformerSpec, key: jax.Array):
     return SelfConditioning(spec).init(key, signal, _empty_context())["params"]
 
 
-def _empty_context(constrain: Callable = lambda x, axes: x) -> Context:
+def _empty_context(constrain: Constrain = no_constraint) -> Context:
     """Returns the context of a layer that looks at one token by itself."""
     return Context(mask=jnp.ones((1, 1, 1), bool), positions=jnp.zeros((1, 1), jnp.int32), constrain=constrain)
 

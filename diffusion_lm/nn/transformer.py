@@ -88,7 +88,7 @@ class TransformerSpec:
         The parameters are stacked either way, so checkpoints do not depend on it.
       remat: what the backward pass keeps: "none" (keeps all), "full", "dots" or "dots_no_batch"; see `nn/remat.py`.
       logits_chunk: most tokens whose logits a device holds at a time.
-      attention: implementation, "xla" or "cudnn".
+      attention: implementation, "xla", "cudnn" or "flash": see `attention.attend`.
     """
 
     vocab_size: int

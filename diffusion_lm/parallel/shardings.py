@@ -189,6 +189,31 @@ class Placement:
             check_vma=False,
         )(shared, tokens)
 
+    def split(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], axes: tuple[Axes, ...], out_axes: Axes
+    ) -> Any:
+        """Returns `function(*arguments)`, each device computing its own part: for kernels that XLA cannot divide.
+
+        Args:
+          function: needs nothing of the parts of other devices.
+          arguments: arrays, or trees of them.
+          axes: the logical axes of each argument; an array of fewer dimensions has the first of them.
+          out_axes: those of the result, an array as large in them as the first argument.
+        """
+        if self.mesh.size == 1:
+            return function(*arguments)
+
+        def of(leaf: Any, names: Axes) -> PartitionSpec:
+            return spec_for(names[: leaf.ndim], self.rules, leaf.shape, self.mesh)
+
+        specs = tuple(
+            jax.tree.map(lambda leaf, names=names: of(leaf, names), argument)
+            for argument, names in zip(arguments, axes, strict=True)
+        )
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs, out_specs=of(arguments[0], out_axes), check_vma=False
+        )(*arguments)
+
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRow:

@@ -26,7 +26,8 @@ def _results(root: pathlib.Path, node_ids: tuple[str, ...]) -> tuple[dict[str, t
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     flags = [f for f in environment.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
     environment["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={DEVICES}"])
-    environment |= {"JAX_PLATFORMS": "cpu", INSIDE: "1"}
+    # A device that waits for the others holds a thread: enough of them, or two collectives wait for each other.
+    environment |= {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(4 * DEVICES), INSIDE: "1"}
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *node_ids]

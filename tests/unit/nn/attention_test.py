@@ -65,6 +65,6 @@ def test_softcap_bounds_the_scores():
 def test_unknown_and_unfit_implementations_are_refused():
     q, k, v, mask, _ = _inputs()
     with pytest.raises(ConfigError, match="no attention implementation"):
-        attend(q, k, v, mask=mask, implementation="flash")
+        attend(q, k, v, mask=mask, implementation="splash")
     with pytest.raises(ConfigError, match="bfloat16"):
         attend(q, k, v, mask=mask, implementation="cudnn")
