@@ -18,7 +18,8 @@ from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import Batch, Params
 from diffusion_lm.nn import stack
 from diffusion_lm.nn.layers import Context
-from diffusion_lm.nn.masks import Full, Segments, named_visibility
+from diffusion_lm.nn.masks import Full, Segments
+from diffusion_lm.nn.named_masks import named_visibility
 
 PART = "length_head"
 """The head's place among the parameters; what stands beside it are the network's own."""

@@ -11,7 +11,7 @@ from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
-from diffusion_lm.nn.masks import named_visibility
+from diffusion_lm.nn.named_masks import named_visibility
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import check_visibility
 from diffusion_lm.objectives.block_layout import blocks_of, smallest_in_block

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys, fold_in_each
 from diffusion_lm.core.types import Batch
-from diffusion_lm.nn.masks import Causal, Given, Visibility, named_visibility
+from diffusion_lm.nn.masks import Causal, Given, Visibility
+from diffusion_lm.nn.named_masks import named_visibility
 
 OPENING_STREAM = "visibility/opening"
 

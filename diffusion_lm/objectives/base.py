@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import near_names, require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
-from diffusion_lm.nn.masks import BLOCK_NAMES, VISIBILITY_NAMES, Visibility, is_visibility, named_visibility
+from diffusion_lm.nn.masks import Visibility
+from diffusion_lm.nn.named_masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility, named_visibility
 from diffusion_lm.noise.weighting import BoundKind
 
 Model = Any

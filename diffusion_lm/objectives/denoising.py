@@ -57,7 +57,7 @@ class Denoising:
         stay unbiased; "replaced" = the tokens that happen to be replaced (DiffuLLaMA's code, Dream; a ratio, biased,
         trap T06); "example" = each example's own number of scored tokens, then the number of examples (LLaDA SFT, RDM).
       alignment: which hidden state predicts which token.
-      visibility: "full", or another name of `nn.masks.named_visibility`.
+      visibility: "full", or another name of `nn.named_masks.named_visibility`.
       annealing: opens a causal mask to `visibility` over the first steps of the training (`annealing.MaskAnnealing`;
         DiffuGPT), or None. `bound` is taken under `visibility`, which is what samplers use, at every step.
       views: noisy canvases of a batch, over which the loss is averaged. "nested" = two times and masks of which one

@@ -75,7 +75,7 @@ class ScoreEntropy:
         finite limit. MASK noise is taken to its end.
       time: at which t an example is trained.
       alignment: which hidden state predicts which token's ratios.
-      visibility: "full", or another name of `nn.masks.named_visibility`.
+      visibility: "full", or another name of `nn.named_masks.named_visibility`.
       evaluation_draws: times of `bound` per example, spread evenly from a random start.
       pad_id: filler inside the scored window; left out of the loss per real token.
       eos_id: ends a target; further ones behind the first are filler too.

@@ -57,7 +57,7 @@ class TokenSchedules:
         alone: at time low, a masked token is j with probability proportional to low^(w_j). The term is exact, and
         without it the schedules would learn to hide their cost there.
       alignment: which hidden state predicts which token.
-      visibility: "full", or another name of `nn.masks.named_visibility`.
+      visibility: "full", or another name of `nn.named_masks.named_visibility`.
       evaluation_draws: times of `bound` per example, spread evenly from a random start.
       pad_id: filler inside the scored window; left out of the loss per real token.
       eos_id: ends a target; further ones behind the first are filler too.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded
-from diffusion_lm.nn.masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility
+from diffusion_lm.nn.named_masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility
 
 Model = Any
 """A `BoundModel` (architectures/base.py): an architecture with its parameters. Tests hand in tables instead."""

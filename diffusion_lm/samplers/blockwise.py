@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.nn.masks import NamedBlocks
+from diffusion_lm.nn.named_masks import NamedBlocks
 
 FIRST_BLOCKS = ("target", "example")
 

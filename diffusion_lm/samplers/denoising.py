@@ -10,7 +10,7 @@ from diffusion_lm.core.alignment import SamePosition
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys, stream_number
 from diffusion_lm.core.types import Batch, Decoded, Trace
-from diffusion_lm.nn.masks import named_blocks
+from diffusion_lm.nn.named_masks import named_blocks
 from diffusion_lm.noise.corruption import UniformCorruption
 from diffusion_lm.samplers.base import (
     Model,

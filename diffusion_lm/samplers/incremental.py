@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.types import Batch
-from diffusion_lm.nn.masks import named_visibility
+from diffusion_lm.nn.named_masks import named_visibility
 from diffusion_lm.samplers.base import Model, Window
 
 

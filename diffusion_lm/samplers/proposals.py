@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from diffusion_lm.core.rng import StreamKeys, stream_number
 from diffusion_lm.core.types import Batch, TokenStats
 from diffusion_lm.nn.cross_entropy import Noised
-from diffusion_lm.nn.masks import Causal, Queries, Visibility, named_blocks, named_visibility
+from diffusion_lm.nn.masks import Causal, Queries, Visibility
+from diffusion_lm.nn.named_masks import named_blocks, named_visibility
 from diffusion_lm.noise.corruption import Corruption
 from diffusion_lm.samplers.base import Model
 from diffusion_lm.samplers.blockwise import unfinished_slots

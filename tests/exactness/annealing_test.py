@@ -10,7 +10,8 @@ import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.nn.masks import Causal, Segments, named_visibility
+from diffusion_lm.nn.masks import Causal, Segments
+from diffusion_lm.nn.named_masks import named_visibility
 from diffusion_lm.objectives.annealing import BlockSizes, MaskAnnealing
 from diffusion_lm.objectives.block_denoising import BlockDenoising
 

@@ -12,7 +12,8 @@ import pytest
 from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.nn.masks import named_visibility, two_streams
+from diffusion_lm.nn.masks import two_streams
+from diffusion_lm.nn.named_masks import named_visibility
 from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
 from diffusion_lm.objectives.block_denoising import BlockDenoising
 from diffusion_lm.objectives.block_layout import blocks_of

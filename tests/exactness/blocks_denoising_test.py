@@ -13,7 +13,7 @@ import scipy.stats
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.nn import masks
+from diffusion_lm.nn import masks, named_masks
 from diffusion_lm.objectives.alignment import Shifted
 from diffusion_lm.objectives.block_denoising import LEVEL_STREAM, BlockDenoising
 from diffusion_lm.objectives.block_layout import blocks_of
@@ -267,7 +267,7 @@ def test_one_block_is_masked_diffusion(fields, visibility):
     def plain(masked):
         hidden = model(
             jnp.where(masked, MASK, batch.tokens),
-            visibility=masks.named_visibility(visibility, batch.target_mask),
+            visibility=named_masks.named_visibility(visibility, batch.target_mask),
             positions=batch.positions,
             segment_ids=batch.segment_ids,
         )

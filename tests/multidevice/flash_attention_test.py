@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.nn import masks
+from diffusion_lm.nn import masks, named_masks
 from diffusion_lm.nn.attention import attend
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -24,7 +24,7 @@ def _inputs(kv_heads=2):
 
 @pytest.mark.parametrize("spec", [MeshSpec(data=4, fsdp=1, tensor=2), MeshSpec(fsdp=2, sequence=2, tensor=2)], ids=str)
 def test_devices_share_rows_and_heads(spec):
-    visibility = masks.named_visibility("prefix", TARGET) & masks.Rows(jnp.ones((1,), bool))
+    visibility = named_masks.named_visibility("prefix", TARGET) & masks.Rows(jnp.ones((1,), bool))
 
     def loss(inputs, **settings):
         *qkv, diagonals = inputs

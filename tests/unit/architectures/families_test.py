@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ from diffusion_lm.architectures.encoder_decoder import EncoderDecoder
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.types import EncoderInputs
-from diffusion_lm.nn import masks
+from diffusion_lm.nn import masks, named_masks
 from diffusion_lm.nn.rope import YarnRope
 from diffusion_lm.nn.transformer import TransformerSpec
 
@@ -73,7 +72,7 @@ FAMILIES = {
     "llama_double": LLAMA_DOUBLE,
 }
 every_family = pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
-VISIBILITIES = masks.VISIBILITY_NAMES
+VISIBILITIES = named_masks.VISIBILITY_NAMES
 
 
 def network(spec):
@@ -97,21 +96,9 @@ def bind(spec) -> BoundModel:
     return BoundModel(network(spec), jax.tree_util.tree_map_with_path(fill, network(spec).abstract_params()))
 
 
-@flax.struct.dataclass
-class Given(masks.Visibility):
-    """A visibility written out, so that one compiled program serves all of them."""
-
-    mask: jax.Array
-
-    def dense(self, q_slots, num_keys):
-        if q_slots is None:
-            return self.mask
-        rows = jnp.broadcast_to(self.mask, (q_slots.shape[0], *self.mask.shape[1:]))
-        return jnp.take_along_axis(rows, q_slots[:, :, None], axis=1, mode="clip")
-
-
 def given(visibility, length):
-    return Given(visibility.dense(None, length))
+    """A visibility written out, so that one compiled program serves all of them."""
+    return masks.Given(visibility.dense(None, length))
 
 
 def token_ids(rows, length, seed=0):
@@ -199,11 +186,11 @@ def test_T33_packed_logits_equal_unpacked(spec, name):
         encoder = EncoderInputs(fields[0], segments, fields[1])
     target_mask = jnp.concatenate([*(~c for c in conditioning), jnp.zeros((1, 2), bool)], axis=1)
     together = logits_of(
-        model, packed, masks.named_visibility(name, target_mask), segment_ids, positions, encoder=encoder
+        model, packed, named_masks.named_visibility(name, target_mask), segment_ids, positions, encoder=encoder
     )
     start = 0
     for row, conditioned, alone_encoder in zip(rows, conditioning, encoders, strict=True):
-        visibility = masks.named_visibility(name, ~conditioned)
+        visibility = named_masks.named_visibility(name, ~conditioned)
         alone = logits_of(model, row, visibility, jnp.ones_like(row), encoder=alone_encoder)
         np.testing.assert_allclose(together[:, start : start + row.shape[1]], alone, rtol=1e-4, atol=1e-5)
         start += row.shape[1]
@@ -221,7 +208,7 @@ def test_T41_logits_do_not_depend_on_padding(spec, name):
             known = source(spec, [4], 4).tokens
             encoder = encoder.replace(tokens=jnp.concatenate([known, token_ids(1, pads, seed=4)], axis=1))
         target_mask = jnp.arange(5 + pads)[None] >= 2
-        visibility = masks.named_visibility(name, target_mask)
+        visibility = named_masks.named_visibility(name, target_mask)
         logits = logits_of(model, tokens, visibility, until([5], 5 + pads), encoder=encoder)[:, :5]
         if pads == 0:
             reference = logits
@@ -237,7 +224,7 @@ def test_T43_cached_decoding_equals_full_forward_on_ragged_rows(spec, name):
     encoder = source(spec, [6, 2, 4])
     segment_ids = until(ends, T)
     target_mask = slots(tokens) >= prompts[:, None]
-    visibility = masks.named_visibility(name, target_mask)
+    visibility = named_masks.named_visibility(name, target_mask)
     full = logits_of(model, tokens, visibility, segment_ids, encoder=encoder)
 
     prefill, at, logits = _decode(
@@ -396,7 +383,7 @@ def test_users_get_errors_that_say_what_to_do():
         ("dropout_rate", 1.0, "probability"),
         ("position", "learned", "max_positions"),
         ("relative_buckets", 2, "buckets"),
-        ("attention", "flash", "Choose one of xla, cudnn"),
+        ("attention", "splash", "Choose one of xla, cudnn, flash"),
         ("norm_placement", "behind", "Choose one of pre, post, both"),
         ("position_offset", -1, "negative"),
         ("window", 0, "hides a token from itself"),

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.architectures.single_stream import SingleStream
-from diffusion_lm.nn import masks
+from diffusion_lm.nn import masks, named_masks
 from diffusion_lm.nn.transformer import TransformerSpec
 
 T5 = TransformerSpec(
@@ -24,7 +24,7 @@ TARGET = jnp.arange(8) > jnp.array([[1], [4]])
 def test_expressions_equal_masks(spec, copies, scanned):
     spec = dataclasses.replace(spec, scan_layers=scanned)
     params = SingleStream(spec).init(jax.random.key(0))
-    visibility = masks.named_visibility("prefix", TARGET)
+    visibility = named_masks.named_visibility("prefix", TARGET)
     if copies == 2:
         visibility = masks.two_streams(jnp.broadcast_to(jnp.arange(4) // 2, (2, 4)))
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 37)

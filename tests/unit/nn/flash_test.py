@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.nn import flash, masks
+from diffusion_lm.nn import flash, masks, named_masks
 from diffusion_lm.nn.attention import attend
 from diffusion_lm.nn.embeddings import toeplitz
 
@@ -19,10 +19,13 @@ DRAWN = jax.random.bernoulli(jax.random.key(7), 0.1, (2, LENGTH, LENGTH))
 CASES = {
     "causal": (masks.Causal(), {}),
     "full, packed, bias": (masks.Full() & SEGMENTS, {"bias": True}),
-    "prefix, packed, bias, cap": (masks.named_visibility("prefix", TARGET) & SEGMENTS, {"bias": True, "softcap": 5.0}),
-    "prefix_blind": (masks.named_visibility("prefix_blind", TARGET), {}),
-    "causal_prefix": (masks.named_visibility("causal_prefix", TARGET), {}),
-    "blocks": (masks.named_visibility("blocks:24", TARGET), {}),
+    "prefix, packed, bias, cap": (
+        named_masks.named_visibility("prefix", TARGET) & SEGMENTS,
+        {"bias": True, "softcap": 5.0},
+    ),
+    "prefix_blind": (named_masks.named_visibility("prefix_blind", TARGET), {}),
+    "causal_prefix": (named_masks.named_visibility("causal_prefix", TARGET), {}),
+    "blocks": (named_masks.named_visibility("blocks:24", TARGET), {}),
     "noisy and clean, bias": (masks.two_streams(BLOCKS), {"bias": True}),
     "window of two copies": (masks.two_streams(BLOCKS) & masks.Window(20, 2), {}),
     "drawn": (masks.Causal() | masks.Given(DRAWN), {}),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.nn import masks
+from diffusion_lm.nn import masks, named_masks
 
 TARGET = jnp.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]], bool)
 
@@ -18,13 +18,13 @@ def test_named_visibilities_by_hand():
         "causal_prefix": ["10000", "11000", "11111", "11111", "11111"],
     }
     for name, rows in expected.items():
-        dense = masks.named_visibility(name, TARGET).dense(None, 5)
+        dense = named_masks.named_visibility(name, TARGET).dense(None, 5)
         np.testing.assert_array_equal(dense[0].astype(int), [[int(c) for c in row] for row in rows], err_msg=name)
 
 
 def test_unknown_name_suggests():
     with pytest.raises(ConfigError, match="did you mean causal"):
-        masks.named_visibility("casual", TARGET)
+        named_masks.named_visibility("casual", TARGET)
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,11 @@ def test_unknown_name_suggests():
         masks.Full(),
         masks.Causal() | masks.Conditioning(~TARGET),
         masks.Full() & masks.BlindConditioning(~TARGET),
-        masks.named_visibility("causal_prefix", TARGET),
+        named_masks.named_visibility("causal_prefix", TARGET),
         masks.Block(2, jnp.array([2, 1])),
         masks.Block(2),
-        masks.named_visibility("blocks:2", TARGET),
-        masks.named_visibility("example_blocks:2", TARGET),
+        named_masks.named_visibility("blocks:2", TARGET),
+        named_masks.named_visibility("example_blocks:2", TARGET),
         masks.Causal() | (masks.Queries(TARGET) & masks.Conditioning(TARGET)),
         masks.Given(jnp.arange(50).reshape(2, 5, 5) % 3 == 0),
         masks.Given(jnp.arange(25).reshape(1, 5, 5) % 3 == 0),
@@ -61,14 +61,14 @@ def test_blocks_begin_at_the_target_and_see_the_conditioning():
 
 
 def test_blocks_begin_at_the_example():
-    dense = masks.named_visibility("example_blocks:2", TARGET).dense(None, 5).astype(int)
+    dense = named_masks.named_visibility("example_blocks:2", TARGET).dense(None, 5).astype(int)
     np.testing.assert_array_equal(
         dense[0], [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     )
     np.testing.assert_array_equal(dense[1], dense[0], "where the target begins does not matter")
-    assert masks.named_blocks("example_blocks:12") == (12, "example")
-    assert masks.named_blocks("blocks:12") == (12, "target")
-    assert masks.named_blocks("full") is None
+    assert named_masks.named_blocks("example_blocks:12") == (12, "example")
+    assert named_masks.named_blocks("blocks:12") == (12, "target")
+    assert named_masks.named_blocks("full") is None
 
 
 def test_slots_that_see_each_other():

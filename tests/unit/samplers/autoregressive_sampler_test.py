@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.nn.masks import named_visibility
+from diffusion_lm.nn.named_masks import named_visibility
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 
 KEYS = StreamKeys.create(5)

@@ -1,0 +1,81 @@
+"""The visibilities that objectives and samplers name in configuration."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.core.errors import ConfigError, near_names
+from diffusion_lm.nn.masks import BlindConditioning, Block, Causal, Conditioning, Full, Groups, Visibility
+
+VISIBILITY_NAMES = ("causal", "full", "prefix", "prefix_blind", "causal_prefix")
+BLOCK_NAMES = ("blocks:N", "example_blocks:N")
+_BLOCKS = re.compile(r"(example_)?blocks:([1-9][0-9]*)")
+
+
+class NamedBlocks(NamedTuple):
+    """What the name of a block visibility says.
+
+    Attributes:
+      size: tokens per block.
+      first_block: where block 0 opens: "target", with the first target slot, or "example", with slot 0.
+    """
+
+    size: int
+    first_block: str
+
+    def starts(self, target_mask: jax.Array) -> jax.Array:
+        """Returns i32[B], the slot at which block 0 of each row opens."""
+        if self.first_block == "example":
+            return jnp.zeros(target_mask.shape[0], jnp.int32)
+        return jnp.argmax(target_mask, axis=1).astype(jnp.int32)
+
+
+def named_blocks(name: str) -> NamedBlocks | None:
+    """Returns the blocks of a visibility's name, or None where it has none."""
+    match = _BLOCKS.fullmatch(str(name))
+    return NamedBlocks(int(match[2]), "example" if match[1] else "target") if match else None
+
+
+def is_visibility(name: str) -> bool:
+    """Says whether `named_visibility` knows `name`."""
+    return name in VISIBILITY_NAMES or named_blocks(name) is not None
+
+
+def named_visibility(name: str, target_mask: jax.Array) -> Visibility:
+    """Returns the visibility that objectives and samplers name in configuration.
+
+    Args:
+      name: "causal" (left to right), "full" (bidirectional), "prefix" (bidirectional over the conditioning, causal
+        over the target), "prefix_blind" (bidirectional, but conditioning does not see the target), "causal_prefix"
+        (causal over the conditioning, whose states are then those of an autoregressive pass, bidirectional over the
+        target), or, for decoders of block diffusion, "blocks:N" and "example_blocks:N": seen are the own block of N
+        tokens and earlier ones. Blocks are counted from the first target token, the conditioning before it being one,
+        or from the first token of the row, so that a block may hold the end of the conditioning and the beginning of
+        the target.
+      target_mask: bool[B,T], as in `Batch`; not packed where there are blocks.
+
+    Raises:
+      ConfigError: for any other name.
+    """
+    match name:
+        case "causal":
+            return Causal()
+        case "full":
+            return Full()
+        case "prefix":
+            return Causal() | Conditioning(~target_mask)
+        case "prefix_blind":
+            return Full() & BlindConditioning(~target_mask)
+        case "causal_prefix":
+            length = target_mask.shape[1]
+            return Groups(jnp.where(target_mask, length, jnp.arange(length)), "not_later")
+    blocks = named_blocks(name)
+    if blocks is not None:
+        return Block(blocks.size, blocks.starts(target_mask))
+    raise ConfigError(
+        f"There is no visibility {name!r}{near_names(name, VISIBILITY_NAMES)}",
+        where="visibility",
+        fix=f"Choose one of {', '.join((*VISIBILITY_NAMES, *BLOCK_NAMES))}.",
+    )
