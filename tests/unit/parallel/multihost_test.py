@@ -35,3 +35,19 @@ def test_one_process_said_outright(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     assert multihost.initialize() is False
+
+
+def test_a_time_limit_that_is_none_is_an_error(monkeypatch):
+    for name, value in zip(multihost._EXPLICIT, ("localhost:1", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DIFFUSION_LM_START_TIMEOUT", "soon")
+    with pytest.raises(ConfigError, match="soon"):
+        multihost.initialize()
+
+
+def test_a_cluster_that_is_none_is_an_error(monkeypatch):
+    for name in multihost._EXPLICIT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DIFFUSION_LM_MULTIHOST", "1")
+    with pytest.raises(ConfigError, match="no cluster"):
+        multihost.initialize()
