@@ -21,17 +21,22 @@ from launch.commands import Shell
 SAVED = 75
 """The exit code of `diffusion-lm` that says: saved, start me again."""
 
-# `srun` passes signals of Slurm's on to its tasks; the shell of the batch script must outlive them to requeue.
+# Slurm signals the tasks, and sometimes this shell too, which must outlive them: a signal ends `wait`, not the step.
+# No task may end the others (--kill-on-bad-exit): one that has saved itself exits with 75 while the rest still save.
 _BODY = """\
 set -u
-trap : TERM
 cd "$SLURM_SUBMIT_DIR" || exit 1
 {setup}{exports}
+interrupted=yes
+trap 'interrupted=yes' TERM
 srun --kill-on-bad-exit=0 diffusion-lm {command} &
 step=$!
-# A signal ends `wait` but not the step, which is still saving.
-code=143
-while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done
+while [ "$interrupted" = yes ]; do
+  interrupted=no
+  wait "$step"
+  ended=$?
+  if [ "$ended" -ne 127 ]; then code=$ended; fi
+done
 echo "diffusion-lm ended with $code"
 if [ "$code" -eq {saved} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]; then
   scontrol requeue "$SLURM_JOB_ID" && exit 0
@@ -59,13 +64,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", choices=sorted(_VERBS), help=verbs)
     parser.add_argument("--name", required=True, help="of the job; also of its log, NAME-JOBID.log")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of each machine, a task for each (default 8)")
+    parser.add_argument(
+        "--gpus", type=int, default=8, metavar="N", help="GPUs of each machine, a task for each (default 8)"
+    )
     parser.add_argument("--time", default="24:00:00", metavar="LIMIT", help="as Slurm writes it (default 24:00:00)")
-    parser.add_argument("--grace", type=int, default=300, metavar="SECONDS", help="for saving before the end (default 300)")
+    parser.add_argument(
+        "--grace", type=int, default=300, metavar="SECONDS", help="for saving before the end (default 300)"
+    )
     parser.add_argument("--cpus", type=int, metavar="N", help="CPU cores of each task")
     parser.add_argument("--max_restarts", type=int, default=100, metavar="N", help="of the job (default 100)")
-    parser.add_argument("--setup", default="", metavar="SHELL", help="shell command before, e.g. to activate an environment")
-    parser.add_argument("--sbatch_flag", action="append", default=[], metavar="FLAG", help="a line more for sbatch, e.g. --sbatch_flag=--partition=gpu; may be repeated")
+    parser.add_argument(
+        "--setup", default="", metavar="SHELL", help="shell command before, e.g. to activate an environment"
+    )
+    parser.add_argument(
+        "--sbatch_flag",
+        action="append",
+        default=[],
+        metavar="FLAG",
+        help="a line more for sbatch, e.g. --sbatch_flag=--partition=gpu; may be repeated",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the command and the script, run nothing")
     job.add_command(parser)
     return parser
@@ -110,8 +127,7 @@ def script(
         where="--time",
         fix="Write HOURS:MINUTES:SECONDS or DAYS-HOURS.",
     )
-    # One GPU a task by number, and no `--gpus-per-task`: with that Slurm hides the others from each task, and JAX, which
-    # gives task i of a machine GPU i, would find none there but in the first.
+    # JAX gives task i of a machine the i-th GPU that it sees. `--gpus-per-task` would hide all but one from each task.
     options = {
         "job-name": name,
         "nodes": nodes,
