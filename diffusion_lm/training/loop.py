@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -143,7 +143,7 @@ def _start(
     key, fresh = StreamKeys.create(run.seed).key("init"), Progress(seed=run.seed)
     source = init_params() if callable(init_params) else init_params
     rows, source = None, run.initial if source is None else source
-    if isinstance(source, str | Path):
+    if isinstance(source, str | PurePath):
         rows = _vocabulary_rows(run, source)
         source = restore_params(source, like=program.abstract_state.params)
     state = program.init(key)

@@ -7,9 +7,10 @@ import types
 
 import fsspec
 import pytest
-from etils.epath import backend
+from etils.epath import backend, gpath
 
-sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1] / "unit" / "training")]
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE), *(str(HERE.parent / "unit" / floor) for floor in ("training", "cli", "recipes"))]
 
 fake_bucket = importlib.import_module("fake_bucket")
 
@@ -31,5 +32,7 @@ def bucket(server, monkeypatch):
     storage.Client = lambda: types.SimpleNamespace(get_bucket=lambda name: types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "google.cloud.storage", storage)
     fsspec.register_implementation("gcs", fake_bucket.FileSystem, clobber=True)
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    return fake_bucket
+    for cached in (backend.fsspec_backend._get_filesystem, gpath._is_tf_installed):
+        cached.cache_clear()
+    yield fake_bucket
+    gpath._is_tf_installed.cache_clear()
