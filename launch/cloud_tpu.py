@@ -96,13 +96,8 @@ class CloudTpu:
         Raises:
           ConfigError: Cloud's TPU API has no such slices, or refuses.
         """
+        self.require_offered(accelerator)
         kind = accelerator.generation.name
-        if accelerator.slices > 1 and not self.queued:
-            raise ConfigError(
-                "several slices are only handed out through the queue", where="--slices", fix="Add --queued."
-            )
-        if kind not in RUNTIMES:
-            raise ConfigError(f"{kind} is rented through GKE only", where="--accelerator", fix="Use launch.gke.")
         if self.queued:
             nodes = (
                 [f"--node-count={accelerator.slices}", f"--node-prefix={self.name}"]
@@ -118,6 +113,16 @@ class CloudTpu:
         except CommandError as error:
             if error.meaning is not Meaning.EXISTS:
                 raise
+
+    def require_offered(self, accelerator: Accelerator) -> None:
+        """Raises `ConfigError` where Cloud's TPU API hands out no such slices."""
+        kind = accelerator.generation.name
+        if accelerator.slices > 1 and not self.queued:
+            raise ConfigError(
+                "several slices are only handed out through the queue", where="--slices", fix="Add --queued."
+            )
+        if kind not in RUNTIMES:
+            raise ConfigError(f"{kind} is rented through GKE only", where="--accelerator", fix="Use launch.gke.")
 
     def describe(self, node: str | None = None) -> State:
         """Returns the state of the TPU, or of one of its nodes."""

@@ -11,8 +11,9 @@ Exit code: the command's; 2 for a wrong input or a refusal of Cloud's.
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from diffusion_lm.core.errors import ConfigError, require
@@ -116,11 +117,17 @@ def _create(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _install(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
+def _files(arguments: argparse.Namespace) -> Path:
+    """Returns the wheel, once it and the other files to copy are known to be there."""
     wheel: Path = arguments.wheel or next(iter(sorted((ROOT / "dist").glob("*.whl"))), ROOT / "dist" / "*.whl")
     require(wheel.is_file(), f"there is no wheel {wheel}", where="--wheel", fix="Build it with `make wheel`.")
     for name in [arguments.constraints, *arguments.copy]:
         require(Path(name).is_file(), f"there is no file {name}", where="--constraints, --copy", fix="Check the path.")
+    return wheel
+
+
+def _install(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
+    wheel = _files(arguments)
     tpu.ssh(workers.prepare())
     tpu.copy([str(wheel), str(arguments.constraints)], workers.FOLDER)
     if arguments.copy:
@@ -159,8 +166,26 @@ def _delete(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
 
 
 def _job(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
-    """The whole life of a job; every turn of the loop can begin with a TPU in any state."""
+    """Checks all that can be checked here, then runs, then deletes the TPU, however it went."""
     command, environment = _command(arguments)
+    _files(arguments)
+    tpu.require_offered(_accelerator(arguments))
+    try:
+        code = _run_to_its_end(tpu, arguments, command, environment)
+    except ConfigError:
+        if not arguments.keep:
+            with contextlib.suppress(ConfigError):  # the first error is the one to read
+                tpu.delete()
+        raise
+    if not arguments.keep:
+        tpu.delete()
+    return code
+
+
+def _run_to_its_end(
+    tpu: CloudTpu, arguments: argparse.Namespace, command: Sequence[str], environment: Mapping[str, str]
+) -> int:
+    """Every turn of the loop can begin with a TPU in any state."""
     accelerator = _accelerator(arguments)
     verdict = watch.Verdict.AGAIN
     found: dict[str, str] = {}
@@ -181,10 +206,7 @@ def _job(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
         if verdict is not watch.Verdict.AGAIN:
             break
         watch.clear(tpu, accelerator.slices)
-    code = watch.conclude(tpu, verdict, found)
-    if not arguments.keep:
-        tpu.delete()
-    return code
+    return watch.conclude(tpu, verdict, found)
 
 
 def _obtain(tpu: CloudTpu, arguments: argparse.Namespace) -> None:

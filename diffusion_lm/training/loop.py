@@ -144,8 +144,9 @@ def _start(
     source = init_params() if callable(init_params) else init_params
     rows, source = None, run.initial if source is None else source
     if isinstance(source, str | PurePath):
-        rows = _vocabulary_rows(run, source)
-        source = restore_params(source, like=program.abstract_state.params)
+        folder = as_path(source)
+        rows = _vocabulary_rows(run, folder)
+        source = restore_params(folder, like=program.abstract_state.params)
     state = program.init(key)
     if source is None:
         return state, fresh, None

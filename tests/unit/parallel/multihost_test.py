@@ -51,3 +51,13 @@ def test_a_cluster_that_is_none_is_an_error(monkeypatch):
     monkeypatch.setenv("DIFFUSION_LM_MULTIHOST", "1")
     with pytest.raises(ConfigError, match="no cluster"):
         multihost.initialize()
+
+
+def test_slurm_says_who_and_where(monkeypatch):
+    """JAX finds the cluster by a private function, which may change with its version."""
+    variables = {"JOB_ID": "17", "STEP_NODELIST": "gpu[03-04]", "NTASKS": "16", "PROCID": "9", "LOCALID": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    address, count, number, devices = multihost._ask_cluster()
+    assert address.startswith("gpu03:")
+    assert (count, number, devices) == (16, 9, [1]), "task 1 of its machine drives GPU 1"
