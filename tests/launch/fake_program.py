@@ -2,7 +2,8 @@
 
 The folder $FAKE_FOLDER holds:
     calls.jsonl      a line a call: the program, its arguments, its standard input
-    answers.json     regular expression over the arguments -> answers, one a call, each with code, stdout, stderr
+    answers.json     regular expression over the arguments -> answers, one a call, each with code, stdout, stderr;
+                     what is not planned succeeds, and `describe` says whether `create` or `delete` came last
     workers/N/       the home of worker N; `ssh` runs its command there and `scp` copies there
     bin/             programs that the workers find
 """
@@ -34,7 +35,12 @@ def main(program, arguments):
             return ssh(flags["--command"], flags["--worker"])
         if verb == "scp":
             return scp([argument for argument in arguments[4:] if not argument.startswith("--")])
+        if verb == "create":
+            (FOLDER / "there").touch()
+        if verb == "describe":
+            return describe(queued=arguments[2] == "queued-resources")
         if verb == "delete":
+            (FOLDER / "there").unlink(missing_ok=True)
             shutil.rmtree(FOLDER / "workers", ignore_errors=True)
     return 0
 
@@ -48,6 +54,14 @@ def planned(line):
             path.write_text(json.dumps(plans))
             return answer
     return None
+
+
+def describe(queued):
+    if not (FOLDER / "there").exists():
+        sys.stderr.write("ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/locations/z/nodes/n' was not found\n")
+        return 1
+    print('{"state": {"state": "ACTIVE"}}' if queued else '{"state": "READY"}')
+    return 0
 
 
 def homes():
