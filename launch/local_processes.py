@@ -1,6 +1,6 @@
 """Runs one `diffusion-lm` command as N processes on this machine, as N hosts of a pod would.
 
-  python launch/local_processes.py --processes 2 train --gin_file gin/runs/train.gin --workdir runs/two
+  python -m launch.local_processes --processes 2 train --gin_file gin/runs/train.gin --workdir runs/two
 
 Each process sees `--devices` CPU devices and reads its part of the data. Lines are printed with the number of their
 process. When one process fails the others, which would wait for it forever, are stopped; the exit code is the first

@@ -3,13 +3,12 @@
 Stages that arms share run once; what is finished is skipped. Run the same command again to go on."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from diffusion_lm.cli.arguments import RESOLVED, add_gin, load_config, record_config
 from diffusion_lm.cli.materialise import ensure
 from diffusion_lm.cli.output import heading, progress, say, table
-from diffusion_lm.core.files import write_text
+from diffusion_lm.core.files import as_path, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +29,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     multihost.initialize()
     comparison = loaded.build(Comparison)
     ensure(comparison, arguments)
-    workdir = Path(arguments.workdir).expanduser()
+    workdir = as_path(arguments.workdir)
     if multihost.is_primary():
         record_config(loaded, workdir, claimed_by="comparison.json")
     result = compare(comparison, workdir, log=progress)

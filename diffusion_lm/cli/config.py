@@ -15,6 +15,7 @@ gin keeps its state in its module, so there is one configuration at a time: `loa
 """
 
 import dataclasses
+import io
 import re
 import tokenize
 import types
@@ -30,6 +31,7 @@ from diffusion_lm.cli import binding_checks, gin_names
 from diffusion_lm.cli.bindings import Binding, Current, Macro, Origin, Reference, Required, Unknown
 from diffusion_lm.cli.search_path import find_gin_file
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.files import is_bucket, read_text
 
 T = TypeVar("T")
 
@@ -195,11 +197,12 @@ class _Reader:
     def read_file(self, name: str, origin: Origin, where: str, scope: str = "") -> None:
         """Reads a file; with `scope`, all of its parameters (not its macros) are bound under that scope."""
         path = find_gin_file(name, self._search_path, where=where)
-        if path.resolve() in self._open:
+        place = path if is_bucket(path) else path.resolve()
+        if place in self._open:
             raise ConfigError(f"{name} includes itself", where=where, fix="Remove the include.")
         self.files.append(path)
-        self._open.append(path.resolve())
-        with open(path, encoding="utf-8") as stream, gin_config._parse_scope() as context:
+        self._open.append(place)
+        with io.StringIO(read_text(path), newline=None) as stream, gin_config._parse_scope() as context:
             for statement, line in _statements(stream, _Delegate(context, within=scope), name):
                 self._process(statement, context, f"{name}:{line}", origin, scope)
             gin_config._IMPORTS.update(context.imports)

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusion_lm.cli import environment, output
 from diffusion_lm.cli.search_path import packaged_folder
+from diffusion_lm.core.files import is_bucket
 
 REQUIRED: tuple[str, ...] = (
     "jax",
@@ -117,6 +118,8 @@ def _devices() -> str:
 
 
 def _writable(folder: Path) -> str:
+    if is_bucket(folder):
+        return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder):
         pass

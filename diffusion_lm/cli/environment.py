@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.files import as_path
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -58,7 +59,7 @@ def compile_cache_folder() -> Path | None:
     if given is None:
         cache = os.environ.get("DIFFUSION_LM_CACHE")
         return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "diffusion_lm") / "jax"
-    return None if given.lower() in ("", "0", "off", "none") else Path(given).expanduser()
+    return None if given.lower() in ("", "0", "off", "none") else as_path(given)
 
 
 def import_modules(names: Sequence[str]) -> tuple[str, ...]:

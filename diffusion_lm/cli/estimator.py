@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from diffusion_lm.cli import config
@@ -13,7 +12,7 @@ from diffusion_lm.cli.output import facts, plain, progress, say
 from diffusion_lm.cli.run_folder import OpenRun
 from diffusion_lm.cli.search_path import split_search_path
 from diffusion_lm.core.errors import ConfigError, require
-from diffusion_lm.core.files import read_json, write_text
+from diffusion_lm.core.files import as_path, read_json, write_text
 from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, unlike_training
@@ -51,9 +50,9 @@ def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Scoring
 
 def refuse_another(path: str | None, chosen: Sequence[ScoringEvaluation], opened: OpenRun) -> None:
     """Raises `ConfigError` where `--json` names a file that holds scores of another configuration."""
-    if path in (None, "-") or not Path(path).expanduser().exists():
+    if path in (None, "-") or not as_path(path).exists():
         return
-    there = read_json(Path(path).expanduser())
+    there = read_json(path)
     found = there.get("evaluations", {}) if isinstance(there, dict) else {"": {}}
     here = {one.name: json.loads(json.dumps(_configuration(one, opened))) for one in chosen}
     before = {name: result.get("configuration") for name, result in found.items()}

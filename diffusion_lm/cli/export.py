@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns its result."""
-    from diffusion_lm.core.files import read_json
+    from diffusion_lm.core.files import as_path, read_json
     from diffusion_lm.interop.diffusion import layout_for
     from diffusion_lm.interop.huggingface import save
     from diffusion_lm.interop.model_card import MODEL_CARD, CardFacts, model_card
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from diffusion_lm.training.checkpoint import restore_params
     from diffusion_lm.training.writers import read_rows
 
-    folder = Path(arguments.workdir).expanduser()
+    folder = as_path(arguments.workdir)
     imported = read_json(folder / IMPORT_CARD) if (folder / IMPORT_CARD).is_file() else None
     source = _imported(arguments, folder, imported) if imported and not arguments.gin_file else _trained(arguments)
     model, trained = source.model, source.trained
@@ -174,10 +174,10 @@ def _trained(arguments: argparse.Namespace) -> _Source:
 
 def _named(start: str) -> str:
     """Returns what parameters began as in words: a stage or a folder, and what that was imported from."""
-    from diffusion_lm.core.files import read_json
+    from diffusion_lm.core.files import as_path, read_json
     from diffusion_lm.interop.run_folder import IMPORT_CARD
 
-    folder = Path(start).expanduser()
+    folder = as_path(start)
     if not (folder / IMPORT_CARD).is_file():
         return f"`{folder.name}`"
     card = read_json(folder / IMPORT_CARD)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lm.cli.output import count, facts, heading, progress, say, size
+from diffusion_lm.core.files import as_path
 
 DTYPES = ("float32", "bfloat16")
 
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from diffusion_lm.parallel.mesh import MeshSpec
 
     multihost.initialize()
-    source, workdir = Path(arguments.path).expanduser(), Path(arguments.workdir).expanduser()
+    source, workdir = Path(arguments.path).expanduser(), as_path(arguments.workdir)
     check_free(workdir)
     imported = load(
         source,

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         progress(f"error: {' '.join(str(error).split())}")
-        return environment.EXIT_CONFIG
+        return error.exit_code
     except KeyboardInterrupt:
         progress("stopped; the same command goes on from what is saved")
         return environment.EXIT_INTERRUPTED

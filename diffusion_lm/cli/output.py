@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from diffusion_lm.core.files import write_text
@@ -88,7 +87,7 @@ def write_result(path: str | None, result: Any) -> None:
     if path == "-":
         sys.stdout.write(text)
     else:
-        write_text(Path(path).expanduser(), text)
+        write_text(path, text)
 
 
 def plain(value: Any) -> Any:

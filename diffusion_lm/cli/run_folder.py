@@ -11,6 +11,7 @@ from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import RESOLVED, build_root
 from diffusion_lm.cli.search_path import split_search_path
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.files import as_path
 from diffusion_lm.evaluation.generation import GenerationEvaluation
 from diffusion_lm.evaluation.likelihood import BoundEvaluation
 from diffusion_lm.recipes.comparison import Comparison
@@ -66,7 +67,7 @@ def open_run(arguments: argparse.Namespace, *, bindings: Sequence[str]) -> OpenR
     Raises:
       ConfigError: there is no configuration or no checkpoint.
     """
-    folder = Path(arguments.workdir).expanduser()
+    folder = as_path(arguments.workdir)
     files = arguments.gin_file or [str(_resolved_file(folder))]
     root = build_root(config.load(files, bindings, split_search_path(arguments.gin_search_path)))
     steps = finished_steps(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import diffusion_lm
 from diffusion_lm.core.errors import ConfigError, near_names
+from diffusion_lm.core.files import as_path, is_bucket
 
 
 def packaged_folder() -> Path:
@@ -34,8 +35,8 @@ def find_gin_file(name: str, search_path: Sequence[str] = (), *, where: str = "-
     Raises:
       ConfigError: no folder has it; says which were tried and names that are near.
     """
-    if os.path.isabs(name):
-        candidates = [Path(name)]
+    if os.path.isabs(name) or is_bucket(name):
+        candidates = [as_path(name)]
     else:
         inside_package = name.removeprefix("./").removeprefix("gin/")
         candidates = [Path(name), *(Path(folder) / name for folder in search_path), packaged_folder() / inside_package]

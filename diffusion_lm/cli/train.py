@@ -3,13 +3,12 @@
 The run folder gets checkpoints, metrics.jsonl, run_card.json and resolved.gin: one file that says all that was set."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from diffusion_lm.cli.arguments import RESOLVED, add_gin, load_config, record_config
 from diffusion_lm.cli.materialise import ensure
 from diffusion_lm.cli.output import heading, table
-from diffusion_lm.core.files import write_text
+from diffusion_lm.core.files import as_path, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     multihost.initialize()
     configured = loaded.build(TrainRun)
     ensure(configured, arguments)
-    workdir = Path(arguments.workdir).expanduser()
+    workdir = as_path(arguments.workdir)
     if multihost.is_primary():
         record_config(loaded, workdir, claimed_by="run_card.json")
     result = train(configured, workdir)

@@ -8,10 +8,13 @@ class ConfigError(ValueError):
     """A wrong input. The command line prints it as one line and exits with code 2 (`--debug` shows the traceback).
 
     Attributes:
+      exit_code: of the command line; other than 2 where the same input may do another time.
       what: what is wrong, with the offending value.
       where: the gin parameter, flag or file that said so; may be empty where `what` already names it.
       fix: what to do about it.
     """
+
+    exit_code = 2
 
     def __init__(self, what: str, *, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = what, where, fix

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.files import is_bucket
+from diffusion_lm.data.bucket import local_copy
 from diffusion_lm.data.materialise import materialise, materialise_command
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.store import LENGTHS, MANIFEST, read_manifest, split_folder
@@ -68,7 +70,8 @@ class GrainSource:
                 where="GrainSource.task",
                 fix=f"Run: {self.command}",
             )
-        source = _open(self.folder, path.stat().st_mtime_ns)
+        folder = local_copy(self.folder) if is_bucket(self.folder) else self.folder
+        source = _open(folder, (folder / MANIFEST).stat().st_mtime_ns)
         require(
             self.chunk_length in (None, source.manifest.chunk_length),
             f"{self.folder} was cut into pieces of {source.manifest.chunk_length} tokens, not {self.chunk_length}",

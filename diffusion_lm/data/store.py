@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.files import as_path, is_bucket, read_text
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.vocabulary import Vocabulary
@@ -37,13 +38,13 @@ def default_root() -> Path:
 
 def split_folder(task: str, split: str, root: PathLike | None = None) -> Path:
     """Returns the folder of one split of one task under `root` (default `default_root()`)."""
-    return (Path(root).expanduser() if root else default_root()) / task / split
+    return (as_path(root) if root else default_root()) / task / split
 
 
 def read_manifest(folder: PathLike) -> Manifest | None:
     """Returns the manifest of a materialised split, or None where the folder holds none."""
-    path = Path(folder) / MANIFEST
-    return Manifest.from_json(path.read_text(), where=str(path)) if path.is_file() else None
+    path = as_path(folder) / MANIFEST
+    return Manifest.from_json(read_text(path), where=str(path)) if path.is_file() else None
 
 
 def check_tokens(tokens: np.ndarray, specials: SpecialTokens, name: str) -> None:
@@ -81,6 +82,12 @@ def write_records(
       ConfigError: the folder is already complete, a record holds MASK or an id outside the vocabulary, or there is no
         record at all.
     """
+    require(
+        not is_bucket(path),
+        f"datasets are not written straight into a bucket ({path})",
+        where="root",
+        fix="Write it to a folder and copy that: gcloud storage cp --recursive FOLDER gs://BUCKET/...",
+    )
     folder = Path(path)
     if vocabulary is not None:
         require(
@@ -90,7 +97,7 @@ def write_records(
         )
         manifest = dataclasses.replace(manifest, vocabulary=VOCABULARY, vocabulary_sha256=vocabulary.sha256)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder.with_name(folder.name + ".lock")):
+    with exclusive(folder.with_name(folder.name + ".lock")):
         require(
             not (folder / MANIFEST).exists(), f"the folder {folder} already holds a dataset", fix="Delete it first."
         )
@@ -173,7 +180,7 @@ def _write_shards(
 
 
 @contextmanager
-def _exclusive(lock: Path) -> Iterator[None]:
+def exclusive(lock: Path) -> Iterator[None]:
     """Holds a file lock, so that two programs that want the same split write it once; a killed holder lets go."""
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffusion_lm.core.errors import ConfigError, require
-from diffusion_lm.core.files import read_json, write_json
+from diffusion_lm.core.files import as_path, read_json, write_json
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.vocabulary import Vocabulary
@@ -214,7 +214,7 @@ class StoredMap:
 
 def read_map(folder: str | Path) -> dict[str, Any] | None:
     """Returns `{"full_sha256", "full_size", "kept"}` of a run (or one of its checkpoints), None where it has no map."""
-    path = Path(folder)
+    path = as_path(folder)
     for place in (path, path.parent, path.parent.parent):
         if (place / FILE).is_file():
             return read_json(place / FILE)

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.core.files import write_json, write_text
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.files import is_bucket, write_json, write_text
 from diffusion_lm.interop.diffusion import objective_gin, sampler_gin
 from diffusion_lm.interop.huggingface import Imported
 from diffusion_lm.interop.tokenizer_folder import TOKENIZER, copied_files, read_vocabulary
@@ -32,6 +32,12 @@ IMPORT_CARD = "import.json"
 
 def check_free(workdir: Path) -> None:
     """Raises `ConfigError` where `workdir` is there and not empty."""
+    require(
+        not is_bucket(workdir),
+        f"an import is written to a folder and not to a bucket ({workdir})",
+        where="--workdir",
+        fix="Import to a folder and copy that: gcloud storage cp --recursive FOLDER gs://BUCKET/...",
+    )
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(
             f"{workdir} is there already",

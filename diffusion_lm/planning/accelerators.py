@@ -33,6 +33,8 @@ class Generation:
       devices_per_chip: devices that JAX sees.
       host: chips of one host, per dimension of the torus.
       pod: chips of the largest slice.
+      single_host: chips of the largest slice that Cloud's TPU API hands out as one machine.
+      cloud: what Cloud's accelerator types call it, e.g. `v5litepod`.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Generation:
     devices_per_chip: int
     host: tuple[int, ...]
     pod: int
+    single_host: int = 4
+    cloud: str = ""
 
 
 # Network of a host divided by its chips where the vendor names no figure per chip: 3.1e9 is 100 Gbit/s for four chips.
@@ -54,9 +58,9 @@ GENERATIONS = {
     for generation in (
         Generation("v3", 32 * GIB, 123e12, 900e9, 280e9, 3.1e9, 2, True, 2, (2, 2), 1024),
         Generation("v4", 32 * GIB, 275e12, 1228e9, 300e9, 6.25e9, 3, True, 1, (2, 2, 1), 4096),
-        Generation("v5e", 16 * GIB, 197e12, 819e9, 200e9, 3.1e9, 2, False, 1, (2, 2), 256),
+        Generation("v5e", 16 * GIB, 197e12, 819e9, 200e9, 3.1e9, 2, False, 1, (2, 2), 256, 8, "v5litepod"),
         Generation("v5p", 95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, 3, True, 1, (2, 2, 1), 8960),
-        Generation("v6e", 32 * GIB, 918e12, 1638e9, 400e9, 12.5e9, 2, False, 1, (2, 2), 256),
+        Generation("v6e", 32 * GIB, 918e12, 1638e9, 400e9, 12.5e9, 2, False, 1, (2, 2), 256, 8),
         Generation("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, 12.5e9, 3, True, 2, (2, 2, 1), 9216),
     )
 }
@@ -87,6 +91,27 @@ class Accelerator:
     def devices(self) -> int:
         """Devices that JAX sees, of all slices."""
         return self.chips * self.generation.devices_per_chip
+
+    @property
+    def hosts(self) -> int:
+        """Machines of one slice that have the chips of `Generation.host` each, as in GKE's node pools."""
+        return math.ceil(math.prod(self.shape) / math.prod(self.generation.host))
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips of each of these machines; fewer than a whole host's for the smallest slices."""
+        return math.prod(self.shape) // self.hosts
+
+    @property
+    def vms(self) -> int:
+        """Machines of all slices as Cloud's TPU API makes them, where eight v5e or v6e chips are one machine."""
+        return self.slices * (1 if math.prod(self.shape) <= self.generation.single_host else self.hosts)
+
+    @property
+    def cloud_name(self) -> str:
+        """What Cloud calls one slice of that many chips, e.g. `v5litepod-16`; `parse` says which shape it has."""
+        size = math.prod(self.shape) * (2 if self.generation.counts_cores else 1)
+        return f"{self.generation.cloud or self.generation.name}-{size}"
 
     @property
     def hbm_per_device(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.core.files import read_json, write_json, write_text
+from diffusion_lm.core.files import as_path, read_json, write_json, write_text
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.target_window import TargetWindow
 from diffusion_lm.evaluation import generation, likelihood
@@ -56,7 +56,7 @@ def compare(comparison: Comparison, workdir: str | Path, *, log: Callable[[str],
     Raises:
       ConfigError: the folder belongs to another comparison.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     _claim(comparison, workdir)
     replicates = [_run_replicate(comparison, index, workdir, log) for index in range(comparison.replicates)]
     timing = _cached(workdir / "speed.json", lambda: _speed(comparison, log)) if comparison.speed else None

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from diffusion_lm.core.files import write_text
+from diffusion_lm.core.files import as_path, write_text
 from diffusion_lm.recipes import charts, summary, svg, tables
 from diffusion_lm.recipes.crossover import crossovers, speed_sentences, speed_series
 from diffusion_lm.recipes.formatting import MISSING, count, is_number
@@ -58,7 +58,7 @@ def write(
       playback: for each task, `{"arm", "input", "reference", "frames": [[piece, ...], ...]}`, a frame after each
         forward pass, and optionally `start`, the canvas before the first one.
     """
-    path = Path(workdir) / "report" / "index.html"
+    path = as_path(workdir) / "report" / "index.html"
     write_text(path, render(results, curves=curves, speed=speed, samples=samples, playback=playback))
     return path
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diffusion_lm.core.files import write_text
+from diffusion_lm.core.files import as_path, read_text, write_text
 from diffusion_lm.recipes import likelihood_table, summary
 from diffusion_lm.recipes.formatting import MISSING
 
@@ -100,14 +100,14 @@ def intervals(results: Mapping[str, Any]) -> str:
 
 def write_markdown(results: Mapping[str, Any], workdir: Path, speed: Mapping[str, Any] | None = None) -> Path:
     """Writes `workdir/results.md` in one piece and returns its path."""
-    path = Path(workdir) / "results.md"
+    path = as_path(workdir) / "results.md"
     write_text(path, markdown(results, speed))
     return path
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a JSON-lines log; a last line that a killed run left unfinished is skipped."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     whole, last = lines[:-1], lines[-1]
     rows = [json.loads(line) for line in whole if line.strip()]
     with contextlib.suppress(json.JSONDecodeError):

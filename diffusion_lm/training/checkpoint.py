@@ -7,7 +7,7 @@ as a checkpoint once Orbax has written its `commit_success.txt`; anything else i
 """
 
 import dataclasses
-import shutil
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
 from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.files import absolute, is_bucket, remove_folder
 from diffusion_lm.core.types import Params
 from diffusion_lm.training.metrics import Window
 from diffusion_lm.training.state import TrainState
@@ -86,8 +87,10 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: Path, policy: CheckpointPolicy):
-        self._folder = Path(workdir).absolute() / FOLDER
+        self._folder = absolute(workdir) / FOLDER
         self._policy = policy
+        if is_bucket(self._folder):
+            _require_storage(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             _remove_unfinished(self._folder)
@@ -175,7 +178,7 @@ def restore_params(path: str | Path, *, step: int | None = None, like: Params | 
     Raises:
       ConfigError: there is no such checkpoint.
     """
-    folder = _step_folder(Path(path).absolute(), step)
+    folder = _step_folder(absolute(path), step)
     item = folder / ("ema" if (folder / "ema").exists() else "params")
     shardings = {} if like is None else {name: (leaf.shape, leaf.sharding) for name, leaf in _named(like).items()}
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -199,7 +202,7 @@ def save_params(workdir: str | Path, params: Params) -> None:
     Raises:
       RuntimeError: Orbax declined to save.
     """
-    folder = Path(workdir).absolute() / FOLDER
+    folder = absolute(workdir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(dataclasses.asdict(Progress()))}
     with ocp.CheckpointManager(folder, item_names=("params", "meta")) as manager:
@@ -210,7 +213,7 @@ def save_params(workdir: str | Path, params: Params) -> None:
 
 def finished_steps(path: str | Path) -> list[int]:
     """Returns the steps of the whole checkpoints in a run folder, oldest first."""
-    folder = Path(path).absolute()
+    folder = absolute(path)
     folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
     if not folder.is_dir():
         return []
@@ -240,12 +243,24 @@ def _missing(path: Path) -> ConfigError:
     )
 
 
+def _require_storage(folder: Path) -> None:
+    """Orbax would find out at the first checkpoint that it deletes."""
+    try:
+        importlib.import_module("google.cloud.storage")
+    except ImportError as error:
+        raise ConfigError(
+            f"checkpoints in a bucket need the package google-cloud-storage, which is not installed ({folder})",
+            where="--workdir",
+            fix="Install it: pip install 'diffusion-lm[buckets]'.",
+        ) from error
+
+
 def _remove_unfinished(folder: Path) -> None:
     """Removes what a killed save left behind: Orbax would count it as a checkpoint and refuse to write that step."""
-    for entry in folder.iterdir():
+    for entry in folder.iterdir() if folder.is_dir() else ():  # a bucket has no empty folders
         head = entry.name.split(".", 1)[0]
         if entry.is_dir() and head.isdigit() and not (entry / _COMMITTED).exists():
-            shutil.rmtree(entry)
+            remove_folder(entry)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -167,6 +167,11 @@ class Log:
             self._write(row)
             self._display.show(row)
 
+    def flush(self) -> None:
+        """Makes sure that the rows so far outlive this machine: a checkpoint must not be ahead of its log."""
+        for writer in self._writers:
+            writer.flush()
+
     def evaluation(self, name: str, step: int, values: Mapping[str, float], seconds: float) -> None:
         """Writes the row of one evaluation."""
         named = {f"{name}/{key}": value for key, value in values.items()}

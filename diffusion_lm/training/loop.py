@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.architectures.surgery import vocabulary_rows
 from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.files import as_path
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Params
 from diffusion_lm.data.iterator import BatchIterator
@@ -62,7 +63,7 @@ def train(
       Preempted: SIGTERM came; the state is saved and the process exits with `hooks.RESTART_EXIT_CODE`.
     """
     run.validate()
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     claim_folder(workdir, run.identity())
     pruned = getattr(run.data, "pruned", None)
     if pruned is not None and jax.process_index() == 0:
@@ -104,7 +105,7 @@ def train(
 def final_metrics(workdir: str | Path, step: int) -> dict[str, float]:
     """Returns the last training row of a run's log without times, and each evaluation of `step` as `name/value`."""
     found: dict[str, float] = {}
-    for row in writers.read_rows(Path(workdir) / "metrics.jsonl"):
+    for row in writers.read_rows(as_path(workdir) / "metrics.jsonl"):
         if row["kind"] == "train" or row["step"] == step:
             found |= {key: value for key, value in row.items() if key not in ("step", "kind", "timing")}
     return found
@@ -142,9 +143,10 @@ def _start(
     key, fresh = StreamKeys.create(run.seed).key("init"), Progress(seed=run.seed)
     source = init_params() if callable(init_params) else init_params
     rows, source = None, run.initial if source is None else source
-    if isinstance(source, str | Path):
-        rows = _vocabulary_rows(run, source)
-        source = restore_params(source, like=program.abstract_state.params)
+    if isinstance(source, str | PurePath):
+        folder = as_path(source)
+        rows = _vocabulary_rows(run, folder)
+        source = restore_params(folder, like=program.abstract_state.params)
     state = program.init(key)
     if source is None:
         return state, fresh, None
@@ -222,4 +224,5 @@ def _evaluate(run: TrainRun, program: Program, state: TrainState, step: int, log
 def _save(run: TrainRun, state: TrainState, step: int, log: Log, evaluated: bool, checkpoints: Checkpointer) -> None:
     log.drain()
     with log.pause():
+        log.flush()
         checkpoints.save(state, Progress(step, run.seed, evaluated, log.window))

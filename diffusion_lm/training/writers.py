@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from diffusion_lm.core.files import write_text
+from diffusion_lm.core.files import GrowingFile, as_path, read_text
 
 Row = Mapping[str, Any]
 
@@ -23,8 +23,11 @@ class Writer(Protocol):
     def write(self, row: Row) -> None:
         """Writes one row with the keys `step` and `kind`."""
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Writes what is buffered."""
+
+    def close(self) -> None:
+        """Writes what is buffered and closes."""
 
 
 class JsonlWriter:
@@ -37,12 +40,14 @@ class JsonlWriter:
     """
 
     def __init__(self, path: Path, keep: Callable[[Row], bool]):
-        write_text(path, "".join(_line(row) for row in read_rows(path) if keep(row)))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._file = GrowingFile(path, b"".join(_line(row) for row in read_rows(path) if keep(row)))
 
     def write(self, row: Row) -> None:
-        """Writes one row and hands it to the operating system, so that a kill of this process cannot lose it."""
+        """Writes one row."""
         self._file.write(_line(row))
+
+    def flush(self) -> None:
+        """Makes sure that the rows so far are in the file, also if it is in a bucket."""
         self._file.flush()
 
     def close(self) -> None:
@@ -50,16 +55,16 @@ class JsonlWriter:
         self._file.close()
 
 
-def _line(row: Row) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
+def _line(row: Row) -> bytes:
+    return (json.dumps(row, allow_nan=False) + "\n").encode()
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the rows of a `metrics.jsonl`; none if there is no file. A half-written last line is left out."""
-    if not Path(path).exists():
+    if not as_path(path).exists():
         return []
     rows = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
@@ -82,9 +87,7 @@ class TensorBoardWriter:
         from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
         self._event, self._summary, self._crc = event_pb2.Event, summary_pb2.Summary, masked_crc32c
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
-        self._file = open(folder / name, "wb")  # noqa: SIM115 (closed by `close`)
+        self._file = GrowingFile(folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}")
         self._record(self._event(wall_time=time.time(), file_version="brain.Event:2"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._record(self._event(wall_time=time.time(), step=first_step, session_log=start))
@@ -99,6 +102,9 @@ class TensorBoardWriter:
             if name != "step" and isinstance(value, int | float)
         ]
         self._record(self._event(wall_time=time.time(), step=row["step"], summary=self._summary(value=values)))
+
+    def flush(self) -> None:
+        """Makes sure that the events so far are in the file, also if it is in a bucket."""
         self._file.flush()
 
     def _record(self, event: Any) -> None:

@@ -32,6 +32,28 @@ def test_names(name, topology, chips, devices):
     assert (accelerator.topology, accelerator.chips, accelerator.devices) == (topology, chips, devices)
 
 
+@pytest.mark.parametrize(
+    ("name", "hosts", "chips_per_host", "vms", "cloud_name"),
+    [
+        ("v5e-1", 1, 1, 1, "v5litepod-1"),
+        ("v5e-4", 1, 4, 1, "v5litepod-4"),
+        ("v5e-8", 2, 4, 1, "v5litepod-8"),
+        ("v5e-16", 4, 4, 4, "v5litepod-16"),
+        ("2xv5e-256", 64, 4, 128, "v5litepod-256"),
+        ("v6e-8", 2, 4, 1, "v6e-8"),
+        ("v4-8", 1, 4, 1, "v4-8"),
+        ("v4-16", 2, 4, 2, "v4-16"),
+        ("v5p-128", 16, 4, 16, "v5p-128"),
+        ("tpu7x-8", 1, 4, 1, "tpu7x-8"),
+    ],
+)
+def test_machines(name, hosts, chips_per_host, vms, cloud_name):
+    """As in Cloud's tables of TPU configurations, and those of GKE's machine types with four chips."""
+    accelerator = parse(name)
+    assert (accelerator.hosts, accelerator.chips_per_host, accelerator.vms) == (hosts, chips_per_host, vms)
+    assert accelerator.cloud_name == cloud_name
+
+
 def test_slices_multiply():
     assert parse("v5e-16", slices=4) == parse("4xv5e-16")
 

@@ -1,0 +1,207 @@
+"""One TPU of Google Cloud, or several slices of one request, by the commands of `gcloud compute tpus`.
+
+`tpu-vm create` asks for a machine now and fails if there is none. `queued-resources create` asks for one when there
+is one, and is the only way to several slices. Flags: https://cloud.google.com/sdk/gcloud/reference/compute/tpus
+"""
+
+import dataclasses
+import enum
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.planning.accelerators import Accelerator, parse
+from launch.commands import CommandError, Meaning, Shell
+
+RUNTIMES = {
+    "v3": "tpu-ubuntu2204-base",
+    "v4": "tpu-ubuntu2204-base",
+    "v5e": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
+"""Image of each generation for JAX (https://cloud.google.com/tpu/docs/runtimes); TPU7x is rented through GKE only."""
+
+# A host that is gone answers nothing: without these, ssh would wait for it for hours.
+_SSH = ("--ssh-flag=-oConnectTimeout=30", "--ssh-flag=-oServerAliveInterval=30", "--ssh-flag=-oServerAliveCountMax=4")
+_SCP = tuple(flag.replace("--ssh-flag", "--scp-flag") for flag in _SSH)
+
+
+class Phase(enum.Enum):
+    """What a state of Cloud's means for a job."""
+
+    ABSENT = "absent"
+    COMING = "coming"
+    READY = "ready"
+    LOST = "lost"
+    LEAVING = "leaving"
+
+
+# Unknown states count as COMING, so that a new name in the service is waited for and not deleted.
+_PHASES = {
+    "READY": Phase.READY,
+    "ACTIVE": Phase.READY,
+    "PREEMPTED": Phase.LOST,
+    "TERMINATED": Phase.LOST,
+    "STOPPED": Phase.LOST,
+    "SUSPENDED": Phase.LOST,
+    "FAILED": Phase.LOST,
+    "DELETING": Phase.LEAVING,
+    "SUSPENDING": Phase.LEAVING,
+    "STOPPING": Phase.LEAVING,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What Cloud says of a TPU: the phase, its own name for it, and why it failed."""
+
+    phase: Phase
+    name: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.name + (f" ({self.reason})" if self.reason else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class CloudTpu:
+    """A TPU by name.
+
+    Attributes:
+      shell: runs gcloud.
+      name: of the node, or of the queued resource and the beginning of its nodes' names.
+      zone: where.
+      project: None = that of gcloud's configuration.
+      queued: ask through the queue.
+    """
+
+    shell: Shell
+    name: str
+    zone: str
+    project: str | None = None
+    queued: bool = False
+
+    def create(
+        self,
+        accelerator: Accelerator,
+        *,
+        spot: bool = False,
+        runtime: str | None = None,
+        extra: Sequence[str] = (),
+    ) -> None:
+        """Asks for the TPU; one that is there already is left as it is.
+
+        Raises:
+          ConfigError: Cloud's TPU API has no such slices, or refuses.
+        """
+        self.require_offered(accelerator)
+        kind = accelerator.generation.name
+        if self.queued:
+            nodes = (
+                [f"--node-count={accelerator.slices}", f"--node-prefix={self.name}"]
+                if accelerator.slices > 1
+                else [f"--node-id={self.name}"]
+            )
+            image = f"--runtime-version={runtime or RUNTIMES[kind]}"
+        else:
+            nodes, image = [], f"--version={runtime or RUNTIMES[kind]}"
+        flags = [*nodes, *_slice_flags(accelerator), image, *(["--spot"] if spot else []), *extra]
+        try:
+            self.shell.run(self._gcloud("create", self.name, *flags), fix=self._fix_request())
+        except CommandError as error:
+            if error.meaning is not Meaning.EXISTS:
+                raise
+
+    def require_offered(self, accelerator: Accelerator) -> None:
+        """Raises `ConfigError` where Cloud's TPU API hands out no such slices."""
+        kind = accelerator.generation.name
+        if accelerator.slices > 1 and not self.queued:
+            raise ConfigError(
+                "several slices are only handed out through the queue", where="--slices", fix="Add --queued."
+            )
+        if kind not in RUNTIMES:
+            raise ConfigError(f"{kind} is rented through GKE only", where="--accelerator", fix="Use launch.gke.")
+
+    def describe(self, node: str | None = None) -> State:
+        """Returns the state of the TPU, or of one of its nodes."""
+        group = None if node is None else "tpu-vm"
+        expected = '{"state": "ACTIVE"}' if self.queued else '{"state": "READY"}'
+        try:
+            argv = self._gcloud("describe", node or self.name, "--format=json", group=group)
+            answer = self.shell.run(argv, expect=expected)
+        except CommandError as error:
+            if error.meaning is Meaning.MISSING:
+                return State(Phase.ABSENT, "absent")
+            raise
+        return _state(json.loads(answer))
+
+    def lost_node(self, slices: int) -> State | None:
+        """Returns the state of the first node of several slices that is lost; a queue can stay ACTIVE without it."""
+        if not self.queued or self.shell.dry_run:
+            return None
+        names = [f"{self.name}-{index}" for index in range(slices)] if slices > 1 else [self.name]
+        states = (self.describe(name) for name in names)
+        return next((state for state in states if state.phase not in (Phase.READY, Phase.COMING)), None)
+
+    def delete(self) -> None:
+        """Deletes the TPU and its request, however it was asked for; what is not there is not missed."""
+        forced = self._gcloud("delete", self.name, "--force", group="queued-resources")
+        for argv in [forced] if self.queued else [forced, self._gcloud("delete", self.name, group="tpu-vm")]:
+            try:
+                self.shell.run(argv)
+            except CommandError as error:
+                if error.meaning is not Meaning.MISSING:
+                    raise
+
+    def ssh(self, command: str, *, worker: str = "all", expect: str = "") -> str:
+        """Runs a shell command on all workers, or on the first of the first slice, and returns what they print."""
+        return self.shell.run(self._ssh(command, worker), expect=expect)
+
+    def follow(self, command: str) -> int:
+        """Runs a shell command on the first worker with its output on this terminal; returns its exit code."""
+        return self.shell.follow(self._ssh(command, "0"))
+
+    def copy(self, paths: Sequence[str], folder: str) -> None:
+        """Copies files into a folder below the home of all workers."""
+        where = self._where("all")
+        self.shell.run(self._gcloud("scp", *paths, f"{self.name}:{folder}/", *where, *_SCP))
+
+    def _ssh(self, command: str, worker: str) -> list[str]:
+        return self._gcloud("ssh", self.name, *self._where(worker), *_SSH, f"--command={command}")
+
+    def _where(self, worker: str) -> list[str]:
+        return [f"--worker={worker}", *([f"--node={worker}"] if self.queued else [])]
+
+    def _gcloud(self, verb: str, *arguments: str, group: str | None = None) -> list[str]:
+        group = group or ("queued-resources" if self.queued else "tpu-vm")
+        project = [f"--project={self.project}"] if self.project else []
+        return ["gcloud", "compute", "tpus", group, verb, *arguments, f"--zone={self.zone}", *project, "--quiet"]
+
+    def _fix_request(self) -> str:
+        return (
+            f"See what the zone has: gcloud compute tpus accelerator-types list --zone={self.zone}; what you may have: "
+            "IAM & Admin > Quotas in the console (tpu.googleapis.com); with --queued you wait for what is in use."
+        )
+
+
+def _slice_flags(accelerator: Accelerator) -> list[str]:
+    """The type by its size, or by its shape where that is not the one that the size alone gives."""
+    name = accelerator.cloud_name
+    try:
+        usual = parse(name).shape == accelerator.shape
+    except ConfigError:
+        usual = False
+    if usual:
+        return [f"--accelerator-type={name}"]
+    return [f"--type={name.split('-')[0]}", f"--topology={'x'.join(map(str, accelerator.shape))}"]
+
+
+def _state(answer: dict[str, Any]) -> State:
+    found = answer.get("state", "UNKNOWN")
+    reason = ""
+    if isinstance(found, dict):  # of a queued resource: its name and what belongs to it
+        reason = found.get("failedData", {}).get("error", {}).get("message", "")
+        found = found.get("state", "UNKNOWN")
+    return State(_PHASES.get(found, Phase.COMING), found, reason)
