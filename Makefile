@@ -58,7 +58,7 @@ test: $(DEV)  ## Run all tests (make test ARGS="tests/unit/core -x" for some of 
 # torch and transformers are no extra of the package: torch pins CUDA packages that are not those of jax[cuda13], and one
 # lock cannot hold both. They get an environment of their own. TORCH_INDEX=https://download.pytorch.org/whl/cpu takes
 # torch from there, without CUDA.
-INTEROP = torch==2.13.0 transformers==5.23.0
+INTEROP = torch==2.13.0 transformers==5.23.0 accelerate==1.15.0
 TORCH_INDEX ?=
 
 test-recipes: $(DEV)  ## Run every recipe at nano scale, from its first stage to its report.
@@ -68,7 +68,7 @@ test-interop:  ## Compare imported and exported checkpoints with transformers on
 	@$(MAKE) --no-print-directory VENV=$(VENV)-interop interop
 
 interop: $(DEV)
-	@$(BIN)/python -c "import torch, transformers" 2>/dev/null || { \
+	@$(BIN)/python -c "import torch, transformers, accelerate" 2>/dev/null || { \
 	  echo "==> adding $(INTEROP) to $(VENV)"; \
 	  $(subst -c constraints.txt,,$(INSTALL)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(INTEROP); }
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS) tests/interop

@@ -1,10 +1,11 @@
 """Makes a run folder of a released checkpoint: other runs start from it, and decode and evaluate read it.
 
 PATH is a folder with config.json and safetensors files (or pytorch_model.bin, read without torch), as `hf download NAME
---local-dir PATH` makes, or a T5X checkpoint of T5 or mT5, such as checkpoint_1000000. The run folder gets the
-parameters as checkpoint 0, model.gin, which binds the network, and import.json, which says what became of each tensor.
-A diffusion model's gets objective.gin and sampler.gin too: which state predicts which token, what sees what, and MASK.
-No code that comes with a checkpoint is run. Where anything is wrong, nothing is written."""
+--local-dir PATH` makes, a GGUF file, whose weights are dequantised, or a T5X checkpoint of T5 or mT5, such as
+checkpoint_1000000. The run folder gets the parameters as checkpoint 0, model.gin, which binds the network, import.json,
+which says what became of each tensor, and the tokenizer. A diffusion model's gets objective.gin and sampler.gin too:
+which state predicts which token, what sees what, and MASK. No code that comes with a checkpoint is run. Where anything
+is wrong, nothing is written."""
 
 import argparse
 import dataclasses
@@ -19,7 +20,7 @@ DTYPES = ("float32", "bfloat16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
+    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint, or a GGUF file")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="run folder to write; must be new")
     parser.add_argument("--param_dtype", choices=DTYPES, default="float32", help="of the parameters (default: float32)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default: float32)")
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns its result."""
+    from diffusion_lm.interop.gguf_tokenizer import tokenizer_files
     from diffusion_lm.interop.huggingface import load
     from diffusion_lm.interop.run_folder import MODEL_GIN, OBJECTIVE_GIN, SAMPLER_GIN, check_free, write_run_folder
     from diffusion_lm.parallel import multihost
@@ -54,6 +56,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     report = imported.report
     progress(f"read in {report.seconds:.1f} s; at most {size(report.peak_host)} on the host at a time")
     write_run_folder(imported, source, workdir)
+    own = []
+    if imported.gguf is not None:
+        stored = sorted(imported.gguf.stored().items())
+        own += [
+            ("stored as", ", ".join(f"{kind} ({number})" for kind, number in stored)),
+            ("tokenizer", tokenizer_files(imported.gguf.values)[1]),
+        ]
     specials = {name: value for name, value in dataclasses.asdict(imported.specials).items() if value not in (None, ())}
     if multihost.is_primary():
         heading(f"{imported.family} in {workdir}")
@@ -65,6 +74,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 ("largest array", size(report.largest_array)),
                 ("trained", _trained(imported)),
                 ("special tokens", ", ".join(f"{name} {value}" for name, value in specials.items()) or "none named"),
+                *own,
             ]
         )
         for name in report.missing:

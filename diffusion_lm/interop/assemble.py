@@ -167,16 +167,16 @@ def _check(
         fits, expected = found == wanted, str(list(wanted))
     if not fits:
         raise ConfigError(
-            f"tensor {name!r} has shape {list(found)} and {family.told_by} asks for {expected}",
+            f"tensor {checkpoint.called(name)!r} has shape {list(found)} and {_told_by(family, checkpoint)} asks for {expected}",
             where=str(checkpoint.files[name]),
-            fix=_other_files(family),
+            fix=_other_files(family, checkpoint),
         )
 
 
 def _missing(family: Family, absent: list[str], checkpoint: Checkpoint) -> ConfigError:
     files = sorted({path.name for path in checkpoint.files.values()})
     return ConfigError(
-        f"{len(absent)} tensors of a {family.name} model are missing: {_some(absent)}",
+        f"{len(absent)} tensors of a {family.name} model are missing: {_some(list(map(checkpoint.called, absent)))}",
         where=", ".join(files[:_SHOWN]),
         fix=f"Download all files of the checkpoint; one without the head of {family.architectures[0]} needs "
         "--fresh_missing, which initialises what is missing.",
@@ -197,17 +197,25 @@ def _sort_leftovers(family: Family, lines: Iterable[Weight], left: set[str], che
         else:
             unknown.append(name)
     if unknown:
-        near = near_names(unknown[0], (line.theirs.format(i=0) for line in lines))
+        names = [checkpoint.called(name) for name in unknown]
+        near = near_names(names[0], (checkpoint.called(line.theirs.format(i=0)) for line in lines))
         raise ConfigError(
-            f"{len(unknown)} tensors have no place in the {family.name} model of {family.told_by}: "
-            f"{_some(unknown)}{near}",
+            f"{len(unknown)} tensors have no place in the {family.name} model of {_told_by(family, checkpoint)}: "
+            f"{_some(names)}{near}",
             where=str(checkpoint.files[unknown[0]]),
-            fix=_other_files(family),
+            fix=_other_files(family, checkpoint),
         )
     return ignored
 
 
-def _other_files(family: Family) -> str:
+def _told_by(family: Family, checkpoint: Checkpoint) -> str:
+    """Returns what says the network's shape, for errors."""
+    return family.told_by if checkpoint.gguf is None else "its metadata"
+
+
+def _other_files(family: Family, checkpoint: Checkpoint) -> str:
+    if checkpoint.gguf is not None:
+        return "Import the Hugging Face folder that the file was made from."
     if family.told_by == CONFIG:
         return f"Use the {CONFIG} that belongs to these weights."
     return "Use a checkpoint whose tensors are all of one network."

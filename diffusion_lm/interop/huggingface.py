@@ -1,4 +1,4 @@
-"""Released checkpoints as networks of ours: a folder with config.json and its weights, or a checkpoint of T5X.
+"""Released checkpoints as networks of ours: a folder with config.json and its weights, a GGUF file, or one of T5X.
 
 Everything is checked before the first tensor is read; then the arrays are made one after the other, each from the file
 into one buffer on the host and from there to the devices.
@@ -20,6 +20,7 @@ from diffusion_lm.core.files import read_json
 from diffusion_lm.core.types import Params
 from diffusion_lm.interop.assemble import Meter, Plan, plan_weights, read_array
 from diffusion_lm.interop.diffusion import TrainedAs, trained_as
+from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
 from diffusion_lm.interop.name_maps import family_of
 from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family
 from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
@@ -88,8 +89,9 @@ class Imported:
       specials: its special tokens.
       causal: whether it was trained from left to right.
       report: what became of the tensors.
-      config: the contents of its config.json.
+      config: the contents of its config.json, or what the metadata of a GGUF file amount to.
       diffusion: what a diffusion model was trained as; None for all others.
+      gguf: the GGUF file that it was read from, or None.
     """
 
     family: str
@@ -100,6 +102,7 @@ class Imported:
     report: ImportReport
     config: Mapping[str, Any]
     diffusion: TrainedAs | None = None
+    gguf: GgufFile | None = None
 
 
 def load(
@@ -116,7 +119,7 @@ def load(
 
     Args:
       path: a folder with config.json and model.safetensors, pytorch_model.bin, or shards of either with their index;
-        or a folder of T5X, such as checkpoint_1000000.
+        a GGUF file; or a folder of T5X, such as checkpoint_1000000.
       param_dtype: dtype of the parameters, "float32" or "bfloat16".
       dtype: dtype of the computation.
       mesh: devices to lay the parameters out on; None = the first device.
@@ -129,8 +132,8 @@ def load(
       ConfigError: the checkpoint is of an unknown family, is incomplete, or has tensors that have no place.
     """
     start = time.perf_counter()
-    folder = _folder(path)
-    family, config, checkpoint = _open(folder, layout)
+    source = _source(path)
+    family, config, checkpoint = _open(source, layout)
     fields = family.spec(config) | {"dtype": dtype, "param_dtype": param_dtype} | _rows(family, checkpoint)
     architecture = network_of(TransformerSpec(**fields))
     plan = plan_weights(family, architecture, checkpoint, fresh_missing=fresh_missing)
@@ -138,23 +141,24 @@ def load(
     params = _read(plan, architecture, checkpoint, mesh, rules, meter)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
     report = ImportReport(
-        mapped=tuple((name, weight.theirs) for name, weight in plan.weights.items()),
-        ignored=plan.ignored,
+        mapped=tuple((name, checkpoint.called(weight.theirs)) for name, weight in plan.weights.items()),
+        ignored=tuple(map(checkpoint.called, plan.ignored)),
         missing=plan.missing,
         parameters=architecture.count_parameters()["total"],
         largest_array=max(sizes),
         peak_host=meter.peak,
         seconds=time.perf_counter() - start,
     )
-    specials = find_specials(config.values, _json(folder / GENERATION_CONFIG, optional=True))
+    specials = find_specials(config.values, _json(source / GENERATION_CONFIG, optional=True))
     trained = None
     if family.diffusion is not None:
         named = specials.mask_id, GENERATION_CONFIG
         if specials.mask_id is None:
-            named = mask_of_tokenizer(folder), "tokenizer"
+            named = mask_of_tokenizer(source), "tokenizer"
         trained = trained_as(family.diffusion, config, architecture.spec.vocab_size, named)
         specials = dataclasses.replace(specials, mask_id=trained.mask_id)
-    return Imported(family.name, architecture, params, specials, family.causal, report, config.values, trained)
+    facts = family.name, architecture, params, specials, family.causal, report, config.values
+    return Imported(*facts, trained, checkpoint.gguf)
 
 
 def _rows(family: Family, checkpoint: Checkpoint) -> dict[str, int]:
@@ -187,7 +191,12 @@ def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any
 
 
 def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]:
-    """Returns the family of a folder, what its config.json says (or the sizes of T5X's tensors do), and its tensors."""
+    """Returns the family, what config.json says (or a GGUF file's metadata, or the sizes of T5X), and the tensors."""
+    if _is_gguf(folder):
+        checkpoint = Checkpoint(folder)
+        assert checkpoint.gguf is not None
+        config = Config(checkpoint.gguf.config, str(folder), checkpoint.files)
+        return family_of(config, checkpoint.files, layout), config, checkpoint
     file = folder / CONFIG
     if not _is_t5x(folder):
         config = Config(_json(file), str(file))
@@ -246,13 +255,23 @@ def _fresh(architecture: Network, name: str, sharding: jax.sharding.Sharding) ->
     return jax.jit(pick, out_shardings=sharding)(jax.random.key(0))
 
 
-def _folder(path: str | Path) -> Path:
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == SUFFIX and not path.is_dir()
+
+
+def _source(path: str | Path) -> Path:
     folder = Path(path).expanduser()
+    if _is_gguf(folder):
+        if not folder.is_file():
+            raise ConfigError(f"there is no file {folder}", where="PATH", fix="Name a GGUF file or a folder.")
+        return folder
     if (folder / CONFIG).is_file() or _is_t5x(folder):
         return folder
-    inside = sorted(index.parent.name for index in folder.glob(f"checkpoint_*/{INDEX}"))
+    kind, inside = "checkpoints of T5X", sorted(index.parent.name for index in folder.glob(f"checkpoint_*/{INDEX}"))
+    if not inside:
+        kind, inside = "GGUF files", sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
     raise ConfigError(
-        f"there is no {CONFIG} in {folder}" + (f", but checkpoints of T5X: {', '.join(inside)}" if inside else ""),
+        f"there is no {CONFIG} in {folder}" + (f", but {kind}: {', '.join(inside)}" if inside else ""),
         where="PATH",
         fix="Name one of them."
         if inside

@@ -4,7 +4,7 @@ WORKDIR/checkpoints/0   the parameters
 WORKDIR/model.gin       the network, to be included
 WORKDIR/objective.gin   of a diffusion model: the objective that such a model is trained by, to be included behind it
 WORKDIR/sampler.gin     of a diffusion model: the sampler, for `decode --sampler`
-WORKDIR/tokenizer/      its tokenizer files, where it has some
+WORKDIR/tokenizer/      its tokenizer files, where it has some; of a GGUF file, what its metadata amount to
 WORKDIR/import.json     where it came from, what became of each tensor, special tokens, config.json
 WORKDIR/run_card.json   says that the folder is taken
 """
@@ -12,6 +12,7 @@ WORKDIR/run_card.json   says that the folder is taken
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import jax
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import is_bucket, write_json, write_text
 from diffusion_lm.interop.diffusion import objective_gin, sampler_gin
+from diffusion_lm.interop.gguf_tokenizer import tokenizer_files
 from diffusion_lm.interop.huggingface import Imported
 from diffusion_lm.interop.tokenizer_folder import TOKENIZER, copied_files, read_vocabulary
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -75,6 +77,8 @@ def write_run_folder(imported: Imported, source: Path, workdir: Path) -> None:
                 (beside / TOKENIZER).mkdir(exist_ok=True)
                 shutil.copyfile(file, beside / TOKENIZER / file.name)
             write_json(beside / IMPORT_CARD, facts)
+            if imported.gguf is not None:
+                _write_tokenizer(beside / TOKENIZER, tokenizer_files(imported.gguf.values)[0])
             claim_folder(beside, {"class": "imported checkpoint", "spec": plain(spec), "source": facts["source"]})
             if workdir.exists():
                 workdir.rmdir()
@@ -126,6 +130,12 @@ def _diffusion_files(imported: Imported, source: Path) -> dict[str, str]:
     if vocabulary is not None:
         eos, pad = vocabulary.specials.eos_id, vocabulary.specials.pad_id
     return {OBJECTIVE_GIN: objective_gin(trained, eos), SAMPLER_GIN: sampler_gin(trained, eos, pad)}
+
+
+def _write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _bindings(spec: TransformerSpec) -> list[tuple[str, str]]:

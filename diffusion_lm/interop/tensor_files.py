@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
 from diffusion_lm.interop.t5x_files import INDEX, T5xFile
 from diffusion_lm.interop.torch_files import TorchFile
 
@@ -81,13 +82,14 @@ class SafeTensorFile:
 
 
 class Checkpoint:
-    """All tensors of a folder.
+    """All tensors of a folder, or of one GGUF file.
 
     Attributes:
       files: the file of each tensor, by the tensor's name.
+      gguf: the GGUF file, or None.
 
     Args:
-      folder: the folder.
+      folder: the folder or the file.
 
     Raises:
       ConfigError: there are no weights, a shard is missing or cut off, or the index disagrees with the shards.
@@ -97,6 +99,12 @@ class Checkpoint:
         self._folder = folder
         self.files: dict[str, Path] = {}
         self._open: dict[Path, TensorFile] = {}
+        self.gguf: GgufFile | None = None
+        if folder.suffix == SUFFIX:
+            self.gguf = GgufFile(folder)
+            self._open[folder] = self.gguf
+            self.files = dict.fromkeys(self.gguf.names(), folder)
+            return
         for single, index in LAYOUTS:
             if (folder / index).is_file():
                 self._add_shards(folder / index)
@@ -155,6 +163,10 @@ class Checkpoint:
                 )
             self.files[name] = path
 
+    def called(self, name: str) -> str:
+        """Returns what the file calls a tensor, present or not: a GGUF file has names of its own."""
+        return name if self.gguf is None else self.gguf.called(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor."""
         return self._open[self.files[name]].shape(name)
@@ -165,7 +177,7 @@ class Checkpoint:
         # numpy takes None for float64.
         if dtype is None or dtype not in _FLOATS.values():
             raise ConfigError(
-                f"tensor {name!r} holds no floats of 16 bits or more",
+                f"tensor {self.called(name)!r} holds no floats of 16 bits or more",
                 where=str(self.files[name]),
                 fix="Use a checkpoint that is not quantised.",
             )
@@ -182,5 +194,7 @@ class Checkpoint:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"cannot read tensor {name!r}: {error}", where=str(self.files[name]), fix="Download the file again."
+                f"cannot read tensor {self.called(name)!r}: {error}",
+                where=str(self.files[name]),
+                fix="Download the file again.",
             ) from error

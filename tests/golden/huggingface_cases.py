@@ -115,13 +115,18 @@ _HEADS = {"GPT2": "LMHeadModel"} | dict.fromkeys(("Bert", "Roberta", "XLMRoberta
 _CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
-def build(name: str) -> Any:
-    """Returns the torch model of a case, its weights random and of a size at which every part counts."""
+def build(name: str, **changes: Any) -> Any:
+    """Returns the torch model of a case, its weights random and of a size at which every part counts.
+
+    Args:
+      name: of the case.
+      changes: of its config.
+    """
     import torch
     import transformers
 
     prefix, fields = (GOLDEN | LIVE)[name]
-    config = getattr(transformers, _CONFIGS.get(prefix, f"{prefix}Config"))(**fields)
+    config = getattr(transformers, _CONFIGS.get(prefix, f"{prefix}Config"))(**(fields | changes))
     model = getattr(transformers, prefix + _HEADS.get(prefix, "ForCausalLM"))(config).eval()
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     ones = () if prefix.startswith("Gemma") else ("norm.weight", "layernorm.weight", "ln_")
