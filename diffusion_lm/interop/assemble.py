@@ -104,7 +104,7 @@ def plan_weights(family: Family, architecture: Architecture, checkpoint: Checkpo
 def read_array(buffer: np.ndarray, weight: Weight, spec: TransformerSpec, checkpoint: Checkpoint, meter: Meter) -> None:
     """Fills `buffer` (zeros, of our array's shape and dtype) from the tensors."""
     if weight.stacked:
-        for layer in range(buffer.shape[0]):
+        for layer in range(weight.first, buffer.shape[0]):
             _fill(buffer[layer], weight, weight.theirs.format(i=layer), spec, checkpoint, meter)
     else:
         _fill(buffer, weight, weight.theirs, spec, checkpoint, meter)
@@ -114,7 +114,7 @@ def tensors_of(weight: Weight, shape: tuple[int, ...]) -> Iterator[str]:
     """Yields the names of the tensors of an array of this shape."""
     for name in (weight.theirs, weight.plus_row):
         if name is not None and weight.stacked:
-            yield from (name.format(i=layer) for layer in range(shape[0]))
+            yield from (name.format(i=layer) for layer in range(weight.first, shape[0]))
         elif name is not None:
             yield name
 
@@ -123,7 +123,8 @@ def tensor_shape(weight: Weight, shape: tuple[int, ...], spec: TransformerSpec) 
     """Returns the shape that each tensor of an array of `shape` must have."""
     one = jax.ShapeDtypeStruct(shape[1:] if weight.stacked else shape, np.float32)
     saved = jax.eval_shape(lambda x: weight.layout.save(x, spec), one).shape
-    return (*saved[:-1], saved[-1] * weight.parts)
+    axis = weight.parts_axis % len(saved)
+    return (*saved[:axis], saved[axis] * weight.parts, *saved[axis + 1 :])
 
 
 def _abstract(architecture: Architecture) -> dict[str, Any]:
@@ -138,12 +139,14 @@ def _as_in_the_file(line: Weight, family: Family, taken: set[str], checkpoint: C
     """
     names = checkpoint.files
 
+    first = line.first
+
     def spelled(name: str) -> str:
         copies = [copy for copy, original in family.copies if original == name and copy not in taken]
         for spelling in (name, *copies):
             for candidate in (spelling, spelling.removeprefix(family.prefix)):
                 for known in (candidate, *_old_names(candidate, family)):
-                    if known.format(i=0) in names:
+                    if known.format(i=first) in names:
                         return known
         return name
 
@@ -255,7 +258,7 @@ def _fill(into: np.ndarray, weight: Weight, name: str, spec: TransformerSpec, ch
         with meter.holding(min(step, rows - start) * columns * 4):
             tensor = checkpoint.read(name, part)
             if weight.parts > 1:
-                tensor = np.split(tensor, weight.parts, axis=-1)[weight.part]
+                tensor = np.split(tensor, weight.parts, axis=weight.parts_axis)[weight.part]
             if weight.plus_row is not None:
                 tensor = tensor.astype(np.float32) + checkpoint.read(weight.plus_row, slice(0, 1)).astype(np.float32)
             loaded = weight.layout.load(tensor, spec)

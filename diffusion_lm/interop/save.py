@@ -117,6 +117,8 @@ def _meaning(spec: TransformerSpec, name: str) -> Any:
             return spec.gelu if "gelu" in spec.mlp or "geglu" in spec.mlp or spec.head_transform else None
         case "tied_logit_scale":
             return spec.logit_scale
+        case "head_transform_bias":
+            return spec.head_transform and spec.head_transform_bias
         case "window_layers":
             return spec.window_layers if spec.window else None
         case "rope_scaling":
@@ -255,11 +257,11 @@ def _tensors(
         if dtype is not None:
             arrays = [array.astype(jax.numpy.dtype(dtype)) for array in arrays]
         layout, stacked = group[0].layout, group[0].stacked
-        for layer in range(arrays[0].shape[0]) if stacked else (None,):
+        for layer in range(group[0].first, arrays[0].shape[0]) if stacked else (None,):
             slices = [array if layer is None else array[layer] for array in arrays]
             parts = [np.asarray(layout.save(one, spec)) for one in slices]
             name = theirs if layer is None else theirs.format(i=layer)
-            yield name, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+            yield name, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=group[0].parts_axis)
         for weight in group:
             if weight.plus_row is not None:
                 yield weight.plus_row, np.zeros((1, arrays[0].shape[-1]), arrays[0].dtype)

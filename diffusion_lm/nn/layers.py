@@ -334,6 +334,8 @@ class Block(nn.Module):
             context = context.replace(mask=mask, windowed=windowed)
 
         normed = self._before(self.attention_norm, x_BQD)
+        if not spec.first_attention_norm:
+            normed = jnp.where(layer == 0, x_BQD.astype(normed.dtype), normed)
         keys_values = self.attention.keys_values(normed, context.positions, context.windowed)
         if cache is not None:
             cache = cache.write(layer, context.positions, *keys_values)
@@ -377,10 +379,11 @@ class HeadTransform(nn.Module):
         """Returns [B,T,D] in the compute dtype."""
         D, dtype = self.spec.model_dim, jnp.dtype(self.spec.param_dtype)
         dense = _parameter(self, "dense", fan_in_normal(D), (D, D), ("embed", "norm"), dtype)
-        bias = _parameter(self, "dense_bias", nn.initializers.zeros, (D,), ("norm",), dtype)
-        return Norm(self.spec, name="norm")(
-            gelu_of(self.spec)(x_BTD @ dense.astype(x_BTD.dtype) + bias.astype(x_BTD.dtype))
-        )
+        out = x_BTD @ dense.astype(x_BTD.dtype)
+        if self.spec.head_transform_bias:
+            bias = _parameter(self, "dense_bias", nn.initializers.zeros, (D,), ("norm",), dtype)
+            out = out + bias.astype(out.dtype)
+        return Norm(self.spec, name="norm")(gelu_of(self.spec)(out))
 
 
 def _either(condition: jax.Array, first: Any, second: Any) -> Any:

@@ -46,6 +46,8 @@ class TransformerSpec:
         what each layer adds (Gemma 2).
       norm_around_one: the scales of the norms are stored as their distance from 1, and begin at 0 (Gemma).
       embedding_norm: a norm behind the sum of token and position embeddings (BERT, RoBERTa).
+      first_attention_norm: whether the first block has a norm in front of its attention; without one (ModernBERT) it
+        reads the embeddings as their own norm left them, and the row of the norm's scale for it is never read.
       position: "relative_bias" (T5, one table per stack), "rope", "learned" or "none".
       rope_theta: base of RoPE's wavelengths.
       rope_scaling: how RoPE's frequencies were stretched for long streams, see `nn/rope.py`; None = not at all.
@@ -69,6 +71,7 @@ class TransformerSpec:
       attention_output_bias: biases in the output projection of attention.
       mlp_bias: biases in the feed-forward layers.
       head_transform: a linear layer, GELU and norm in front of the output projection (BERT's masked language models).
+      head_transform_bias: a bias in that linear layer (ModernBERT has none).
       head_bias: a bias a token on the logits.
       qk_norm: normalises each head's queries and keys (Qwen3).
       embedding_std: standard deviation of fresh embeddings.
@@ -105,6 +108,7 @@ class TransformerSpec:
     norm_placement: str = "pre"
     norm_around_one: bool = False
     embedding_norm: bool = False
+    first_attention_norm: bool = True
     position: str = "relative_bias"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -123,6 +127,7 @@ class TransformerSpec:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     head_transform: bool = False
+    head_transform_bias: bool = True
     head_bias: bool = False
     qk_norm: bool = False
     embedding_std: float = 1.0
@@ -203,6 +208,12 @@ class TransformerSpec:
             f"window_rope_theta = {self.window_rope_theta} is for the window_layers, and none are named",
             where="TransformerSpec.window_rope_theta",
             fix="Bind window_layers, or rope_theta for all layers.",
+        )
+        require(
+            self.first_attention_norm or self.norm_placement != "post",
+            "A network with its norms behind the layers has none in front of the first one to leave out",
+            where="TransformerSpec.first_attention_norm",
+            fix="Bind it to True, or choose norm_placement = 'pre'.",
         )
         both_ways = {self.relative_bidirectional, self.relative_bidirectional or self.encoder_layers > 0}
         halves = [self.relative_buckets // (4 if both else 2) for both in both_ways]

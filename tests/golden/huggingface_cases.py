@@ -53,6 +53,19 @@ _GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
 }
 
+_MODERN = _ENCODER | {
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 64,
+    "local_attention": 4,
+    "pad_token_id": 3,
+    **dict.fromkeys(("bos_token_id", "cls_token_id"), 1),
+    **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 300.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+    },
+}
+
 GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", _GPT2),
     "llama": ("Llama", _DECODER),
@@ -72,6 +85,7 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", _ENCODER | {"pad_token_id": 0}),
     "roberta": ("Roberta", _ENCODER),
     "xlm_roberta_xl": ("XLMRobertaXL", _ENCODER),
+    "modernbert": ("ModernBert", _MODERN),
 }
 """Class prefix in transformers and config; those that have a fixture in the repository."""
 
@@ -108,10 +122,30 @@ LIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "xlm_roberta": ("XLMRoberta", _ENCODER | {"type_vocab_size": 1, "layer_norm_eps": 1e-3}),
     "roberta_other_pad": ("Roberta", _ENCODER | {"pad_token_id": 3}),
     "roberta_relu": ("Roberta", _ENCODER | {"hidden_act": "relu"}),
+    "modernbert_biases": (
+        "ModernBert",
+        _MODERN
+        | {"attention_bias": True, "mlp_bias": True, "classifier_bias": True, "decoder_bias": False, "norm_eps": 1e-3},
+    ),
+    "modernbert_untied_all_local": (
+        "ModernBert",
+        _MODERN | {"tie_word_embeddings": False, "layer_types": ["sliding_attention"] * 4, "local_attention": 6},
+    ),
+    "modernbert_tanh_no_window": (
+        "ModernBert",
+        _MODERN
+        | {
+            "layer_types": ["full_attention"] * 4,
+            "hidden_activation": "gelu_new",
+            "classifier_activation": "gelu_new",
+        },
+    ),
 }
 """More shapes, compared where transformers is installed."""
 
-_HEADS = {"GPT2": "LMHeadModel"} | dict.fromkeys(("Bert", "Roberta", "XLMRoberta", "XLMRobertaXL"), "ForMaskedLM")
+_HEADS = {"GPT2": "LMHeadModel"} | dict.fromkeys(
+    ("Bert", "Roberta", "XLMRoberta", "XLMRobertaXL", "ModernBert"), "ForMaskedLM"
+)
 _CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 

@@ -55,6 +55,12 @@ def test_logits_are_those_of_transformers(name, imported):
         ("gemma3", {"window_rope_theta": None}),
         ("gemma3", {"rope_scaling": None}),
         ("bert", {"gelu": "tanh"}),
+        ("modernbert", {"gelu": "tanh"}),
+        ("modernbert", {"first_attention_norm": True}),
+        ("modernbert", {"window": 4}),
+        ("modernbert", {"window": 2}),
+        ("modernbert", {"window_rope_theta": None}),
+        ("modernbert", {"window_layers": (0, 1, 2)}),
         ("roberta", {"position_offset": 0, "max_positions": 20}),
     ],
 )
@@ -85,7 +91,7 @@ def test_export_writes_what_was_read(name, imported, tmp_path):
     after = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     assert set(after) == set(before)
     folded = {tensor for tensor in before if "position_embeddings" in tensor or "token_type" in tensor}
-    assert bool(folded) == ("bert" in name)
+    assert bool(folded) == (name == "bert" or "roberta" in name)
     for tensor in set(before) - folded:
         np.testing.assert_array_equal(after[tensor], before[tensor], err_msg=tensor)
     again = load(tmp_path / "out")

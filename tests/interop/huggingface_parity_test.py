@@ -17,7 +17,7 @@ ALL = [*cases.GOLDEN, *cases.LIVE]
 
 
 def _inputs(model) -> tuple[np.ndarray, np.ndarray]:
-    encoder = hasattr(model, "roberta") or hasattr(model, "bert")
+    encoder = type(model).__name__.endswith("MaskedLM")
     return cases.inputs(model.config.pad_token_id if encoder else None)
 
 

@@ -68,8 +68,10 @@ class Weight:
       ours: path in our parameter tree, such as `blocks/attention/query`.
       theirs: name in the file; `{i}` is the number of the layer.
       layout: from one to the other.
-      part: which of the `parts` equal slices of the tensor's last axis this is (GPT-2 joins queries, keys, values).
+      part: which of the `parts` equal slices of one of the tensor's axes this is (GPT-2 joins queries, keys, values).
       parts: number of slices.
+      parts_axis: the axis that is cut, counted as the file does; -1 or 0.
+      first: number of the first layer that has such a tensor; the rows of ours before it are never read, and 0.
       plus_row: name of a table whose row 0 is added to every row: token type 0, which is everywhere the same.
       gated: whether the line is for networks with gated feed-forward layers or for the others; None = for both.
     """
@@ -79,6 +81,8 @@ class Weight:
     layout: Layout = SAME
     part: int = 0
     parts: int = 1
+    parts_axis: int = -1
+    first: int = 0
     plus_row: str | None = None
     gated: bool | None = None
 

@@ -174,6 +174,29 @@ def test_encoders_whose_head_is_not_tied(tmp_path):
     assert "tie_word_embeddings = False" in _error(folder.path)
 
 
+def test_older_and_newer_configs_of_modernbert_say_the_same(tmp_path):
+    folder = Folder(tmp_path, "modernbert")
+    before = load(folder.path).architecture
+    assert before.spec.window_layers == (1, 2)
+    assert before.spec.window == 3
+    older = {"global_attn_every_n_layers": 3, "global_rope_theta": 300.0, "local_rope_theta": 20.0}
+    folder.config(layer_types=None, rope_parameters=None, **older)
+    assert load(folder.path).architecture == before
+    folder.config(norm_bias=True)
+    assert "norm_bias = True" in _error(folder.path)
+    folder.config(norm_bias=False, classifier_activation="gelu_new")
+    assert "classifier_activation = 'gelu_new'" in _error(folder.path)
+
+
+def test_the_first_layer_of_modernbert_has_no_norm(tmp_path):
+    folder = Folder(tmp_path, "modernbert")
+    folder.weights(lambda t: t.update({"model.layers.0.attn_norm.weight": np.ones(16, np.float32)}))
+    assert "tensors have no place in the modernbert model" in _error(folder.path)
+    folder = Folder(tmp_path / "other", "modernbert")
+    folder.weights(lambda t: t.pop("model.layers.1.attn_norm.weight"))
+    assert "are missing: model.layers.1.attn_norm.weight" in _error(folder.path)
+
+
 def test_quantised_tensors(folder):
     folder.weights(lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}))
     assert "'model.norm.weight' holds no floats" in _error(folder.path)
