@@ -137,9 +137,7 @@ def _as_in_the_file(line: Weight, family: Family, taken: set[str], checkpoint: C
 
     A model saved without its head has no prefix; of tied weights a file holds one or both names.
     """
-    names = checkpoint.files
-
-    first = line.first
+    names, first = checkpoint.files, line.first
 
     def spelled(name: str) -> str:
         copies = [copy for copy, original in family.copies if original == name and copy not in taken]
@@ -170,7 +168,8 @@ def _check(
         fits, expected = found == wanted, str(list(wanted))
     if not fits:
         raise ConfigError(
-            f"tensor {checkpoint.called(name)!r} has shape {list(found)} and {_told_by(family, checkpoint)} asks for {expected}",
+            f"tensor {checkpoint.called(name)!r} has shape {list(found)} and {_told_by(family, checkpoint)} "
+            f"asks for {expected}",
             where=str(checkpoint.files[name]),
             fix=_other_files(family, checkpoint),
         )

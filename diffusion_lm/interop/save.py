@@ -204,7 +204,8 @@ def _full_config(
             told["mask_token_id"] = mask
         if family.diffusion.block_key is not None:
             told[family.diffusion.block_key] = (trained_as or {}).get("block_size") or family.diffusion.block_size
-    return {**given, **family.config(spec), **told, **own}
+    absent = {name: None for name, token in family.special_ids if token >= spec.vocab_size}
+    return {**absent, **given, **family.config(spec), **told, **own}
 
 
 def _write_weights(

@@ -99,3 +99,12 @@ def test_export_writes_what_was_read(name, imported, tmp_path):
     golden = _golden(name)
     ours, once_more = (our_logits(one, golden["ids"], golden["mask"]) for one in (source, again))
     np.testing.assert_array_equal(ours, once_more)
+
+
+def test_special_tokens_that_the_vocabulary_does_not_have_are_not_left_to_defaults(imported, tmp_path):
+    """ModernBERT's class takes 50283 for padding where nothing is said, and then cannot make its own table."""
+    source = imported["modernbert"]
+    save(tmp_path / "out", source.architecture, source.params, config={"eos_token_id": 2})
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["eos_token_id"] == 2
+    assert {written[f"{name}_token_id"] for name in ("pad", "bos", "cls", "sep")} == {None}

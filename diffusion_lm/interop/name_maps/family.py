@@ -197,6 +197,8 @@ class Family:
       told_by: what says the network's shape, for errors.
       diffusion: what a family of diffusion models was trained as; None for all others.
       signature: regular expression of tensors that tell the family from others of its model types; "" = none does.
+      special_ids: (field, id) of special tokens that transformers' class takes where config.json says none, for classes
+        whose ids a smaller vocabulary does not have; `export` writes null for those.
       rows: tensor whose rows are the size of the vocabulary, whatever config.json says; None = config.json is right.
     """
 
@@ -216,4 +218,5 @@ class Family:
     told_by: str = CONFIG
     diffusion: Diffusion | None = None
     signature: str = ""
+    special_ids: tuple[tuple[str, int], ...] = ()
     rows: str | None = None

@@ -148,4 +148,8 @@ FAMILY = Family(
     spec=_spec,
     config=_config,
     causal=False,
+    special_ids=(
+        *(("bos_token_id", 50281), ("cls_token_id", 50281), ("eos_token_id", 50282)),
+        *(("sep_token_id", 50282), ("pad_token_id", 50283)),
+    ),
 )

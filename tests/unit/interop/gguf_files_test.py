@@ -212,7 +212,7 @@ def test_a_file_that_is_cut_off(path):
 
 def test_a_folder_with_a_file_in_it_is_pointed_at_it(path):
     write_gguf(FOLDER / "llama", path)
-    assert f"Name the file {path}" in _error(path.parent)
+    assert f"but GGUF files: {path.name}" in _error(path.parent)
 
 
 def test_the_package_is_named_where_it_is_missing(path, monkeypatch):
