@@ -13,8 +13,7 @@ from diffusion_lm.nn import stack
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain
 from diffusion_lm.nn.cross_entropy import Head
-from diffusion_lm.nn.embeddings import relative_bias, relative_diagonals
-from diffusion_lm.nn.layers import Context, row_dropout
+from diffusion_lm.nn.layers import Context, row_dropout, stack_bias
 from diffusion_lm.nn.masks import Segments, Visibility, Window, same_segment
 from diffusion_lm.nn.transformer import TransformerSpec
 
@@ -34,7 +33,7 @@ def init_stream(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: b
         "blocks": stack.init_stack(spec, named_key(key, "blocks"), layers, has_cross),
     }
     params |= {name: stack.init_norm(spec) for name in _norms(spec)}
-    if spec.position == "relative_bias":
+    if _has_stack_bias(spec):
         shape = (spec.relative_buckets, spec.num_heads)
         initializer = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         params["relative_bias"] = initializer(named_key(key, "relative_bias"), shape, dtype)
@@ -47,11 +46,15 @@ def init_stream(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: b
 def stream_axes(spec: TransformerSpec, has_cross: bool = False) -> Any:
     """Returns the logical axes of `init_stream`'s tree."""
     axes = {"blocks": stack.stack_axes(spec, has_cross)} | {name: stack.norm_axes(spec) for name in _norms(spec)}
-    if spec.position == "relative_bias":
+    if _has_stack_bias(spec):
         axes["relative_bias"] = ("relative_buckets", "heads")
     if spec.position == "learned":
         axes["positions"] = ("positions", "embed")
     return axes
+
+
+def _has_stack_bias(spec: TransformerSpec) -> bool:
+    return spec.position == "relative_bias" and not spec.relative_per_layer
 
 
 def _norms(spec: TransformerSpec) -> tuple[str, ...]:
@@ -169,16 +172,8 @@ def run_stream(
     # A kernel evaluates the expression itself, wherever whole rows see each other.
     written_out = spec.attention != "flash" or cache is not None
     bias = None
-    if spec.position == "relative_bias":
-        settings: Any = {
-            "bidirectional": spec.relative_bidirectional,
-            "max_distance": spec.relative_max_distance,
-        }
-        if written_out:
-            bias = relative_bias(params["relative_bias"], q_slots, length // copies, **settings)
-            bias = jnp.tile(bias, (1, 1, copies, copies)) if copies > 1 else bias
-        else:
-            bias = relative_diagonals(params["relative_bias"], length // copies, **settings)
+    if _has_stack_bias(spec):
+        bias = stack_bias(spec, params["relative_bias"], q_slots, length, copies, written_out=written_out)
     memory_mask = None
     if encoder is not None:
         q_segments = segment_ids if cache is None else jnp.take_along_axis(segment_ids, positions, axis=1, mode="clip")
@@ -197,6 +192,7 @@ def run_stream(
         memory_BSD=None if encoder is None or encoder.cross is not None else encoder.memory_BSD,
         memory_mask=memory_mask,
         dropout_keys=dropout_keys,
+        copies=copies,
         constrain=constrain,
     )
     cross = None if encoder is None else encoder.cross

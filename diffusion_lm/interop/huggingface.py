@@ -23,6 +23,7 @@ from diffusion_lm.interop.diffusion import TrainedAs, trained_as
 from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
 from diffusion_lm.interop.name_maps import family_of
 from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family
+from diffusion_lm.interop.name_maps.gemma import language_model
 from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
 from diffusion_lm.interop.save import save as save
 from diffusion_lm.interop.t5x_files import INDEX
@@ -199,7 +200,7 @@ def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]
         return family_of(config, checkpoint.files, layout), config, checkpoint
     file = folder / CONFIG
     if not _is_t5x(folder):
-        config = Config(_json(file), str(file))
+        config = Config(language_model(_json(file)), str(file))
         family_of(config, layout=layout)  # before the weights, which may not be there
         checkpoint = Checkpoint(folder)
         family = family_of(config, checkpoint.files, layout)

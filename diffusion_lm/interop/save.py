@@ -129,7 +129,7 @@ def _meaning(spec: TransformerSpec, name: str) -> Any:
             return spec.max_positions if spec.position == "learned" else None
         case "attention_scale_size":
             return spec.head_dim if spec.attention_scale_size is None else spec.attention_scale_size
-        case "relative_buckets" | "relative_max_distance" | "relative_bidirectional":
+        case "relative_buckets" | "relative_max_distance" | "relative_bidirectional" | "relative_per_layer":
             return getattr(spec, name) if spec.position == "relative_bias" else None
         case "rope_theta":
             return spec.rope_theta if spec.position == "rope" else None

@@ -16,6 +16,9 @@ from diffusion_lm.core.errors import ConfigError
 INDEX = "checkpoint"
 """Name of the msgpack file."""
 
+BIAS = "relpos_bias.rel_embedding"
+"""The relative bias of a stack, or behind the name of a layer, that of the layer."""
+
 SCAN_AXIS = 1
 """Where T5X stacks the layers (`param_scan_axis`)."""
 
@@ -31,7 +34,7 @@ class T5xFile:
       path: the msgpack file.
 
     Raises:
-      ConfigError: the file is no index of T5X, an array is missing, or layers have relative biases that differ.
+      ConfigError: the file is no index of T5X, or an array is missing.
     """
 
     def __init__(self, path: Path):
@@ -109,26 +112,26 @@ class T5xFile:
             ) from error
 
     def _join_biases(self) -> None:
-        """Makes the relative biases of the layers the one of their stack where they are equal."""
+        """Makes the relative biases of the layers the one of their stack where those of every stack are equal.
+
+        A T5 that was converted to scanned layers has copies; in umT5, and in whatever was trained scanned, they differ.
+        """
         found: dict[str, list[str]] = {}
-        for name in self._places:
+        for name in list(self._places):
             own = _OWN_BIAS.fullmatch(name)
             if own:
-                found.setdefault(own[1], []).append(name)
+                stack, layer = own.groups()
+                called = f"{stack}.layers_{layer}.{BIAS}"
+                self._places[called] = self._places.pop(name)
+                found.setdefault(stack, []).append(called)
+        first = {stack: self.read(names[0]) for stack, names in found.items()}
+        if not all(np.array_equal(self.read(name), first[stack]) for stack, names in found.items() for name in names):
+            return
         for stack, names in found.items():
-            first = self.read(names[0])
-            differing = next((name for name in names if not np.array_equal(self.read(name), first)), None)
-            if differing is not None:
-                raise ConfigError(
-                    f"{differing!r} differs from {names[0]!r}: each layer has a relative bias of its own (umT5 is "
-                    "such a network), and this network has one for a whole stack",
-                    where=str(self._path),
-                    fix="Use a checkpoint whose layers share their relative bias, as those of T5, T5 1.1 and mT5 do.",
-                )
             place = self._places[names[0]]
             for name in names:
                 del self._places[name]
-            self._places[f"{stack}.relpos_bias.rel_embedding"] = place
+            self._places[f"{stack}.{BIAS}"] = place
 
 
 def _target(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffusion_lm.core.rng import fold_in_each
 from diffusion_lm.nn.attention import attend
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
-from diffusion_lm.nn.embeddings import rotary, rotate
+from diffusion_lm.nn.embeddings import relative_bias, relative_diagonals, rotary, rotate
 from diffusion_lm.nn.masks import Rows, Visibility
 from diffusion_lm.nn.rope import LinearRope, base_frequencies
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -30,7 +30,9 @@ class Context(flax.struct.PyTreeNode):
       mask: bool[B|1,Q,T], who sees whom; or the expression that says so, for attention that evaluates it itself.
       window_mask: the same inside the window, for `spec.window_layers`; None where no layer differs.
       positions: i32[B,Q].
-      bias: f32[B|1,H,Q,T], the stack's relative bias, beside an expression its diagonals f32[H,2L]; or None.
+      bias: f32[B|1,H,Q,T], the stack's relative bias, beside an expression its diagonals f32[H,2L]; None where there is
+        none or each layer has its own.
+      copies: how often the stream stands in a row, for the biases of layers.
       memory_BSD: the encoder's output where each block projects its own keys and values, or None.
       memory_mask: bool[B,Q,S], or None without an encoder.
       windowed: whether the layer at hand is one of them.
@@ -46,7 +48,28 @@ class Context(flax.struct.PyTreeNode):
     window_mask: jax.Array | Visibility | None = None
     windowed: jax.Array | bool = flax.struct.field(default=False)
     dropout_keys: jax.Array | None = None
+    copies: int = flax.struct.field(pytree_node=False, default=1)
     constrain: Constrain = flax.struct.field(pytree_node=False, default=no_constraint)
+
+
+def stack_bias(
+    spec: TransformerSpec, table: jax.Array, q_slots: jax.Array | None, slots: int, copies: int, *, written_out: bool
+) -> jax.Array:
+    """Returns the relative bias f32[B|1,H,Q,T], or its diagonals f32[H,2L], for `copies` of a stream in a row.
+
+    Args:
+      spec: the network's shape.
+      table: [buckets,H].
+      q_slots: i32[B,Q], the queries' slots; None means all.
+      slots: T, the slots of a row.
+      copies: see above.
+      written_out: whether attention wants the matrix and not its diagonals.
+    """
+    settings: Any = {"bidirectional": spec.relative_bidirectional, "max_distance": spec.relative_max_distance}
+    if not written_out:
+        return relative_diagonals(table, slots // copies, **settings)
+    bias = relative_bias(table, q_slots, slots // copies, **settings)
+    return jnp.tile(bias, (1, 1, copies, copies)) if copies > 1 else bias
 
 
 def row_dropout(x_BTD: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax.Array:
@@ -143,6 +166,10 @@ class Attention(nn.Module):
             self.value_bias = _parameter(self, "value_bias", zeros, (K, E), ("kv_heads", "head_dim"), dtype)
         if spec.has_attention_output_bias:
             self.output_bias = _parameter(self, "output_bias", zeros, (D,), ("norm",), dtype)
+        if spec.position == "relative_bias" and spec.relative_per_layer and not self.cross:
+            shape, axes = (spec.relative_buckets, H), ("relative_buckets", "heads")
+            fresh = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+            self.relative_bias = _parameter(self, "relative_bias", fresh, shape, axes, dtype)
         if spec.qk_norm:
             self.query_norm = Norm(spec)
             self.key_norm = Norm(spec)
@@ -159,6 +186,20 @@ class Attention(nn.Module):
             assert positions is not None
             k = self._rotated(k, positions, windowed)
         return k, v
+
+    def own_bias(self, context: Context, q_slots: jax.Array | None, slots: int) -> jax.Array | None:
+        """Returns this layer's relative bias as in `Context`, or None where layers have none of their own.
+
+        Args:
+          context: of the block.
+          q_slots: as in `embeddings.relative_bias`.
+          slots: T, the slots of a row.
+        """
+        spec = self.spec
+        if spec.position != "relative_bias" or not spec.relative_per_layer:
+            return None
+        written_out = isinstance(context.mask, jax.Array)
+        return stack_bias(spec, self.relative_bias, q_slots, slots, context.copies, written_out=written_out)
 
     def queries(self, x_BQD: jax.Array, positions: jax.Array, windowed: bool | jax.Array = False) -> jax.Array:
         """Returns scaled q_BQHE, position encoding applied; `windowed` as in `Context`."""
@@ -333,6 +374,13 @@ class Block(nn.Module):
                 mask = _either(windowed, context.window_mask, context.mask)
             context = context.replace(mask=mask, windowed=windowed)
 
+        q_slots, slots = None, x_BQD.shape[1]
+        if cache is not None:
+            assert isinstance(context.mask, jax.Array)
+            q_slots, slots = context.positions, context.mask.shape[-1]
+        own = self.attention.own_bias(context, q_slots, slots)
+        if own is not None:
+            context = context.replace(bias=own)
         normed = self._before(self.attention_norm, x_BQD)
         if not spec.first_attention_norm:
             normed = jnp.where(layer == 0, x_BQD.astype(normed.dtype), normed)

@@ -52,6 +52,19 @@ class LinearRope(RopeScaling):
 
 
 @dataclasses.dataclass(frozen=True)
+class DynamicRope(RopeScaling):
+    """Stretched as far as a stream is longer than those of training, not at all before ("dynamic NTK").
+
+    A longer stream would turn all of its positions otherwise than a shorter one, also those that are in a cache; so a
+    network with it has `TransformerSpec.max_positions`, the longest stream of training, and is plain RoPE up to there.
+    """
+
+    def frequencies(self, head_dim, theta):
+        """Returns f32[E/2]."""
+        return base_frequencies(head_dim, theta)
+
+
+@dataclasses.dataclass(frozen=True)
 class Llama3Rope(RopeScaling):
     """LLaMA 3.1 (arXiv 2407.21783): long wavelengths are stretched, short ones are not, those between are mixed.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import near_names, require
 from diffusion_lm.nn.attention import IMPLEMENTATIONS
 from diffusion_lm.nn.remat import POLICIES
-from diffusion_lm.nn.rope import RopeScaling
+from diffusion_lm.nn.rope import DynamicRope, RopeScaling
 
 _CHOICES = {
     "mlp": ("geglu", "swiglu", "gelu", "relu"),
@@ -48,7 +48,7 @@ class TransformerSpec:
       embedding_norm: a norm behind the sum of token and position embeddings (BERT, RoBERTa).
       first_attention_norm: whether the first block has a norm in front of its attention; without one (ModernBERT) it
         reads the embeddings as their own norm left them, and the row of the norm's scale for it is never read.
-      position: "relative_bias" (T5, one table per stack), "rope", "learned" or "none".
+      position: "relative_bias" (T5, see `relative_per_layer`), "rope", "learned" or "none".
       rope_theta: base of RoPE's wavelengths.
       rope_scaling: how RoPE's frequencies were stretched for long streams, see `nn/rope.py`; None = not at all.
       window: how far a token sees: keys at a distance below this one, in both directions where the visibility allows
@@ -61,6 +61,8 @@ class TransformerSpec:
         buckets: a diffusion stage may then start from an AR checkpoint and change only loss and visibility, without
         every future distance being taken for distance 0. Off for the released T5s, whose decoder has all buckets for
         the past; an encoder tells both directions apart in any case.
+      relative_per_layer: each layer has a relative bias of its own (umT5, and T5X where layers are scanned) and not one
+        for its whole stack.
       max_positions: longest stream; required by learned positions, None = unlimited.
       position_offset: row of the learned table that belongs to position 0; the rows before it are never read. RoBERTa
         counts from the id of its padding token + 1.
@@ -118,6 +120,7 @@ class TransformerSpec:
     relative_buckets: int = 32
     relative_max_distance: int = 128
     relative_bidirectional: bool = True
+    relative_per_layer: bool = False
     max_positions: int | None = None
     position_offset: int = 0
     tied_embeddings: bool = True
@@ -208,6 +211,12 @@ class TransformerSpec:
             f"window_rope_theta = {self.window_rope_theta} is for the window_layers, and none are named",
             where="TransformerSpec.window_rope_theta",
             fix="Bind window_layers, or rope_theta for all layers.",
+        )
+        require(
+            self.max_positions is not None or not isinstance(self.rope_scaling, DynamicRope),
+            "RoPE that is stretched with the stream is not stretched up to max_positions, and there are none",
+            where="TransformerSpec.max_positions",
+            fix="Bind the longest stream of training, or another rope_scaling for longer ones.",
         )
         require(
             self.first_attention_norm or self.norm_placement != "post",

@@ -98,6 +98,10 @@ LIVE: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         _DECODER | {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
     ),
+    "llama_dynamic": (
+        "Llama",
+        _DECODER | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}},
+    ),
     "llama_yarn_mscale": (
         "Llama",
         _DECODER

@@ -30,6 +30,7 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("T5", _T5),
     "t5_1_1": ("T5", _UNTIED | {"num_heads": 3, "layer_norm_epsilon": 1e-3}),
     "mt5": ("MT5", _UNTIED | {"vocab_size": 47, "d_kv": 3, "num_decoder_layers": 2}),
+    "umt5": ("UMT5", _T5 | {"feed_forward_proj": "gated-gelu", "num_heads": 3, "num_layers": 3}),
 }
 """Class prefix in transformers and config; those that have a fixture in the repository."""
 
@@ -39,6 +40,7 @@ LIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "t5_gelu": ("T5", _T5 | {"feed_forward_proj": "gelu"}),
     "t5_tied_gated": ("T5", _T5 | {"feed_forward_proj": "gated-gelu", "d_kv": 4}),
     "t5_large_buckets": ("T5", _T5 | {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}),
+    "umt5_relu": ("UMT5", _T5 | {"feed_forward_proj": "relu", "relative_attention_max_distance": 20}),
     "mt5_relu": ("MT5", _UNTIED | {"feed_forward_proj": "relu"}),
 }
 """More shapes, compared where transformers is installed."""

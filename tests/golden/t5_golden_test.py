@@ -48,6 +48,9 @@ def test_logits_are_those_of_transformers(name, imported):
         ("t5_1_1", {"norm_eps": 1e-6}),
         ("t5_1_1", {"mlp": "swiglu"}),
         ("mt5", {"relative_bidirectional": True}),
+        ("umt5", {"relative_bidirectional": True}),
+        ("umt5", {"relative_max_distance": 40}),
+        ("umt5", {"tied_logit_scale": False}),
     ],
 )
 def test_the_comparison_sees_each_field(name, changes, imported):
@@ -61,10 +64,11 @@ def test_the_comparison_sees_each_field(name, changes, imported):
 def test_what_is_read_from_the_configs(imported):
     specs = {name: one.architecture.spec for name, one in imported.items()}
     assert (specs["t5"].encoder_layers, specs["t5"].num_layers) == (2, 3)
-    assert {name: spec.tied_embeddings for name, spec in specs.items()} == {"t5": True, "t5_1_1": False, "mt5": False}
-    assert {name: spec.mlp for name, spec in specs.items()} == {"t5": "relu", "t5_1_1": "geglu", "mt5": "geglu"}
+    assert {name for name, spec in specs.items() if spec.tied_embeddings} == {"t5", "umt5"}
+    assert {name for name, spec in specs.items() if spec.relative_per_layer} == {"umt5"}
+    assert {name: spec.mlp for name, spec in specs.items()} == dict.fromkeys(specs, "geglu") | {"t5": "relu"}
     assert all(one.causal and one.specials == Specials(0, 0, (1,)) for one in imported.values())
-    assert {one.family for one in imported.values()} == {"t5", "mt5"}
+    assert {one.family for one in imported.values()} == {"t5", "mt5", "umt5"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -26,7 +26,14 @@ def _layer_name(stack: str, sublayer: str, rest: str) -> str:
 
 
 def renamed(tensors: dict[str, np.ndarray], layout: str, head_dim: int, own_biases: bool = False) -> dict:
-    """Returns T5X's arrays by dotted name; `own_biases` repeats the relative bias in each layer, as a scan does."""
+    """Returns T5X's arrays by dotted name.
+
+    Args:
+      tensors: of the Hugging Face file.
+      layout: one of `LAYOUTS`.
+      head_dim: E.
+      own_biases: repeats a stack's relative bias in each layer, as a scan does; those of umT5 are in each anyway.
+    """
     found: dict[str, np.ndarray] = {"token_embedder.embedding": tensors["shared.weight"]}
     layers: dict[tuple[str, str], list[np.ndarray]] = {}
     if "lm_head.weight" in tensors:
@@ -34,12 +41,13 @@ def renamed(tensors: dict[str, np.ndarray], layout: str, head_dim: int, own_bias
     for stack in ("encoder", "decoder"):
         found[f"{stack}.{stack}_norm.scale"] = tensors[f"{stack}.final_layer_norm.weight"]
         depth = 1 + max(int(match[1]) for name in tensors if (match := re.match(rf"{stack}\.block\.(\d+)", name)))
-        bias = tensors[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].T
-        if own_biases:
+        called = f"{stack}.block.{{}}.layer.0.SelfAttention.relative_attention_bias.weight"
+        biases = [tensors[name].T for i in range(depth) if (name := called.format(i)) in tensors]
+        if own_biases or len(biases) > 1:
             name = "relative_posemb" if layout == "scalable_t5" else "relpos_bias"
-            layers[stack, f"{name}.rel_embedding"] = [bias] * depth
+            layers[stack, f"{name}.rel_embedding"] = biases if len(biases) > 1 else biases * depth
         else:
-            found[f"{stack}.relpos_bias.rel_embedding"] = bias
+            found[f"{stack}.relpos_bias.rel_embedding"] = biases[0]
         for layer in range(depth):
             for name, tensor in tensors.items():
                 match = re.fullmatch(rf"{stack}\.block\.{layer}\.layer\.(\d)\.(.+)\.weight", name)

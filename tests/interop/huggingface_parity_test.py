@@ -56,6 +56,27 @@ def test_transformers_loads_what_is_exported(name, tmp_path):
             assert torch.equal(weight, after[path]), path
 
 
+def test_the_language_model_of_a_gemma3_that_reads_images(tmp_path):
+    text = cases.build("gemma3")
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text.config.to_dict(),
+        vision_config=vision | {"image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=1,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.save_pretrained(tmp_path / "in")
+    text.save_pretrained(tmp_path / "text")
+    imported, alone = load(tmp_path / "in"), load(tmp_path / "text")
+    assert imported.architecture == alone.architecture
+    assert _equal(imported.params, alone.params)
+    ids, mask = cases.inputs(None)
+    assert cases.difference(cases.our_logits(imported, ids, mask), cases.reference(model, ids, mask), mask) < (
+        cases.TOLERANCE
+    )
+
+
 def test_the_family_is_found_without_being_named(tmp_path):
     for name in ALL:
         cases.build(name).save_pretrained(tmp_path / name)

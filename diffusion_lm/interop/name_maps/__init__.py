@@ -14,12 +14,12 @@ from diffusion_lm.interop.name_maps.llama import LLAMA, MISTRAL
 from diffusion_lm.interop.name_maps.modernbert import FAMILY as MODERNBERT
 from diffusion_lm.interop.name_maps.qwen import QWEN2, QWEN3
 from diffusion_lm.interop.name_maps.roberta import ROBERTA, XLM_ROBERTA_XL
-from diffusion_lm.interop.name_maps.t5 import MT5, T5
+from diffusion_lm.interop.name_maps.t5 import MT5, T5, UMT5
 
 FAMILIES: tuple[Family, ...] = (
     *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA_XL, MODERNBERT),
-    *(T5, MT5),
+    *(T5, MT5, UMT5),
     *(LLADA, *CONVERTED),
 )
 HINT = "diffusion_lm"

@@ -1,5 +1,6 @@
 """Gemma 1, 2 and 3 (text): scaled embeddings, norms around one, and from 2 on norms on both sides of each layer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
@@ -9,6 +10,21 @@ from diffusion_lm.nn.transformer import TransformerSpec
 
 _TANH = {"gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
 _PATTERNS = {"gemma2": 2, "gemma3_text": 6}
+
+
+# What the class of the language model takes where the config.json of a model with images says nothing.
+_TEXT = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1 << 17)
+
+
+def language_model(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the config.json of the language model alone where `values` are those of a Gemma 3 that reads images."""
+    text = values.get("text_config")
+    if values.get("model_type") != "gemma3" or not isinstance(text, dict):
+        return values
+    specials = {name: value for name, value in values.items() if name.endswith("_token_id")}
+    own = {"model_type": GEMMA3.model_types[0], "architectures": [GEMMA3.architectures[0]]}
+    shared = {name: values[name] for name in ("torch_dtype", "dtype", "transformers_version") if name in values}
+    return _TEXT | shared | specials | text | own
 
 
 def _spec(config: Config) -> dict[str, Any]:
@@ -158,14 +174,19 @@ GEMMA2 = Family(
 
 GEMMA3 = Family(
     name="gemma3",
-    description="Gemma 3, text only, with a window in five of six layers",
+    description="Gemma 3 with a window in five of six layers; of one that reads images, the language model",
     source="arXiv 2503.19786",
     model_types=("gemma3_text",),
     architectures=("Gemma3ForCausalLM", "Gemma3TextModel"),
     prefix="model.",
     weights=_BOTH,
-    copies=llama.COPIES,
-    ignorable=llama.IGNORABLE,
+    copies=(*llama.COPIES, *((f"language_model.{copy}", f"language_model.{name}") for copy, name in llama.COPIES)),
+    ignorable=(*llama.IGNORABLE, r"(model\.)?(vision_tower|multi_modal_projector)\..+"),
+    renames=(
+        # With images: of transformers before version 5, and since then.
+        (r"^(model|lm_head)\.", r"language_model.\1."),
+        (r"^model\.", "model.language_model."),
+    ),
     spec=_gemma3_spec,
     config=_gemma3_config,
 )

@@ -13,7 +13,7 @@ from diffusion_lm.interop.name_maps.family import (
     Family,
     Weight,
 )
-from diffusion_lm.nn.rope import LinearRope, Llama3Rope, RopeScaling, YarnRope
+from diffusion_lm.nn.rope import DynamicRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
 from diffusion_lm.nn.transformer import TransformerSpec
 
 _ATTENTION, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
@@ -85,7 +85,7 @@ def rope(config: Config) -> dict[str, Any]:
 
 
 def _scaling(config: Config, kind: str, parameters: dict[str, Any]) -> RopeScaling | None:
-    known = ("default", "linear", "llama3", "yarn")
+    known = ("default", "linear", "dynamic", "llama3", "yarn")
     if kind == "default":
         return None
     if kind not in known:
@@ -106,6 +106,9 @@ def _scaling(config: Config, kind: str, parameters: dict[str, Any]) -> RopeScali
     original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     if kind == "linear":
         return LinearRope(float(number("factor")))
+    if kind == "dynamic":
+        config.need("max_position_embeddings")
+        return DynamicRope(float(number("factor")))
     if kind == "llama3":
         return Llama3Rope(
             float(number("factor")),
@@ -170,6 +173,8 @@ def _rope_parameters(spec: TransformerSpec) -> dict[str, Any]:
     scaling = spec.rope_scaling
     if isinstance(scaling, LinearRope):
         return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, DynamicRope):
+        return {"rope_type": "dynamic", "factor": scaling.factor}
     if isinstance(scaling, Llama3Rope):
         return {
             "rope_type": "llama3",

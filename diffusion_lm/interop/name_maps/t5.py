@@ -1,4 +1,4 @@
-"""T5: an encoder and a decoder, each with one relative bias for all layers, and a head that is tied (1.0) or not."""
+"""T5: encoder and decoder with a relative bias for all of their layers or (umT5) for each, and a head, tied or not."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +24,9 @@ _NAMES = {shape: name for name, shape in reversed(_ACTIVATIONS.items())}
 def _stream(ours: str, theirs: str, has_cross: bool) -> Iterator[Weight]:
     """Yields the lines of one stack; the layers of a block are numbered, and cross-attention moves the MLP to 2."""
     block, mlp = f"{theirs}.block.{{i}}.layer.", 2 if has_cross else 1
-    yield Weight(f"{ours}relative_bias", f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    bias = "SelfAttention.relative_attention_bias.weight"
+    yield Weight(f"{ours}relative_bias", f"{theirs}.block.0.layer.0.{bias}")
+    yield Weight(f"{ours}blocks/attention/relative_bias", f"{block}0.{bias}")
     attentions = [("attention", f"{block}0", "SelfAttention"), ("cross_attention", f"{block}1", "EncDecAttention")]
     for name, layer, module in attentions if has_cross else attentions[:1]:
         yield Weight(f"{ours}blocks/{name}_norm/scale", f"{layer}.layer_norm.weight")
@@ -98,6 +100,16 @@ def _mt5_spec(config: Config) -> dict[str, Any]:
     return _fields(config, "gated-gelu") | dict(tied_embeddings=tied, tied_logit_scale=tied and not since_5)
 
 
+def _umt5_spec(config: Config) -> dict[str, Any]:
+    tied = config.get("tie_word_embeddings", True)
+    if tied and _since_5(config) and HEAD in config.tensors:
+        raise config.unsupported(
+            "transformers_version", "transformers 5 scales the logits of an umT5 that has a head of its own, 4 does not"
+        )
+    own = dict(tied_embeddings=tied, tied_logit_scale=tied, relative_per_layer=True)
+    return _fields(config, "gated-gelu") | own
+
+
 def _config(spec: TransformerSpec) -> dict[str, Any]:
     return dict(
         is_encoder_decoder=True,
@@ -130,6 +142,16 @@ def _mt5_config(spec: TransformerSpec) -> dict[str, Any]:
     return _config(spec)
 
 
+def _umt5_config(spec: TransformerSpec) -> dict[str, Any]:
+    if not spec.tied_embeddings:
+        raise ConfigError(
+            "transformers 5 scales the logits of an umT5 that has a head of its own and transformers 4 does not",
+            where="TransformerSpec.tied_embeddings",
+            fix="Export networks of this kind whose embeddings are tied.",
+        )
+    return _config(spec)
+
+
 T5 = Family(
     name="t5",
     description="T5 1.0 and 1.1, Flan-T5, UL2 and ByT5, and what T5X stores of T5 and mT5",
@@ -156,4 +178,18 @@ MT5 = Family(
     ignorable=_IGNORABLE,
     spec=_mt5_spec,
     config=_mt5_config,
+)
+
+UMT5 = Family(
+    name="umt5",
+    description="umT5, an mT5 whose layers each have a relative bias",
+    source="arXiv 2304.09151",
+    model_types=("umt5",),
+    architectures=("UMT5ForConditionalGeneration", "UMT5Model"),
+    prefix="",
+    weights=_WEIGHTS,
+    copies=_COPIES,
+    ignorable=_IGNORABLE,
+    spec=_umt5_spec,
+    config=_umt5_config,
 )

@@ -12,11 +12,13 @@ from diffusion_lm.interop.name_maps.family import (
     CONV_HEADS_OUT,
     TRANSPOSED,
     VOCABULARY,
+    Config,
     Family,
     Layout,
     Weight,
 )
 from diffusion_lm.interop.name_maps.t5 import T5
+from diffusion_lm.interop.t5x_files import BIAS
 
 OPERATIVE = "config.gin"
 """The file that T5X writes beside its checkpoints."""
@@ -36,7 +38,8 @@ _ACTIVATIONS = re.compile(r"^[ \t\w./]*\bmlp_activations\s*=[\s\\]*(\(.*?\)|\[.*
 def _stream(ours: str, theirs: str, attentions: Mapping[str, str]) -> Iterator[Weight]:
     """Yields the lines of one stack."""
     layer = f"{theirs}.layers_{{i}}."
-    yield Weight(f"{ours}relative_bias", f"{theirs}.relpos_bias.rel_embedding", TRANSPOSED)
+    yield Weight(f"{ours}relative_bias", f"{theirs}.{BIAS}", TRANSPOSED)
+    yield Weight(f"{ours}blocks/attention/relative_bias", f"{layer}{BIAS}", TRANSPOSED)
     for name, module in attentions.items():
         norm = module.replace("encoder_decoder", "cross")
         yield Weight(f"{ours}blocks/{name}_norm/scale", f"{layer}pre_{norm}_layer_norm.scale")
@@ -66,18 +69,19 @@ def read_sizes(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str,
       ConfigError: a tensor that tells a size is missing, or the activation is none that this network has.
     """
     vocabulary, width = _shape(shapes, "token_embedder.embedding")
-    heads, buckets = _shape(shapes, "encoder.relpos_bias.rel_embedding")
+    per_layer = f"encoder.{BIAS}" not in shapes and f"encoder.layers_0.{BIAS}" in shapes
+    bias = f"encoder.layers_0.{BIAS}" if per_layer else f"encoder.{BIAS}"
+    heads, buckets = _shape(shapes, bias)
     queries = _shape(shapes, "encoder.layers_0.attention.query.kernel")[1]
     gated = "encoder.layers_0.mlp.wi_0.kernel" in shapes
     if queries % heads:
         raise ConfigError(
-            f"'encoder.layers_0.attention.query.kernel' has {queries} columns for the {heads} heads of "
-            "'encoder.relpos_bias.rel_embedding'",
+            f"'encoder.layers_0.attention.query.kernel' has {queries} columns for the {heads} heads of {bias!r}",
             where=str(folder),
             fix="Use a checkpoint whose tensors are of one network.",
         )
     return dict(
-        model_type="t5",
+        model_type="umt5" if per_layer else "t5",
         vocab_size=vocabulary,
         d_model=width,
         num_heads=heads,
@@ -135,9 +139,13 @@ def _activation(folder: Path) -> str | None:
     return None
 
 
+def _spec(config: Config) -> dict[str, Any]:
+    return T5.spec(config) | {"relative_per_layer": config.get("model_type") == "umt5"}
+
+
 T5X = Family(
     name="t5x",
-    description="T5 and mT5 as T5X stores them",
+    description="T5, mT5 and umT5 as T5X stores them",
     source=T5.source,
     model_types=(),
     architectures=T5.architectures,
@@ -148,7 +156,7 @@ T5X = Family(
         *_stream("", "decoder", {"attention": "self_attention", "cross_attention": "encoder_decoder_attention"}),
         Weight("head/tokens", _HEAD, _VOCABULARY_LAST),
     ),
-    spec=T5.spec,
+    spec=_spec,
     config=T5.config,
     told_by="the rest of the checkpoint",
 )

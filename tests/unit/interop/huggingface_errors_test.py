@@ -157,6 +157,11 @@ def test_untied_weights_are_not_filled_in_from_each_other(folder):
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"hidden_size": None}, "does not say 'hidden_size'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "does not say 'factor'"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": None},
+            "does not say 'max_position_embeddings'",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}}, "whole heads"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "does not say 'low_freq_factor'"),
     ],

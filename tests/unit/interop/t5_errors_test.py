@@ -92,7 +92,7 @@ def test_other_depths(broken):
         ({"is_encoder_decoder": False}, "is_encoder_decoder = False"),
         ({"num_layers": 0}, "num_layers = 0"),
         ({"architectures": ["T5EncoderModel"]}, "another head than the language model"),
-        ({"model_type": "umt5"}, "no known family; did you mean mt5"),
+        ({"model_type": "mt6"}, "no known family; did you mean mt5"),
         ({"tie_word_embeddings": False}, "scale_decoder_outputs = True"),
     ],
 )
@@ -152,6 +152,22 @@ def test_logits_are_scaled_where_the_version_that_wrote_the_file_scales_them(bro
     assert scale("mt5", **tied, transformers_version="5.0.0.dev0") == 1
 
 
+def test_an_umt5_with_a_head_of_its_own(broken):
+    """The published ones, written by transformers 4, do not scale their logits; transformers 5 would."""
+
+    def add_head(tensors):
+        tensors["lm_head.weight"] = tensors["shared.weight"] + 1
+
+    spec = load(broken("umt5", add_head, tie_word_embeddings=False, transformers_version="4.31.0")).architecture.spec
+    assert (spec.tied_embeddings, spec.logit_scale, spec.relative_per_layer) == (False, 1, True)
+    assert "transformers 5 scales the logits of an umT5" in _error(broken("umt5", add_head))
+
+
+def test_a_layer_of_umt5_without_its_bias(broken):
+    name = f"decoder.{BIAS}".replace("block.0", "block.2")
+    assert f"1 tensors of a umt5 model are missing: {name}" in _error(broken("umt5", lambda t: t.pop(name)))
+
+
 def test_export_refuses_networks_that_transformers_would_run_otherwise(tmp_path):
     shape = dict(vocab_size=11, num_layers=1, model_dim=8, num_heads=2, head_dim=3, mlp_dim=8, encoder_layers=1)
     ours = TransformerSpec(**shape, relative_max_distance=40)
@@ -167,6 +183,10 @@ def test_export_refuses_networks_that_transformers_would_run_otherwise(tmp_path)
     assert "no family has networks of this shape" in error(ours, family=None)
     causal = dataclasses.replace(ours, relative_bidirectional=False)
     assert "transformers 4 scales the logits of an mT5" in error(causal, family="mt5")
+    own = dataclasses.replace(causal, relative_per_layer=True)
+    assert "relative_per_layer = True, not False" in error(own)
+    untied = dataclasses.replace(own, tied_embeddings=False)
+    assert "transformers 5 scales the logits of an umT5 that has a head" in error(untied, family="umt5")
     assert "tied_logit_scale" in error(dataclasses.replace(causal, tied_logit_scale=False))
     assert "num_layers = 0" in error(dataclasses.replace(causal, encoder_layers=0))
     assert not list(tmp_path.iterdir())

@@ -114,19 +114,28 @@ def test_an_activation_that_this_network_cannot_have(tmp_path, unscanned):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layers_with_a_bias_of_their_own_are_refused(layout, tmp_path):
+def test_layers_share_their_bias_where_all_of_them_are_equal(layout, tmp_path):
+    """One layer of one stack that differs makes it a network with a bias in every layer, as after training scanned."""
     arrays = renamed(_tensors("t5"), layout, _head_dim("t5"), own_biases=True)
     write(tmp_path / "equal", arrays)
-    load(tmp_path / "equal")
-    (name,) = [n for n in arrays if n.startswith("decoder.") and n.endswith("rel_embedding") and "_0." not in n][-1:]
+    shared = load(tmp_path / "equal")
+    assert not shared.architecture.spec.relative_per_layer
+    name = [n for n in arrays if n.startswith("decoder.") and n.endswith("rel_embedding")][-1]
     arrays[name] = arrays[name].copy()
-    arrays[name][-1, ..., -1] += 1
-    if layout != "unscanned":
-        arrays[name][:, 0] -= 1
+    last = (slice(None),) if layout == "unscanned" else (slice(None), -1)
+    arrays[name][last] += 1
     write(tmp_path / "own", arrays)
-    message = _error(tmp_path / "own")
-    assert "each layer has a relative bias of its own (umT5 is such a network)" in message
-    assert "decoder.layers_" in message
+    own = load(tmp_path / "own")
+    assert own.architecture.spec.relative_per_layer
+    table = np.asarray(shared.params["relative_bias"])
+    found = np.asarray(own.params["blocks"]["attention"]["relative_bias"])
+    np.testing.assert_array_equal(found, np.stack([table, table, table + 1]))
+    encoder = np.asarray(own.params["encoder"]["blocks"]["attention"]["relative_bias"])
+    np.testing.assert_array_equal(encoder, np.stack([np.asarray(shared.params["encoder"]["relative_bias"])] * 2))
+    # Equal biases in each layer are the network with one.
+    own.params["blocks"]["attention"]["relative_bias"] = jax.numpy.stack([table] * 3)
+    arrays = safetensors.numpy.load_file(FOLDER / "t5" / "golden.safetensors")
+    np.testing.assert_allclose(our_logits(own, arrays), our_logits(shared, arrays), atol=1e-5)
 
 
 def test_an_array_is_missing(tmp_path, unscanned):
