@@ -105,9 +105,17 @@ def read_array(buffer: np.ndarray, weight: Weight, spec: TransformerSpec, checkp
     """Fills `buffer` (zeros, of our array's shape and dtype) from the tensors."""
     if weight.stacked:
         for layer in range(weight.first, buffer.shape[0]):
-            _fill(buffer[layer], weight, weight.theirs.format(i=layer), spec, checkpoint, meter)
+            read_layer(buffer[layer], weight, layer, spec, checkpoint, meter)
     else:
         _fill(buffer, weight, weight.theirs, spec, checkpoint, meter)
+
+
+def read_layer(
+    buffer: np.ndarray, weight: Weight, layer: int, spec: TransformerSpec, checkpoint: Checkpoint, meter: Meter
+) -> None:
+    """Fills `buffer` (zeros, of the shape of one layer of our array) from the tensor of that layer."""
+    if layer >= weight.first:
+        _fill(buffer, weight, weight.theirs.format(i=layer), spec, checkpoint, meter)
 
 
 def tensors_of(weight: Weight, shape: tuple[int, ...]) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Released checkpoints as networks of ours: a folder with config.json and its weights, a GGUF file, or one of T5X.
 
-Everything is checked before the first tensor is read; then the arrays are made one after the other, each from the file
-into one buffer on the host and from there to the devices.
+Everything is checked before the first tensor is read; then the arrays are made one after the other (`reading.py`).
 """
 
 import dataclasses
@@ -11,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from diffusion_lm.architectures.encoder_decoder import EncoderDecoder
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import read_json
 from diffusion_lm.core.types import Params
-from diffusion_lm.interop.assemble import Meter, Plan, plan_weights, read_array
+from diffusion_lm.interop.assemble import Meter, plan_weights
 from diffusion_lm.interop.diffusion import TrainedAs, trained_as
 from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
 from diffusion_lm.interop.name_maps import family_of
 from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family
 from diffusion_lm.interop.name_maps.gemma import language_model
 from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
+from diffusion_lm.interop.reading import read_params
 from diffusion_lm.interop.save import save as save
 from diffusion_lm.interop.t5x_files import INDEX
 from diffusion_lm.interop.tensor_files import LAYOUTS, Checkpoint
@@ -32,7 +31,6 @@ from diffusion_lm.interop.tokenizer_folder import mask_of_tokenizer
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
-from diffusion_lm.parallel.shardings import tree_shardings
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -139,7 +137,7 @@ def load(
     architecture = network_of(TransformerSpec(**fields))
     plan = plan_weights(family, architecture, checkpoint, fresh_missing=fresh_missing)
     meter = Meter()
-    params = _read(plan, architecture, checkpoint, mesh, rules, meter)
+    params = read_params(plan, architecture, checkpoint, mesh, rules, meter)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
     report = ImportReport(
         mapped=tuple((name, checkpoint.called(weight.theirs)) for name, weight in plan.weights.items()),
@@ -212,48 +210,6 @@ def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]
 
 def _is_t5x(folder: Path) -> bool:
     return (folder / INDEX).is_file() and not any((folder / name).is_file() for names in LAYOUTS for name in names)
-
-
-def _read(
-    plan: Plan,
-    architecture: Network,
-    checkpoint: Checkpoint,
-    mesh: MeshSpec | None,
-    rules: LogicalRules | None,
-    meter: Meter,
-) -> Params:
-    abstract = architecture.abstract_params()
-    if mesh is None:
-        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: single, abstract)
-    else:
-        shardings = tree_shardings(architecture.logical_axes(), abstract, rules or LogicalRules(), mesh.build())
-
-    def one(path, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in plan.missing:
-            return _fresh(architecture, name, sharding)
-        with meter.holding(leaf.size * leaf.dtype.itemsize):
-            buffer = np.zeros(leaf.shape, leaf.dtype)
-            read_array(buffer, plan.weights[name], architecture.spec, checkpoint, meter)
-            # One shard at a time; on CPU the array may be the buffer itself.
-            return jax.block_until_ready(
-                jax.make_array_from_callback(leaf.shape, sharding, lambda index: buffer[index])
-            )
-
-    return jax.tree_util.tree_map_with_path(one, abstract, shardings)
-
-
-def _fresh(architecture: Network, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns one array of `init`; the compiled program computes no other."""
-
-    def pick(key: jax.Array) -> jax.Array:
-        tree: Any = architecture.init(key)
-        for part in name.split("/"):
-            tree = tree[part]
-        return tree
-
-    return jax.jit(pick, out_shardings=sharding)(jax.random.key(0))
 
 
 def _is_gguf(path: Path) -> bool:
