@@ -230,6 +230,12 @@ def architecture_of(name: str, file: str) -> GgufArchitecture:
     Raises:
       ConfigError: there is none of this name.
     """
+    if "moe" in name:
+        raise ConfigError(
+            f"the file says general.architecture = {name!r}, a mixture of experts, and this network has none",
+            where=file,
+            fix="Use a dense checkpoint.",
+        )
     if name not in ARCHITECTURES:
         raise ConfigError(
             f"the file says general.architecture = {name!r}, which is no known family{near_names(name, ARCHITECTURES)}",

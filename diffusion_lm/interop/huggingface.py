@@ -22,6 +22,7 @@ from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
 from diffusion_lm.interop.name_maps import family_of
 from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family
 from diffusion_lm.interop.name_maps.gemma import language_model
+from diffusion_lm.interop.name_maps.kinds import check_kinds
 from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
 from diffusion_lm.interop.reading import read_params
 from diffusion_lm.interop.save import save as save
@@ -199,6 +200,7 @@ def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]
     file = folder / CONFIG
     if not _is_t5x(folder):
         config = Config(language_model(_json(file)), str(file))
+        check_kinds(config)
         family_of(config, layout=layout)  # before the weights, which may not be there
         checkpoint = Checkpoint(folder)
         family = family_of(config, checkpoint.files, layout)

@@ -123,12 +123,13 @@ class Checkpoint:
 
     def _add_shards(self, index: Path) -> None:
         try:
-            places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            places: Mapping[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            shards = sorted({str(place) for place in places.values()})
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{index.name} is no index of shards", where=str(index), fix="Download the file again."
             ) from error
-        for shard in sorted(set(places.values())):
+        for shard in shards:
             if Path(shard).name != shard:
                 raise ConfigError(f"{index.name} names {shard!r} outside of the folder", where=str(index))
             if not (self._folder / shard).is_file():

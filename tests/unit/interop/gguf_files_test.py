@@ -174,6 +174,7 @@ def test_integers_are_no_weights(path):
         ({"llama.attention.head_count_kv": [2, 1]}, "one number for all layers"),
         ({"llama.feed_forward_length": 25}, "'blk.0.ffn_gate.weight' has shape [24, 16] and its metadata asks for"),
         ({"split.count": 3}, "is one of 3 files"),
+        ({"general.architecture": "qwen2moe"}, "general.architecture = 'qwen2moe', a mixture of experts"),
         (
             {"general.architecture": "qwen"},
             "general.architecture = 'qwen', which is no known family; did you mean qwen",

@@ -154,6 +154,7 @@ def test_untied_weights_are_not_filled_in_from_each_other(folder):
         ({"num_local_experts": 8}, "mixture of experts (model_type = 'llama', num_local_experts = 8)"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "another head than the language model"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"n_routed_experts": 64}, "mixture of experts (model_type = 'llama', n_routed_experts = 64)"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"hidden_size": None}, "does not say 'hidden_size'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
@@ -171,6 +172,47 @@ def test_configs_that_this_network_cannot_have(changes, complaint, folder):
     message = _error(folder.path)
     assert complaint in message
     assert "config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "kind"),
+    [
+        ("llama", "num_attention_heads", 0, "a whole number above 0"),
+        ("llama", "num_key_value_heads", "4", "a whole number above 0"),
+        ("llama", "hidden_size", True, "a whole number above 0"),
+        ("llama", "rms_norm_eps", "1e-5", "a number above 0"),
+        ("llama", "model_type", ["llama"], "a text"),
+        ("llama", "architectures", "LlamaForCausalLM", "a list of texts"),
+        ("llama", "rope_parameters", [1], "an object"),
+        ("gemma3", "query_pre_attn_scalar", -1, "a number above 0"),
+        ("gemma3", "sliding_window", 4.5, "a whole number"),
+        ("modernbert", "layer_types", 3, "a list of texts"),
+        ("modernbert", "hidden_activation", {}, "a text"),
+        ("t5", "num_decoder_layers", [2], "a whole number above 0"),
+        ("gpt2", "n_head", None, None),
+    ],
+)
+def test_values_of_another_kind(name, field, value, kind, tmp_path):
+    """Such a file is damaged, or of a network with sizes that differ from layer to layer."""
+    folder = Folder(tmp_path, name)
+    folder.config(**{field: value})
+    expected = f"does not say {field!r}" if kind is None else f"says {field} = {value!r}, where {kind} belongs"
+    assert expected in _error(folder.path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}'])
+def test_an_index_that_is_none(content, folder):
+    folder.shards()
+    (folder.path / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json is no index of shards" in _error(folder.path)
+
+
+def test_an_index_names_files_of_its_folder_alone(folder, tmp_path):
+    folder.shards()
+    index = folder.path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"] | {"model.norm.weight": "../other.safetensors"}
+    index.write_text(json.dumps({"weight_map": places}))
+    assert "names '../other.safetensors' outside of the folder" in _error(folder.path)
 
 
 def test_encoders_whose_head_is_not_tied(tmp_path):
