@@ -15,11 +15,15 @@ _COUNTS = (
     *("local_attention", "global_attn_every_n_layers", "sliding_window_pattern", "original_max_position_embeddings"),
 )
 _WHOLE = ("sliding_window", "max_window_layers")
-_POSITIVE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "rope_theta")
-_POSITIVE += ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq")
-_POSITIVE += ("global_rope_theta", "local_rope_theta")
-_TEXT = ("model_type", "hidden_act", "hidden_activation", "classifier_activation", "activation_function")
-_TEXT += ("feed_forward_proj", "activation_type", "block_type", "layer_norm_type", "position_embedding_type")
+_POSITIVE = (
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    *("rope_theta", "rope_local_base_freq", "global_rope_theta", "local_rope_theta"),
+)
+_TEXT = (
+    *("model_type", "hidden_act", "hidden_activation", "classifier_activation", "activation_function"),
+    *("feed_forward_proj", "activation_type", "block_type", "layer_norm_type", "position_embedding_type"),
+)
 _LISTS = ("architectures", "layer_types")
 _OBJECTS = ("rope_parameters", "rope_scaling")
 
