@@ -41,7 +41,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-recipes test-interop interop test-aot aot lint format typecheck wheel smoke lock clean
+.PHONY: help quickstart test test-thorough test-recipes test-interop interop test-aot aot lint format typecheck wheel smoke lock clean
 
 help:  ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -51,9 +51,12 @@ quickstart: $(CORE)  ## Compare AR, diffusion and AR2Diff on three small tasks a
 	@echo "==> diffusion-lm compare: finished stages are skipped, an interrupted run continues where it stopped"
 	$(BIN)/diffusion-lm compare --gin_file gin/recipes/quickstart.gin --workdir runs/quickstart
 
-test: $(DEV)  ## Run all tests (make test ARGS="tests/unit/core -x" for some of them).
+test: $(DEV)  ## Run the tests (make test ARGS="tests/unit/core -x" for some of them).
 	@echo "==> pytest in $(WORKERS) processes, compiled programs cached in .jax_cache"
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-thorough: $(DEV)  ## Run the tests that take minutes: every method on every layout, laws, several processes, buckets.
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m thorough $(ARGS)
 
 # torch and transformers are no extra of the package: torch pins CUDA packages that are not those of jax[cuda13], and one
 # lock cannot hold both. They get an environment of their own. TORCH_INDEX=https://download.pytorch.org/whl/cpu takes

@@ -52,11 +52,12 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         else data.prompt_batches(arguments.batch_size, arguments.limit)
     )
     model = opened.load()
-    decode = compiled_generate(model.architecture, sampler)
+    decode = compiled_generate(model.architecture, sampler, model.constrain)
     results = []
     for prompt, records in batches:
+        placed = model.constrain.rows(prompt)
         decoded = [
-            jax.device_get(decode(model.params, prompt, StreamKeys.create(arguments.seed, sample)))
+            jax.device_get(decode(model.params, placed, StreamKeys.create(arguments.seed, sample)))
             for sample in range(arguments.samples)
         ]
         texts = [target_texts(one, prompt, data.vocabulary) for one in decoded]

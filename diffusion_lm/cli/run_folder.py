@@ -15,9 +15,9 @@ from diffusion_lm.core.files import as_path
 from diffusion_lm.evaluation.generation import GenerationEvaluation
 from diffusion_lm.evaluation.likelihood import BoundEvaluation
 from diffusion_lm.recipes.comparison import Comparison
-from diffusion_lm.training.checkpoint import finished_steps, restore_params
+from diffusion_lm.training.checkpoint import finished_steps
 from diffusion_lm.training.run import TrainRun
-from diffusion_lm.training.transfer import require_arrays
+from diffusion_lm.training.trained import trained_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +40,7 @@ class OpenRun:
 
     def load(self) -> BoundModel:
         """Returns the model with its parameters on the run's mesh."""
-        import jax
-
-        from diffusion_lm.parallel.shardings import Placement, tree_shardings
-
-        mesh, model = self.run.mesh.build(), self.run.model
-        abstract = model.abstract_params()
-        like = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            tree_shardings(model.logical_axes(), abstract, self.run.rules, mesh),
-        )
-        params = restore_params(self.folder, step=self.step, like=like)
-        require_arrays(params, abstract, where=str(self.folder))
-        return BoundModel(model, params, Placement(mesh, self.run.rules))
+        return trained_model(self.run, self.folder, step=self.step)
 
     @property
     def generation(self) -> tuple[GenerationEvaluation, ...]:

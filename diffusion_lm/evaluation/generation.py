@@ -16,6 +16,7 @@ from diffusion_lm.core.types import Batch, Decoded
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
 from diffusion_lm.evaluation.metrics import METRICS, Metric
+from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.samplers.base import Sampler
 
 
@@ -98,9 +99,9 @@ class Program:
     Compilation is a step of its own (`prepare`), so that a clock around a call measures decoding alone (trap T55).
     """
 
-    def __init__(self, architecture: Architecture, sampler: Sampler):
+    def __init__(self, architecture: Architecture, sampler: Sampler, constrain: Constrain = no_constraint):
         def decode(params, prompt: Batch, keys: StreamKeys) -> Decoded:
-            return sampler.generate(BoundModel(architecture, params), prompt, keys)
+            return constrain.whole(sampler.generate(BoundModel(architecture, params, constrain), prompt, keys))
 
         self._jitted = jax.jit(decode)
         self._executables: dict[tuple, Any] = {}
@@ -119,23 +120,23 @@ class Program:
 
 
 @functools.cache
-def compiled_generate(architecture: Architecture, sampler: Sampler) -> Program:
-    """Returns the program of an architecture and a sampler, one in a process."""
-    return Program(architecture, sampler)
+def compiled_generate(architecture: Architecture, sampler: Sampler, constrain: Constrain = no_constraint) -> Program:
+    """Returns the program of an architecture, a sampler and a placement, one in a process."""
+    return Program(architecture, sampler, constrain)
 
 
-def generate(
-    architecture: Architecture, params: Any, sampler: Sampler, task: GenerationTask, *, seed: int = 0
-) -> Generation:
+def generate(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed: int = 0) -> Generation:
     """Decodes every prompt of `task`. A completion depends on (seed, example id, sample number), not on its batch.
 
-    Prompts are laid out for the architecture: one task serves networks with and without an encoder.
+    Prompts are laid out for the architecture: one task serves networks with and without an encoder. The devices of the
+    model's placement share the rows of a batch where `batch_size` divides by their number.
 
     Raises:
       ConfigError: the sampler means other tokens by its ids than the data.
     """
     task.data.specials.check(sampler)
-    decode = compiled_generate(architecture, sampler)
+    architecture, params, constrain = model.architecture, model.params, model.constrain
+    decode = compiled_generate(architecture, sampler, constrain)
     data = task.data.with_encoder(architecture.needs_encoder)
     vocabulary = data.vocabulary
     size = getattr(vocabulary, "size", None)
@@ -149,12 +150,12 @@ def generate(
     columns: dict[str, list] = {name: [] for name in ("predictions", "scores", "lengths", "forward_passes")}
     seconds = 0.0
     for prompt, batch_records in data.prompt_batches(task.batch_size, limit=task.limit):
-        rows = []
+        rows, placed = [], constrain.rows(prompt)
         for sample in range(task.samples):
             keys = StreamKeys.create(seed, sample)
-            decode.prepare(params, prompt, keys)
+            decode.prepare(params, placed, keys)
             started = time.perf_counter()
-            rows.append(jax.device_get(decode(params, prompt, keys)))
+            rows.append(jax.device_get(decode(params, placed, keys)))
             seconds += time.perf_counter() - started
         records.extend(batch_records)
         texts = [target_texts(decoded, prompt, vocabulary) for decoded in rows]
@@ -213,6 +214,6 @@ class GenerationEvaluation:
     def run(self, model: BoundModel, step: int) -> dict[str, float]:
         """Returns the metric's headline and secondary values."""
         del step
-        result = generate(model.architecture, model.params, self.sampler, self.task, seed=self.seed)
+        result = generate(model, self.sampler, self.task, seed=self.seed)
         value, _, secondary = score(self.task, result)
         return {self.task.scorer.primary_key: value, **secondary}

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 
@@ -12,22 +11,22 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
 from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.objectives.base import Objective
 
 
 @functools.cache
-def compiled_bound(architecture: Architecture, objective: Objective):
-    """Returns the jitted `(params, batch, keys) -> LossTerms`, one per architecture and objective in a process."""
+def compiled_bound(architecture: Architecture, objective: Objective, constrain: Constrain = no_constraint):
+    """Returns the jitted `(params, batch, keys) -> LossTerms`, one per set of arguments in a process."""
 
     def bound(params, batch: Batch, keys: StreamKeys) -> LossTerms:
-        return objective.bound(BoundModel(architecture, params), batch, keys)
+        return constrain.whole(objective.bound(BoundModel(architecture, params, constrain), batch, keys))
 
     return jax.jit(bound)
 
 
 def evaluate_bound(
-    architecture: Architecture,
-    params: Any,
+    model: BoundModel,
     objective: Objective,
     data: DataPipeline,
     *,
@@ -42,11 +41,12 @@ def evaluate_bound(
     `bits_per_real_token`, the whole loss, scored padding included, over the real tokens: a model that must say the
     length by padding and one that says it by EOS are then charged for the same text.
     """
-    step = compiled_bound(architecture, objective)
+    architecture, constrain = model.architecture, model.constrain
+    step = compiled_bound(architecture, objective, constrain)
     keys = StreamKeys.create(seed)
     total: LossTerms | None = None
     for batch, _ in data.with_encoder(architecture.needs_encoder).eval_batches(batch_size, limit=limit):
-        terms = step(params, batch, keys)
+        terms = step(model.params, constrain.rows(batch), keys)
         total = terms if total is None else total + terms
     require(total is not None, "the evaluation split holds no examples", where="BoundEvaluation.data", fix="Fill it.")
     assert total is not None
@@ -86,8 +86,7 @@ class BoundEvaluation:
         """Returns the bound's values (`loss`, per-real-token metrics)."""
         del step
         values = evaluate_bound(
-            model.architecture,
-            model.params,
+            model,
             self.objective,
             self.data,
             batch_size=self.batch_size,

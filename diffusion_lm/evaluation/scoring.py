@@ -17,6 +17,7 @@ from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys, fold_in_each
 from diffusion_lm.core.types import Batch
+from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.draws import shifted
 
@@ -111,12 +112,13 @@ def score(
     targets = np.asarray(batch.target_mask).sum(axis=1)
     draws = np.array([1 if estimator.exact_for(int(count)) else estimator.draws for count in targets])
     pairs = [(row, draw) for row, count in enumerate(draws) for draw in range(count)]
-    step = compiled_draws(estimator, model.architecture)
+    step = compiled_draws(estimator, model.architecture, model.constrain)
     rows_per_pass = len(draws) if rows_per_pass is None else rows_per_pass
     values: list[list[float]] = [[] for _ in draws]
     for first in range(0, len(pairs), rows_per_pass):
         rows, numbers = (np.array(part) for part in zip(*pairs[first : first + rows_per_pass], strict=True))
-        nll = step(model.params, jax.tree.map(lambda x, rows=rows: x[rows], batch), keys, numbers, draws[rows])
+        chosen = model.constrain.rows(jax.tree.map(lambda x, rows=rows: x[rows], batch))
+        nll = step(model.params, chosen, keys, numbers, draws[rows])
         for row, value in zip(rows, np.asarray(nll, np.float64), strict=True):
             values[row].append(-float(value))
     samples = tuple(np.array(row) for row in values)
@@ -136,7 +138,7 @@ def score(
 
 
 @functools.cache
-def compiled_draws(estimator: Estimator, architecture: Architecture):
+def compiled_draws(estimator: Estimator, architecture: Architecture, constrain: Constrain = no_constraint):
     """Returns the jitted `(params, batch, keys, numbers, draws) -> f32[B]`, one draw a row."""
 
     def run(params, batch: Batch, keys: StreamKeys, numbers: jax.Array, draws: jax.Array) -> jax.Array:
@@ -147,7 +149,7 @@ def compiled_draws(estimator: Estimator, architecture: Architecture):
         draw_keys = fold_in_each(keys.per_example(DRAW_STREAM, batch.row_ids), numbers)
         ids = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(draw_keys)
         batch = batch.replace(example_ids=jnp.broadcast_to(ids[:, None], batch.tokens.shape))
-        return estimator.nll(BoundModel(architecture, params), batch, keys, level)
+        return constrain.whole(estimator.nll(BoundModel(architecture, params, constrain), batch, keys, level))
 
     return jax.jit(run)
 

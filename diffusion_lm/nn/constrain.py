@@ -29,6 +29,15 @@ class Constrain(Protocol):
           out_axes: those of the result, an array as large in them as the arguments.
         """
 
+    def __hash__(self) -> int:
+        """Equal placements hash equally: compiled programs are kept by them."""
+
+    def rows(self, batch: Any) -> Any:
+        """Returns a tree of [B,T,...] arrays of the host on the devices; every process gives all rows."""
+
+    def whole(self, tree: Any) -> Any:
+        """Inside of a compiled function, pins a result to be whole on every device, where the host can read it."""
+
 
 class Unconstrained:
     """The `Constrain` of a single device."""
@@ -48,6 +57,14 @@ class Unconstrained:
         """Returns `function(*arguments)`."""
         del axes, out_axes
         return function(*arguments)
+
+    def rows(self, batch: Any) -> Any:
+        """Returns `batch`."""
+        return batch
+
+    def whole(self, tree: Any) -> Any:
+        """Returns `tree`."""
+        return tree
 
 
 no_constraint = Unconstrained()

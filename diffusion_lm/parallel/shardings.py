@@ -189,6 +189,14 @@ class Placement:
             check_vma=False,
         )(shared, tokens)
 
+    def rows(self, batch: Any) -> Any:
+        """Returns a tree of [B,T,...] arrays of the host on the devices; every process gives all rows."""
+        return jax.device_put(batch, batch_shardings(batch, self.rules, self.mesh))
+
+    def whole(self, tree: Any) -> Any:
+        """Inside of a compiled function, pins a result to be whole on every device, where the host can read it."""
+        return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
+
     def split(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], axes: tuple[Axes, ...], out_axes: Axes
     ) -> Any:

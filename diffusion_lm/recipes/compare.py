@@ -30,9 +30,9 @@ from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.playback import record_playback
 from diffusion_lm.recipes.results import Evaluations, assemble, shown_samples
 from diffusion_lm.recipes.stage import Stage
-from diffusion_lm.training.checkpoint import restore_params
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.run import fingerprint
+from diffusion_lm.training.trained import trained_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +122,13 @@ def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: P
         if getattr(task.data, "vocabulary_note", None):
             log(str(task.data.vocabulary_note))
         stage, sampler = arm.stage_for(task.name), arm.sampler_for(task.name)
-        params = restore_params(stage_folder(stage, workdir))
-        result = generation.generate(stage.run.model, params, sampler, task, seed=comparison.seed)
+        model = trained_model(stage.run, stage_folder(stage, workdir))
+        result = generation.generate(model, sampler, task, seed=comparison.seed)
         value, per_example, secondary = generation.score(task, result)
         bound = None
         if comparison.bound_limit:
             bound = likelihood.evaluate_bound(
-                stage.run.model,
-                params,
+                model,
                 stage.run.objective,
                 _teacher_forced(task.data, stage.run.data.converter.target_window),
                 batch_size=task.batch_size,
@@ -166,9 +165,8 @@ def _playback(comparison: Comparison, workdir: Path, log) -> dict[str, Any]:
     played = {}
     for task in comparison.tasks:
         stage = arms[-1].stage_for(task.name)
-        params = restore_params(stage_folder(stage, workdir))
-        sampler = arms[-1].sampler_for(task.name)
-        frames = record_playback(stage.run.model, params, sampler, task, seed=comparison.seed)
+        model = trained_model(stage.run, stage_folder(stage, workdir))
+        frames = record_playback(model, arms[-1].sampler_for(task.name), task, seed=comparison.seed)
         played[task.name] = {"arm": arms[-1].name, **frames}
     return played
 

@@ -6,25 +6,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_lm.architectures.base import Architecture
+from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.evaluation.generation import GenerationTask, compiled_generate
 from diffusion_lm.samplers.base import Sampler
 
 
-def record_playback(
-    architecture: Architecture, params: Any, sampler: Sampler, task: GenerationTask, *, seed: int = 0
-) -> dict[str, Any]:
+def record_playback(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed: int = 0) -> dict[str, Any]:
     """Decodes the task's first example with the sampler's trace kept.
 
     Returns:
       `{"input", "reference", "frames"}`; a frame is the list of token pieces of the target window after one forward
       pass, PAD as the empty string.
     """
-    data = task.data.with_encoder(architecture.needs_encoder)
+    data = task.data.with_encoder(model.architecture.needs_encoder)
     prompt, records = next(iter(data.prompt_batches(1, limit=1)))
-    decode = compiled_generate(architecture, dataclasses.replace(sampler, keep_trace=True))
-    decoded = jax.device_get(decode(params, prompt, StreamKeys.create(seed)))
+    decode = compiled_generate(model.architecture, dataclasses.replace(sampler, keep_trace=True), model.constrain)
+    decoded = jax.device_get(decode(model.params, model.constrain.rows(prompt), StreamKeys.create(seed)))
     window = np.flatnonzero(np.asarray(prompt.target_mask)[0])
     vocabulary = data.vocabulary
     steps = int(decoded.trace.tokens.shape[0])

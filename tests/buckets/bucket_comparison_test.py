@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 from comparison_test import comparison, root, undisturbed  # noqa: F401 (fixtures)
 
 from diffusion_lm.recipes.compare import compare
+
+pytestmark = pytest.mark.thorough
 
 
 def test_a_comparison_in_a_bucket_is_that_of_a_folder(comparison, undisturbed, bucket):  # noqa: F811

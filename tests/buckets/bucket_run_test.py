@@ -15,6 +15,8 @@ from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.training.checkpoint import CheckpointPolicy, finished_steps, restore_params
 from diffusion_lm.training.loop import train
 
+pytestmark = pytest.mark.thorough
+
 
 def _rows(bucket, name):
     text = bucket.OBJECTS[f"bucket/{name}/metrics.jsonl"][0].decode()

@@ -8,6 +8,8 @@ from verbs_test import folder  # noqa: F401 (a fixture: data, and a run on a dis
 
 from diffusion_lm.cli.main import main
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def there(folder, bucket, monkeypatch):  # noqa: F811

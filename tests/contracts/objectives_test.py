@@ -11,6 +11,8 @@ import pytest
 
 from diffusion_lm.core.rng import StreamKeys
 
+pytestmark = pytest.mark.thorough
+
 FILES = gin_objects.files("objectives")
 KEYS = StreamKeys.create(7, 11)
 QUICK = {"dropout_rate": 0.2, **stubs.QUICK}

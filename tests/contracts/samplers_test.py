@@ -11,6 +11,8 @@ import pytest
 
 from diffusion_lm.core.rng import StreamKeys
 
+pytestmark = pytest.mark.thorough
+
 FILES = gin_objects.files("samplers")
 KEYS = StreamKeys.create(9)
 MODEL = stubs.counting(stubs.nano(**stubs.QUICK))

@@ -11,6 +11,8 @@ import pytest
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.evaluation import scoring
 
+pytestmark = pytest.mark.thorough
+
 FILES = gin_objects.files("scoring")
 KEYS = StreamKeys.create(5)
 MODEL = stubs.nano(**stubs.QUICK)

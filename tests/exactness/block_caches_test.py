@@ -21,6 +21,8 @@ from diffusion_lm.samplers.counts import Even
 from diffusion_lm.samplers.denoising import DenoisingSampler
 from diffusion_lm.samplers.revision import Rescaled
 
+pytestmark = pytest.mark.thorough
+
 MASK, LENGTH = 4, 18
 KEYS = StreamKeys.create(7)
 PROMPT = stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [14, 7, 11, 9], LENGTH))

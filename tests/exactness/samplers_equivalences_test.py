@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
+import pytest
 import sampler_worlds as worlds
 
 from diffusion_lm.core.alignment import Shifted
@@ -15,6 +16,8 @@ from diffusion_lm.samplers.commit import Ancestral, EntropyBound, Factor, Ranked
 from diffusion_lm.samplers.counts import Even, Fixed, Scheduled
 from diffusion_lm.samplers.denoising import DenoisingSampler
 from diffusion_lm.samplers.revision import Capped, Rescaled, Routed
+
+pytestmark = pytest.mark.thorough
 
 KEYS = StreamKeys.create(9)
 WORLD = worlds.World.random(3, 3, seed=4)

@@ -10,6 +10,8 @@ from diffusion_lm.samplers.commit import Ancestral, EntropyBound, Everything, Ra
 from diffusion_lm.samplers.counts import Even, Fixed, Fraction
 from diffusion_lm.samplers.revision import Capped, LeastConfident, Plateau, Renoised, Rescaled, Routed
 
+pytestmark = pytest.mark.thorough
+
 ROWS = 20_000
 WORLD = worlds.World.random(3, 3, seed=4)
 STEPS = 3

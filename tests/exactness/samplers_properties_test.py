@@ -15,6 +15,8 @@ from diffusion_lm.samplers.commit import EntropyBound, Factor, Ranked, Threshold
 from diffusion_lm.samplers.counts import Even, Fixed, Fraction, Proportional, Scheduled
 from diffusion_lm.samplers.view import View
 
+pytestmark = pytest.mark.thorough
+
 
 def test_T39_transfer_counts():
     """Steps of the blocks, and commits of the steps, for all lengths, steps and blocks: whole, and nothing is left."""

@@ -14,6 +14,8 @@ from diffusion_lm.samplers.counts import Fixed
 from diffusion_lm.samplers.denoising import DenoisingSampler
 from diffusion_lm.samplers.view import View
 
+pytestmark = pytest.mark.thorough
+
 V, HEAD, MASK = 8192, 8, 8192
 KEYS = StreamKeys.create(3)
 NO_END = {"eos_id": 9000, "pad_id": 9001}

@@ -20,6 +20,8 @@ from diffusion_lm.training.checkpoint import FOLDER, finished_steps, restore_par
 from diffusion_lm.training.hooks import RESTART_EXIT_CODE
 from diffusion_lm.training.loop import train
 
+pytestmark = pytest.mark.thorough
+
 SCRIPT = pathlib.Path(__file__).parent / "train_process.py"
 
 

@@ -8,6 +8,8 @@ import pytest
 from launch import tpu_vm, watch
 from launch.watch import Verdict
 
+pytestmark = pytest.mark.thorough
+
 READY = {"stdout": '{"state": "READY"}'}
 ABSENT = {
     "code": 1,

@@ -15,6 +15,8 @@ from diffusion_lm.architectures.exponents import WithTokenSchedules
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, EncoderInputs
+from diffusion_lm.evaluation.generation import compiled_generate
+from diffusion_lm.evaluation.likelihood import compiled_bound
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.noise.time_sampling import UniformTime
 from diffusion_lm.objectives.annealing import MaskAnnealing
@@ -136,7 +138,25 @@ def test_decoded_tokens_do_not_depend_on_the_mesh(sampler):
         shardings = tree_shardings(model.logical_axes(), model.abstract_params(), RULES, mesh)
         constrain = Placement(mesh, RULES)
         params = jax.device_put(model.init(jax.random.key(1)), shardings)
-        generate = jax.jit(lambda p, b: sampler.generate(BoundModel(model, p, constrain), b, StreamKeys.create(0)))
-        return np.asarray(generate(params, place_batch(prompt, RULES, mesh)).tokens)
+        rows = constrain.rows(prompt)
+        tokens = compiled_generate(model, sampler, constrain)(params, rows, StreamKeys.create(0)).tokens
+        assert tokens.is_fully_replicated, "every process can read it"
+        assert rows.tokens.is_fully_replicated == (mesh.size == 1), "devices share the rows"
+        return np.asarray(tokens)
 
     np.testing.assert_array_equal(decode(MeshSpec(data=2, fsdp=2, tensor=2)), decode(ALONE))
+
+
+def test_a_bound_does_not_depend_on_the_mesh():
+    model, objective, batch = MODELS["single_stream"], OBJECTIVES["diffusion"], _batch()
+    losses = []
+    for spec in (ALONE, MeshSpec(data=2, fsdp=2, tensor=2)):
+        constrain = Placement(spec.build(jax.devices()[: 1 if spec == ALONE else 8]), RULES)
+        params = jax.device_put(
+            model.init(jax.random.key(1)),
+            tree_shardings(model.logical_axes(), model.abstract_params(), RULES, constrain.mesh),
+        )
+        terms = compiled_bound(model, objective, constrain)(params, constrain.rows(batch), StreamKeys.create(0))
+        assert terms.loss_sum.is_fully_replicated
+        losses.append(float(terms.loss_sum))
+    np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 
 def _start(port: int, number: int, count: int, workdir) -> subprocess.Popen:
     return subprocess.Popen(

@@ -14,6 +14,8 @@ import pytest
 
 from diffusion_lm.training.checkpoint import restore_params
 
+pytestmark = pytest.mark.thorough
+
 HERE = pathlib.Path(__file__).parent
 SCRIPT = HERE / "train_process.py"
 
@@ -34,9 +36,9 @@ def _train(workdir: pathlib.Path, processes: int, objective: str = "ar", seconds
     return local_processes.run(command, processes=processes, devices=4 // processes)
 
 
-def _rows(workdir: pathlib.Path) -> list[dict]:
+def _rows(workdir: pathlib.Path, kind: str = "train") -> list[dict]:
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == "train"]
+    return [row for row in rows if row["kind"] == kind]
 
 
 @pytest.mark.parametrize("objective", ["ar", "diffusion"])
@@ -47,6 +49,9 @@ def test_two_processes_train_as_one(tmp_path, objective):
     one, two = _rows(tmp_path / "1"), _rows(tmp_path / "2")
     assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(1, 13))
     np.testing.assert_allclose([row["loss"] for row in one], [row["loss"] for row in two], rtol=1e-6)
+    (found,), (expected,) = _rows(tmp_path / "2", "evaluation"), _rows(tmp_path / "1", "evaluation")
+    assert found["probe/tokens"] == expected["probe/tokens"]
+    np.testing.assert_allclose(found["probe/bound"], expected["probe/bound"], rtol=1e-5)
     for a, b in zip(*(_leaves(tmp_path / name) for name in ("1", "2")), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     card = json.loads((tmp_path / "2" / "run_card.json").read_text())

@@ -18,6 +18,8 @@ from diffusion_lm.nn.masks import Full
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 from diffusion_lm.training.transfer import transfer
 
+pytestmark = pytest.mark.thorough
+
 ROPE = {"num_kv_heads": 1, "position": "rope", "mlp": "swiglu", "attention_scale": "inverse_sqrt"}
 BIASED = {"use_bias": True, "mlp": "gelu", "norm": "layernorm", "position": "learned", "max_positions": 16}
 FAMILIES = {

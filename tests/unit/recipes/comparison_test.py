@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import example_number
@@ -221,11 +222,9 @@ def test_a_task_without_its_stage_is_named(comparison):
 def test_T40_completions_do_not_depend_on_the_batch(comparison, undisturbed):
     task, arm = comparison.tasks[0], comparison.arms[1]
     stage = arm.stage_for("repeat")
-    params = run_stage(stage, undisturbed)
-    whole = generate(stage.run.model, params, arm.sampler_for("repeat"), task)
-    single = generate(
-        stage.run.model, params, arm.sampler_for("repeat"), dataclasses.replace(task, batch_size=1, limit=3)
-    )
+    model = BoundModel(stage.run.model, run_stage(stage, undisturbed))
+    whole = generate(model, arm.sampler_for("repeat"), task)
+    single = generate(model, arm.sampler_for("repeat"), dataclasses.replace(task, batch_size=1, limit=3))
     assert whole.predictions[:3] == single.predictions
     assert len(whole.records) == 6
 
