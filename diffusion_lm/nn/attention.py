@@ -9,11 +9,10 @@ from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.embeddings import toeplitz
 from diffusion_lm.nn.flash import fits, flash_backward, flash_forward
+from diffusion_lm.nn.flash_kernels import HIDDEN, NOTHING_SEEN
 from diffusion_lm.nn.masks import Visibility
 
 IMPLEMENTATIONS = ("xla", "cudnn", "flash")
-_HIDDEN = -1e30
-_NOTHING_SEEN = -1e29
 
 
 def attend(
@@ -80,10 +79,10 @@ def _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], K, H // K, *bias.shape[2:])
-    scores = jnp.where(mask[:, None, None], scores, _HIDDEN)
+    scores = jnp.where(mask[:, None, None], scores, HIDDEN)
     # The weights stay unnormalised and the much smaller output is divided instead: one pass over [B,H,Q,T] less. The
     # floor under the maximum makes the weights of a query that sees nothing underflow to 0 rather than to equal shares.
-    maximum = jnp.maximum(jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)), _NOTHING_SEEN)
+    maximum = jnp.maximum(jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)), NOTHING_SEEN)
     weights = jnp.exp(scores - maximum)
     total_BKGQ = weights.sum(axis=-1)
     out = jnp.einsum("BKGQT,BTKE->BQKGE", weights.astype(v_BTKE.dtype), v_BTKE, preferred_element_type=jnp.float32)

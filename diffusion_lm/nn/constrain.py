@@ -26,7 +26,7 @@ class Constrain(Protocol):
           function: needs nothing of the parts of other devices.
           arguments: arrays, or trees of them.
           axes: the logical axes of each argument; an array of fewer dimensions has the first of them.
-          out_axes: those of the result, an array as large in them as the arguments.
+          out_axes: those of the result, an array as large in them as the first argument.
         """
 
     def __hash__(self) -> int:

@@ -200,14 +200,7 @@ class Placement:
     def split(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], axes: tuple[Axes, ...], out_axes: Axes
     ) -> Any:
-        """Returns `function(*arguments)`, each device computing its own part: for kernels that XLA cannot divide.
-
-        Args:
-          function: needs nothing of the parts of other devices.
-          arguments: arrays, or trees of them.
-          axes: the logical axes of each argument; an array of fewer dimensions has the first of them.
-          out_axes: those of the result, an array as large in them as the first argument.
-        """
+        """Returns `function(*arguments)`, each device computing its own part; see `nn.constrain.Constrain.split`."""
         if self.mesh.size == 1:
             return function(*arguments)
 
