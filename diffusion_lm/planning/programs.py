@@ -24,8 +24,8 @@ from diffusion_lm.core.types import Batch
 from diffusion_lm.parallel.shardings import Placement, batch_shardings, replicated, tree_shardings
 from diffusion_lm.planning.accelerators import Accelerator
 from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
-from diffusion_lm.training.step import make_program
 
 # libtpu would otherwise ask a TPU's metadata server for minutes, print what it did not find, and let one process of a
 # machine load it at a time, which guards a TPU that is not here.
@@ -89,16 +89,7 @@ def tpu_devices(accelerator: Accelerator) -> Sequence[Any]:
 
 def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
     """Compiles a training step of `run` on `devices`, its state donated."""
-    program = make_program(
-        run.model,
-        run.objective,
-        run.optimizer,
-        mesh=run.mesh,
-        rules=run.rules,
-        microbatches=run.microbatches,
-        ema_decay=run.ema_decay,
-        devices=tuple(devices),
-    )
+    program = run_program(run, tuple(devices))
     batch = _placed(run.data.abstract_batch(run.batch_size), run, program.mesh)
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(program.mesh))
     return _compile(

@@ -22,9 +22,10 @@ from diffusion_lm.training import metrics, writers
 from diffusion_lm.training.card import claim_folder
 from diffusion_lm.training.checkpoint import Checkpointer, Progress, restore_params
 from diffusion_lm.training.hooks import Log, Preempted, Preemption, evaluation_due
+from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
 from diffusion_lm.training.state import TrainState
-from diffusion_lm.training.step import Program, make_program
+from diffusion_lm.training.step import Program
 from diffusion_lm.training.transfer import TransferReport, transfer
 
 
@@ -68,7 +69,7 @@ def train(
     pruned = getattr(run.data, "pruned", None)
     if pruned is not None and jax.process_index() == 0:
         pruned.save(workdir)
-    program = _program(run)
+    program = run_program(run)
     with Checkpointer(workdir, run.checkpoint) as checkpoints:
         if _is_finished(run, checkpoints, workdir):
             params = restore_params(workdir, step=run.steps, like=program.abstract_state.params)
@@ -109,18 +110,6 @@ def final_metrics(workdir: str | Path, step: int) -> dict[str, float]:
         if row["kind"] == "train" or row["step"] == step:
             found |= {key: value for key, value in row.items() if key not in ("step", "kind", "timing")}
     return found
-
-
-def _program(run: TrainRun) -> Program:
-    return make_program(
-        run.model,
-        run.objective,
-        run.optimizer,
-        mesh=run.mesh,
-        rules=run.rules,
-        microbatches=run.microbatches,
-        ema_decay=run.ema_decay,
-    )
 
 
 def _is_finished(run: TrainRun, checkpoints: Checkpointer, workdir: Path) -> bool:
