@@ -1,21 +1,38 @@
-"""What all launchers ask of a `diffusion-lm` command before they spend machines on it."""
+"""What all launchers have in common: their command line, and what they ask of a command before they spend machines."""
 
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from diffusion_lm.cli.arguments import split_gin_flags
 from diffusion_lm.cli.main import VERBS, build_parser
 from diffusion_lm.core.errors import ConfigError, near_names
+from launch.commands import Shell
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WRITES = ("train", "compare")
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
-    """Adds what names the command to run and what it sees."""
+def parser_of(launcher: str, doc: str | None, verbs: Mapping[str, tuple[str, Any]], of: str) -> argparse.ArgumentParser:
+    """Returns the parser of a launcher with its verbs and the flags that all have.
+
+    Args:
+      launcher: its module in `launch`.
+      doc: what it does.
+      verbs: of each what it does, and the function that does it.
+      of: what `--name` names.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m launch.{launcher}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "verb", choices=sorted(verbs), help="; ".join(f"{name}: {what}" for name, (what, _) in verbs.items())
+    )
+    parser.add_argument("--name", required=True, help=of)
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable; may be repeated"
     )
@@ -25,6 +42,28 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         help="the run folder is local but the same on all machines and outlives them (Filestore, gcsfuse, Lustre)",
     )
     parser.epilog = "Behind -- comes a verb of diffusion-lm with its flags."
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    verb: Callable[[Shell, argparse.Namespace], int],
+    *,
+    interrupted: str = "",
+) -> int:
+    """Returns the exit code of `verb`: 2 for wrong input, 130 for Ctrl-C, which prints `interrupted`."""
+    arguments = parse(parser, argv)
+    try:
+        checked_name(arguments.name)
+        return verb(Shell(dry_run=arguments.dry_run), arguments)
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if interrupted:
+            print(interrupted, file=sys.stderr)
+        return 130
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -40,7 +79,7 @@ def command_of(arguments: argparse.Namespace, *, why_shared: str = "") -> list[s
     """Returns the verb and its flags, once they are known to be readable.
 
     Args:
-      arguments: parsed flags, of `add_command`.
+      arguments: parsed flags.
       why_shared: why the run folder must be one that all machines see and that outlives them; empty = it need not.
 
     Raises:

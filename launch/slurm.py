@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.errors import require
 from launch import job
 from launch.commands import Shell
 
@@ -47,22 +47,11 @@ exit "$code"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
-    arguments = job.parse(_parser(), argv)
-    try:
-        job.checked_name(arguments.name)
-        return _VERBS[arguments.verb][1](Shell(dry_run=arguments.dry_run), arguments)
-    except ConfigError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return job.run(_parser(), argv, lambda shell, arguments: _VERBS[arguments.verb][1](shell, arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = "; ".join(f"{name}: {what}" for name, (what, _) in _VERBS.items())
-    parser.add_argument("verb", choices=sorted(_VERBS), help=verbs)
-    parser.add_argument("--name", required=True, help="of the job; also of its log, NAME-JOBID.log")
+    parser = job.parser_of("slurm", __doc__, _VERBS, of="of the job; also of its log, NAME-JOBID.log")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
     parser.add_argument(
         "--gpus", type=int, default=8, metavar="N", help="GPUs of each machine, a task for each (default 8)"
@@ -83,8 +72,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FLAG",
         help="a line more for sbatch, e.g. --sbatch_flag=--partition=gpu; may be repeated",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the command and the script, run nothing")
-    job.add_command(parser)
     return parser
 
 

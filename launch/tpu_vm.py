@@ -29,25 +29,12 @@ CAPACITY_SECONDS = 300.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
-    arguments = job.parse(_parser(), argv)
-    try:
-        return _run(arguments)
-    except ConfigError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped watching; what was started goes on and costs money until `delete`", file=sys.stderr)
-        return 130
+    paid = "stopped watching; what was started goes on and costs money until `delete`"
+    return job.run(_parser(), argv, _run, interrupted=paid)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.tpu_vm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "verb", choices=sorted(_VERBS), help="; ".join(f"{name}: {what}" for name, (what, _) in _VERBS.items())
-    )
-    parser.add_argument("--name", required=True, help="of the TPU")
+    parser = job.parser_of("tpu_vm", __doc__, _VERBS, of="of the TPU")
     parser.add_argument("--zone", help="where, e.g. us-west4-a")
     parser.add_argument("--project", help="default: that of gcloud's configuration")
     parser.add_argument("--accelerator", help="as for `diffusion-lm plan --topology`: v5e-16, v4-32, 2xv5e-256")
@@ -75,20 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--wait", type=float, default=24.0, metavar="HOURS", help="for a TPU, each time (default 24)")
     parser.add_argument("--max_restarts", type=int, default=100, metavar="N", help="of one job (default 100)")
     parser.add_argument("--keep", action="store_true", help="do not delete the TPU when the job has ended")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
-    job.add_command(parser)
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(shell: Shell, arguments: argparse.Namespace) -> int:
     require(
         arguments.zone,
         "it is not said where the TPU is",
         where="--zone",
         fix="See `gcloud compute tpus locations list`.",
     )
-    job.checked_name(arguments.name)
-    shell = Shell(dry_run=arguments.dry_run)
     tpu = CloudTpu(shell, arguments.name, arguments.zone, arguments.project, arguments.queued)
     return _VERBS[arguments.verb][1](tpu, arguments)
 

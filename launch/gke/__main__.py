@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.errors import require
 from diffusion_lm.planning.accelerators import parse
 from launch import job
 from launch.commands import Shell
@@ -23,24 +23,11 @@ from launch.gke.jobset import CONTAINER, manifest
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
-    arguments = job.parse(_parser(), argv)
-    try:
-        job.checked_name(arguments.name)
-        return _VERBS[arguments.verb][1](Shell(dry_run=arguments.dry_run), arguments)
-    except ConfigError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return job.run(_parser(), argv, lambda shell, arguments: _VERBS[arguments.verb][1](shell, arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.gke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = "; ".join(f"{name}: {what}" for name, (what, _) in _VERBS.items())
-    parser.add_argument("verb", choices=sorted(_VERBS), help=verbs)
-    parser.add_argument("--name", required=True, help="of the JobSet")
+    parser = job.parser_of("gke", __doc__, _VERBS, of="of the JobSet")
     parser.add_argument("--namespace", help="default: that of kubectl's configuration")
     parser.add_argument("--context", help="cluster, as kubectl calls it (default: its current one)")
     parser.add_argument("--accelerator", help="as for `diffusion-lm plan --topology`: v5e-16, v5p:4x4x8, 2xv5e-256")
@@ -55,8 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_restarts", type=int, default=100, metavar="N", help="of all Pods (default 100)")
     parser.add_argument("--grace", type=int, default=300, metavar="SECONDS", help="to save after SIGTERM (default 300)")
     parser.add_argument("--all", action="store_true", help="logs: of all Pods, not only of the first")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
-    job.add_command(parser)
     return parser
 
 
