@@ -24,6 +24,7 @@ FLOORS = {
     "recipes": 5,
     "interop": 5,
     "planning": 5,
+    "bench": 5,
     "cli": 6,
 }
 # Rooms of these floors do not import each other; those of floor 5 may (recipes use training and evaluation).
@@ -99,6 +100,8 @@ def _may_import(path: pathlib.Path) -> set[str]:
         return {"gin"}
     if where.startswith("data/seqio_"):
         return {"seqio", "tensorflow", "tensorflow_datasets"}
+    if where == "bench/torch_side.py":  # a script that another interpreter runs
+        return {"torch", "transformers"}
     return set()
 
 

@@ -1,7 +1,7 @@
 """Lists the gin files of one kind with what they are and where they come from, e.g. `diffusion-lm list objectives`.
 
-Kinds: objectives, samplers, scoring, models, sizes, optimizers, partitioning, runs, recipes. The texts are the first
-sentences of the files themselves. The kind families is that of checkpoints which `import` reads."""
+Kinds: objectives, samplers, scoring, models, sizes, optimizers, partitioning, runs, recipes, bench. The texts are the
+first sentences of the files themselves. The kind families is that of checkpoints which `import` reads."""
 
 import argparse
 import re
@@ -21,6 +21,7 @@ KINDS = {
     "partitioning": "partitioning",
     "runs": "runs",
     "recipes": "recipes",
+    "bench": "bench",
 }
 """Kinds and their folders below gin/."""
 

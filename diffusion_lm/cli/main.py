@@ -20,6 +20,7 @@ VERBS = {
     "decode": "complete prompts with a trained model",
     "explain": "show what a configuration is: parameters, shapes, shardings, FLOPs, memory",
     "plan": "compile for TPUs that are not here: memory, communication and speed of each chip",
+    "bench": "time training, decoding, the input pipeline or starting up, alone or against PyTorch",
     "list": "show the objectives, samplers, estimators, models, recipes and families of checkpoints that there are",
     "import": "make a run folder of a Hugging Face checkpoint",
     "export": "write a trained model as a Hugging Face checkpoint",

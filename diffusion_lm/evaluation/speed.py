@@ -5,8 +5,7 @@ sampler here must run its full course (EOS and PAD forbidden, or `early_exit=Fal
 """
 
 import dataclasses
-import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +15,9 @@ import numpy as np
 from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.core.types import Batch, EncoderInputs
+from diffusion_lm.core.types import Batch, Decoded, EncoderInputs
 from diffusion_lm.evaluation.generation import compiled_generate
+from diffusion_lm.evaluation.timing import alternate, spread, timed
 from diffusion_lm.samplers.base import Sampler
 
 
@@ -46,6 +46,25 @@ class SpeedArm:
             may_stop = not {sampler.eos_id, sampler.pad_id} <= set(sampler.forbidden)
             fix = f"Bind {name}.forbidden = (PAD, EOS) in the speed study's scope."
         require(not may_stop, f"the sampler of speed arm '{self.label}' may stop early", where=f"{name}", fix=fix)
+
+
+def full_course(sampler: Sampler) -> Sampler:
+    """Returns the sampler without its early exit, or without EOS and PAD: what a speed arm may be.
+
+    Raises:
+      ConfigError: it has neither setting.
+    """
+    given: Any = sampler
+    if hasattr(given, "early_exit"):
+        return dataclasses.replace(given, early_exit=False)
+    require(
+        hasattr(given, "forbidden"),
+        f"{type(given).__name__} cannot be made to fill the whole window",
+        where="--sampler",
+        fix="Give a sampler that has early_exit or forbidden.",
+    )
+    forbidden = dict.fromkeys((*given.forbidden, given.pad_id, given.eos_id))
+    return dataclasses.replace(given, forbidden=tuple(forbidden))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,40 +103,40 @@ def measure(study: SpeedStudy, *, seed: int = 0) -> dict[str, Any]:
     parameters: dict[Any, Any] = {}
     rows = []
     for length in study.lengths:
-        calls = []
+        calls, passes = [], []
         for arm in study.arms:
             if arm.architecture not in parameters:
                 parameters[arm.architecture] = jax.jit(arm.architecture.init)(jax.random.key(seed))
-            prompt = random_prompt(study, arm.architecture, length)
-            calls.append((compiled_generate(arm.architecture, arm.sampler), parameters[arm.architecture], prompt))
-        passes = [int(decode(p, prompt, StreamKeys.create(seed)).forward_passes[0]) for decode, p, prompt in calls]
-        seconds: list[list[float]] = [[] for _ in calls]
-        for repeat in range(study.repeats):
-            for times, (decode, params, prompt) in zip(seconds, calls, strict=True):
-                started = time.perf_counter()
-                jax.block_until_ready(decode(params, prompt, StreamKeys.create(seed, repeat)))
-                times.append(time.perf_counter() - started)
-        for arm, times, count in zip(study.arms, seconds, passes, strict=True):
-            median = statistics.median(times)
+            prompt = random_prompt(arm.architecture, study.batch_size, study.prompt_length, length)
+            decode = decoder(arm, parameters[arm.architecture], prompt, seed=seed)
+            passes.append(int(decode(0).forward_passes[0]))
+            calls.append(lambda repeat, decode=decode: timed(lambda: decode(repeat)))
+        for arm, times, count in zip(study.arms, alternate(calls, study.repeats), passes, strict=True):
+            found = spread(times)
             rows.append(
                 {
                     "label": arm.label,
                     "family": arm.family,
                     "length": length,
                     "batch_size": study.batch_size,
-                    "seconds": median,
-                    "spread": (max(times) - min(times)) / median,
+                    "seconds": found.median,
+                    "spread": (found.most - found.least) / found.median,
                     "forward_passes": count,
                 }
             )
     return {"device": jax.devices()[0].device_kind, "rows": rows}
 
 
-def random_prompt(study: SpeedStudy, architecture: Architecture, length: int) -> Batch:
-    """Returns prompts of random tokens with a target window of `length` tokens."""
-    tokens = np.random.default_rng(0).integers(
-        0, architecture.spec.vocab_size, (study.batch_size, study.prompt_length), dtype=np.int32
-    )
+def decoder(arm: SpeedArm, params: Any, prompt: Batch, *, seed: int = 0) -> Callable[[int], Decoded]:
+    """Returns a function from the number of a repeat to its finished decode; the first call compiles."""
+    program = compiled_generate(arm.architecture, arm.sampler)
+    return lambda repeat: jax.block_until_ready(program(params, prompt, StreamKeys.create(seed, repeat)))
+
+
+def random_prompt(architecture: Architecture, batch_size: int, prompt_length: int, length: int) -> Batch:
+    """Returns prompts of `prompt_length` random tokens with a target window of `length` tokens."""
+    shape = (batch_size, prompt_length)
+    tokens = np.random.default_rng(0).integers(0, architecture.spec.vocab_size, shape, dtype=np.int32)
     encoder = None
     if architecture.needs_encoder:
         encoder = EncoderInputs(jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.int32), _slots(tokens.shape))

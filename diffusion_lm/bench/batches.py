@@ -1,0 +1,61 @@
+"""Training batches of a run's shapes with random tokens in them, so that a step can be timed without data."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_lm.core.types import Batch, EncoderInputs
+from diffusion_lm.data.rows import strata
+from diffusion_lm.training.run import TrainRun
+
+
+def synthetic_batch(run: TrainRun, number: int = 0) -> Batch:
+    """Returns a batch of full rows: conditioning as long as the run's longest, then a target in which all is scored.
+
+    What `number` changes is the tokens. MASK is never among them.
+    """
+    shapes = run.data.abstract_batch(run.batch_size)
+    rows, length = shapes.tokens.shape
+    draw = np.random.default_rng(number)
+    target = np.broadcast_to(np.arange(length) >= conditioning_length(run), (rows, length))
+    example_ids = np.arange(rows, dtype=np.uint32) + np.uint32(number * rows)
+    segments = np.ones((rows, length), np.int32)
+    encoder = None
+    if shapes.encoder is not None:
+        encoder = EncoderInputs(*_stream(draw, run, shapes.encoder.tokens.shape))
+    tokens, _, positions = _stream(draw, run, (rows, length))
+    batch: Any = Batch(
+        tokens=tokens,
+        target_mask=target.copy(),
+        loss_weights=target.astype(np.float32),
+        segment_ids=segments,
+        positions=positions,
+        example_ids=np.repeat(example_ids[:, None], length, axis=1),
+        encoder=encoder,
+        strata=strata(segments, 0, rows),
+    )
+    assert jax.tree.map(np.shape, dataclasses.replace(batch, strata=None)) == jax.tree.map(np.shape, shapes)
+    return batch
+
+
+def conditioning_length(run: TrainRun) -> int:
+    """Returns how many slots of a row are conditioning: BOS, and the longest inputs that stand in this stream."""
+    data = run.data
+    if data.encoder_length is not None:
+        return 1
+    if data.pretraining is not None:
+        inputs, _ = data.pretraining.lengths(np.array([data.converter.max_piece(data.pretraining)]))
+        return 1 + int(inputs[0])
+    return data.row_length - data.converter.target_length
+
+
+def _stream(draw: np.random.Generator, run: TrainRun, shape: tuple[int, ...]) -> Any:
+    """Returns tokens, segments and positions of one stream, i32[B,T] each."""
+    tokens = draw.integers(0, run.model.spec.vocab_size, shape, dtype=np.int32)
+    mask = run.objective.needs().mask_id
+    if mask is not None:
+        tokens[tokens == mask] = mask - 1 if mask else 1
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return tokens, np.ones(shape, np.int32), positions.copy()

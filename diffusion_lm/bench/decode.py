@@ -1,0 +1,64 @@
+"""The arms of a speed study as one side of a measurement: an untrained network, random prompts, full windows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_lm.bench.sides import device_facts, first_call, memory_facts
+from diffusion_lm.core.types import Decoded
+from diffusion_lm.evaluation.speed import SpeedStudy, decoder, random_prompt
+from diffusion_lm.evaluation.timing import timed
+from diffusion_lm.interop.save import save
+
+
+class DecodeSide:
+    """Every arm of a study at one length; a round decodes one batch by one arm."""
+
+    def __init__(self, study: SpeedStudy, length: int):
+        """Takes the study and the length of the window; does nothing yet."""
+        self.study, self.length = study, length
+        self._decoders: dict[str, Callable[[int], Decoded]] = {}
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The arms."""
+        return tuple(arm.label for arm in self.study.arms)
+
+    def prepare(self, export: str | None = None) -> Mapping[str, Any]:
+        """Draws the parameters, compiles and runs each arm once; returns passes and tokens by arm.
+
+        `export` takes the network of the first arm.
+        """
+        study = self.study
+        parameters: dict[Any, Any] = {}
+        arms = {}
+        for arm in study.arms:
+            if arm.architecture not in parameters:
+                parameters[arm.architecture] = jax.jit(arm.architecture.init)(jax.random.key(0))
+            prompt = random_prompt(arm.architecture, study.batch_size, study.prompt_length, self.length)
+            self._decoders[arm.label] = decode = decoder(arm, parameters[arm.architecture], prompt)
+            with first_call() as first:
+                decoded = decode(0)
+            arms[arm.label] = {
+                "forward_passes": int(decoded.forward_passes[0]),
+                "family": arm.family,
+                "sampler": type(arm.sampler).__name__,
+                "parameters": arm.architecture.count_parameters()["total"],
+                "compile_seconds": first.seconds,
+                "compiled_from_cache": first.from_cache,
+                "window": np.asarray(decoded.tokens)[:, -self.length :].tolist(),
+            }
+        if export is not None:
+            first_network = study.arms[0].architecture
+            save(export, first_network, parameters[first_network])
+        return {"arms": arms, "dtype": study.arms[0].architecture.spec.dtype, "platform": jax.default_backend()}
+
+    def measure(self, label: str, number: int) -> float:
+        """Returns the seconds of one batch."""
+        return timed(lambda: self._decoders[label](number + 1))
+
+    def finish(self) -> dict[str, Any]:
+        """Returns the memory of all arms together, and the device."""
+        return {**memory_facts(), "device": device_facts()}

@@ -1,0 +1,155 @@
+"""Hugging Face transformers on PyTorch, as a child of `children.torch_child`: trains or decodes the same network.
+
+Run by an interpreter that has torch and transformers and may have nothing of this package: only those two and the
+standard library are imported. The baseline is meant to be a strong one: fused AdamW, no dropout, no cache in training,
+scaled-dot-product attention, cached `generate` that never stops early. It is eager, as transformers is by default.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+LABEL = "transformers"
+
+
+class Train:
+    """Training steps of a causal language model."""
+
+    def __init__(self, torch, model, wanted):
+        """Takes {"tokens": i64[n,B,T] as lists, "conditioning", "steps", "optimizer"}."""
+        self.torch, self.model, self.steps = torch, model.train(), wanted["steps"]
+        device = next(model.parameters()).device
+        self.tokens = [torch.tensor(rows, device=device) for rows in wanted["tokens"]]
+        self.labels = [rows.clone() for rows in self.tokens]
+        for labels in self.labels:
+            labels[:, : wanted["conditioning"]] = -100
+        settings = dict(wanted["optimizer"])
+        self.clip_norm = settings.pop("clip_norm")
+        self.optimizer = torch.optim.AdamW(model.parameters(), fused=True, **settings)
+        self.taken = 0
+
+    def first(self):
+        """Takes the first step and returns its loss."""
+        return {"first_loss": float(self.step())}
+
+    def step(self):
+        """Takes one step and returns its loss, not awaited."""
+        tokens, labels = (lists[self.taken % len(lists)] for lists in (self.tokens, self.labels))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(input_ids=tokens, labels=labels, use_cache=False).loss
+        loss.backward()
+        if self.clip_norm is not None:
+            self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        self.taken += 1
+        return loss.detach()
+
+    def round(self):
+        """Takes the steps of a round; the time counts for one of them."""
+        for _ in range(self.steps):
+            self.step()
+        return self.steps
+
+
+class Decode:
+    """Greedy decoding over a key/value cache."""
+
+    def __init__(self, torch, model, wanted):
+        """Takes {"tokens": i64[B,P] as lists, "new_tokens"}."""
+        self.torch, self.model, self.wanted = torch, model.eval(), wanted
+        self.tokens = torch.tensor(wanted["tokens"], device=next(model.parameters()).device)
+        settings = model.generation_config
+        settings.eos_token_id, settings.pad_token_id = None, 0
+        settings.do_sample, settings.num_beams, settings.use_cache = False, 1, True
+
+    def first(self):
+        """Decodes once and returns the new tokens."""
+        return {"window": self.decode()[:, self.tokens.shape[1] :].tolist()}
+
+    def decode(self):
+        """Returns prompts with their completions, all of the wanted length."""
+        count = self.wanted["new_tokens"]
+        with self.torch.inference_mode():
+            out = self.model.generate(
+                self.tokens, attention_mask=self.torch.ones_like(self.tokens), max_new_tokens=count
+            )
+        assert out.shape[1] == self.tokens.shape[1] + count, "generate stopped early"
+        return out
+
+    def round(self):
+        """Decodes one batch."""
+        self.decode()
+        return 1
+
+
+def load(torch, transformers, wanted):
+    """Returns the model of a checkpoint in float32, without dropout."""
+    config = transformers.AutoConfig.from_pretrained(wanted["model"])
+    for name in list(vars(config)):
+        if name.endswith(("dropout", "pdrop")):
+            setattr(config, name, 0.0)
+    device = "cuda" if wanted["platform"] == "gpu" and torch.cuda.is_available() else "cpu"
+    return transformers.AutoModelForCausalLM.from_pretrained(wanted["model"], config=config).to(device)
+
+
+def peak_memory(torch, device):
+    """Returns the most bytes in use: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return {"peak_memory": torch.cuda.max_memory_allocated(), "peak_memory_of": "device"}
+    factor = 1 if sys.platform == "darwin" else 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+    return {"peak_memory": used, "peak_memory_of": "process"}
+
+
+def main():
+    """Answers questions from stdin, one JSON object a line; what libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    task, subject, model = None, None, None
+
+    def reply(**answer):
+        answers.write(json.dumps(answer) + "\n")
+
+    for line in sys.stdin:
+        question = json.loads(line)
+        do = question["do"]
+        if do == "greet":
+            try:
+                import torch
+                import transformers
+            except ImportError as error:
+                reply(error=f"{sys.executable} cannot import {error.name or 'torch'}")
+                return
+            task = question["task"]
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            reply(labels=[LABEL], threads=torch.get_num_threads(), **versions)
+        elif do == "prepare":
+            with open(question["export"], encoding="utf-8") as stream:
+                wanted = json.load(stream)
+            transformers.logging.set_verbosity_error()
+            model = load(torch, transformers, wanted)
+            started = time.perf_counter()
+            subject = (Train if task == "train" else Decode)(torch, model, wanted)
+            facts = subject.first()
+            reply(
+                first_call_seconds=time.perf_counter() - started,
+                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                model=type(model).__name__,
+                attention=str(getattr(model.config, "_attn_implementation", "")),
+                **facts,
+            )
+        elif do == "measure":
+            device = next(model.parameters()).device
+            started = time.perf_counter()
+            count = subject.round()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            reply(seconds=(time.perf_counter() - started) / count)
+        elif do == "finish":
+            reply(**peak_memory(torch, next(model.parameters()).device))
+
+
+if __name__ == "__main__":
+    main()

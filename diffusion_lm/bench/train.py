@@ -1,0 +1,121 @@
+"""The training step of a run, timed on synthetic batches: no data, no run folder, nothing written."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_lm.bench.batches import conditioning_length, synthetic_batch
+from diffusion_lm.bench.sides import device_facts, first_call, memory_facts
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.interop.save import save
+from diffusion_lm.parallel.shardings import place_batch
+from diffusion_lm.training.metrics import peak_flops, train_flops_per_token
+from diffusion_lm.training.run import TrainRun
+from diffusion_lm.training.step import Program, make_program
+
+BATCHES = 4
+"""Different batches that the rounds go through; more would only take memory."""
+
+
+class TrainSide:
+    """A run's training step: the program that `train` runs, with the batch on the device already.
+
+    A round is `steps` steps that are started without waiting, as the training loop does, and awaited together.
+    """
+
+    def __init__(self, run: TrainRun, steps: int, *, label: str = "diffusion_lm"):
+        """Takes the run, the steps of a round and what the row is called; does nothing yet."""
+        self.run, self.steps, self.label = run, steps, label
+        self._taken = self._rounds = 0
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The one thing that is timed."""
+        return (self.label,)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The run's compiled functions."""
+        run = self.run
+        return make_program(
+            run.model,
+            run.objective,
+            run.optimizer,
+            mesh=run.mesh,
+            rules=run.rules,
+            microbatches=run.microbatches,
+            ema_decay=run.ema_decay,
+        )
+
+    def prepare(self, export: str | None = None) -> Mapping[str, Any]:
+        """Initialises, takes the first step, and returns what is known of the step."""
+        run, program = self.run, self.program
+        self._root = jax.random.key(run.seed)
+        self._state = jax.block_until_ready(program.init(StreamKeys.create(run.seed).key("init")))
+        if export is not None:
+            save(export, run.model, self._state.params)
+        self._batches = [place_batch(synthetic_batch(run, n), run.rules, program.mesh) for n in range(BATCHES)]
+        with first_call() as first:
+            loss = self._advance(1)
+        return {
+            **self.facts(),
+            "platform": jax.default_backend(),
+            "first_loss": float(loss),
+            "compile_seconds": first.seconds,
+            "compiled_from_cache": first.from_cache,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Returns shapes and work of a step, known without running it."""
+        run = self.run
+        length, source = run.data.row_length, run.data.encoder_length
+        flops = train_flops_per_token(run.model, run.objective, length, source)
+        return {
+            "objective": type(run.objective).__name__,
+            "passes": run.objective.needs().passes,
+            "parameters": run.model.count_parameters()["total"],
+            "batch_size": run.batch_size,
+            "row_length": length,
+            "encoder_length": source,
+            "scored_per_row": length - conditioning_length(run),
+            "tokens_per_step": run.batch_size * length,
+            "flops_per_step": flops * run.batch_size * length,
+            "dtype": run.model.spec.dtype,
+        }
+
+    def measure(self, label: str, number: int) -> float:
+        """Returns the seconds of one step, the mean of a round."""
+        del label, number
+        self._rounds += 1
+        started = time.perf_counter()
+        self._advance(self.steps)
+        return (time.perf_counter() - started) / self.steps
+
+    def finish(self) -> dict[str, Any]:
+        """Returns what is known only after the rounds."""
+        # The peak of a CPU is measured too, which a start that is timed by itself need not wait for.
+        peak = peak_flops() if self._rounds else None
+        return {**memory_facts(), "peak_flops": peak, "device": device_facts()}
+
+    def _advance(self, steps: int) -> jax.Array:
+        """Takes steps, waits for them and returns the loss of the last."""
+        stats = None
+        for _ in range(steps):
+            batch = self._batches[self._taken % BATCHES]
+            step = min(self._taken, self.run.steps)  # schedules end with the run, rounds do not
+            rate = np.float32(self.run.optimizer.schedule.value(step, max(self.run.steps, 1)))
+            self._state, stats = self.program.step(self._state, batch, self._root, rate)
+            self._taken += 1
+        assert stats is not None
+        jax.block_until_ready(self._state)
+        return stats.terms.loss
+
+
+def resized(run: TrainRun, batch_size: int | None) -> TrainRun:
+    """Returns the run with another batch size; None leaves it."""
+    return run if batch_size is None else dataclasses.replace(run, batch_size=batch_size)

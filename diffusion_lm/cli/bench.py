@@ -1,0 +1,184 @@
+"""Times what there is to wait for. KIND is one of:
+
+  train    the training step of a run, on random tokens of its shapes: no data, no run folder
+  decode   samplers on an untrained network: prompts of random tokens, windows that are always filled
+  data     the input pipeline of a run
+  startup  the import, --help, and a first training step with an empty and with a filled compile cache
+
+Everything is measured in rounds, in turns, and the median is shown with the quartiles. With --against torch, train and
+decode are compared with Hugging Face transformers on PyTorch: the same weights and tokens, each side in a process of
+its own that stays alive. Without --gin_file the shapes are those of gin/bench/KIND.gin (of startup: train.gin)."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from diffusion_lm.cli import bench_tables, output
+from diffusion_lm.cli.arguments import add_gin, load_config
+from diffusion_lm.core.errors import ConfigError
+
+KINDS = ("train", "decode", "data", "startup")
+ROUNDS = {"train": 7, "decode": 7, "data": 5, "startup": 3}
+"""Rounds where none are asked for."""
+
+_FLAGS = {
+    "steps": ("train", "data"),
+    "batch_size": ("train", "decode", "data"),
+    "against": ("train", "decode"),
+    "torch_python": ("train", "decode"),
+    "sampler": ("decode",),
+    "prompt_length": ("decode",),
+    "target_length": ("decode",),
+}
+"""Flags and the kinds that take them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    add_gin(parser)
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds to measure (default: 7 or fewer, by kind)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps, or batches, of a round (default: 5; data: 20)")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="rows, or prompts (default: the configuration's)")
+    parser.add_argument(
+        "--sampler",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="decode: time this gin file's SAMPLER on the network; may be repeated (default: the study's samplers)",
+    )
+    parser.add_argument("--prompt_length", type=int, metavar="N", help="decode: tokens of a prompt (default: 32)")
+    parser.add_argument("--target_length", type=int, metavar="N", help="decode: tokens to fill (default: 64)")
+    parser.add_argument("--against", choices=("torch",), help="compare with transformers on PyTorch")
+    parser.add_argument(
+        "--torch_python", metavar="PATH", help="interpreter that has torch and transformers (default: this one)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs the verb and returns all that it printed, and every round."""
+    _check_flags(arguments)
+    kind = arguments.kind
+    if not arguments.gin_file:
+        arguments.gin_file = [f"gin/bench/{'train' if kind == 'startup' else kind}.gin"]
+    rounds = ROUNDS[kind] if arguments.rounds is None else arguments.rounds
+    load = bench_tables.load_average()
+    result = {"train": _train, "decode": _decode, "data": _data, "startup": _startup}[kind](arguments, rounds)
+    result = {"kind": kind, "gin_files": arguments.gin_file, "rounds": rounds, **result}
+    result["load_average"] = {"before": load, "after": bench_tables.load_average()}
+    bench_tables.show_conditions(result)
+    return result
+
+
+def _train(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
+    from diffusion_lm.bench.against import measure_alone, train_against_torch
+    from diffusion_lm.bench.train import TrainSide, resized
+    from diffusion_lm.training.run import TrainRun
+
+    configured = resized(load_config(arguments).build(TrainRun), arguments.batch_size)
+    side = TrainSide(configured, 5 if arguments.steps is None else arguments.steps)
+    if arguments.against:
+        return bench_tables.train(train_against_torch(side, rounds, arguments.torch_python))
+    return bench_tables.train(measure_alone(side, rounds))
+
+
+def _decode(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
+    from diffusion_lm.bench.against import decode_against_torch, measure_alone
+    from diffusion_lm.bench.decode import DecodeSide
+
+    study = _study(arguments)
+    results = []
+    for length in study.lengths:
+        output.progress(f"decode   {length} tokens, {study.batch_size} prompts")
+        side = DecodeSide(study, length)
+        found = (
+            decode_against_torch(side, rounds, arguments.torch_python)
+            if arguments.against
+            else measure_alone(side, rounds)
+        )
+        results.append(bench_tables.decode(found, study.batch_size, study.prompt_length, length))
+    return {"lengths": results}
+
+
+def _data(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
+    from diffusion_lm.bench.against import measure_alone
+    from diffusion_lm.bench.pipeline import PipelineSide
+    from diffusion_lm.bench.train import resized
+    from diffusion_lm.cli.materialise import ensure
+    from diffusion_lm.training.run import TrainRun
+
+    configured = resized(load_config(arguments).build(TrainRun), arguments.batch_size)
+    ensure(configured.data, arguments)
+    side = PipelineSide(configured, 20 if arguments.steps is None else arguments.steps)
+    return bench_tables.data(measure_alone(side, rounds))
+
+
+def _startup(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
+    from diffusion_lm.bench.startup import measure_startup
+
+    load_config(arguments)  # what is wrong with it is said here, and not by a child
+    flags = [flag for name in arguments.gin_file for flag in ("--gin_file", name)]
+    flags += [flag for name in arguments.gin_search_path for flag in ("--gin_search_path", name)]
+    flags += [flag for name in arguments.module for flag in ("--module", name)]
+    flags += [f"--gin.{binding}" for binding in arguments.gin]
+    return bench_tables.startup(measure_startup(["bench", "train", *flags, "--rounds", "0"], rounds))
+
+
+def _study(arguments: argparse.Namespace) -> Any:
+    """Returns the configured study with what the flags say; samplers of flags replace its arms."""
+    import dataclasses
+
+    from diffusion_lm.evaluation.speed import SpeedStudy
+    from diffusion_lm.training.run import TrainRun
+
+    loaded = load_config(arguments, macros=["MODEL"])
+    said: dict[str, Any] = {"batch_size": arguments.batch_size, "prompt_length": arguments.prompt_length}
+    said["lengths"] = None if arguments.target_length is None else (arguments.target_length,)
+    given = {name: value for name, value in said.items() if value is not None}
+    if loaded.binds(SpeedStudy):
+        study = loaded.build(SpeedStudy)
+        if arguments.sampler:
+            given["arms"] = _arms(arguments, study.arms[0].architecture)
+        return dataclasses.replace(study, **given)
+    if not arguments.sampler:
+        raise ConfigError(
+            "the gin files configure no SpeedStudy, and no sampler is given",
+            where=", ".join(str(path) for path in loaded.files[:3]),
+            fix="Add --sampler, e.g. --sampler gin/samplers/greedy.gin.",
+        )
+    network = loaded.build(TrainRun).model if loaded.binds(TrainRun) else loaded.build_macro("MODEL")
+    return SpeedStudy(**({"arms": _arms(arguments, network), "lengths": (64,)} | given))
+
+
+def _arms(arguments: argparse.Namespace, network: Any) -> tuple[Any, ...]:
+    """Returns one arm for each `--sampler`, called as its file is, and made to fill the window."""
+    from diffusion_lm.cli import config
+    from diffusion_lm.cli.search_path import split_search_path
+    from diffusion_lm.evaluation.speed import SpeedArm, full_course
+
+    stems = [Path(name).stem for name in arguments.sampler]
+    arms = []
+    for name, stem in zip(arguments.sampler, stems, strict=True):
+        loaded = config.load([name], [], split_search_path(arguments.gin_search_path), macros=["SAMPLER"])
+        sampler = full_course(loaded.build_macro("SAMPLER"))
+        label = stem if stems.count(stem) == 1 else name
+        arms.append(SpeedArm(label, "diffusion" if hasattr(sampler, "start") else "ar", network, sampler))
+    labels = [arm.label for arm in arms]
+    if len(set(labels)) < len(labels):
+        raise ConfigError("a sampler is given twice", where="--sampler", fix="Give each file once.")
+    return tuple(arms)
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` for flags of another kind, and for numbers that are too small."""
+    kind = arguments.kind
+    for name, kinds in _FLAGS.items():
+        if getattr(arguments, name) not in (None, []) and kind not in kinds:
+            raise ConfigError(f"bench {kind} takes no --{name}", where=f"--{name}", fix="Remove it.")
+    if arguments.torch_python and not arguments.against:
+        raise ConfigError("nothing is run by it", where="--torch_python", fix="Add --against torch.")
+    least = {"rounds": 0 if kind == "train" and not arguments.against else 1}
+    for name in ("rounds", "steps", "batch_size", "prompt_length", "target_length"):
+        value, low = getattr(arguments, name), least.get(name, 1)
+        if value is not None and value < low:
+            raise ConfigError(f"{value} is less than {low}", where=f"--{name}", fix=f"Use {low} or more.")

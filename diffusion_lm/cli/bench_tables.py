@@ -1,0 +1,222 @@
+"""The tables of `bench`, and their figures as plain data: what is printed is what `--json` holds, with every round."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusion_lm.cli import output
+
+Found = Mapping[str, Any]
+"""What `bench.against` returns: facts of a side, of the other side, seconds of each round."""
+
+
+def train(found: Found) -> dict[str, Any]:
+    """Prints the training step of one or both sides and returns the figures."""
+    facts, other = found["facts"], found.get("torch")
+    rows = []
+    for label, seconds in found["seconds"].items():
+        one = other if other is not None and label in other["labels"] else facts
+        row: dict[str, Any] = {"label": label, "peak_memory": one["peak_memory"]}
+        row["first_call_seconds"] = one["compile_seconds"] if one is facts else one["first_call_seconds"]
+        rows.append(row | _speed(seconds, facts["tokens_per_step"]))
+        if one is facts and facts["peak_flops"] and seconds:
+            achieved = facts["flops_per_step"] / rows[-1]["seconds"]["median"]
+            rows[-1]["mfu"] = achieved / facts["peak_flops"]
+    output.heading(f"training step of {facts['objective']}: {facts['batch_size']} rows x {facts['row_length']}")
+    output.table(
+        ["side", "ms/step", "half within", "tokens/s", "MFU", "memory", "first call"],
+        [
+            [
+                row["label"],
+                *_shown(row),
+                f"{row['mfu']:.0%}" if "mfu" in row else "",
+                output.size(row["peak_memory"]),
+                f"{row['first_call_seconds']:.2f} s",
+            ]
+            for row in rows
+        ],
+        right=range(1, 7),
+        fold=[],
+    )
+    peak = facts["peak_flops"]
+    tokens = f"{facts['tokens_per_step']:,}, {facts['scored_per_row']} of {facts['row_length']} of a row scored"
+    output.facts(
+        [
+            ("parameters", output.count(facts["parameters"])),
+            ("tokens", tokens),
+            ("FLOPs per step", f"{output.flops(facts['flops_per_step'])}, {facts['passes']} forward passes"),
+            *([("peak", f"{output.flops(peak)}/s of all devices, which MFU is a share of")] if peak else []),
+            ("memory", f"most in use by the {facts['peak_memory_of']}"),
+            ("first call", _first_call(facts["compiled_from_cache"])),
+        ]
+    )
+    result = {"rows": rows, "facts": facts}
+    if other is not None:
+        ours = next(label for label in found["seconds"] if label not in other["labels"])
+        result |= _against(found, [ours])
+    return result
+
+
+def decode(found: Found, batch_size: int, prompt_length: int, length: int) -> dict[str, Any]:
+    """Prints the samplers of one length and returns the figures."""
+    facts, other = found["facts"], found.get("torch")
+    seconds = found["seconds"]
+    baseline = next(iter(seconds))
+    rows = []
+    for label, times in seconds.items():
+        arm = facts["arms"].get(label, {"forward_passes": length, "compile_seconds": None})
+        row = {"label": label, "forward_passes": arm["forward_passes"], "first_call_seconds": arm["compile_seconds"]}
+        row |= _speed(times, batch_size * length)
+        row["seconds_per_completion"] = row["seconds"]["median"] / batch_size
+        row["ratio"] = _ratio(times, seconds[baseline])
+        rows.append(row)
+    output.heading(f"{length} tokens after a prompt of {prompt_length}, {batch_size} at a time")
+    output.table(
+        ["sampler", "passes", "s/completion", "ms/batch", "half within", "tokens/s", "speed", "half within"],
+        [
+            [
+                row["label"],
+                row["forward_passes"],
+                f"{row['seconds_per_completion']:.4f}",
+                *_shown(row),
+                f"{row['ratio']['median']:.2f}x",
+                f"{row['ratio']['low']:.2f}..{row['ratio']['high']:.2f}",
+            ]
+            for row in rows
+        ],
+        right=range(1, 8),
+        fold=[],
+    )
+    arms = next(iter(facts["arms"].values()))
+    output.facts(
+        [
+            ("parameters", output.count(arms["parameters"])),
+            ("speed", f"times as fast as {baseline}, round by round"),
+            ("memory", f"{output.size(facts['peak_memory'])}, most in use by the {facts['peak_memory_of']}, all arms"),
+        ]
+    )
+    for arm in facts["arms"].values():
+        arm.pop("window", None)
+    result = {"length": length, "prompt_length": prompt_length, "batch_size": batch_size, "rows": rows, "facts": facts}
+    if other is not None:
+        result |= _against(found, [])
+    return result
+
+
+def data(found: Found) -> dict[str, Any]:
+    """Prints the speed of a pipeline and returns the figures."""
+    facts, (times,) = found["facts"], found["seconds"].values()
+    row = {"label": "pipeline", **_speed(times, facts["tokens_per_batch"])}
+    row["examples_per_second"] = facts["examples_per_batch"] / row["seconds"]["median"]
+    output.heading(f"input pipeline: {facts['batch_size']} rows x {facts['row_length']}")
+    output.table(
+        ["ms/batch", "half within", "tokens/s", "examples/s", "filled", "first batch"],
+        [
+            [
+                *_shown(row),
+                _number(row["examples_per_second"]),
+                f"{facts['filled']:.0%}",
+                f"{facts['first_batch_seconds']:.2f} s",
+            ]
+        ],
+        right=range(6),
+        fold=[],
+    )
+    output.facts([("tokens", "those that are not padding; filled: their share of the slots")])
+    return {"rows": [row], "facts": facts}
+
+
+def startup(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Prints how long processes took and returns the figures."""
+    rows = [{"label": label, "seconds": _spread(times), "rounds": list(times)} for label, times in seconds.items()]
+    output.heading("starting up: seconds from the start of a process to its end")
+    cells = []
+    for row in rows:
+        one = row["seconds"]
+        cells.append([row["label"], *(f"{one[name]:.2f}" for name in ("median", "least", "most"))])
+    output.table(["process", "median", "least", "most"], cells, right=range(1, 4), fold=[])
+    return {"rows": rows}
+
+
+def load_average() -> list[float]:
+    """Returns the machine's load averages over 1, 5 and 15 minutes; nothing where it keeps none."""
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
+
+
+def show_conditions(result: Mapping[str, Any]) -> None:
+    """Prints how busy the machine was: a figure from a busy one is none."""
+    before, after = (result["load_average"][name] for name in ("before", "after"))
+    if not before:
+        return
+    cores = os.cpu_count() or 1
+    output.facts([("load average", f"{before[0]:.2f} before, {after[0]:.2f} after, {cores} cores")])
+    if before[0] > cores / 4:
+        output.say("  The machine had other work: compare ratios, and no times with those of another day.")
+
+
+def _against(found: Found, ours: Sequence[str]) -> dict[str, Any]:
+    """Prints what is known of the other side, the ratio to each label of `ours`, and the checks."""
+    other, checks = found["torch"], found["checks"]
+    theirs = other["labels"][0]
+    ratios = {label: _ratio(found["seconds"][label], found["seconds"][theirs]) for label in ours}
+    for label, one in ratios.items():
+        text = f"{one['median']:.2f}x as fast as {theirs}; half of the rounds within {_range(one, 1.0, 2)}"
+        output.facts([(label, f"{text}, all within {one['least']:.2f}..{one['most']:.2f}")])
+    output.facts(
+        [
+            (theirs, f"{other['model']}, transformers {other['transformers']}, torch {other['torch']}"),
+            ("", f"{other['attention']} attention, {other['threads']} threads"),
+            ("same network", f"{checks['parameters']:,} parameters on both sides, the same weights"),
+        ]
+    )
+    if "first_loss_difference" in checks:
+        output.facts([("same loss", f"the first losses differ by {checks['first_loss_difference']:.1e}")])
+    for label, share in checks.get("same_tokens", {}).items():
+        output.facts([("same tokens", f"{share:.0%} of those of {label}")])
+    other.pop("window", None)
+    return {"torch": dict(other), "ratios": ratios, "checks": checks}
+
+
+def _speed(seconds: Sequence[float], tokens: float) -> dict[str, Any]:
+    if not seconds:
+        return {"seconds": None, "tokens_per_second": None, "rounds": []}
+    found = _spread(seconds)
+    return {"seconds": found, "tokens_per_second": tokens / found["median"], "rounds": list(seconds)}
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, Any]:
+    import dataclasses
+
+    from diffusion_lm.evaluation.timing import spread
+
+    return dataclasses.asdict(spread(seconds))
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    import dataclasses
+
+    from diffusion_lm.evaluation.timing import speed_ratio
+
+    return dataclasses.asdict(speed_ratio(ours, theirs))
+
+
+def _shown(row: Mapping[str, Any]) -> list[str]:
+    """Returns the cells of milliseconds, their quartiles and tokens per second."""
+    found = row["seconds"]
+    if found is None:
+        return ["", "", ""]
+    return [f"{found['median'] * 1e3:.1f}", _range(found, 1e3, 1), _number(row["tokens_per_second"])]
+
+
+def _range(found: Mapping[str, float], factor: float, digits: int) -> str:
+    return f"{found['low'] * factor:.{digits}f}..{found['high'] * factor:.{digits}f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _first_call(from_cache: int) -> str:
+    if from_cache:
+        return f"compiling and one step; {from_cache} program(s) came out of the compile cache"
+    return "compiling and one step; nothing came out of the compile cache"
