@@ -100,7 +100,7 @@ def decode_against_torch(side: DecodeSide, rounds: int, python: str | None = Non
     agreement = {
         label: float(np.mean(np.asarray(arm["window"]) == np.asarray(theirs["window"])))
         for label, arm in arms.items()
-        if arm["family"] == "ar"
+        if arm["greedy"]
     }
     found["checks"] = {"parameters": theirs["parameters"], "same_tokens": agreement}
     return found

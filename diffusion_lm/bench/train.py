@@ -12,6 +12,7 @@ import numpy as np
 from diffusion_lm.bench.batches import conditioning_length, synthetic_batch
 from diffusion_lm.bench.sides import device_facts, first_call, memory_facts
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import Batch
 from diffusion_lm.interop.save import save
 from diffusion_lm.parallel.shardings import place_batch
 from diffusion_lm.training.metrics import peak_flops, train_flops_per_token
@@ -54,12 +55,13 @@ class TrainSide:
 
     def prepare(self, export: str | None = None) -> Mapping[str, Any]:
         """Initialises, takes the first step, and returns what is known of the step."""
+        self.run.check_mesh()
         run, program = self.run, self.program
         self._root = jax.random.key(run.seed)
         self._state = jax.block_until_ready(program.init(StreamKeys.create(run.seed).key("init")))
         if export is not None:
             save(export, run.model, self._state.params)
-        self._batches = [place_batch(synthetic_batch(run, n), run.rules, program.mesh) for n in range(BATCHES)]
+        self._batches = [place_batch(self._local(n), run.rules, program.mesh) for n in range(BATCHES)]
         with first_call() as first:
             loss = self._advance(1)
         return {
@@ -101,6 +103,12 @@ class TrainSide:
         # The peak of a CPU is measured too, which a start that is timed by itself need not wait for.
         peak = peak_flops() if self._rounds else None
         return {**memory_facts(), "peak_flops": peak, "device": device_facts()}
+
+    def _local(self, number: int) -> Batch:
+        """Returns the rows of a batch that this process holds."""
+        share = self.run.batch_size // jax.process_count()
+        first = jax.process_index() * share
+        return jax.tree.map(lambda leaf: leaf[first : first + share], synthetic_batch(self.run, number))
 
     def _advance(self, steps: int) -> jax.Array:
         """Takes steps, waits for them and returns the loss of the last."""

@@ -73,13 +73,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _train(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
     from diffusion_lm.bench.against import measure_alone, train_against_torch
     from diffusion_lm.bench.train import TrainSide, resized
+    from diffusion_lm.parallel import multihost
     from diffusion_lm.training.run import TrainRun
 
+    if not arguments.against:
+        multihost.initialize()
     configured = resized(load_config(arguments).build(TrainRun), arguments.batch_size)
     side = TrainSide(configured, 5 if arguments.steps is None else arguments.steps)
     if arguments.against:
         return bench_tables.train(train_against_torch(side, rounds, arguments.torch_python))
-    return bench_tables.train(measure_alone(side, rounds))
+    found = measure_alone(side, rounds)
+    return bench_tables.train(found) if multihost.is_primary() else {"facts": found["facts"]}
 
 
 def _decode(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:

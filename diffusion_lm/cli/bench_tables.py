@@ -24,7 +24,7 @@ def train(found: Found) -> dict[str, Any]:
             rows[-1]["mfu"] = achieved / facts["peak_flops"]
     output.heading(f"training step of {facts['objective']}: {facts['batch_size']} rows x {facts['row_length']}")
     output.table(
-        ["side", "ms/step", "half within", "tokens/s", "MFU", "memory", "first call"],
+        ["side", "ms/step", "quartiles", "tokens/s", "MFU", "memory", "first call"],
         [
             [
                 row["label"],
@@ -40,20 +40,19 @@ def train(found: Found) -> dict[str, Any]:
     )
     peak = facts["peak_flops"]
     tokens = f"{facts['tokens_per_step']:,}, {facts['scored_per_row']} of {facts['row_length']} of a row scored"
-    output.facts(
-        [
-            ("parameters", output.count(facts["parameters"])),
-            ("tokens", tokens),
-            ("FLOPs per step", f"{output.flops(facts['flops_per_step'])}, {facts['passes']} forward passes"),
-            *([("peak", f"{output.flops(peak)}/s of all devices, which MFU is a share of")] if peak else []),
-            ("memory", f"most in use by the {facts['peak_memory_of']}"),
-            ("first call", _first_call(facts["compiled_from_cache"])),
-        ]
-    )
+    pairs = [
+        ("parameters", output.count(facts["parameters"])),
+        ("tokens", tokens),
+        ("FLOPs per step", f"{output.flops(facts['flops_per_step'])}, forward passes: {facts['passes']}"),
+        *([("peak", f"{output.flops(peak)}/s of all devices, which MFU is a share of")] if peak else []),
+        ("memory", f"most in use by the {facts['peak_memory_of']}"),
+        ("first call", _first_call(facts["compiled_from_cache"])),
+    ]
     result = {"rows": rows, "facts": facts}
     if other is not None:
-        ours = next(label for label in found["seconds"] if label not in other["labels"])
-        result |= _against(found, [ours])
+        said, more = _against(found, [label for label in found["seconds"] if label not in other["labels"]])
+        pairs, result = pairs + said, result | more
+    output.facts(pairs)
     return result
 
 
@@ -72,34 +71,33 @@ def decode(found: Found, batch_size: int, prompt_length: int, length: int) -> di
         rows.append(row)
     output.heading(f"{length} tokens after a prompt of {prompt_length}, {batch_size} at a time")
     output.table(
-        ["sampler", "passes", "s/completion", "ms/batch", "half within", "tokens/s", "speed", "half within"],
+        ["sampler", "passes", "ms/completion", "quartiles", "tokens/s", "speed", "quartiles"],
         [
             [
                 row["label"],
                 row["forward_passes"],
-                f"{row['seconds_per_completion']:.4f}",
-                *_shown(row),
+                *_shown(row, 1e3 / batch_size),
                 f"{row['ratio']['median']:.2f}x",
-                f"{row['ratio']['low']:.2f}..{row['ratio']['high']:.2f}",
+                _range(row["ratio"], 1.0, 2),
             ]
             for row in rows
         ],
-        right=range(1, 8),
+        right=range(1, 7),
         fold=[],
     )
-    arms = next(iter(facts["arms"].values()))
-    output.facts(
-        [
-            ("parameters", output.count(arms["parameters"])),
-            ("speed", f"times as fast as {baseline}, round by round"),
-            ("memory", f"{output.size(facts['peak_memory'])}, most in use by the {facts['peak_memory_of']}, all arms"),
-        ]
-    )
-    for arm in facts["arms"].values():
-        arm.pop("window", None)
+    pairs = [
+        ("parameters", output.count(next(iter(facts["arms"].values()))["parameters"])),
+        ("speed", f"times as fast as {baseline}, round by round"),
+        ("memory", f"{output.size(facts['peak_memory'])}, most in use by the {facts['peak_memory_of']}, all samplers"),
+    ]
+    facts["arms"] = {
+        label: {name: value for name, value in arm.items() if name != "window"} for label, arm in facts["arms"].items()
+    }
     result = {"length": length, "prompt_length": prompt_length, "batch_size": batch_size, "rows": rows, "facts": facts}
     if other is not None:
-        result |= _against(found, [])
+        said, more = _against(found, [])
+        pairs, result = pairs + said, result | more
+    output.facts(pairs)
     return result
 
 
@@ -110,7 +108,7 @@ def data(found: Found) -> dict[str, Any]:
     row["examples_per_second"] = facts["examples_per_batch"] / row["seconds"]["median"]
     output.heading(f"input pipeline: {facts['batch_size']} rows x {facts['row_length']}")
     output.table(
-        ["ms/batch", "half within", "tokens/s", "examples/s", "filled", "first batch"],
+        ["ms/batch", "quartiles", "tokens/s", "examples/s", "filled", "first batch"],
         [
             [
                 *_shown(row),
@@ -154,27 +152,26 @@ def show_conditions(result: Mapping[str, Any]) -> None:
         output.say("  The machine had other work: compare ratios, and no times with those of another day.")
 
 
-def _against(found: Found, ours: Sequence[str]) -> dict[str, Any]:
-    """Prints what is known of the other side, the ratio to each label of `ours`, and the checks."""
+def _against(found: Found, ours: Sequence[str]) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
+    """Returns what there is to say of the other side, of the ratio to each label of `ours` and of the checks."""
     other, checks = found["torch"], found["checks"]
     theirs = other["labels"][0]
     ratios = {label: _ratio(found["seconds"][label], found["seconds"][theirs]) for label in ours}
+    pairs: list[tuple[str, Any]] = []
     for label, one in ratios.items():
-        text = f"{one['median']:.2f}x as fast as {theirs}; half of the rounds within {_range(one, 1.0, 2)}"
-        output.facts([(label, f"{text}, all within {one['least']:.2f}..{one['most']:.2f}")])
-    output.facts(
-        [
-            (theirs, f"{other['model']}, transformers {other['transformers']}, torch {other['torch']}"),
-            ("", f"{other['attention']} attention, {other['threads']} threads"),
-            ("same network", f"{checks['parameters']:,} parameters on both sides, the same weights"),
-        ]
-    )
+        pairs.append((label, f"{one['median']:.2f}x as fast as {theirs}, round by round"))
+        pairs.append(("", f"quartiles {_range(one, 1.0, 2)}, all within {one['least']:.2f}..{one['most']:.2f}"))
+    pairs += [
+        (theirs, f"{other['model']}, transformers {other['transformers']}, torch {other['torch']}"),
+        ("", f"{other['attention']} attention, {other['threads']} threads"),
+        ("same network", f"{checks['parameters']:,} parameters on both sides, the same weights"),
+    ]
     if "first_loss_difference" in checks:
-        output.facts([("same loss", f"the first losses differ by {checks['first_loss_difference']:.1e}")])
+        pairs.append(("same loss", f"the first losses differ by {checks['first_loss_difference']:.1e}"))
     for label, share in checks.get("same_tokens", {}).items():
-        output.facts([("same tokens", f"{share:.0%} of those of {label}")])
-    other.pop("window", None)
-    return {"torch": dict(other), "ratios": ratios, "checks": checks}
+        pairs.append(("same tokens", f"{share:.0%} of those of {label}"))
+    said = {name: value for name, value in other.items() if name != "window"}
+    return pairs, {"torch": said, "ratios": ratios, "checks": checks}
 
 
 def _speed(seconds: Sequence[float], tokens: float) -> dict[str, Any]:
@@ -200,12 +197,13 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return dataclasses.asdict(speed_ratio(ours, theirs))
 
 
-def _shown(row: Mapping[str, Any]) -> list[str]:
-    """Returns the cells of milliseconds, their quartiles and tokens per second."""
+def _shown(row: Mapping[str, Any], factor: float = 1e3) -> list[str]:
+    """Returns the cells of milliseconds (or seconds times another factor), their quartiles and tokens per second."""
     found = row["seconds"]
     if found is None:
         return ["", "", ""]
-    return [f"{found['median'] * 1e3:.1f}", _range(found, 1e3, 1), _number(row["tokens_per_second"])]
+    digits = 1 if found["median"] * factor >= 1 else 3
+    return [f"{found['median'] * factor:.{digits}f}", _range(found, factor, digits), _number(row["tokens_per_second"])]
 
 
 def _range(found: Mapping[str, float], factor: float, digits: int) -> str:

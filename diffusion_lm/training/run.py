@@ -113,7 +113,7 @@ class TrainRun:
         Raises:
           ConfigError: something does not fit.
         """
-        self._check_mesh()
+        self.check_mesh()
         self._check_data()
         needs = self.objective.needs()
         require(
@@ -141,7 +141,12 @@ class TrainRun:
             fix="Use gin/runs/token_schedules.gin, which wraps it in exponents.WithTokenSchedules.",
         )
 
-    def _check_mesh(self) -> None:
+    def check_mesh(self) -> None:
+        """Checks what needs the devices alone: that they share the rows of a batch evenly.
+
+        Raises:
+          ConfigError: they do not.
+        """
         divisor = batch_divisor(self.rules, self.mesh.build())
         rows = self.batch_size // self.microbatches
         what = "a batch" if self.microbatches == 1 else "a microbatch"
