@@ -140,7 +140,9 @@ def _check_comparable(spec: TransformerSpec, encoder_length: int | None) -> None
         family_for(spec, None)
     except ConfigError as error:
         raise ConfigError(
-            error.what, where="--against torch", fix="Compare a network that transformers has."
+            "no family of transformers has networks of this shape",
+            where="--against torch",
+            fix="Compare one that it has; export --layout FAMILY says in which fields a run's network differs.",
         ) from error
 
 

@@ -98,7 +98,7 @@ def test_decode_takes_samplers_and_a_network_of_their_own(capsys, tmp_path):
             "cannot run /no/such/python",
         ),
         (["train", "--against", "torch", "--gin.TransformerSpec.dtype=bfloat16"], "in bfloat16"),
-        (["train", "--against", "torch", "--gin.TransformerSpec.norm=rmsnorm"], "no family has networks"),
+        (["train", "--against", "torch", "--gin.TransformerSpec.norm=rmsnorm"], "no family of transformers has"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):
