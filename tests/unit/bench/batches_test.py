@@ -38,7 +38,7 @@ def run_of(converter, **fields):
 @pytest.mark.parametrize("converter", [SINGLE, PAIR], ids=["single", "pair"])
 def test_shapes_and_dtypes_are_those_of_the_pipeline(converter):
     run = run_of(converter)
-    batch = dataclasses.replace(synthetic_batch(run), strata=None)
+    batch = synthetic_batch(run)
     wanted = run.data.abstract_batch(4)
     assert jax.tree.structure(batch) == jax.tree.structure(wanted)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), wanted)
