@@ -97,13 +97,20 @@ def decode_against_torch(side: DecodeSide, rounds: int, python: str | None = Non
     theirs = found["torch"]
     arms = found["facts"]["arms"]
     _check_parameters(network.spec, next(iter(arms.values()))["parameters"], theirs["parameters"])
-    agreement = {
-        label: float(np.mean(np.asarray(arm["window"]) == np.asarray(theirs["window"])))
-        for label, arm in arms.items()
-        if arm["greedy"]
-    }
+    agreement = {label: same_tokens(arm, theirs["window"]) for label, arm in arms.items() if arm["greedy"]}
     found["checks"] = {"parameters": theirs["parameters"], "same_tokens": agreement}
     return found
+
+
+def same_tokens(arm: Mapping[str, Any], theirs: Sequence[Sequence[int]]) -> float | None:
+    """Returns the share of equal tokens of a greedy arm and of the other side, i32[B,W] both.
+
+    Rows in which the other side emits what the arm may not (PAD or EOS, so that it fills the window) are left out: they
+    part there for a reason. None where no other is left. To make the other side avoid them would slow it down.
+    """
+    ours, others = np.asarray(arm["window"]), np.asarray(theirs)
+    comparable = ~np.isin(others, arm["forbidden"]).any(axis=1)
+    return float(np.mean((ours == others)[comparable])) if comparable.any() else None
 
 
 def _measure_both(

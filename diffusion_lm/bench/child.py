@@ -21,7 +21,7 @@ def main() -> None:
         try:
             if question["do"] == "greet":
                 side = pickle.loads(base64.b64decode(question["side"]))
-                answer = {"labels": list(side.labels)}
+                answer: dict[str, Any] = {"labels": list(side.labels)}
             else:
                 answer = _answer(side, question)
         except ConfigError as error:

@@ -43,6 +43,7 @@ class DecodeSide:
                 decoded = decode(0)
             arms[arm.label] = {
                 "forward_passes": int(decoded.forward_passes[0]),
+                "forbidden": list(getattr(arm.sampler, "forbidden", ())),
                 "greedy": arm.family == "ar" and getattr(arm.sampler, "temperature", None) == 0,
                 "sampler": type(arm.sampler).__name__,
                 "parameters": arm.architecture.count_parameters()["total"],

@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import time
+from typing import Any
 
 LABEL = "transformers"
 
@@ -107,7 +108,9 @@ def main():
     """Answers questions from stdin, one JSON object a line; what libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    task, subject, model = None, None, None
+    task: Any = None
+    subject: Any = None
+    model: Any = None
 
     def reply(**answer):
         answers.write(json.dumps(answer) + "\n")

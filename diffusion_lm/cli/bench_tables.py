@@ -126,7 +126,9 @@ def data(found: Found) -> dict[str, Any]:
 
 def startup(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Prints how long processes took and returns the figures."""
-    rows = [{"label": label, "seconds": _spread(times), "rounds": list(times)} for label, times in seconds.items()]
+    rows: list[dict[str, Any]] = [
+        {"label": label, "seconds": _spread(times), "rounds": list(times)} for label, times in seconds.items()
+    ]
     output.heading("starting up: seconds from the start of a process to its end")
     cells = []
     for row in rows:
@@ -169,7 +171,8 @@ def _against(found: Found, ours: Sequence[str]) -> tuple[list[tuple[str, Any]], 
     if "first_loss_difference" in checks:
         pairs.append(("same loss", f"the first losses differ by {checks['first_loss_difference']:.1e}"))
     for label, share in checks.get("same_tokens", {}).items():
-        pairs.append(("same tokens", f"{share:.0%} of those of {label}"))
+        if share is not None:
+            pairs.append(("same tokens", f"{share:.0%} of those of {label}"))
     said = {name: value for name, value in other.items() if name != "window"}
     return pairs, {"torch": said, "ratios": ratios, "checks": checks}
 
