@@ -7,11 +7,13 @@ import json
 import pytest
 import sentencepiece
 
+from diffusion_lm.cli import config
 from diffusion_lm.cli.main import main
 from diffusion_lm.core.rng import example_number
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.store import split_folder, write_records
 from diffusion_lm.data.vocabulary import Vocabulary
+from diffusion_lm.training.run import TrainRun
 
 RUN = """
 from __gin__ import dynamic_registration
@@ -289,6 +291,21 @@ def test_explain_parameters_are_those_of_the_checkpoint(folder, capsys):
     assert main(["explain", "--gin_file", "run.gin", "--no_config", "--json", "explain2.json"]) == 0
     result = json.loads((folder / "explain2.json").read_text())["runs"]["run"]
     assert result["total_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(restore_params(folder / "run")))
+
+
+def test_bench_of_a_pipeline_counts_what_is_in_its_batches(folder, capsys):
+    arguments = ["bench", "data", "--gin_file", "run.gin", "--rounds", "2", "--steps", "3"]
+    assert main([*arguments, "--json", "bench.json"]) == 0
+    result = json.loads((folder / "bench.json").read_text())
+    data = config.load(["run.gin"]).build(TrainRun).data
+    # One batch before the first round and a round of three that does not count for times.
+    tokens = [int((data.batch(number, 4).segment_ids > 0).sum()) for number in range(1, 10)]
+    facts, (row,) = result["facts"], result["rows"]
+    assert facts["tokens_per_batch"] == pytest.approx(sum(tokens) / 9)
+    assert facts["examples_per_batch"] == 4
+    assert facts["filled"] == pytest.approx(sum(tokens) / 9 / (4 * 21))
+    assert len(row["rounds"]) == 2
+    assert row["examples_per_second"] == pytest.approx(4 / row["seconds"]["median"])
 
 
 def test_materialise_says_what_to_name(capsys):
