@@ -25,7 +25,7 @@ def main() -> None:
             else:
                 answer = _answer(side, question)
         except ConfigError as error:
-            answer = {"error": error.what}
+            answer = {"error": error.what, "where": error.where, "fix": error.fix}
         answers.write(json.dumps(answer) + "\n")
 
 

@@ -41,9 +41,15 @@ class ChildSide:
         """
         self._where, self._fix = where, fix
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the child lives)
+        # Two sides share a GPU, so neither may take all of its memory at the start.
+        shared = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             self._process = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=_environment()
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=child_environment(XLA_PYTHON_CLIENT_PREALLOCATE=shared),
             )
         except OSError as error:
             self._errors.close()
@@ -104,7 +110,8 @@ class ChildSide:
             raise ConfigError(f"the child ended: {self._last_words()}", where=self._where, fix=self._fix)
         answer = json.loads(line)
         if "error" in answer:
-            raise ConfigError(answer["error"], where=self._where, fix=self._fix)
+            where, fix = answer.get("where") or self._where, answer.get("fix") or self._fix
+            raise ConfigError(answer["error"], where=where, fix=fix)
         return answer
 
     def _last_words(self) -> str:
@@ -131,11 +138,8 @@ def torch_child(python: str | None, task: str) -> ChildSide:
     return ChildSide([python or sys.executable, str(TORCH_SIDE)], {"task": task}, where=where, fix=fix)
 
 
-def _environment() -> dict[str, str]:
-    """Returns the environment of a child: it finds this package, and two of them share a GPU."""
+def child_environment(**more: str) -> dict[str, str]:
+    """Returns the environment of a child that finds this package, wherever this process found it, and `more`."""
     here = str(Path(diffusion_lm.__file__).parents[1])
     found = os.environ.get("PYTHONPATH")
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join([here, found] if found else [here]),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
-    }
+    return os.environ | {"PYTHONPATH": os.pathsep.join([here, found] if found else [here]), **more}

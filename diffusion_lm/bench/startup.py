@@ -1,13 +1,12 @@
 """How long the command takes to start: what a user waits for, so each measurement is a process of its own."""
 
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import diffusion_lm
+from diffusion_lm.bench.children import child_environment
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.evaluation.timing import alternate, timed
 
@@ -45,11 +44,7 @@ def measure_startup(first_step: Sequence[str], rounds: int) -> dict[str, list[fl
 
 def _run(command: Sequence[str], cache: str | None = None) -> None:
     """Runs a child to its end, in the current folder, with a compile cache of its own where one is given."""
-    here = str(Path(diffusion_lm.__file__).parents[1])
-    found = os.environ.get("PYTHONPATH")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, found] if found else [here])}
-    if cache is not None:
-        environment |= {"JAX_COMPILATION_CACHE_DIR": cache}
+    environment = child_environment(**({} if cache is None else {"JAX_COMPILATION_CACHE_DIR": cache}))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()

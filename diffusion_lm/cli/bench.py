@@ -79,6 +79,7 @@ def _train(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
     if not arguments.against:
         multihost.initialize()
     configured = resized(load_config(arguments).build(TrainRun), arguments.batch_size)
+    output.progress(f"train    {configured.batch_size} rows x {configured.data.row_length}, {rounds} rounds")
     side = TrainSide(configured, 5 if arguments.steps is None else arguments.steps)
     if arguments.against:
         return bench_tables.train(train_against_torch(side, rounds, arguments.torch_python))
