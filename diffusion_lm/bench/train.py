@@ -16,8 +16,9 @@ from diffusion_lm.core.types import Batch
 from diffusion_lm.interop.save import save
 from diffusion_lm.parallel.shardings import place_batch
 from diffusion_lm.training.metrics import peak_flops, train_flops_per_token
+from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
-from diffusion_lm.training.step import Program, make_program
+from diffusion_lm.training.step import Program
 
 BATCHES = 4
 """Different batches that the rounds go through; more would only take memory."""
@@ -42,16 +43,7 @@ class TrainSide:
     @functools.cached_property
     def program(self) -> Program:
         """The run's compiled functions."""
-        run = self.run
-        return make_program(
-            run.model,
-            run.objective,
-            run.optimizer,
-            mesh=run.mesh,
-            rules=run.rules,
-            microbatches=run.microbatches,
-            ema_decay=run.ema_decay,
-        )
+        return run_program(self.run)
 
     def prepare(self, export: str | None = None) -> Mapping[str, Any]:
         """Initialises, takes the first step, and returns what is known of the step."""
