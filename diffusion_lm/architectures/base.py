@@ -14,6 +14,7 @@ from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.cross_entropy import Head
 from diffusion_lm.nn.masks import Visibility
+from diffusion_lm.nn.stack import layers_apart
 from diffusion_lm.nn.transformer import TransformerSpec
 
 
@@ -179,6 +180,13 @@ class BoundModel:
             dropout_keys=dropout_keys,
             constrain=self.constrain,
         )
+
+    def for_loops(self) -> "BoundModel":
+        """Returns the same network with its layers out of their stack, as a sampler's loop reads it fastest."""
+        if self.spec.scan_layers:
+            return self
+        blocks = layers_apart(self.params["blocks"])
+        return dataclasses.replace(self, params={**self.params, "blocks": blocks})
 
     def encode(self, inputs: EncoderInputs, *, dropout_keys: jax.Array | None = None) -> EncoderState:
         """Encodes the source once, for several forward passes of the decoder."""

@@ -101,7 +101,8 @@ class Program:
 
     def __init__(self, architecture: Architecture, sampler: Sampler, constrain: Constrain = no_constraint):
         def decode(params, prompt: Batch, keys: StreamKeys) -> Decoded:
-            return constrain.whole(sampler.generate(BoundModel(architecture, params, constrain), prompt, keys))
+            model = BoundModel(architecture, params, constrain).for_loops()
+            return constrain.whole(sampler.generate(model, prompt, keys))
 
         self._jitted = jax.jit(decode)
         self._executables: dict[tuple, Any] = {}

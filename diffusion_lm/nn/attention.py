@@ -72,22 +72,28 @@ def attend(
 
 def _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):
     B, Q, H, E = q_BQHE.shape
-    K = k_BTKE.shape[2]
-    q_BQKGE = q_BQHE.reshape(B, Q, K, H // K, E)
-    scores = jnp.einsum("BQKGE,BTKE->BKGQT", q_BQKGE, k_BTKE, preferred_element_type=jnp.float32)
+    T, K = k_BTKE.shape[1:3]
+    G = H // K
+    # Two batch axes, rows and columns: what XLA's CPU backend multiplies fast. The queries of a group stand beside each
+    # other, so that a length that is split over devices stays the outer part of the axis.
+    q_BKRE = q_BQHE.reshape(B, Q, K, G, E).transpose(0, 2, 1, 3, 4).reshape(B, K, Q * G, E)
+    scores = jnp.einsum("BKRE,BTKE->BKRT", q_BKRE, k_BTKE, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, Q, G, T)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias.reshape(bias.shape[0], K, H // K, *bias.shape[2:])
-    scores = jnp.where(mask[:, None, None], scores, HIDDEN)
+        scores = scores + bias.reshape(bias.shape[0], K, G, Q, T).transpose(0, 1, 3, 2, 4)
+    # A sum instead of a choice, which XLA would write out: no score is large enough to change HIDDEN.
+    scores = scores + jnp.where(mask, 0.0, HIDDEN)[:, None, :, None]
     # The weights stay unnormalised and the much smaller output is divided instead: one pass over [B,H,Q,T] less. The
     # floor under the maximum makes the weights of a query that sees nothing underflow to 0 rather than to equal shares.
     maximum = jnp.maximum(jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)), NOTHING_SEEN)
     weights = jnp.exp(scores - maximum)
-    total_BKGQ = weights.sum(axis=-1)
-    out = jnp.einsum("BKGQT,BTKE->BQKGE", weights.astype(v_BTKE.dtype), v_BTKE, preferred_element_type=jnp.float32)
-    total_BQKG = jnp.moveaxis(jnp.where(total_BKGQ > 0, total_BKGQ, 1.0), 3, 1)
-    return (out / total_BQKG[..., None]).astype(v_BTKE.dtype).reshape(B, Q, H, E)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights_BKRT = weights.astype(v_BTKE.dtype).reshape(B, K, Q * G, T)
+    out = jnp.einsum("BKRT,BTKE->BKRE", weights_BKRT, v_BTKE, preferred_element_type=jnp.float32)
+    out = out.reshape(B, K, Q, G, E) / jnp.where(total > 0, total, 1.0)
+    return out.astype(v_BTKE.dtype).transpose(0, 2, 1, 3, 4).reshape(B, Q, H, E)
 
 
 def _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):

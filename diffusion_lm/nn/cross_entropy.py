@@ -18,7 +18,13 @@ from diffusion_lm.core.types import Params, TokenStats
 from diffusion_lm.nn import sampling
 
 WANTED_SLOTS = 32
-"""Slots a row that share a chunk where only some are wanted; the grain of what can be skipped."""
+"""Slots a row that share a chunk of a loop where only some are wanted; the grain of what can be skipped."""
+
+MOST_UNROLLED = 8
+"""Chunks of logits that all fit at once are no more than this: each is compiled anew."""
+
+LEAST_TOKENS = 32
+"""Tokens whose logits are worth a product of their own, which reads the whole head."""
 
 NEVER = -1e30
 """Logit of a token that is never emitted: exp underflows to 0, and products with 0 stay finite unlike with -inf."""
@@ -80,7 +86,10 @@ def logits(hidden_BTD: jax.Array, head: Head, forbidden: tuple[int, ...] = ()) -
         hidden_BTD = head.run_transform(head.transform, hidden_BTD)
     scaled = hidden_BTD if head.scale == 1.0 else hidden_BTD * jnp.asarray(head.scale, hidden_BTD.dtype)
     weight_VD = head.weight_VD.astype(hidden_BTD.dtype)
-    out = jnp.einsum("BTD,VD->BTV", scaled, weight_VD, preferred_element_type=jnp.float32)
+    # One axis of tokens: with two, the backward pass on a CPU spends as long on moving logits as on multiplying them.
+    scaled_ND = scaled.reshape(-1, scaled.shape[-1])
+    out_NV = jnp.einsum("ND,VD->NV", scaled_ND, weight_VD, preferred_element_type=jnp.float32)
+    out = out_NV.reshape(*scaled.shape[:-1], -1)
     if head.bias_V is not None:
         out = out + head.bias_V.astype(jnp.float32)
     if head.softcap is not None:
@@ -211,7 +220,7 @@ def chunked_token_stats(
             passes = [_with_noise(x, signal_BT, noised.vocab_size, passes[0] > 0.5 * NEVER) for x in filtered]
         logits_BTV = passes[0] if len(passes) == 1 else passes[0] + guidance * (passes[0] - passes[1])
         log_z = jax.nn.logsumexp(logits_BTV, axis=-1)
-        argmax = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+        argmax = sampling.most_likely(logits_BTV)
         if draws:
             proposal = (
                 logits_BTV if noised is not None else sampling.filter_logits(logits_BTV, temperature, top_k, top_p)
@@ -292,7 +301,7 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
     slots = max(1, chunk_tokens // B)
     fits = slots >= T
     if wanted is not None:
-        slots = min(slots, WANTED_SLOTS)
+        slots = min(slots, _grain(B, T) if fits else WANTED_SLOTS)
     if slots >= T:
         return chunk(head, *inputs)
     chunks = -(-T // slots)
@@ -316,8 +325,18 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
         one = jax.checkpoint(one, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 
     numbered = (jnp.arange(chunks), jax.tree.map(split, inputs))
-    _, out = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, numbered)
+    if fits:  # Unrolled: a loop would copy the logits of all chunks into one array for its backward pass.
+        pieces = [one(*jax.tree.map(lambda x, n=n: x[n], numbered)) for n in range(chunks)]
+        out = jax.tree.map(lambda *ys: jnp.stack(ys), *pieces)
+    else:
+        _, out = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, numbered)
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(B, chunks * slots, *y.shape[3:])[:, :T], out)
+
+
+def _grain(B: int, T: int) -> int:
+    """Returns the slots of a chunk where all logits would fit: few, a multiple of 8, the rows of a TPU's tile."""
+    least = max(T / MOST_UNROLLED, LEAST_TOKENS / B)
+    return 8 * math.ceil(least / 8)
 
 
 def _permute(x: jax.Array, order_BT: jax.Array, back_BT: jax.Array) -> jax.Array:
@@ -358,21 +377,27 @@ def _pick(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
 
 
-@jax.custom_vjp
 def _nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log softmax at the target, whose gradient is one fused pass over the logits instead of a scatter and a sum."""
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - _pick(logits_BTV, targets_BT)
+    """Returns -log softmax at the target."""
+    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+    return _nll_of_tokens(logits_NV, targets_BT.reshape(-1)).reshape(targets_BT.shape)
 
 
-def _nll_forward(logits_BTV, targets_BT):
-    log_z = jax.nn.logsumexp(logits_BTV, axis=-1)
-    return log_z - _pick(logits_BTV, targets_BT), (logits_BTV, log_z, targets_BT)
+@jax.custom_vjp
+def _nll_of_tokens(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+    """Its gradient is one fused pass over the logits instead of a scatter and a sum."""
+    return _nll_forward(logits_NV, targets_N)[0]
 
 
-def _nll_backward(residuals, g_BT):
-    logits_BTV, log_z, targets_BT = residuals
-    is_target = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-    return (jnp.exp(logits_BTV - log_z[..., None]) - is_target) * g_BT[..., None], None
+def _nll_forward(logits_NV, targets_N):
+    log_z = jax.nn.logsumexp(logits_NV, axis=-1)
+    return log_z - _pick(logits_NV, targets_N), (logits_NV, log_z, targets_N)
 
 
-_nll.defvjp(_nll_forward, _nll_backward)
+def _nll_backward(residuals, g_N):
+    logits_NV, log_z, targets_N = residuals
+    is_target = jnp.arange(logits_NV.shape[-1]) == targets_N[:, None]
+    return (jnp.exp(logits_NV - log_z[:, None]) - is_target) * g_N[:, None], None
+
+
+_nll_of_tokens.defvjp(_nll_forward, _nll_backward)

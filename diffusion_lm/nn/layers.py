@@ -15,6 +15,7 @@ from diffusion_lm.nn.attention import attend
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.embeddings import relative_bias, relative_diagonals, rotary, rotate
+from diffusion_lm.nn.linear import linear
 from diffusion_lm.nn.masks import Rows, Visibility
 from diffusion_lm.nn.rope import LinearRope, base_frequencies
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -104,8 +105,7 @@ def add_low_rank(module: nn.Module, name: str, out: jax.Array, x: jax.Array, inp
     if not module.has_variable(ADAPTERS, name):
         return out
     adapter: Any = module.get_variable(ADAPTERS, name)
-    low_BTR = jnp.tensordot(x, adapter["a"].astype(x.dtype), axes=inputs)
-    return out + jnp.tensordot(low_BTR, adapter["b"].astype(x.dtype), axes=1)
+    return out + linear(linear(x, adapter["a"], inputs), adapter["b"])
 
 
 def fan_in_normal(fan_in: int):
@@ -245,12 +245,12 @@ class Attention(nn.Module):
         )
         out = constrain(out, ("batch", "length", "heads", "head_dim"))
         read = out
-        out = jnp.einsum("BQHE,HED->BQD", read, self.output.astype(read.dtype))
+        out = linear(read, self.output, 2)
         out = add_low_rank(self, "output", out, read, inputs=2)
         return out + self.output_bias.astype(out.dtype) if spec.has_attention_output_bias else out
 
     def _project(self, x_BTD, name: str):
-        out = jnp.einsum("BTD,DHE->BTHE", x_BTD, getattr(self, name).astype(x_BTD.dtype))
+        out = linear(x_BTD, getattr(self, name))
         out = add_low_rank(self, name, out, x_BTD)
         if self.spec.has_qkv_bias:
             out = out + getattr(self, f"{name}_bias").astype(out.dtype)
@@ -275,8 +275,8 @@ class Mlp(nn.Module):
         gelu = gelu_of(spec)
         activation = {"geglu": gelu, "gelu": gelu, "swiglu": nn.silu, "relu": nn.relu}[spec.mlp]
 
-        def linear(name, x, shape, axes):
-            out = x @ _parameter(self, name, fan_in_normal(shape[0]), shape, axes, dtype).astype(x.dtype)
+        def project(name, x, shape, axes):
+            out = linear(x, _parameter(self, name, fan_in_normal(shape[0]), shape, axes, dtype))
             out = add_low_rank(self, name, out, x)
             if spec.has_mlp_bias:
                 bias_axes = ("mlp",) if axes[1] == "mlp" else ("norm",)
@@ -284,11 +284,11 @@ class Mlp(nn.Module):
                 out = out + bias.astype(x.dtype)
             return out
 
-        h = linear("up", x, (D, F), ("embed", "mlp"))
-        h = activation(linear("gate", x, (D, F), ("embed", "mlp"))) * h if spec.gated else activation(h)
+        h = project("up", x, (D, F), ("embed", "mlp"))
+        h = activation(project("gate", x, (D, F), ("embed", "mlp"))) * h if spec.gated else activation(h)
         h = context.constrain(h, ("batch", "length", "mlp"))
         h = row_dropout(h, spec.dropout_rate, context.dropout_keys, site=1)
-        return linear("down", h, (F, D), ("mlp", "embed"))
+        return project("down", h, (F, D), ("mlp", "embed"))
 
 
 class SelfConditioning(nn.Module):
@@ -427,7 +427,7 @@ class HeadTransform(nn.Module):
         """Returns [B,T,D] in the compute dtype."""
         D, dtype = self.spec.model_dim, jnp.dtype(self.spec.param_dtype)
         dense = _parameter(self, "dense", fan_in_normal(D), (D, D), ("embed", "norm"), dtype)
-        out = x_BTD @ dense.astype(x_BTD.dtype)
+        out = linear(x_BTD, dense)
         if self.spec.head_transform_bias:
             bias = _parameter(self, "dense_bias", nn.initializers.zeros, (D,), ("norm",), dtype)
             out = out + bias.astype(out.dtype)

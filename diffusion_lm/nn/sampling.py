@@ -13,6 +13,16 @@ import jax
 import jax.numpy as jnp
 
 
+def most_likely(logits: jax.Array) -> jax.Array:
+    """Returns the argmax of f32[...,V] as i32[...], the first of equals.
+
+    XLA's CPU backend finds a maximum and the least index that has it several times as fast as an argmax.
+    """
+    V = logits.shape[-1]
+    is_largest = logits == logits.max(axis=-1, keepdims=True)
+    return jnp.minimum(jnp.where(is_largest, jnp.arange(V, dtype=jnp.int32), V).min(axis=-1), V - 1)
+
+
 def filter_logits(
     logits: jax.Array, temperature: float | jax.Array = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> jax.Array:

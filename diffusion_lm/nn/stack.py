@@ -41,7 +41,8 @@ def run_stack(
 
     Args:
       spec: the network's shape.
-      blocks: from `init_stack`; under the name `ADAPTERS` there may stand low-rank adapters, stacked like the rest.
+      blocks: from `init_stack`, or `layers_apart` of that where layers are not scanned; under the name `ADAPTERS` there
+        may stand low-rank adapters, stacked like the rest.
       x_BQD: embedded tokens in the compute dtype.
       context: masks, positions and the like; a block has cross-attention where there is a `memory_mask`.
       cache: read and written at `context.positions`, or None.
@@ -57,23 +58,40 @@ def run_stack(
         return block.apply(_collections(params), x_BQD, context, layer, cache, cross)
 
     one = rematerialise(one, spec.remat)
-    layers = jax.tree.leaves(blocks)[0].shape[0]
     if spec.scan_layers:
+        layers = jax.tree.leaves(blocks)[0].shape[0]
         (x_BQD, cache), _ = jax.lax.scan(
             lambda carry, xs: (one(*carry, *xs), None), (x_BQD, cache), (blocks, jnp.arange(layers), cross)
         )
         return x_BQD, cache
-    # `unstack` transposes to one concatenation; indexing would transpose to N additions of the whole stack.
-    leaves, tree = jax.tree.flatten((blocks, cross))
-    for layer, slices in enumerate(zip(*map(jnp.unstack, leaves), strict=True)):
+    leaves, tree = jax.tree.flatten([blocks, cross], is_leaf=_is_apart)
+    for layer, slices in enumerate(zip(*map(_apart, leaves), strict=True)):
         params, layer_cross = jax.tree.unflatten(tree, slices)
         x_BQD, cache = one(x_BQD, cache, params, layer, layer_cross)
     return x_BQD, cache
 
 
+def layers_apart(blocks: Params) -> Params:
+    """Returns the tree of `init_stack` with a tuple of the layers' arrays in the place of each stacked array.
+
+    For loops around a network: inside of one, XLA's CPU backend copies every layer out of its stack in every turn.
+    """
+    return jax.tree.map(_apart, blocks)
+
+
+def _apart(leaf: jax.Array | tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    # `unstack` transposes to one concatenation; indexing would transpose to N additions of the whole stack.
+    return leaf if _is_apart(leaf) else jnp.unstack(leaf)
+
+
+def _is_apart(leaf: Any) -> bool:
+    return isinstance(leaf, tuple)
+
+
 def project_memory(spec: TransformerSpec, blocks: Params, memory_BSD: jax.Array) -> KVCache:
     """Returns the cross-attention keys and values of all layers, [N,B,S,K,E]."""
     block = Block(spec, has_cross=True)
+    blocks = jax.tree.map(lambda leaf: jnp.stack(leaf) if _is_apart(leaf) else leaf, blocks, is_leaf=_is_apart)
     project = jax.vmap(lambda params: block.apply(_collections(params), memory_BSD, method=block.project_memory))
     return KVCache(*project(blocks))
 

@@ -112,6 +112,7 @@ def test_drawing_without_keys_is_an_error(setup):
 def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chunk, slots):
     """Ragged rows, one of them empty: values and gradients on the wanted slots are those of the whole row."""
     monkeypatch.setattr(cross_entropy, "WANTED_SLOTS", slots)
+    monkeypatch.setattr(cross_entropy, "_grain", lambda B, T: slots)
     hidden, head, targets = setup
     where = jnp.asarray([[0, 0, 1, 1, 1, 0, 0], [0] * 7, [1, 0, 1, 0, 1, 1, 1]], bool)
     weights = jax.random.uniform(jax.random.key(5), (B, T)) * where
@@ -134,8 +135,10 @@ def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chu
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, jnp.where(where, b, 0), rtol=1e-5, atol=1e-5), part, whole)
 
 
-def test_chunks_without_wanted_slots_are_skipped(setup, monkeypatch):
+@pytest.mark.parametrize("chunk_tokens", [1000, 2 * B], ids=["all logits fit", "a loop"])
+def test_chunks_without_wanted_slots_are_skipped(setup, monkeypatch, chunk_tokens):
     monkeypatch.setattr(cross_entropy, "WANTED_SLOTS", 2)
+    monkeypatch.setattr(cross_entropy, "_grain", lambda B, T: 2)
     computed, logits = [], cross_entropy.logits
 
     def watched(hidden, *settings):
@@ -145,7 +148,7 @@ def test_chunks_without_wanted_slots_are_skipped(setup, monkeypatch):
     monkeypatch.setattr(cross_entropy, "logits", watched)
     hidden, head, targets = setup
     where = jnp.zeros((B, T), bool).at[0, 4:7].set(True).at[1, 0].set(True)
-    jax.block_until_ready(cross_entropy.chunked_nll(hidden, head, targets, 1000, where_BT=where))
+    jax.block_until_ready(cross_entropy.chunked_nll(hidden, head, targets, chunk_tokens, where_BT=where))
     jax.effects_barrier()
     assert computed == [2, 2], "three slots of a row are two chunks of two; the other two chunks hold nothing"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diffusion_lm.nn.sampling import draw, filter_logits
+from diffusion_lm.nn.sampling import draw, filter_logits, most_likely
 
 
 def _draws(logits, count, seed=0):
@@ -83,3 +83,11 @@ def test_T50_filters():
     assert kept(top_p=0.0) == [1]
     assert kept(top_k=3, top_p=0.4) == [1], "top-p counts mass among what top-k left"
     assert kept(temperature=0.1, top_p=0.9) == [1], "temperature comes before top-p"
+
+
+def test_most_likely_is_the_first_argmax():
+    logits = jnp.asarray([[0.0, 3.0, 3.0, -1.0], [-jnp.inf, -jnp.inf, -2.0, -3.0], [5.0, 5.0, 5.0, 5.0]])
+    np.testing.assert_array_equal(most_likely(logits), [1, 2, 0])
+    wide = jax.random.normal(jax.random.key(0), (4, 3, 1000)).round(1)
+    np.testing.assert_array_equal(most_likely(wide), np.argmax(wide, axis=-1), "with ties")
+    assert most_likely(wide).dtype == jnp.int32
