@@ -81,7 +81,7 @@ def layers_apart(blocks: Params) -> Params:
 
 def _apart(leaf: jax.Array | tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     # `unstack` transposes to one concatenation; indexing would transpose to N additions of the whole stack.
-    return leaf if _is_apart(leaf) else jnp.unstack(leaf)
+    return leaf if isinstance(leaf, tuple) else jnp.unstack(leaf)
 
 
 def _is_apart(leaf: Any) -> bool:
