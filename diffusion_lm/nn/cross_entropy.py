@@ -17,14 +17,12 @@ import jax.numpy as jnp
 from diffusion_lm.core.types import Params, TokenStats
 from diffusion_lm.nn import sampling
 
-WANTED_SLOTS = 32
-"""Slots a row that share a chunk of a loop where only some are wanted; the grain of what can be skipped."""
-
-MOST_UNROLLED = 8
-"""Chunks of logits that all fit at once are no more than this: each is compiled anew."""
+MOST_PIECES = 8
+"""Chunks of a row where only some slots are wanted and what is behind the last can be skipped. Every chunk reads the
+head, in training several times and its gradient too, and is compiled anew where all logits fit: few are better."""
 
 LEAST_TOKENS = 32
-"""Tokens whose logits are worth a product of their own, which reads the whole head."""
+"""Tokens whose logits are worth a product of their own."""
 
 NEVER = -1e30
 """Logit of a token that is never emitted: exp underflows to 0, and products with 0 stay finite unlike with -inf."""
@@ -301,7 +299,7 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
     slots = max(1, chunk_tokens // B)
     fits = slots >= T
     if wanted is not None:
-        slots = min(slots, _grain(B, T) if fits else WANTED_SLOTS)
+        slots = min(slots, _grain(B, T))
     if slots >= T:
         return chunk(head, *inputs)
     chunks = -(-T // slots)
@@ -334,8 +332,8 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
 
 
 def _grain(B: int, T: int) -> int:
-    """Returns the slots of a chunk where all logits would fit: few, a multiple of 8, the rows of a TPU's tile."""
-    least = max(T / MOST_UNROLLED, LEAST_TOKENS / B)
+    """Returns the slots of a chunk where some may be skipped: a multiple of 8, the rows of a TPU's tile."""
+    least = max(T / MOST_PIECES, LEAST_TOKENS / B)
     return 8 * math.ceil(least / 8)
 
 
