@@ -222,7 +222,8 @@ class BoundModel:
             hidden_BTD, targets_BT, where_BT = tokens
             return terms(hidden_BTD, head, targets_BT, self.spec.logits_chunk, where_BT=where_BT, forbidden=forbidden)
 
-        return self.constrain.per_device(one, self._head(), (hidden.values_BTD, targets, where))
+        with jax.named_scope("cross_entropy"):
+            return self.constrain.per_device(one, self._head(), (hidden.values_BTD, targets, where))
 
     def token_stats(
         self,

@@ -46,12 +46,13 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
 
 
-def claim_folder(workdir: Path, identity: Mapping[str, Any]) -> None:
+def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) -> None:
     """Marks `workdir` as the folder of the run with this identity, or checks that it is.
 
     Args:
       workdir: the run folder; created if missing.
       identity: plain data that determines the run's numbers.
+      conditions: plain data to record beside it.
 
     Raises:
       ConfigError: the folder belongs to a run of another configuration; names the first field that differs.
@@ -76,6 +77,7 @@ def claim_folder(workdir: Path, identity: Mapping[str, Any]) -> None:
                 "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
                 "versions": installed_versions(),
                 "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+                **conditions,
             },
         )
 

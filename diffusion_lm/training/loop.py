@@ -18,10 +18,12 @@ from diffusion_lm.core.types import Params
 from diffusion_lm.data.iterator import BatchIterator
 from diffusion_lm.data.vocabulary_map import read_map
 from diffusion_lm.parallel.shardings import Placement, place_batch
+from diffusion_lm.parallel.xla_options import xla_options
 from diffusion_lm.training import metrics, writers
 from diffusion_lm.training.card import claim_folder
 from diffusion_lm.training.checkpoint import Checkpointer, Progress, restore_params
 from diffusion_lm.training.hooks import Log, Preempted, Preemption, evaluation_due
+from diffusion_lm.training.profile import Profile
 from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
 from diffusion_lm.training.state import TrainState
@@ -65,7 +67,7 @@ def train(
     """
     run.validate()
     workdir = as_path(workdir)
-    claim_folder(workdir, run.identity())
+    claim_folder(workdir, run.identity(), xla_options=xla_options(run.xla_options, jax.default_backend()))
     pruned = getattr(run.data, "pruned", None)
     if pruned is not None and jax.process_index() == 0:
         pruned.save(workdir)
@@ -80,6 +82,7 @@ def train(
             _log(run, workdir, start, resumed) as log,
             _batches(run, start.step) as batches,
             Preemption() as preemption,
+            Profile(workdir, run.profile) as profile,
         ):
             for note in (getattr(run.data, "vocabulary_note", None), report):
                 if note is not None:
@@ -88,6 +91,7 @@ def train(
             # number `step` is taken, so a checkpoint of `step` means "go on with batch number `step`".
             for step in range(start.step, run.steps + 1):
                 stop = preemption.reached(step)
+                profile.before(step, state)
                 evaluated = _evaluate(run, program, state, step, log, stop, start.evaluated and step == resumed)
                 if step != resumed and (step == run.steps or stop or checkpoints.due(step)):
                     _save(run, state, step, log, evaluated, checkpoints)
@@ -98,7 +102,8 @@ def train(
                     with log.waiting():
                         batch = place_batch(next(batches), run.rules, program.mesh)
                     rate = np.float32(run.optimizer.schedule.value(step, run.steps))
-                    state, stats = program.step(state, batch, root, rate)
+                    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                        state, stats = program.step(state, batch, root, rate)
                     log.push(step + 1, stats)
     return TrainResult(state.final_params, run.steps, final_metrics(workdir, run.steps), report)
 

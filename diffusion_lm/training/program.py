@@ -17,4 +17,5 @@ def run_program(run: TrainRun, devices: tuple[jax.Device, ...] | None = None) ->
         microbatches=run.microbatches,
         ema_decay=run.ema_decay,
         devices=devices,
+        xla_option_sets=run.xla_options,
     )

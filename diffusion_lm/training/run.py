@@ -11,15 +11,20 @@ from diffusion_lm.objectives.base import Objective
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import batch_divisor
+from diffusion_lm.parallel.xla_options import check_sets
 from diffusion_lm.training.card import fingerprint as fingerprint
 from diffusion_lm.training.card import plain
 from diffusion_lm.training.checkpoint import CheckpointPolicy
 from diffusion_lm.training.hooks import Evaluation
 from diffusion_lm.training.optimizers import AdamW, Optimizer
+from diffusion_lm.training.profile import check_profile
 
 # How a run is executed, not what it computes: a run may be continued with other values of these.
 _EXECUTION = {
-    "TrainRun": ("mesh", "rules", "microbatches", "checkpoint", "evaluations", "log_every"),
+    "TrainRun": (
+        *("mesh", "rules", "microbatches", "checkpoint", "evaluations", "log_every"),
+        *("xla_options", "profile"),
+    ),
     "TransformerSpec": ("scan_layers", "remat", "attention", "logits_chunk"),
 }
 
@@ -48,6 +53,10 @@ class TrainRun:
       checkpoint: when to save and what to keep.
       log_every: steps per row of the log and per progress line; a row is the mean over its steps.
       ema_decay: decay of the moving average of the parameters that is evaluated and handed on; None keeps none.
+      xla_options: sets of compiler options for the step (`parallel/xla_options.py`), of which those of the platform are
+        taken; the run card has them in full.
+      profile: (step, number of steps) to trace, e.g. (100, 5), once everything is compiled; None traces nothing. The
+        trace lies below `profile/` of the run folder and opens in TensorBoard's profiler, XProf and Perfetto.
       initial: run folder or checkpoint to take initial parameters from (`transfer` reports what fits); None starts
         afresh from `seed`. Optimizer state never carries over.
     """
@@ -67,9 +76,14 @@ class TrainRun:
     log_every: int = 50
     ema_decay: float | None = None
     initial: str | None = None
+    xla_options: tuple[str, ...] = ()
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "evaluations", tuple(self.evaluations))
+        object.__setattr__(self, "xla_options", tuple(self.xla_options))
+        check_sets(self.xla_options, "TrainRun.xla_options")
+        check_profile(self.profile, "TrainRun.profile")
         for field, low in (("steps", 0), ("batch_size", 1), ("microbatches", 1), ("seed", 0), ("log_every", 1)):
             value = getattr(self, field)
             require(

@@ -23,6 +23,7 @@ from diffusion_lm.objectives.base import Objective
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import Placement, replicated, tree_shardings
+from diffusion_lm.parallel.xla_options import xla_options
 from diffusion_lm.training.optimizers import Optimizer
 from diffusion_lm.training.partial import rejoined, trained_part
 from diffusion_lm.training.schedules import Constant
@@ -75,14 +76,15 @@ def make_program(
     microbatches: int = 1,
     ema_decay: float | None = None,
     devices: tuple[jax.Device, ...] | None = None,
+    xla_option_sets: tuple[str, ...] = (),
 ) -> Program:
     """Returns the program of these settings, the same one for equal settings in a process.
 
     The schedule is no part of it: learning rates are arguments of the step. `devices` are those of all processes unless
-    others are given, to compile for and not to run on.
+    others are given, to compile for and not to run on. `xla_option_sets` are names of `parallel/xla_options.py`.
     """
     rule = dataclasses.replace(optimizer, schedule=Constant(1.0))  # type: ignore[type-var]
-    return _program(architecture, objective, rule, mesh, rules, microbatches, ema_decay, devices)  # type: ignore[arg-type]
+    return _program(architecture, objective, rule, mesh, rules, microbatches, ema_decay, devices, xla_option_sets)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=16)
@@ -95,6 +97,7 @@ def _program(
     microbatches: int,
     ema_decay: float | None,
     devices: tuple[jax.Device, ...] | None,
+    xla_option_sets: tuple[str, ...],
 ) -> Program:
     mesh = mesh_spec.build(devices)
     axes, frozen = architecture.logical_axes(), frozen_arrays(architecture)
@@ -131,7 +134,12 @@ def _program(
         ),
         init=jax.jit(lambda key: adopt(architecture.init(key)), out_shardings=shardings),
         adopt=jax.jit(adopt, out_shardings=shardings),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(mesh)),
+            compiler_options=xla_options(xla_option_sets, mesh.devices.flat[0].platform),
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """The loop: resume bit for bit, order of hooks, preemption, finished runs, initial parameters, the log."""
 
 import dataclasses
+import gzip
 import json
 import os
 import signal
@@ -225,6 +226,8 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, changes, message):
         (dict(steps=-1), "steps = -1"),
         (dict(batch_size=2.0), "batch_size = 2.0"),
         (dict(ema_decay=1.0), "ema_decay = 1.0"),
+        (dict(profile=(3,)), r"profile = \(3,\)"),
+        (dict(xla_options=("fast",)), "no XLA options called 'fast'"),
         (dict(evaluations=[SumOfParameters(), SumOfParameters(every=2)]), "two evaluations have one name"),
         (dict(objective=[1]), "list cannot be hashed"),
     ],
@@ -232,6 +235,23 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, changes, message):
 def test_wrong_fields_are_refused_when_the_run_is_made(changes, message):
     with pytest.raises(ConfigError, match=message):
         small_run(**changes)
+
+
+def test_a_window_of_steps_is_traced_and_changes_nothing(undisturbed, tmp_path):
+    run, _, result = undisturbed
+    traced = dataclasses.replace(run, profile=(2, 2), xla_options=("overlap_collectives",))
+    assert_equal(train(traced, tmp_path / "run").params, result.params)
+    found = list((tmp_path / "run" / "profile").rglob("*.trace.json.gz"))
+    assert len(found) == 1
+    names = {event.get("name") for event in json.loads(gzip.decompress(found[0].read_bytes()))["traceEvents"]}
+    assert "train" in names, "the steps are marked"
+    assert json.loads((tmp_path / "run" / "run_card.json").read_text())["xla_options"] == {}, "none for a CPU"
+
+
+def test_a_trace_of_the_last_steps_ends_with_the_run(tmp_path):
+    run = small_run(steps=2, profile=(1, 5))
+    train(run, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.trace.json.gz"))
 
 
 def test_lists_become_tuples():
