@@ -53,7 +53,8 @@ def test_mixture_of_the_7b():
     run = build("diffullama_7b")
     assert [source.task for source in run.data.sources] == ["slimpajama", "starcoder"]
     assert run.data.weights == (0.693584, 0.306416)
-    assert run.batch_size // run.microbatches == 60 * 64
+    assert run.batch_size == 60 * 4 * 64
+    assert run.batch_size // run.microbatches == 12 * 64 == 3 * 256, "what 64 chips of v5p and 256 of v5e hold"
 
 
 @pytest.mark.parametrize(
