@@ -18,11 +18,15 @@ from diffusion_lm.core.types import Params, TokenStats
 from diffusion_lm.nn import sampling
 
 MOST_PIECES = 8
-"""Chunks of a row where only some slots are wanted and what is behind the last can be skipped. Every chunk reads the
-head, in training several times and its gradient too, and is compiled anew where all logits fit: few are better."""
+"""Chunks of a row where only some slots are wanted and what is behind the last can be skipped. Few are better: each reads
+the head, in training several times and its gradient too, and is compiled anew where the loop is unrolled."""
 
 LEAST_TOKENS = 32
 """Tokens whose logits are worth a product of their own."""
+
+UNROLLED_BYTES = 2**28
+"""What the head's gradients from all chunks may take where the loop over chunks is unrolled, as XLA need not add them up
+one by one."""
 
 NEVER = -1e30
 """Logit of a token that is never emitted: exp underflows to 0, and products with 0 stay finite unlike with -inf."""
@@ -323,7 +327,8 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
         one = jax.checkpoint(one, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 
     numbered = (jnp.arange(chunks), jax.tree.map(split, inputs))
-    if fits:  # Unrolled: a loop would copy the logits of all chunks into one array for its backward pass.
+    if fits and chunks * head.weight_VD.size * 4 <= UNROLLED_BYTES:
+        # A loop would copy the logits of all chunks into one array for its backward pass.
         pieces = [one(*jax.tree.map(lambda x, n=n: x[n], numbered)) for n in range(chunks)]
         out = jax.tree.map(lambda *ys: jnp.stack(ys), *pieces)
     else:

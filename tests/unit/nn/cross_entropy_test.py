@@ -108,9 +108,10 @@ def test_drawing_without_keys_is_an_error(setup):
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 32])
-@pytest.mark.parametrize("chunk", [6, 1000])
-def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chunk, slots):
+@pytest.mark.parametrize(("chunk", "unrolled"), [(6, False), (1000, False), (1000, True)])
+def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chunk, unrolled, slots):
     """Ragged rows, one of them empty: values and gradients on the wanted slots are those of the whole row."""
+    monkeypatch.setattr(cross_entropy, "UNROLLED_BYTES", 2**28 if unrolled else 0)
     monkeypatch.setattr(cross_entropy, "_grain", lambda B, T: slots)
     hidden, head, targets = setup
     where = jnp.asarray([[0, 0, 1, 1, 1, 0, 0], [0] * 7, [1, 0, 1, 0, 1, 1, 1]], bool)
