@@ -18,14 +18,14 @@ from diffusion_lm.core.types import Params, TokenStats
 from diffusion_lm.nn import sampling
 
 MOST_PIECES = 8
-"""Chunks of a row where only some slots are wanted and what is behind the last can be skipped. Few are better: each reads
-the head, in training several times and its gradient too, and is compiled anew where the loop is unrolled."""
+"""Chunks of a row where only some slots are wanted and what is behind the last can be skipped. Few are better: each
+reads the head, in training several times and its gradient too, and is compiled anew where the loop is unrolled."""
 
 LEAST_TOKENS = 32
 """Tokens whose logits are worth a product of their own."""
 
 UNROLLED_BYTES = 2**28
-"""What the head's gradients from all chunks may take where the loop over chunks is unrolled, as XLA need not add them up
+"""What the head's gradients from all chunks may take where the loop over chunks is unrolled: XLA need not add them up
 one by one."""
 
 NEVER = -1e30
