@@ -321,13 +321,14 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
         nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(chunk, head, *xs))
         return jax.lax.cond(number * slots < wanted, lambda: chunk(head, *xs), lambda: nothing)
 
-    if not fits:
+    unrolled = fits and chunks * head.weight_VD.size * 4 <= UNROLLED_BYTES
+    if not unrolled:
         # Around the branch and not in it: a branch hands all that its backward pass reads to the loop, which would then
         # keep a copy of the head for every chunk.
         one = jax.checkpoint(one, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 
     numbered = (jnp.arange(chunks), jax.tree.map(split, inputs))
-    if fits and chunks * head.weight_VD.size * 4 <= UNROLLED_BYTES:
+    if unrolled:
         # A loop would copy the logits of all chunks into one array for its backward pass.
         pieces = [one(*jax.tree.map(lambda x, n=n: x[n], numbered)) for n in range(chunks)]
         out = jax.tree.map(lambda *ys: jnp.stack(ys), *pieces)
