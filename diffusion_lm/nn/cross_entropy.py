@@ -22,7 +22,8 @@ MOST_PIECES = 8
 reads the head, in training several times and its gradient too, and is compiled anew where the loop is unrolled."""
 
 LEAST_TOKENS = 32
-"""Tokens whose logits are worth a product of their own."""
+"""Tokens whose logits are worth a product of their own. In training half as many as the network is wide: below that, a
+chunk's reading the head and adding to its gradient, twice 4 bytes a weight, is more than its logits are."""
 
 UNROLLED_BYTES = 2**28
 """What the head's gradients from all chunks may take where the loop over chunks is unrolled: XLA need not add them up
@@ -130,7 +131,7 @@ def chunked_nll(
     def chunk(head, hidden_BTD, targets_BT):
         return _nll(logits(hidden_BTD, head, forbidden), targets_BT)
 
-    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT)
+    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
 
 def chunked_nll_terms(
@@ -155,7 +156,7 @@ def chunked_nll_terms(
             mean_logit = emitted.mean(axis=-1)
         return NllTerms(_nll(logits_BTV, targets_BT), log_z, log_z - mean_logit)
 
-    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT)
+    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
 
 def chunked_token_stats(
@@ -278,17 +279,17 @@ def chunked_map(
     def chunk(head, hidden_BTD, *inputs):
         return fn(logits(hidden_BTD, head, forbidden)[..., : head.vocab_size], *inputs)
 
-    return _over_chunks(chunk, head, (hidden_BTD, *inputs), chunk_tokens, where_BT)
+    return _over_chunks(chunk, head, (hidden_BTD, *inputs), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
 
-def _over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT: jax.Array | None = None):
+def _over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT: jax.Array | None, least: int = 0):
     """Maps `chunk(head, *inputs)` over slices of axis 1 of at most `chunk_tokens` tokens (at least one slot)."""
     if where_BT is None:
-        return _map_chunks(chunk, head, inputs, chunk_tokens, None)
+        return _map_chunks(chunk, head, inputs, chunk_tokens, None, least)
     order = jnp.argsort(~where_BT, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     moved = jax.tree.map(lambda x: _permute(x, order, back), inputs)
-    out = _map_chunks(chunk, head, moved, chunk_tokens, jnp.max(jnp.sum(where_BT, axis=1)))
+    out = _map_chunks(chunk, head, moved, chunk_tokens, jnp.max(jnp.sum(where_BT, axis=1)), least)
 
     def to_slots(y):
         wanted = where_BT.reshape(*where_BT.shape, *[1] * (y.ndim - 2))
@@ -297,13 +298,13 @@ def _over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_B
     return jax.tree.map(to_slots, out)
 
 
-def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: jax.Array | None):
+def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: jax.Array | None, least: int):
     """Maps over chunks; those that begin at slot `wanted` or later are zeros and cost nothing."""
     B, T = inputs[0].shape[:2]
     slots = max(1, chunk_tokens // B)
     fits = slots >= T
     if wanted is not None:
-        slots = min(slots, _grain(B, T))
+        slots = min(slots, _grain(B, T, max(least, LEAST_TOKENS)))
     if slots >= T:
         return chunk(head, *inputs)
     chunks = -(-T // slots)
@@ -337,10 +338,9 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(B, chunks * slots, *y.shape[3:])[:, :T], out)
 
 
-def _grain(B: int, T: int) -> int:
+def _grain(B: int, T: int, least_tokens: int) -> int:
     """Returns the slots of a chunk where some may be skipped: a multiple of 8, the rows of a TPU's tile."""
-    least = max(T / MOST_PIECES, LEAST_TOKENS / B)
-    return 8 * math.ceil(least / 8)
+    return 8 * math.ceil(max(T / MOST_PIECES, least_tokens / B) / 8)
 
 
 def _permute(x: jax.Array, order_BT: jax.Array, back_BT: jax.Array) -> jax.Array:
