@@ -44,8 +44,8 @@ class Compiled:
 
     Attributes:
       name: `train`, `bound` or `decode`.
-      executable: JAX's compiled program; None where it does not fit and the compiler refused.
-      refusal: the compiler's words where it refused.
+      executable: JAX's compiled program; None where it does not fit.
+      refusal: why there is none, in the compiler's words where it refused.
       seconds: to trace, lower and compile.
     """
 
@@ -88,7 +88,10 @@ def tpu_devices(accelerator: Accelerator) -> Sequence[Any]:
 
 
 def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
-    """Compiles a training step of `run` on `devices`, its state donated."""
+    """Compiles a training step of `run` on `devices`, its state donated; a batch that they cannot share is refused."""
+    refusal = _cannot_share(run, devices)
+    if refusal:
+        return Compiled("train", None, refusal, 0.0)
     program = run_program(run, tuple(devices))
     batch = _placed(run.data.abstract_batch(run.batch_size), run, program.mesh)
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(program.mesh))
@@ -98,8 +101,19 @@ def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
     )
 
 
+def _cannot_share(run: TrainRun, devices: Sequence[Any]) -> str:
+    try:
+        run.check_mesh(devices)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def bound(run: TrainRun, devices: Sequence[Any]) -> Compiled:
-    """Compiles the evaluation of one batch: the objective's bound, without gradients."""
+    """Compiles the evaluation of one batch: the objective's bound, without gradients; refuses as `train` does."""
+    refusal = _cannot_share(run, devices)
+    if refusal:
+        return Compiled("bound", None, refusal, 0.0)
     mesh = run.mesh.build(devices)
 
     def program(params: Any, batch: Batch, root: jax.Array) -> Any:

@@ -1,6 +1,7 @@
 """`TrainRun`: the dataclass that is the manual of training."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from diffusion_lm.architectures.base import Architecture
@@ -155,20 +156,21 @@ class TrainRun:
             fix="Use gin/runs/token_schedules.gin, which wraps it in exponents.WithTokenSchedules.",
         )
 
-    def check_mesh(self) -> None:
-        """Checks what needs the devices alone: that they share the rows of a batch evenly.
+    def check_mesh(self, devices: Sequence[Any] | None = None) -> None:
+        """Checks what needs the devices alone: that they (None = those of all processes) share a batch's rows evenly.
 
         Raises:
           ConfigError: they do not.
         """
-        divisor = batch_divisor(self.rules, self.mesh.build())
+        divisor = batch_divisor(self.rules, self.mesh.build(devices))
         rows = self.batch_size // self.microbatches
         what = "a batch" if self.microbatches == 1 else "a microbatch"
         require(
             rows % divisor == 0,
             f"{what} of {rows} rows does not divide by the {divisor} devices that share the batch",
             where="TrainRun.batch_size",
-            fix=f"Use a multiple of {divisor * self.microbatches} rows, or fewer devices on mesh axes data and fsdp.",
+            fix=f"Use a multiple of {divisor * self.microbatches} rows, or fewer devices on the mesh axes data and fsdp "
+            "(gin/partitioning/fsdp_tp.gin gives some to the axis tensor).",
         )
 
     def _check_data(self) -> None:
