@@ -17,6 +17,7 @@ from diffusion_lm.architectures.lora import WithLoRA
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
+from diffusion_lm.planning import programs
 from diffusion_lm.training.checkpoint import CheckpointPolicy, restore_params
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.optimizers import AdamW
@@ -139,3 +140,11 @@ def test_a_batch_that_does_not_divide_by_the_mesh_is_one_sentence(tmp_path):
         train(small_run(mesh=MESHES["8x1"], batch_size=16, microbatches=4), tmp_path)
     with pytest.raises(ConfigError, match="does not fit 8 devices"):
         train(small_run(mesh=MeshSpec(data=3, fsdp=1)), tmp_path)
+
+
+@pytest.mark.parametrize("compiled", [programs.train, programs.bound])
+def test_a_plan_refuses_it_before_compiling(compiled):
+    run = dataclasses.replace(small_run(), mesh=MESHES["8x1"])
+    found = compiled(run, jax.devices())
+    assert found.executable is None
+    assert "a batch of 4 rows does not divide by the 8 devices" in found.refusal
