@@ -169,7 +169,7 @@ class TrainRun:
             rows % divisor == 0,
             f"{what} of {rows} rows does not divide by the {divisor} devices that share the batch",
             where="TrainRun.batch_size",
-            fix=f"Use a multiple of {divisor * self.microbatches} rows, or fewer devices on the mesh axes data and fsdp "
+            fix=f"Use a multiple of {divisor * self.microbatches} rows, or fewer devices on mesh axes data and fsdp "
             "(gin/partitioning/fsdp_tp.gin gives some to the axis tensor).",
         )
 
