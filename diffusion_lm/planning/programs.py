@@ -129,7 +129,7 @@ def decode(run: TrainRun, sampler: Sampler, prompts: int, devices: Sequence[Any]
     mesh = run.mesh.build(devices)
 
     def program(params: Any, prompt: Batch, root: jax.Array) -> Any:
-        model = BoundModel(run.model, params, Placement(mesh, run.rules))
+        model = BoundModel(run.model, params, Placement(mesh, run.rules)).for_loops()
         return sampler.generate(model, prompt, StreamKeys(root=root, step=jnp.int32(0)))
 
     prompt = _placed(run.data.abstract_batch(prompts), run, mesh)
