@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import jax
 
+from diffusion_lm.training.metrics import peak_device_memory
+
 
 class Side(Protocol):
     """What is prepared and timed."""
@@ -36,9 +38,9 @@ class Side(Protocol):
 
 def memory_facts() -> dict[str, Any]:
     """Returns the most memory that was in use: of the device where it counts it, else of this process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return {"peak_memory": int(stats["peak_bytes_in_use"]), "peak_memory_of": "device"}
+    peak = peak_device_memory()
+    if peak is not None:
+        return {"peak_memory": peak, "peak_memory_of": "device"}
     # The kernel counts kilobytes, macOS bytes.
     factor = 1 if sys.platform == "darwin" else 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor

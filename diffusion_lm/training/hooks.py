@@ -180,11 +180,11 @@ class Log:
         self._display.note(f"step {step}/{self._steps}  {name}  {numbers}")
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, *, saving: bool = False) -> Iterator[None]:
         """Keeps the time of evaluations and saving out of the speed."""
         start = time.perf_counter()
         yield
-        self._clock.paused(time.perf_counter() - start)
+        self._clock.paused(time.perf_counter() - start, saving=saving)
 
     def note(self, text: str) -> None:
         """Shows a line above the progress line."""

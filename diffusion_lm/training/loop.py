@@ -217,6 +217,6 @@ def _evaluate(run: TrainRun, program: Program, state: TrainState, step: int, log
 
 def _save(run: TrainRun, state: TrainState, step: int, log: Log, evaluated: bool, checkpoints: Checkpointer) -> None:
     log.drain()
-    with log.pause():
+    with log.pause(saving=True):
         log.flush()
         checkpoints.save(state, Progress(step, run.seed, evaluated, log.window))

@@ -88,16 +88,17 @@ class Clock:
         self._restart(step, tokens)
 
     def _restart(self, step: int, tokens: int) -> None:
-        self._start, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
+        self._start, self._waited, self._paused, self._saved = time.perf_counter(), 0.0, 0.0, 0.0
         self._step, self._tokens = step, tokens
 
     def waited(self, seconds: float) -> None:
         """Notes that a step waited for its batch."""
         self._waited += seconds
 
-    def paused(self, seconds: float) -> None:
-        """Leaves out time that was not training: evaluations and saving."""
+    def paused(self, seconds: float, *, saving: bool = False) -> None:
+        """Leaves out time that was not training: evaluations and saving, of which the latter is reported."""
         self._paused += seconds
+        self._saved += seconds if saving else 0.0
 
     def read(self, step: int, tokens: int, flops_per_token: float, peak_flops: float | None) -> dict[str, float]:
         """Returns the speed of the window that ends now and starts the next one.
@@ -115,11 +116,21 @@ class Clock:
             "tokens_per_second": per_second,
             "steps_per_second": (step - self._step) / seconds,
             "data_wait_s": self._waited,
+            "checkpoint_s": self._saved,
         }
+        peak_memory = peak_device_memory()
+        if peak_memory is not None:
+            timing["peak_memory_bytes"] = peak_memory
         if peak_flops:
             timing["mfu"] = per_second * flops_per_token / peak_flops
         self._restart(step, tokens)
         return timing
+
+
+def peak_device_memory() -> int | None:
+    """Returns the most bytes that were in use on the first device of this process, or None where it does not count."""
+    stats = jax.local_devices()[0].memory_stats()
+    return int(stats["peak_bytes_in_use"]) if stats and "peak_bytes_in_use" in stats else None
 
 
 def train_flops_per_token(architecture: Any, objective: Any, row_length: int, encoder_length: int | None) -> float:

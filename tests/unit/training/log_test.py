@@ -105,7 +105,7 @@ def test_T55_tokens_per_second_of_a_known_duration(monkeypatch):
     assert timing["mfu"] == pytest.approx(40.0 * 50.0 / 1e4)
     now[0] = 15.0
     assert clock.read(11, 1110, 50.0, None) == pytest.approx(
-        {"seconds": 1.0, "tokens_per_second": 10.0, "steps_per_second": 1.0, "data_wait_s": 0.0}
+        {"seconds": 1.0, "tokens_per_second": 10.0, "steps_per_second": 1.0, "data_wait_s": 0.0, "checkpoint_s": 0.0}
     )
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.objectives.denoising import Denoising
 from diffusion_lm.objectives.token_schedules import TokenSchedules
-from diffusion_lm.training.checkpoint import CheckpointPolicy, finished_steps, restore_params
+from diffusion_lm.training import loop
+from diffusion_lm.training.checkpoint import Checkpointer, CheckpointPolicy, finished_steps, restore_params
 from diffusion_lm.training.hooks import RESTART_EXIT_CODE, Preempted
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.optimizers import AdamW
@@ -235,6 +237,41 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, changes, message):
 def test_wrong_fields_are_refused_when_the_run_is_made(changes, message):
     with pytest.raises(ConfigError, match=message):
         small_run(**changes)
+
+
+def test_a_step_moves_nothing_but_its_learning_rate(undisturbed, tmp_path, monkeypatch):
+    run, _, result = undisturbed
+    make = loop.run_program
+
+    def guarded(run):
+        program = make(run)
+
+        def step(state, batch, root, rate):
+            rate = jax.device_put(rate)  # a number that the host computes is all that may be handed over
+            with jax.transfer_guard("disallow"):
+                return program.step(state, batch, root, rate)
+
+        return dataclasses.replace(program, step=step)
+
+    monkeypatch.setattr(loop, "run_program", guarded)
+    assert_equal(train(run, tmp_path).params, result.params)
+    program, key = guarded(run), jax.random.key(0)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        program.step(program.init(key), run.data.batch(0, run.batch_size), key, np.float32(0))
+
+
+def test_the_log_says_how_long_a_checkpoint_held_up_the_run(tmp_path, monkeypatch):
+    save = Checkpointer.save
+
+    def slow(self, state, progress):
+        time.sleep(0.05)
+        save(self, state, progress)
+
+    monkeypatch.setattr(Checkpointer, "save", slow)
+    train(small_run(steps=4, log_every=2, checkpoint=CheckpointPolicy(every=2)), tmp_path)
+    timings = [json.loads(line)["timing"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert timings[0]["checkpoint_s"] == 0
+    assert timings[1]["checkpoint_s"] >= 0.05
 
 
 def test_a_window_of_steps_is_traced_and_changes_nothing(undisturbed, tmp_path):
