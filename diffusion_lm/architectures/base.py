@@ -12,7 +12,7 @@ from diffusion_lm.core.types import EncoderInputs, Params, TokenStats
 from diffusion_lm.nn import cross_entropy
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
-from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.head import Head, logits
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.stack import layers_apart
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -286,7 +286,7 @@ class BoundModel:
 
     def logits(self, hidden: Hidden) -> jax.Array:
         """Returns f32[B,T,V] over the real vocabulary: for tests, beam search and small vocabularies."""
-        return cross_entropy.logits(hidden.values_BTD, self._head())[..., : self.spec.vocab_size]
+        return logits(hidden.values_BTD, self._head())[..., : self.spec.vocab_size]
 
     def _embedding(self) -> jax.Array:
         return self.constrain(self.architecture.embedding(self.params), ("vocab", "activation_embed"))

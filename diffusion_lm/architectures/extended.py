@@ -9,7 +9,7 @@ from diffusion_lm.architectures import parts
 from diffusion_lm.architectures.base import Architecture, EncoderState, Hidden
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.cache import KVCache
-from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.head import Head
 from diffusion_lm.nn.transformer import TransformerSpec
 
 

@@ -12,7 +12,7 @@ from diffusion_lm.core.types import Params
 from diffusion_lm.nn import stack
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain
-from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.head import Head
 from diffusion_lm.nn.layers import Context, row_dropout, stack_bias
 from diffusion_lm.nn.masks import Segments, Visibility, Window, same_segment
 from diffusion_lm.nn.transformer import TransformerSpec

@@ -11,7 +11,7 @@ from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
-from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.head import Head
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.transformer import TransformerSpec
 

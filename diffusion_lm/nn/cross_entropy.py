@@ -1,11 +1,4 @@
-"""From hidden states to losses and token statistics without ever holding [B,T,V].
-
-Chunks run along T, so that rows stay on the devices that hold them. Where the logits do not fit in one chunk, the
-backward pass computes each chunk's again: at 256,000 tokens they are the largest array of a step by far.
-
-Conditioning has no loss and is never drawn, so its states need not meet the vocabulary at all: with `where_BT`, the
-wanted slots of each row move side by side, and the chunks behind the last of them are skipped at run time.
-"""
+"""From hidden states to losses and token statistics without ever holding [B,T,V]: chunk by chunk (`nn/chunks.py`)."""
 
 import math
 from collections.abc import Callable
@@ -14,45 +7,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.core.types import Params, TokenStats
+from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn import sampling
-
-MOST_PIECES = 8
-"""Chunks of a row where only some slots are wanted and what is behind the last can be skipped. Few are better: each
-reads the head, in training several times and its gradient too, and is compiled anew where the loop is unrolled."""
-
-LEAST_TOKENS = 32
-"""Tokens whose logits are worth a product of their own. In training half as many as the network is wide: below that, a
-chunk's reading the head and adding to its gradient, twice 4 bytes a weight, is more than its logits are."""
-
-UNROLLED_BYTES = 2**28
-"""What the head's gradients from all chunks may take where the loop over chunks is unrolled: XLA need not add them up
-one by one."""
-
-NEVER = -1e30
-"""Logit of a token that is never emitted: exp underflows to 0, and products with 0 stay finite unlike with -inf."""
-
-
-class Head(flax.struct.PyTreeNode):
-    """The output projection: logits = scale * f(h) W^T + bias.
-
-    Attributes:
-      weight_VD: [padded V,D].
-      bias_V: [padded V] or None.
-      scale: static factor; 1/sqrt(D) where the weights are the input embedding of the T5 family.
-      vocab_size: static; rows from here on only pad the matrix and are never emitted.
-      softcap: static; logits become softcap * tanh(logits / softcap).
-      transform: parameters of f, which only the wanted slots go through; None = f(h) is h.
-      run_transform: static; f as a function of `transform` and [b,t,D].
-    """
-
-    weight_VD: jax.Array
-    bias_V: jax.Array | None = None
-    scale: float = flax.struct.field(pytree_node=False, default=1.0)
-    vocab_size: int = flax.struct.field(pytree_node=False, default=0)
-    softcap: float | None = flax.struct.field(pytree_node=False, default=None)
-    transform: Params | None = None
-    run_transform: Callable[[Params, jax.Array], jax.Array] | None = flax.struct.field(pytree_node=False, default=None)
+from diffusion_lm.nn.chunks import over_chunks
+from diffusion_lm.nn.head import NEVER, Head, logits
 
 
 @flax.struct.dataclass
@@ -82,31 +40,6 @@ class Noised(flax.struct.PyTreeNode):
     vocab_size: int = flax.struct.field(pytree_node=False)
 
 
-def logits(hidden_BTD: jax.Array, head: Head, forbidden: tuple[int, ...] = ()) -> jax.Array:
-    """Returns f32[B,T,padded V]; the padding rows and `forbidden` ids have the logit `NEVER`."""
-    if head.run_transform is not None:
-        assert head.transform is not None
-        hidden_BTD = head.run_transform(head.transform, hidden_BTD)
-    scaled = hidden_BTD if head.scale == 1.0 else hidden_BTD * jnp.asarray(head.scale, hidden_BTD.dtype)
-    weight_VD = head.weight_VD.astype(hidden_BTD.dtype)
-    # One axis of tokens: with two, the backward pass on a CPU spends as long on moving logits as on multiplying them.
-    scaled_ND = scaled.reshape(-1, scaled.shape[-1])
-    out_NV = jnp.einsum("ND,VD->NV", scaled_ND, weight_VD, preferred_element_type=jnp.float32)
-    out = out_NV.reshape(*scaled.shape[:-1], -1)
-    if head.bias_V is not None:
-        out = out + head.bias_V.astype(jnp.float32)
-    if head.softcap is not None:
-        out = head.softcap * jnp.tanh(out / head.softcap)
-    padded = head.weight_VD.shape[0]
-    if head.vocab_size < padded or forbidden:
-        ids = jnp.arange(padded)
-        never = ids >= head.vocab_size
-        for token in forbidden:
-            never |= ids == token
-        out = jnp.where(never, NEVER, out)
-    return out
-
-
 def chunked_nll(
     hidden_BTD: jax.Array,
     head: Head,
@@ -131,7 +64,7 @@ def chunked_nll(
     def chunk(head, hidden_BTD, targets_BT):
         return _nll(logits(hidden_BTD, head, forbidden), targets_BT)
 
-    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
+    return over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
 
 def chunked_nll_terms(
@@ -156,7 +89,7 @@ def chunked_nll_terms(
             mean_logit = emitted.mean(axis=-1)
         return NllTerms(_nll(logits_BTV, targets_BT), log_z, log_z - mean_logit)
 
-    return _over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
+    return over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
 
 def chunked_token_stats(
@@ -247,7 +180,7 @@ def chunked_token_stats(
 
     signal = None if noised is None else noised.signal_BT
     inputs = (hidden_BTD, keys_BT if draws else None, score, unconditional_BTD, signal)
-    return _over_chunks(chunk, head, inputs, chunk_tokens, where_BT)
+    return over_chunks(chunk, head, inputs, chunk_tokens, where_BT)
 
 
 def chunked_map(
@@ -279,94 +212,7 @@ def chunked_map(
     def chunk(head, hidden_BTD, *inputs):
         return fn(logits(hidden_BTD, head, forbidden)[..., : head.vocab_size], *inputs)
 
-    return _over_chunks(chunk, head, (hidden_BTD, *inputs), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
-
-
-def _over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT: jax.Array | None, least: int = 0):
-    """Maps `chunk(head, *inputs)` over slices of axis 1 of at most `chunk_tokens` tokens (at least one slot)."""
-    if where_BT is None:
-        return _map_chunks(chunk, head, inputs, chunk_tokens, None, least)
-    order = jnp.argsort(~where_BT, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
-    moved = jax.tree.map(lambda x: _permute(x, order, back), inputs)
-    out = _map_chunks(chunk, head, moved, chunk_tokens, jnp.max(jnp.sum(where_BT, axis=1)), least)
-
-    def to_slots(y):
-        wanted = where_BT.reshape(*where_BT.shape, *[1] * (y.ndim - 2))
-        return jnp.where(wanted, _permute(y, back, order), jnp.zeros((), y.dtype))
-
-    return jax.tree.map(to_slots, out)
-
-
-def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: jax.Array | None, least: int):
-    """Maps over chunks; those that begin at slot `wanted` or later are zeros and cost nothing."""
-    B, T = inputs[0].shape[:2]
-    slots = max(1, chunk_tokens // B)
-    fits = slots >= T
-    if wanted is not None:
-        slots = min(slots, _grain(B, T, max(least, LEAST_TOKENS)))
-    if slots >= T:
-        return chunk(head, *inputs)
-    chunks = -(-T // slots)
-    if wanted is None:
-        slots = -(-T // chunks)
-    head = head.replace(weight_VD=head.weight_VD.astype(inputs[0].dtype))
-
-    def split(x):
-        filler = jnp.broadcast_to(x[:, :1], (B, chunks * slots - T, *x.shape[2:]))
-        return jnp.moveaxis(jnp.concatenate([x, filler], axis=1).reshape(B, chunks, slots, *x.shape[2:]), 1, 0)
-
-    def one(number, xs):
-        if wanted is None:
-            return chunk(head, *xs)
-        nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(chunk, head, *xs))
-        return jax.lax.cond(number * slots < wanted, lambda: chunk(head, *xs), lambda: nothing)
-
-    unrolled = fits and chunks * head.weight_VD.size * 4 <= UNROLLED_BYTES
-    if not unrolled:
-        # Around the branch and not in it: a branch hands all that its backward pass reads to the loop, which would then
-        # keep a copy of the head for every chunk.
-        one = jax.checkpoint(one, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
-
-    numbered = (jnp.arange(chunks), jax.tree.map(split, inputs))
-    if unrolled:
-        # A loop would copy the logits of all chunks into one array for its backward pass.
-        pieces = [one(*jax.tree.map(lambda x, n=n: x[n], numbered)) for n in range(chunks)]
-        out = jax.tree.map(lambda *ys: jnp.stack(ys), *pieces)
-    else:
-        _, out = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, numbered)
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(B, chunks * slots, *y.shape[3:])[:, :T], out)
-
-
-def _grain(B: int, T: int, least_tokens: int) -> int:
-    """Returns the slots of a chunk where some may be skipped: a multiple of 8, the rows of a TPU's tile."""
-    return 8 * math.ceil(max(T / MOST_PIECES, least_tokens / B) / 8)
-
-
-def _permute(x: jax.Array, order_BT: jax.Array, back_BT: jax.Array) -> jax.Array:
-    """Returns x[b, order[b, t]]; `back` is the inverse of `order`, by which the gradient is a gather and no scatter."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        # Batches that are closed over may be numpy's, which cannot be indexed by a tracer.
-        x = x if isinstance(x, jax.Array) else jnp.asarray(x)
-        return x[jnp.arange(x.shape[0])[:, None], order_BT]
-    return _permute_floats(x, order_BT, back_BT)
-
-
-@jax.custom_vjp
-def _permute_floats(x, order_BT, back_BT):
-    return jnp.take_along_axis(x, order_BT.reshape(*order_BT.shape, *[1] * (x.ndim - 2)), axis=1)
-
-
-def _permute_forward(x, order_BT, back_BT):
-    return _permute_floats(x, order_BT, back_BT), (order_BT, back_BT)
-
-
-def _permute_backward(residuals, g):
-    order_BT, back_BT = residuals
-    return _permute_floats(g, back_BT, order_BT), None, None
-
-
-_permute_floats.defvjp(_permute_forward, _permute_backward)
+    return over_chunks(chunk, head, (hidden_BTD, *inputs), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
 
 def _with_noise(logits_BTV: jax.Array, signal_BT: jax.Array, vocab_size: int, allowed_BTV: jax.Array) -> jax.Array:

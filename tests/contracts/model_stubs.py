@@ -15,7 +15,7 @@ from diffusion_lm.architectures.exponents import WithTokenSchedules
 from diffusion_lm.architectures.length_head import WithLengthHead
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.types import Batch, EncoderInputs
-from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.head import Head
 from diffusion_lm.nn.transformer import TransformerSpec
 
 VOCAB = 40

@@ -14,7 +14,7 @@ import scipy.stats
 from diffusion_lm.architectures.base import BoundModel, Hidden
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
-from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.head import Head
 from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
 from diffusion_lm.samplers.denoising import DenoisingSampler
 

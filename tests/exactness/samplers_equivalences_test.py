@@ -155,7 +155,8 @@ def test_scores_of_masked_decodes_are_those_of_the_tokens_when_they_were_written
 def test_T38_guidance_0_is_no_guidance():
     """Bit for bit, though both passes run; and strength w is c + w (c - u) on a model with a known answer."""
     from diffusion_lm.architectures.base import Hidden
-    from diffusion_lm.nn.cross_entropy import Head, chunked_token_stats
+    from diffusion_lm.nn.cross_entropy import chunked_token_stats
+    from diffusion_lm.nn.head import Head
 
     rng = np.random.default_rng(0)
     c, u = (Hidden(jnp.asarray(rng.normal(size=(2, 3, 9)), jnp.float32)) for _ in range(2))

@@ -14,7 +14,8 @@ import sampler_worlds as worlds
 
 from diffusion_lm.architectures.base import BoundModel, Hidden
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.nn.cross_entropy import Head, Noised, chunked_token_stats
+from diffusion_lm.nn.cross_entropy import Noised, chunked_token_stats
+from diffusion_lm.nn.head import Head
 from diffusion_lm.noise.corruption import UniformCorruption
 from diffusion_lm.noise.schedules import Cosine, Linear
 from diffusion_lm.samplers.denoising import DenoisingSampler

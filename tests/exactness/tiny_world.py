@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion_lm.architectures.base import BoundModel, Hidden
 from diffusion_lm.core.types import Batch
-from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.head import Head
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import numpy as np
 from diffusion_lm.architectures.base import BoundModel, Hidden
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
-from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn.head import Head
 from diffusion_lm.noise.corruption import Corrupted, ExactCount
 
 KEYS = StreamKeys.create(0, 1)

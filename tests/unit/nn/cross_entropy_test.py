@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion_lm.nn import cross_entropy
-from diffusion_lm.nn.cross_entropy import Head
+from diffusion_lm.nn import chunks, cross_entropy
+from diffusion_lm.nn.head import Head
 
 B, T, D, V = 3, 7, 8, 50
 
@@ -111,8 +111,8 @@ def test_drawing_without_keys_is_an_error(setup):
 @pytest.mark.parametrize(("chunk", "unrolled"), [(6, False), (1000, False), (1000, True)])
 def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chunk, unrolled, slots):
     """Ragged rows, one of them empty: values and gradients on the wanted slots are those of the whole row."""
-    monkeypatch.setattr(cross_entropy, "UNROLLED_BYTES", 2**28 if unrolled else 0)
-    monkeypatch.setattr(cross_entropy, "_grain", lambda *sizes: slots)
+    monkeypatch.setattr(chunks, "UNROLLED_BYTES", 2**28 if unrolled else 0)
+    monkeypatch.setattr(chunks, "_grain", lambda *sizes: slots)
     hidden, head, targets = setup
     where = jnp.asarray([[0, 0, 1, 1, 1, 0, 0], [0] * 7, [1, 0, 1, 0, 1, 1, 1]], bool)
     weights = jax.random.uniform(jax.random.key(5), (B, T)) * where
@@ -137,7 +137,7 @@ def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chu
 
 @pytest.mark.parametrize("chunk_tokens", [1000, 2 * B], ids=["all logits fit", "a loop"])
 def test_chunks_without_wanted_slots_are_skipped(setup, monkeypatch, chunk_tokens):
-    monkeypatch.setattr(cross_entropy, "_grain", lambda *sizes: 2)
+    monkeypatch.setattr(chunks, "_grain", lambda *sizes: 2)
     computed, logits = [], cross_entropy.logits
 
     def watched(hidden, *settings):
