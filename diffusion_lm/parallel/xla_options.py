@@ -41,13 +41,13 @@ SETS: Mapping[str, Mapping[str, Options]] = {
 }
 
 
-def check_sets(names: Sequence[str], where: str) -> None:
+def check_sets(names: Sequence[str]) -> None:
     """Raises `ConfigError` for a name that no set has."""
     for name in names:
         if name not in SETS:
             raise ConfigError(
                 f"there are no XLA options called {name!r}{near_names(name, SETS)}",
-                where=where,
+                where="TrainRun.xla_options",
                 fix=f"Use some of {', '.join(SETS)}.",
             )
 
@@ -58,5 +58,5 @@ def xla_options(names: Sequence[str], platform: str) -> dict[str, bool | int | s
     Raises:
       ConfigError: there is no set of a name.
     """
-    check_sets(names, "TrainRun.xla_options")
+    check_sets(names)
     return {option: value for name in names for option, value in SETS[name].get(platform, {}).items()}

@@ -89,9 +89,9 @@ def tpu_devices(accelerator: Accelerator) -> Sequence[Any]:
 
 def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
     """Compiles a training step of `run` on `devices`, its state donated; a batch that they cannot share is refused."""
-    refusal = _cannot_share(run, devices)
-    if refusal:
-        return Compiled("train", None, refusal, 0.0)
+    refused = _refused("train", run, devices)
+    if refused is not None:
+        return refused
     program = run_program(run, tuple(devices))
     batch = _placed(run.data.abstract_batch(run.batch_size), run, program.mesh)
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(program.mesh))
@@ -101,19 +101,11 @@ def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
     )
 
 
-def _cannot_share(run: TrainRun, devices: Sequence[Any]) -> str:
-    try:
-        run.check_mesh(devices)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
 def bound(run: TrainRun, devices: Sequence[Any]) -> Compiled:
     """Compiles the evaluation of one batch: the objective's bound, without gradients; refuses as `train` does."""
-    refusal = _cannot_share(run, devices)
-    if refusal:
-        return Compiled("bound", None, refusal, 0.0)
+    refused = _refused("bound", run, devices)
+    if refused is not None:
+        return refused
     mesh = run.mesh.build(devices)
 
     def program(params: Any, batch: Batch, root: jax.Array) -> Any:
@@ -140,6 +132,15 @@ def _params(run: TrainRun, mesh: Mesh) -> Any:
     abstract = run.model.abstract_params()
     shardings = tree_shardings(run.model.logical_axes(), abstract, run.rules, mesh)
     return jax.tree.map(_with_sharding, abstract, shardings)
+
+
+def _refused(name: str, run: TrainRun, devices: Sequence[Any]) -> Compiled | None:
+    """Returns what a program is that need not be compiled, as the devices cannot share a batch; else None."""
+    try:
+        run.check_mesh(devices)
+    except ConfigError as error:
+        return Compiled(name, None, str(error), 0.0)
+    return None
 
 
 def _placed(batch: Batch, run: TrainRun, mesh: Mesh) -> Batch:

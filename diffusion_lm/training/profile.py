@@ -8,14 +8,20 @@ import jax
 from diffusion_lm.core.errors import require
 
 
-def check_profile(window: Any, where: str) -> None:
-    """Raises `ConfigError` for a window that is not (step, number of steps) or None."""
+def check_profile(window: Any, steps: int) -> None:
+    """Raises `ConfigError` unless a window is None or (step, number of steps), and begins in a run of `steps` steps."""
     whole = isinstance(window, tuple | list) and all(type(number) is int for number in window)
     require(
         window is None or (whole and len(window) == 2 and window[0] >= 0 and window[1] >= 1),
         f"profile = {window!r} is no step with a number of steps",
-        where=where,
+        where="TrainRun.profile",
         fix="Give e.g. (100, 5), or None.",
+    )
+    require(
+        window is None or window[0] < steps,
+        f"a profile from step {window and window[0]} on would find nothing in a run of {steps} steps",
+        where="TrainRun.profile",
+        fix="Begin earlier, or give None.",
     )
 
 

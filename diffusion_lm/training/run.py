@@ -83,8 +83,7 @@ class TrainRun:
     def __post_init__(self):
         object.__setattr__(self, "evaluations", tuple(self.evaluations))
         object.__setattr__(self, "xla_options", tuple(self.xla_options))
-        check_sets(self.xla_options, "TrainRun.xla_options")
-        check_profile(self.profile, "TrainRun.profile")
+        check_sets(self.xla_options)
         for field, low in (("steps", 0), ("batch_size", 1), ("microbatches", 1), ("seed", 0), ("log_every", 1)):
             value = getattr(self, field)
             require(
@@ -93,6 +92,7 @@ class TrainRun:
                 where=f"TrainRun.{field}",
                 fix="Give a whole number.",
             )
+        check_profile(self.profile, self.steps)
         require(
             self.ema_decay is None or (isinstance(self.ema_decay, int | float) and 0 <= self.ema_decay < 1),
             f"ema_decay = {self.ema_decay!r} lies outside [0, 1)",

@@ -229,6 +229,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, changes, message):
         (dict(batch_size=2.0), "batch_size = 2.0"),
         (dict(ema_decay=1.0), "ema_decay = 1.0"),
         (dict(profile=(3,)), r"profile = \(3,\)"),
+        (dict(steps=4, profile=(4, 1)), "a profile from step 4 on would find nothing in a run of 4 steps"),
         (dict(xla_options=("fast",)), "no XLA options called 'fast'"),
         (dict(evaluations=[SumOfParameters(), SumOfParameters(every=2)]), "two evaluations have one name"),
         (dict(objective=[1]), "list cannot be hashed"),
