@@ -76,13 +76,14 @@ interop: $(DEV)
 	  $(subst -c constraints.txt,,$(INSTALL)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(INTEROP); }
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS) tests/interop
 
-# An environment of its own: where libtpu is installed, JAX looks for a TPU first. It reads XLA_FLAGS too, and knows other flags.
-test-aot:  ## Compile the base network for a TPU slice that is not here, and read what the compiler made of it.
+# An environment of its own: where these compilers are installed, JAX looks for their devices first. libtpu reads XLA_FLAGS
+# too, and knows other flags.
+test-aot:  ## Compile the base network for TPUs and GPUs that are not here, and read what the compilers made of it.
 	@$(MAKE) --no-print-directory VENV=$(VENV)-plan aot
 
 aot: $(DEV)
-	@$(BIN)/python -c "import libtpu" 2>/dev/null || { echo "==> adding the TPU compiler to $(VENV)"; \
-	  $(INSTALL) --no-build-isolation -e ".[plan]"; }
+	@$(BIN)/python -c "import libtpu, jax_plugins.xla_cuda13" 2>/dev/null || { echo "==> adding the compilers to $(VENV)"; \
+	  $(INSTALL) --no-build-isolation -e ".[plan,plan-gpu]"; }
 	DIFFUSION_LM_LOCKED=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m aot $(ARGS) tests/aot
 
 lint: $(DEV)  ## Check format and style (ruff).

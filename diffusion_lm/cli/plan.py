@@ -1,5 +1,5 @@
-"""Compiles a configuration for TPUs that are not here and reports what each chip needs, whether it fits, and how fast
-it can be: training step, bound and decode of each run that differs in cost. Exit code 3: something does not fit."""
+"""Compiles a configuration for TPUs or GPUs that are not here and reports what each chip needs, whether it fits, and
+how fast it can be: training step, bound and decode of each run that differs in cost. Exit code 3: one does not fit."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     add_gin(parser)
     parser.add_argument(
-        "--topology", required=True, metavar="NAME", help="TPU slice, e.g. v5e-16, v4-32, v5p:4x4x4, 2xv6e-256"
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="TPU slice, e.g. v5e-16, v4-32, v5p:4x4x4, 2xv6e-256; GPUs, e.g. h100-8; cpu-8",
     )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of such slices (default 1)")
     parser.add_argument(
@@ -31,17 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Runs the verb and returns all that it printed and the exit code."""
-    from diffusion_lm.planning.accelerators import parse
-    from diffusion_lm.planning.programs import tpu_devices
+    from diffusion_lm.planning import topologies
     from diffusion_lm.recipes.comparison import Comparison
 
-    accelerator = parse(arguments.topology, arguments.slices)
+    accelerator = topologies.parse(arguments.topology, arguments.slices)
     wanted = _programs(arguments.programs)
     root = build_root(load_config(arguments))
     runs = distinct_runs(root) if isinstance(root, Comparison) else {"run": root}
     if arguments.stage:
         runs = _one_stage(root, arguments.stage)
-    devices = tpu_devices(accelerator)
+    devices = topologies.devices(accelerator)
     output.heading(f"plan for {accelerator}")
     planner = _Planner(accelerator, devices)
     result: dict[str, Any] = {"accelerator": str(accelerator), "programs": {}, "found": {}}
@@ -177,21 +179,26 @@ def _show(title: str, plan: Any, accelerator: Any, run: Any) -> dict[str, Any]:
     )
     for scope, kind, size in plan.largest[:3]:
         output.say(f"  large: {kind} {output.size(size)}  {_short_scope(scope)}")
+    links = accelerator.generation.links
     if plan.collectives:
         rows = [
-            (one.kind, one.group, "DCN" if one.crosses_slices else "ICI", one.count, output.size(one.bytes))
+            (one.kind, one.group, links[one.crosses_slices], one.count, output.size(one.bytes))
             for one in plan.collectives
         ]
         output.table(["collective", "devices", "over", "times", "sent by each"], rows, right=[1, 3, 4], fold=[])
-    times = [(name, getattr(roof, name)) for name in ("compute", "hbm", "ici", "dcn")]
-    shown = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in times if seconds)
-    pairs = [("at best", f"{roof.seconds * 1e3:.2f} ms by {roof.bound} (ms: {shown})")]
-    speed: dict[str, Any] = {"seconds": roof.seconds, "bound_by": roof.bound}
+    pairs: list[tuple[str, str]] = []
+    speed: dict[str, Any] = {}
+    if roof is not None:
+        times = {"compute": roof.compute, "hbm": roof.hbm, links[0]: roof.ici, links[1]: roof.dcn}
+        shown = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in times.items() if seconds)
+        bound = max(times, key=times.__getitem__)
+        pairs.append(("at best", f"{roof.seconds * 1e3:.2f} ms by {bound} (ms: {shown})"))
+        speed = {"seconds": roof.seconds, "bound_by": roof.bound}
     mfu = plan.mfu(accelerator)
     if mfu is not None:
         speed |= {"tokens_per_second": plan.tokens / roof.seconds, "mfu": mfu}
         pairs.append(("", f"{output.count(speed['tokens_per_second'])} tokens/s, MFU {mfu:.0%}"))
-    if run is not None and plan.name == "train":
+    if roof is not None and run is not None and plan.name == "train":
         speed["hours"] = run.steps * roof.seconds / 3600
         pairs.append(("whole run", f"{run.steps:,} steps, {speed['hours']:.1f} hours at best"))
     output.facts([*pairs, ("compiled in", f"{plan.compile_seconds:.0f} s")])

@@ -105,15 +105,25 @@ def _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):
         )
     B, Q, _, _ = q_BQHE.shape
     mask_B1QT = jnp.broadcast_to(mask[:, None], (B, 1, Q, mask.shape[-1]))
-    out = jax.nn.dot_product_attention(
-        q_BQHE,
-        k_BTKE,
-        v_BTKE,
-        bias=None if bias is None else bias.astype(q_BQHE.dtype),
-        mask=mask_B1QT,
-        scale=1.0,
-        implementation="cudnn",
-    )
+    try:
+        out = jax.nn.dot_product_attention(
+            q_BQHE,
+            k_BTKE,
+            v_BTKE,
+            bias=None if bias is None else bias.astype(q_BQHE.dtype),
+            mask=mask_B1QT,
+            scale=1.0,
+            implementation="cudnn",
+        )
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ConfigError(
+            f"attention = 'cudnn' cannot be compiled here: {error}",
+            where="TransformerSpec.attention",
+            fix="Install cuDNN 9 (the cuda extra; to plan without a GPU, nvidia-cudnn-cu13, nvidia-cublas and "
+            "nvidia-cuda-nvrtc), or choose 'xla'.",
+        ) from error
     return jnp.where(mask_B1QT[:, 0].any(-1)[:, :, None, None], out, 0)
 
 

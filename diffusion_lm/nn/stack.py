@@ -173,6 +173,7 @@ def _empty_context(constrain: Constrain = no_constraint) -> Context:
 
 def _init_block(spec: TransformerSpec, key: jax.Array, has_cross: bool):
     """Returns one block's boxed parameters; inside jit or vmap the dummy pass costs nothing."""
+    spec = dataclasses.replace(spec, attention="xla")  # cuDNN's knows neither this device nor vmap
     context = Context(
         mask=jnp.ones((1, 1, 1), bool),
         positions=jnp.zeros((1, 1), jnp.int32),

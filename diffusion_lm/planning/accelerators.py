@@ -11,6 +11,7 @@ Figures: Google Cloud's system-architecture pages of each version; ICI of v3 and
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 from diffusion_lm.core.errors import ConfigError, near_names
 
@@ -35,6 +36,9 @@ class Generation:
       pod: chips of the largest slice.
       single_host: chips of the largest slice that Cloud's TPU API hands out as one machine.
       cloud: what Cloud's accelerator types call it, e.g. `v5litepod`.
+      platform: JAX's name: `tpu`, `gpu` or `cpu`.
+      links: what joins the chips of a slice, and the slices.
+      usable: share of a device's memory that programs may use. A TPU's runtime keeps 1/64 (15.75 of a v5e's 16 GiB).
     """
 
     name: str
@@ -50,6 +54,9 @@ class Generation:
     pod: int
     single_host: int = 4
     cloud: str = ""
+    platform: str = "tpu"
+    links: tuple[str, str] = ("ICI", "DCN")
+    usable: float = 63 / 64
 
 
 # Network of a host divided by its chips where the vendor names no figure per chip: 3.1e9 is 100 Gbit/s for four chips.
@@ -119,17 +126,30 @@ class Accelerator:
         return self.generation.hbm // self.generation.devices_per_chip
 
     @property
+    def usable_hbm(self) -> int:
+        """Bytes of it that programs may use."""
+        return int(self.hbm_per_device * self.generation.usable)
+
+    @property
     def topology(self) -> str:
         """libtpu's name of one slice, e.g. `v5e:4x4`."""
         return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
 
     def __str__(self) -> str:
+        if self.generation.platform != "tpu":
+            machines = f"{self.slices} machines of " if self.slices > 1 else ""
+            return f"{machines}{math.prod(self.shape)} {self.generation.name.upper()} ({self.devices} devices)"
         slices = f"{self.slices} slices of " if self.slices > 1 else ""
         return f"{slices}{self.topology} ({self.chips} chips, {self.devices} devices)"
 
 
-def parse(name: str, slices: int = 1) -> Accelerator:
+def parse(name: str, slices: int = 1, others: Sequence[str] = ()) -> Accelerator:
     """Returns the accelerator of a name: `v5e-16`, `v5litepod-16`, `v4-32`, `v5p:4x4x4`, `2xv5e-256` (two slices).
+
+    Args:
+      name: as Cloud users write it.
+      slices: multiplies the number of slices.
+      others: devices that the caller takes and that are no TPUs, for its message.
 
     Raises:
       ConfigError: the generation is unknown, or it has no slice of that size or shape.
@@ -137,12 +157,12 @@ def parse(name: str, slices: int = 1) -> Accelerator:
     match = _NAME.fullmatch(name.strip().lower().replace("_", "-"))
     known = match and _OTHER_NAMES.get(match["generation"], match["generation"])
     if match is None or known not in GENERATIONS:
-        guess = near_names(str(known), GENERATIONS) if known else ""
+        names = (*GENERATIONS, *others)
+        guess = near_names(str(known), names) if known else ""
         raise ConfigError(
-            f"{name!r} is no TPU slice that can be planned for{guess}",
+            f"{name!r} is no {'accelerator' if others else 'TPU slice'} that can be planned for{guess}",
             where="--topology",
-            fix="Write a generation and a size, e.g. v5e-16, v4-32, 2xv5p-128 or v6e:4x4; generations are "
-            f"{', '.join(GENERATIONS)}.",
+            fix=f"Write a kind and a size, e.g. v5e-16, v4-32, 2xv5p-128 or v6e:4x4; kinds are {', '.join(names)}.",
         )
     generation = GENERATIONS[known]
     number = int(match["slices"] or 1) * slices

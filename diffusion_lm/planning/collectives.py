@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from diffusion_lm.planning.hlo import Computation, Instruction, Module
@@ -22,16 +23,30 @@ class Collective:
     Attributes:
       kind: one of `KINDS`.
       group: devices that take part in each.
-      crosses_slices: some of them are on other slices, so the bytes go over the data-center network.
+      local: how many of them are on one slice; the others are reached over the network between slices.
       count: how often a device takes part in one run of the program.
       bytes: that one device sends in one run, over all of them.
     """
 
     kind: str
     group: int
-    crosses_slices: bool
+    local: int
     count: int
     bytes: float
+
+    @property
+    def crosses_slices(self) -> bool:
+        """Whether some of the group are on other slices."""
+        return self.local < self.group
+
+    @property
+    def bytes_across(self) -> float:
+        """Those of `bytes` that one device sends to other slices: its slice's share in all but an all-to-all."""
+        if not self.crosses_slices:
+            return 0.0
+        if self.kind == "all-to-all":
+            return self.bytes * (self.group - self.local) / (self.group - 1)
+        return self.bytes / self.local
 
 
 def collectives(module: Module, devices_per_slice: int) -> tuple[Collective, ...]:
@@ -40,14 +55,14 @@ def collectives(module: Module, devices_per_slice: int) -> tuple[Collective, ...
     Bytes are those of a ring: an all-gather or reduce-scatter of N bytes over n devices sends N (n - 1) / n from each,
     an all-reduce twice that, an all-to-all what each device does not keep, a permutation all.
     """
-    found: dict[tuple[str, int, bool], list[float]] = {}
+    found: dict[tuple[str, int, int], list[float]] = {}
     for instruction, kind, size, times in _all(module):
         groups = _groups(instruction)
         group = max(len(one) for one in groups)
         if group < 2:
             continue
-        crosses = any(len({device // devices_per_slice for device in one}) > 1 for one in groups)
-        entry = found.setdefault((kind, group, crosses), [0, 0.0])
+        local = min(max(Counter(device // devices_per_slice for device in one).values()) for one in groups)
+        entry = found.setdefault((kind, group, local), [0, 0.0])
         entry[0] += times
         entry[1] += times * _sent(kind, size, group)
     rows = [Collective(*key, count=int(count), bytes=size) for key, (count, size) in found.items()]
@@ -73,20 +88,14 @@ def _occurrences(module: Module) -> Iterator[tuple[Instruction, str, float, int]
     for instruction, _, times in module.executed():
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            yield instruction, kind, _result_bytes(instruction), times
+            yield instruction, kind, instruction.size, times
         elif instruction.opcode == "fusion":
             for inner, computation in module.inside(instruction):
-                kind, size = inner.opcode.removesuffix("-start"), _result_bytes(inner)
+                kind, size = inner.opcode.removesuffix("-start"), inner.size
                 if kind == "all-reduce" and (part := _kept_slice(inner, computation)) is not None:
                     kind, size = "reduce-scatter", part
                 if kind in KINDS:
                     yield inner, kind, size, times
-
-
-def _result_bytes(instruction: Instruction) -> float:
-    sizes = [array.bytes for array in instruction.arrays]
-    # A -start returns its operands beside its results; the result of a gather is the larger.
-    return max(sizes, default=0.0) if instruction.opcode.endswith("-start") else sum(sizes)
 
 
 def _kept_slice(reduction: Instruction, computation: Computation) -> float | None:

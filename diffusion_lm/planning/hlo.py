@@ -20,10 +20,13 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)"?\}')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)\}?")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|called_computations|branch_computations|true_computation|false_computation)"
+    r"=(?:\{([^}]*)\}|(%?[\w.-]+))"
+)
 _FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call", "conditional", "after-all",
-    "partition-id", "replica-id", "iota", "opt-barrier", "copy-done", "async-done", "async-update",
+    "partition-id", "replica-id", "iota", "opt-barrier", "async-start", "async-update",
 }  # fmt: skip
 
 
@@ -65,13 +68,31 @@ class Instruction:
     @property
     def called(self) -> tuple[str, ...]:
         """Names of the computations that it runs; a loop's condition is left out."""
-        return tuple(name.strip().lstrip("%") for group in _CALLED.findall(self.text) for name in group.split(","))
+        found = ((several or one) for several, one in _CALLED.findall(self.text))
+        return tuple(name.strip().lstrip("%") for names in found for name in names.split(","))
+
+    @property
+    def results(self) -> tuple[Array, ...]:
+        """What it returns anew: the type of an asynchronous start names operands and semaphores too.
+
+        A copy's destination comes first; of other starts the operands do. Those of an all-reduce are not named.
+        """
+        count = len(self.operands)
+        if self.opcode == "copy-start":
+            return self.arrays[:1]
+        repeats = self.opcode.endswith("-start") and len(self.arrays) >= 2 * count
+        return self.arrays[count : 2 * count] if repeats else self.arrays
 
     @property
     def scope(self) -> str:
         """The named scope in the source, e.g. `jit(step)/transpose(jvp(layers))/attention/dot_general`."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else ""
+
+    @property
+    def size(self) -> float:
+        """Bytes of what it returns anew, wherever they lie."""
+        return sum(array.bytes for array in self.results)
 
 
 Computation = Mapping[str, Instruction]
@@ -98,8 +119,11 @@ class Module:
         for instruction in computation.values():
             yield instruction, computation, times
             if instruction.opcode in ("while", "call", "conditional", "async-start"):
-                for called in instruction.called:
-                    yield from self._executed(called, times * self.trips(instruction))
+                called = instruction.called
+                if instruction.opcode == "conditional":  # one of them runs: the dearest
+                    called = (max(called, key=self._bytes),)
+                for one in called:
+                    yield from self._executed(one, times * self.trips(instruction))
 
     def trips(self, instruction: Instruction) -> int:
         """How often a loop's body runs if its condition compares a counter with a constant; else 1."""
@@ -131,18 +155,28 @@ class Module:
         Arrays that the compiler keeps on the chip are free. An estimate: what stays in registers between two
         instructions is not known.
         """
+        return self._bytes(self.entry)
+
+    def _bytes(self, name: str) -> float:
         return sum(
-            times * self._moved(instruction, computation)
-            for instruction, computation, times in self.executed()
-            if instruction.opcode not in _FREE
+            times * self._moved(instruction, computation) for instruction, computation, times in self._executed(name, 1)
         )
 
     def _moved(self, instruction: Instruction, computation: Computation) -> float:
-        if instruction.opcode == "dynamic-slice":
-            return 2 * _in_hbm(instruction)
-        if instruction.opcode == "dynamic-update-slice":
-            return 2 * _in_hbm(computation[instruction.operands[1]]) if instruction.operands[1] in computation else 0
-        read = [_in_hbm(computation[name]) if name in computation else 0.0 for name in instruction.operands]
+        if (
+            instruction.opcode in _FREE
+            or instruction.opcode.endswith("-done")
+            or 'custom_call_target="AllocateBuffer"' in instruction.text
+        ):
+            return 0.0
+        operands = [computation.get(name) for name in instruction.operands]
+        read = [_in_hbm(one) if one is not None else 0.0 for one in operands]
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode in ("slice", "dynamic-slice"):
+            return (instruction.size if read[0] else 0.0) + _in_hbm(instruction)
+        if opcode == "dynamic-update-slice":
+            update = operands[1].size if operands[1] is not None else 0.0
+            return read[1] + (update if _in_hbm(instruction) else 0.0)
         written = _in_hbm(instruction)
         if instruction.opcode == "fusion" and instruction.called:
             inner = self.computations.get(instruction.called[0], {})
@@ -209,7 +243,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _in_hbm(instruction: Instruction) -> float:
-    return sum(array.bytes for array in instruction.arrays if array.in_hbm)
+    return sum(array.bytes for array in instruction.results if array.in_hbm)
 
 
 def _parameter_number(parameter: Instruction) -> int:
@@ -227,9 +261,9 @@ def _sliced_part(parameter: Instruction, computation: Computation) -> float | No
             if part is None:
                 return None
             total += part
-        elif user.opcode == "dynamic-slice" and user.operands[0] == parameter.name:
-            total += sum(array.bytes for array in user.arrays)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+        elif user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == parameter.name:
+            total += user.size
+        elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == parameter.name:
             continue
         else:
             return None
@@ -241,6 +275,8 @@ def _updated_part(computation: Computation, written: float) -> float:
     root = next((one for one in computation.values() if one.is_root), None)
     while root is not None and root.opcode == "bitcast" and root.operands[0] in computation:
         root = computation[root.operands[0]]
-    if root is None or root.opcode != "dynamic-update-slice" or root.operands[1] not in computation:
+    # The update of a slice is its second operand, that of a scatter its third.
+    update = {"dynamic-update-slice": 1, "scatter": 2}.get(root.opcode, 0) if root is not None else 0
+    if root is None or not update or root.operands[update] not in computation:
         return written
-    return sum(array.bytes for array in computation[root.operands[1]].arrays)
+    return computation[root.operands[update]].size

@@ -56,7 +56,7 @@ class ProgramPlan:
       needed: bytes of a device that it needs; where the compiler refused, its temporaries alone.
       collectives: communication of one device in one run.
       largest: the largest arrays that are written to main memory, `(scope, type, bytes)`.
-      roof: the shortest time of a run; None where the compiler refused.
+      roof: the shortest time of a run; None where the compiler refused, and on CPUs.
       model_flops: FLOPs of the model's matrix products in one run over all devices, nothing recomputed.
       tokens: slots of the main stream in one run.
       compile_seconds: to trace, lower and compile here.
@@ -119,7 +119,7 @@ def examine(
         donated=analysis.alias_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
-        available=usable_hbm(accelerator),
+        available=accelerator.usable_hbm,
     )
     module = hlo.parse(compiled.executable.as_text())
     per_slice = accelerator.devices // accelerator.slices
@@ -132,7 +132,9 @@ def examine(
         needed=memory.peak,
         collectives=moved,
         largest=largest_arrays(module),
-        roof=roofline(accelerator, model_flops + recomputed_flops, module.hbm_bytes(), moved),
+        roof=roofline(accelerator, model_flops + recomputed_flops, module.hbm_bytes(), moved)
+        if accelerator.generation.flops
+        else None,
         model_flops=model_flops,
         tokens=tokens,
         compile_seconds=compiled.seconds,
@@ -142,11 +144,6 @@ def examine(
 def _refused_bytes(refusal: str) -> int:
     found = _REQUIRED.search(refusal)
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
-
-
-def usable_hbm(accelerator: Accelerator) -> int:
-    """Bytes of a device that programs may use: the runtime keeps 1/64 of a chip's memory (15.75 of a v5e's 16 GiB)."""
-    return accelerator.hbm_per_device * 63 // 64
 
 
 def largest_arrays(module: hlo.Module, count: int = 5) -> tuple[tuple[str, str, int], ...]:

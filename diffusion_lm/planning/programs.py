@@ -1,13 +1,10 @@
 """The three programs of a run, compiled for devices that are not here: a training step, a bound, a decode.
 
-libtpu compiles for a named topology on any Linux host (`jax.experimental.topologies`); nothing is allocated. Shapes,
-shardings and donation are those of the real run: the training step is `training.step`'s own.
+Shapes, shardings and donation are those of the real run: the training step is `training.step`'s own.
 """
 
 import dataclasses
 import functools
-import importlib.util
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,24 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_lm.architectures.base import BoundModel
-from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.parallel.shardings import Placement, batch_shardings, replicated, tree_shardings
-from diffusion_lm.planning.accelerators import Accelerator
 from diffusion_lm.samplers.base import Sampler
 from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
-
-# libtpu would otherwise ask a TPU's metadata server for minutes, print what it did not find, and let one process of a
-# machine load it at a time, which guards a TPU that is not here.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,38 +39,6 @@ class Compiled:
     executable: Any
     refusal: str
     seconds: float
-
-
-def tpu_devices(accelerator: Accelerator) -> Sequence[Any]:
-    """Returns compile-only devices of an accelerator.
-
-    Raises:
-      ConfigError: libtpu is not installed, or knows no such topology.
-    """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {}
-    host = accelerator.generation.host
-    if len(accelerator.shape) == len(host) and any(a < b for a, b in zip(accelerator.shape, host, strict=True)):
-        options["chips_per_host_bounds"] = (*accelerator.shape, *(1,) * (3 - len(accelerator.shape)))
-    if accelerator.slices > 1:
-        options["num_slices"] = accelerator.slices
-    require(
-        importlib.util.find_spec("libtpu") is not None,
-        "the TPU compiler is not installed",
-        where="--topology",
-        fix="Install the plan extra: pip install 'diffusion-lm[plan]'.",
-    )
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=accelerator.topology, **options).devices
-    except Exception as error:
-        raise ConfigError(
-            f"the TPU compiler cannot load the topology {accelerator.topology}: {_first_line(error)}",
-            where="--topology",
-            fix="Give another size or shape.",
-        ) from error
 
 
 def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
@@ -163,14 +117,15 @@ def _abstract_key() -> jax.ShapeDtypeStruct:
 def _compile(name: str, lower: Callable[[], Any]) -> Compiled:
     started = time.perf_counter()
     lowered = lower()
+    # What is compiled for absent devices can be written to the cache and not be read back.
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         executable, refusal = lowered.compile(), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         executable, refusal = None, str(error)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
     return Compiled(name, executable, refusal, time.perf_counter() - started)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -18,8 +18,8 @@ class Roofline:
     Attributes:
       compute: matrix products at the peak rate.
       hbm: main memory.
-      ici: the links between the chips of a slice.
-      dcn: the network between slices.
+      ici: the links between the chips of a slice; NVLink within a machine of GPUs.
+      dcn: the network between slices or machines.
     """
 
     compute: float
@@ -48,13 +48,11 @@ def roofline(accelerator: Accelerator, flops: float, hbm_bytes: float, collectiv
       collectives: of one device.
     """
     generation, per_chip = accelerator.generation, accelerator.generation.devices_per_chip
-    inside = [one for one in collectives if not one.crosses_slices]
-    across = sum(one.bytes for one in collectives if one.crosses_slices)
     return Roofline(
         compute=flops / accelerator.chips / generation.flops,
         hbm=hbm_bytes * per_chip / generation.hbm_bandwidth,
-        ici=sum(one.bytes * per_chip / _ici_bandwidth(accelerator, one.group) for one in inside),
-        dcn=across * per_chip / generation.dcn_bandwidth,
+        ici=sum(one.bytes * per_chip / _ici_bandwidth(accelerator, one.local) for one in collectives if one.local > 1),
+        dcn=sum(one.bytes_across for one in collectives) * per_chip / generation.dcn_bandwidth,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusion_lm.planning.accelerators import Accelerator
 from diffusion_lm.planning.estimates import estimate
-from diffusion_lm.planning.plan import ProgramPlan, usable_hbm
+from diffusion_lm.planning.plan import ProgramPlan
 from diffusion_lm.training.run import TrainRun
 
 _RECOMPUTES = {"none": 0.0, "dots": 0.05, "dots_no_batch": 0.1, "full": 1 / 3}
@@ -55,7 +55,7 @@ def search(
       limit: programs to compile at most.
       log: told about each.
     """
-    available, correction, tried = usable_hbm(accelerator), 1.0, 0
+    available, correction, tried = accelerator.usable_hbm, 1.0, 0
     for candidate, changes in _candidates(run, accelerator.devices):
         predicted = estimate(candidate, accelerator.devices).memory.total
         if predicted * correction > available:

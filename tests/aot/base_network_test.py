@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 
 from diffusion_lm.cli import config
-from diffusion_lm.planning import hlo, plan, programs
+from diffusion_lm.planning import hlo, plan, programs, topologies
 from diffusion_lm.planning.accelerators import GIB, parse
 from diffusion_lm.recipes.comparison import Comparison
 
@@ -44,7 +44,7 @@ def test_a_training_step_of_the_base_network_fits_v5e_16(stages, stage, attentio
     run = stages[stage]
     architecture = dataclasses.replace(run.model, spec=dataclasses.replace(run.model.spec, attention=attention))
     run = dataclasses.replace(run, model=architecture)
-    compiled = programs.train(run, programs.tpu_devices(V5E_16))
+    compiled = programs.train(run, topologies.devices(V5E_16))
     assert compiled.executable is not None, compiled.refusal
     found = plan.examine(compiled, V5E_16, model_flops=0.0, tokens=1)
     assert found.memory.spare > 4 * GIB, f"{found.memory.spare / GIB:.2f} GiB to spare"
@@ -67,7 +67,7 @@ def test_decoding_with_the_base_network_fits_v5e_16(comparison, name):
     stage, sampler = arm.stage_for(task.name), arm.sampler_for(task.name)
     run = dataclasses.replace(stage.run, data=task.data.with_encoder(False))
     prompts = V5E_16.devices * 2
-    compiled = programs.decode(run, sampler, prompts, programs.tpu_devices(V5E_16))
+    compiled = programs.decode(run, sampler, prompts, topologies.devices(V5E_16))
     assert compiled.executable is not None, compiled.refusal
     found = plan.examine(compiled, V5E_16, model_flops=0.0, tokens=1)
     assert found.memory.spare > 4 * GIB, f"{found.memory.spare / GIB:.2f} GiB to spare"

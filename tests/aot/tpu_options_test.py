@@ -7,15 +7,15 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_lm.parallel.xla_options import SETS, xla_options
+from diffusion_lm.planning import topologies
 from diffusion_lm.planning.accelerators import parse
-from diffusion_lm.planning.programs import tpu_devices
 
 pytestmark = pytest.mark.aot
 
 
 @pytest.mark.parametrize("name", [name for name, options in SETS.items() if "tpu" in options])
 def test_the_compiler_takes_the_options(name):
-    devices = tpu_devices(parse("v5e-16"))
+    devices = topologies.devices(parse("v5e-16"))
     rows = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
     x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=rows)
     gradient = jax.jit(

@@ -360,6 +360,15 @@ def test_a_few_adamw_steps_learn_the_last_token(spec):
     assert losses[-1] < 0.75 * losses[0]
 
 
+@pytest.mark.parametrize("implementation", ["cudnn", "flash"])
+def test_parameters_do_not_depend_on_the_attention_kernel(implementation):
+    """They are drawn under vmap and on any device, which not every kernel knows."""
+    spec = TransformerSpec(vocab_size=64, model_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32)
+    other = dataclasses.replace(spec, attention=implementation, dtype="bfloat16")
+    drawn, wanted = (SingleStream(one).init(jax.random.key(0)) for one in (other, spec))
+    jax.tree.map(np.testing.assert_array_equal, drawn, wanted)
+
+
 def test_users_get_errors_that_say_what_to_do():
     with pytest.raises(ConfigError, match="has no encoder"):
         SingleStream(T5_DOUBLE)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffusion_lm.planning import hlo
+from diffusion_lm.planning import hlo, topologies
 from diffusion_lm.planning.accelerators import parse
 from diffusion_lm.planning.collectives import Collective, collectives
 from diffusion_lm.planning.roofline import roofline
@@ -71,10 +71,10 @@ ENTRY %main (stack.1: f32[10,64], i.1: s32[], w.1: bf16[8,16], g: f32[32]) -> f3
 def test_collectives_of_a_program():
     found = {(one.kind, one.group): one for one in collectives(hlo.parse(PROGRAM), devices_per_slice=2)}
     # 16 x 16 x 2 bytes, half of them sent, three turns; the channel is counted once a turn.
-    assert found["all-gather", 2] == Collective("all-gather", 2, False, count=3, bytes=3 * 512 / 2)
-    assert found["all-reduce", 4] == Collective("all-reduce", 4, True, count=1, bytes=2 * 16 * 3 / 4)
+    assert found["all-gather", 2] == Collective("all-gather", 2, 2, count=3, bytes=3 * 512 / 2)
+    assert found["all-reduce", 4] == Collective("all-reduce", 4, 2, count=1, bytes=2 * 16 * 3 / 4)
     # An all-reduce of which a fusion keeps half: each sends the half that it does not keep. {0,2} and {1,3} cross.
-    assert found["reduce-scatter", 2] == Collective("reduce-scatter", 2, True, count=1, bytes=64)
+    assert found["reduce-scatter", 2] == Collective("reduce-scatter", 2, 1, count=1, bytes=64)
     assert len(found) == 3
 
 
@@ -87,16 +87,82 @@ def test_memory_traffic_of_a_program():
     assert module.hbm_bytes() == loop + total + scattered + row
 
 
+# What stays on the chip is S(1). Asynchronous copies and slices name what they read; one collective moves two arrays;
+# of two branches one runs; a gather reads its rows; an allocation writes nothing.
+ASYNCHRONOUS = """HloModule jit_step, is_scheduled=true
+
+%rows (table: f32[100,8], wanted: s32[2]) -> f32[2,8] {
+  %table = f32[100,8]{1,0} parameter(0)
+  %wanted = s32[2]{0} parameter(1)
+  ROOT %taken = f32[2,8]{1,0} gather(%table, %wanted), offset_dims={1}, slice_sizes={1,8}
+}
+
+%small (s: f32[8]) -> f32[8] {
+  %s = f32[8]{0} parameter(0)
+  ROOT %copied = f32[8]{0} copy(%s)
+}
+
+%large (l: f32[8]) -> f32[8] {
+  %l = f32[8]{0} parameter(0)
+  %wide = f32[1000]{0} broadcast(%l), dimensions={}
+  ROOT %back = f32[8]{0} slice(%wide), slice={[0:8]}
+}
+
+ENTRY %main (table.1: f32[100,8], wanted.1: s32[2], which: pred[], x: f32[8], y: f32[32], z: bf16[16]) -> f32[2,8] {
+  %table.1 = f32[100,8]{1,0} parameter(0)
+  %wanted.1 = s32[2]{0} parameter(1)
+  %which = pred[] parameter(2)
+  %x = f32[8]{0} parameter(3)
+  %y = f32[32]{0} parameter(4)
+  %z = bf16[16]{0} parameter(5)
+  %empty = f32[64]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %in = (f32[32]{0:S(1)}, f32[32]{0}, u32[]{:S(2)}) copy-start(%y)
+  %inside = f32[32]{0:S(1)} copy-done(%in)
+  %part = ((f32[32]{0}), f32[4]{0:S(1)}, s32[]{:S(2)}) slice-start(%y), slice={[4:8]}
+  %parted = f32[4]{0:S(1)} slice-done(%part)
+  %both = ((f32[32]{0}, bf16[16]{0}), (f32[8]{0}, bf16[4]{0})) reduce-scatter-start(%y, %z), replica_groups=[1,4]<=[4]
+  %done = (f32[8]{0}, bf16[4]{0}) reduce-scatter-done(%both)
+  %chosen = f32[8]{0} conditional(%which, %x, %x), true_computation=%small, false_computation=%large
+  ROOT %row = f32[2,8]{1,0} fusion(%table.1, %wanted.1), kind=kLoop, calls=%rows
+}
+"""
+
+
+def test_memory_traffic_of_what_is_asynchronous_conditional_or_partial():
+    module = hlo.parse(ASYNCHRONOUS)
+    copy, part = 32 * 4, 4 * 4
+    scatter = (32 * 4 + 16 * 2) + (8 * 4 + 4 * 2)
+    dearer_branch = (8 * 4 + 1000 * 4) + 2 * 8 * 4
+    gather = 2 * 8 * 4 + 2 * 4 + 2 * 8 * 4
+    assert module.hbm_bytes() == copy + part + scatter + dearer_branch + gather
+
+
+def test_a_collective_of_several_arrays_is_counted_whole():
+    (found,) = collectives(hlo.parse(ASYNCHRONOUS), devices_per_slice=4)
+    assert found == Collective("reduce-scatter", 4, 4, count=1, bytes=(8 * 4 + 4 * 2) * 3)
+
+
+def test_members_of_one_slice_share_what_must_leave_it():
+    gather = Collective("all-gather", 16, 8, count=1, bytes=800.0)
+    assert gather.crosses_slices
+    assert gather.bytes_across == 100.0
+    scattered = Collective("all-to-all", 16, 8, count=1, bytes=1500.0)
+    assert scattered.bytes_across == 800.0, "each sends to eight of fifteen others"
+    two_machines = topologies.parse("h100-16")
+    found = roofline(two_machines, flops=0, hbm_bytes=0, collectives=(gather,))
+    assert (found.ici, found.dcn) == (800 / 450e9, 100 / 50e9)
+
+
 def test_roofline_by_hand():
     v5e = parse("v5e-16")
-    moved = (Collective("all-gather", 16, False, 1, 2e9), Collective("all-reduce", 2, True, 1, 3.1e9))
+    moved = (Collective("all-gather", 16, 16, 1, 2e9), Collective("all-reduce", 2, 1, 1, 3.1e9))
     found = roofline(v5e, flops=16 * 197e12, hbm_bytes=819e9 / 2, collectives=moved)
     assert found.compute == pytest.approx(1.0)
     assert found.hbm == pytest.approx(0.5)
     assert found.ici == pytest.approx(0.01)  # all four links of the chip
     assert found.dcn == pytest.approx(1.0)
     assert found.seconds == pytest.approx(1.0)
-    within_a_row = roofline(v5e, 0, 0, (Collective("all-gather", 4, False, 1, 1e9),))
+    within_a_row = roofline(v5e, 0, 0, (Collective("all-gather", 4, 4, 1, 1e9),))
     assert within_a_row.ici == pytest.approx(0.01), "a group of one row of the torus has half of the links"
 
 

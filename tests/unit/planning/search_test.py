@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_lm.planning import search
 from diffusion_lm.planning.accelerators import parse
-from diffusion_lm.planning.plan import ProgramPlan, usable_hbm
+from diffusion_lm.planning.plan import ProgramPlan
 
 V5E = parse("v5e-8")
 
@@ -21,7 +21,7 @@ class Compiler:
     def __call__(self, run):
         needed = self.memory(run)
         self.asked.append((run.model.spec.remat, run.microbatches, run.mesh.tensor))
-        fits = needed <= usable_hbm(V5E)
+        fits = needed <= V5E.usable_hbm
         return ProgramPlan("train", fits, None, "", int(needed), (), (), None, 0.0, 1, 0.0)
 
 
@@ -44,7 +44,7 @@ def test_the_given_settings_come_first(run):
 def test_the_cheapest_that_fits_is_found(run):
     """Rematerialising little is tried before much, and microbatches before recomputing everything."""
     need = {"none": 4.0, "dots": 3.0, "dots_no_batch": 1.5, "full": 0.5}
-    compiler = Compiler(lambda run: usable_hbm(V5E) * need[run.model.spec.remat] / run.microbatches)
+    compiler = Compiler(lambda run: V5E.usable_hbm * need[run.model.spec.remat] / run.microbatches)
     found = search.search(run, V5E, compiler, limit=20)
     assert found is not None
     assert need[found.run.model.spec.remat] / found.run.microbatches <= 1
@@ -53,6 +53,6 @@ def test_the_cheapest_that_fits_is_found(run):
 
 
 def test_it_gives_up_at_the_limit(run):
-    compiler = Compiler(lambda run: usable_hbm(V5E) * 1000)
+    compiler = Compiler(lambda run: V5E.usable_hbm * 1000)
     assert search.search(run, V5E, compiler, limit=3) is None
     assert len(compiler.asked) <= 3

@@ -1,0 +1,105 @@
+"""Devices to compile for, by name: TPU slices through libtpu, GPUs through XLA's CUDA plugin, devices of this CPU.
+
+TPUs and GPUs need not be here and nothing is allocated on them (`jax.experimental.topologies`).
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.planning import accelerators, gpus
+from diffusion_lm.planning.accelerators import Accelerator
+
+# libtpu would otherwise ask a TPU's metadata server for minutes, print what it did not find, and let one process of a
+# machine load it at a time, which guards a TPU that is not here.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def parse(name: str, slices: int = 1) -> Accelerator:
+    """Returns the accelerator of a name: a TPU slice (`accelerators.parse`), GPUs (`h100-8`) or CPU devices (`cpu-8`).
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    return gpus.parse(name, slices) if gpus.is_other(name) else accelerators.parse(name, slices, others=gpus.NAMES)
+
+
+def devices(accelerator: Accelerator) -> Sequence[Any]:
+    """Returns devices of an accelerator that programs can be compiled for.
+
+    Raises:
+      ConfigError: the compiler is not installed, or knows no such topology; too few CPU devices once JAX runs.
+    """
+    jax.config.update("jax_platforms", "cpu")  # the plugins would look for their devices, at length
+    return {"tpu": _tpus, "gpu": _gpus, "cpu": _cpus}[accelerator.generation.platform](accelerator)
+
+
+def _tpus(accelerator: Accelerator) -> Sequence[Any]:
+    _require_module("libtpu", "TPU", "plan")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {}
+    host = accelerator.generation.host
+    if len(accelerator.shape) == len(host) and any(a < b for a, b in zip(accelerator.shape, host, strict=True)):
+        options["chips_per_host_bounds"] = (*accelerator.shape, *(1,) * (3 - len(accelerator.shape)))
+    if accelerator.slices > 1:
+        options["num_slices"] = accelerator.slices
+    return _described(accelerator, "tpu", accelerator.topology, options)
+
+
+def _gpus(accelerator: Accelerator) -> Sequence[Any]:
+    _require_module("jax_plugins.xla_cuda13", "GPU", "plan-gpu")
+    shape = f"1 x {accelerator.slices} x {accelerator.chips // accelerator.slices}"  # partitions, hosts, GPUs of each
+    options = {"target_config": gpus.target_config(accelerator), "topology": shape}
+    return _described(accelerator, "cuda", shape.replace(" ", ""), options)
+
+
+def _cpus(accelerator: Accelerator) -> Sequence[Any]:
+    with contextlib.suppress(RuntimeError):  # JAX runs already: its devices may still be enough
+        jax.config.update("jax_num_cpu_devices", accelerator.devices)
+    found = jax.devices("cpu")
+    require(
+        len(found) >= accelerator.devices,
+        f"JAX runs already, with {len(found)} CPU devices",
+        where="--topology",
+        fix=f"Ask for no more, or set XLA_FLAGS=--xla_force_host_platform_device_count={accelerator.devices} before.",
+    )
+    return found[: accelerator.devices]
+
+
+def _require_module(module: str, kind: str, extra: str) -> None:
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that holds it
+        found = False
+    require(
+        found,
+        f"the {kind} compiler is not installed",
+        where="--topology",
+        fix=f"Install the {extra} extra: pip install 'diffusion-lm[{extra}]'.",
+    )
+
+
+def _described(accelerator: Accelerator, platform: str, name: str, options: dict[str, Any]) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        raise ConfigError(
+            f"the compiler cannot load the topology {accelerator.topology}: {text.splitlines()[0]}",
+            where="--topology",
+            fix="Give another size or shape.",
+        ) from error

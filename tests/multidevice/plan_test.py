@@ -1,0 +1,25 @@
+"""`plan` for some of this machine's CPU devices: the compiler is here, so all of it runs in a test."""
+
+import jax
+
+from diffusion_lm.cli import main
+from diffusion_lm.planning import topologies
+
+
+def test_devices_of_this_machine():
+    four = topologies.devices(topologies.parse("cpu-4"))
+    assert four == jax.devices("cpu")[:4]
+
+
+def test_a_plan_of_all_three_programs(capsys):
+    """Memory and collectives; no roofline, as no data sheet says how fast a CPU is."""
+    code = main.main(
+        ["plan", "--gin_file", "gin/recipes/quickstart.gin", "--stage", "tune_qa_diffusion", "--topology", "cpu-2"]
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    for program in ("tune_qa_diffusion: train", "tune_qa_diffusion: bound", "diffusion on qa: decode"):
+        assert program in printed
+    assert "all-reduce" in printed
+    assert "updated in place" in printed
+    assert "at best" not in printed
