@@ -10,6 +10,7 @@ from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.embeddings import toeplitz
 from diffusion_lm.nn.flash import fits, flash_backward, flash_forward
 from diffusion_lm.nn.flash_kernels import HIDDEN, NOTHING_SEEN
+from diffusion_lm.nn.linear import product
 from diffusion_lm.nn.masks import Visibility
 
 IMPLEMENTATIONS = ("xla", "cudnn", "flash")
@@ -77,7 +78,7 @@ def _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):
     # Two batch axes, rows and columns: what XLA's CPU backend multiplies fast. The queries of a group stand beside each
     # other, so that a length that is split over devices stays the outer part of the axis.
     q_BKRE = q_BQHE.reshape(B, Q, K, G, E).transpose(0, 2, 1, 3, 4).reshape(B, K, Q * G, E)
-    scores = jnp.einsum("BKRE,BTKE->BKRT", q_BKRE, k_BTKE, preferred_element_type=jnp.float32)
+    scores = product("BKRE,BTKE->BKRT", q_BKRE, k_BTKE)
     scores = scores.reshape(B, K, Q, G, T)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

@@ -28,6 +28,11 @@ UNROLLED_BYTES = 2**28
 one by one."""
 
 
+PER_TOKEN = "per_token"
+"""Name (`jax.ad_checkpoint.checkpoint_name`) of what a chunk need not compute again in its backward pass: a number a
+token, made from all of its logits."""
+
+
 def over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT: jax.Array | None, least: int = 0):
     """Maps `chunk(head, *inputs)` over slices of axis 1.
 
@@ -85,7 +90,8 @@ def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: 
     if not unrolled:
         # Around the branch and not in it: a branch hands all that its backward pass reads to the loop, which would then
         # keep a copy of the head for every chunk.
-        one = jax.checkpoint(one, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        kept = jax.checkpoint_policies.save_only_these_names(PER_TOKEN)
+        one = jax.checkpoint(one, policy=kept, prevent_cse=False)
 
     numbered = (jnp.arange(chunks), jax.tree.map(split, inputs))
     if unrolled:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn import sampling
-from diffusion_lm.nn.chunks import over_chunks
+from diffusion_lm.nn.chunks import PER_TOKEN, over_chunks
 from diffusion_lm.nn.head import NEVER, Head, logits
 
 
@@ -240,7 +241,7 @@ def _nll_of_tokens(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
 
 
 def _nll_forward(logits_NV, targets_N):
-    log_z = jax.nn.logsumexp(logits_NV, axis=-1)
+    log_z = checkpoint_name(jax.nn.logsumexp(logits_NV, axis=-1), PER_TOKEN)
     return log_z - _pick(logits_NV, targets_N), (logits_NV, log_z, targets_N)
 
 

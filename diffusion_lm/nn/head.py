@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.types import Params
+from diffusion_lm.nn.linear import product
 
 NEVER = -1e30
 """Logit of a token that is never emitted: exp underflows to 0, and products with 0 stay finite unlike with -inf."""
@@ -43,7 +44,7 @@ def logits(hidden_BTD: jax.Array, head: Head, forbidden: tuple[int, ...] = ()) -
     weight_VD = head.weight_VD.astype(hidden_BTD.dtype)
     # One axis of tokens: with two, the backward pass on a CPU spends as long on moving logits as on multiplying them.
     scaled_ND = scaled.reshape(-1, scaled.shape[-1])
-    out_NV = jnp.einsum("ND,VD->NV", scaled_ND, weight_VD, preferred_element_type=jnp.float32)
+    out_NV = product("ND,VD->NV", scaled_ND, weight_VD)
     out = out_NV.reshape(*scaled.shape[:-1], -1)
     if head.bias_V is not None:
         out = out + head.bias_V.astype(jnp.float32)

@@ -124,6 +124,7 @@ def _smaller(value, root, vocab_size):
                 "num_layers": 1,
                 "model_dim": 16,
                 "num_heads": 2,
+                "num_kv_heads": value.num_kv_heads and 1,
                 "head_dim": 8,
                 "mlp_dim": 32,
                 "encoder_layers": min(value.encoder_layers, 1),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_lm.nn.linear import linear
+from diffusion_lm.nn.linear import linear, product
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,30 @@ def test_rematerialisation_sees_the_product_and_keeps_it():
 
     assert products(jax.checkpoint_policies.dots_saveable) == 3, "one forward and two backward"
     assert products(jax.checkpoint_policies.nothing_saveable) == 4, "the first is made again"
+
+
+def test_a_float32_product_is_an_einsum_with_its_gradients():
+    x, y = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(((2, 3, 4), (2, 5, 4))))
+
+    def derived(product):
+        value, pull = jax.vjp(product, x, y)
+        return value, *pull(jnp.cos(value))
+
+    expected = derived(lambda x, y: jnp.einsum("bqe,bke->bqk", x, y))
+    for ours, theirs in zip(derived(lambda x, y: product("bqe,bke->bqk", x, y)), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_a_bfloat16_product_is_float32_and_multiplies_no_float32_in_its_gradients():
+    x, y = (jax.random.normal(jax.random.key(n), (3, 4), jnp.bfloat16) for n in range(2))
+    value, pull = jax.vjp(lambda x, y: product("qe,ke->qk", x, y), x, y)
+    assert value.dtype == jnp.float32
+    np.testing.assert_array_equal(value, jnp.einsum("qe,ke->qk", x.astype(jnp.float32), y.astype(jnp.float32)))
+    g = jnp.sin(value)
+    d_x, d_y = pull(g)
+    rounded = g.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_allclose(d_x.astype(jnp.float32), rounded @ y.astype(jnp.float32), rtol=2**-7)
+    np.testing.assert_allclose(d_y.astype(jnp.float32), rounded.T @ x.astype(jnp.float32), rtol=2**-7)
+    program = jax.make_jaxpr(jax.grad(lambda x: jnp.sin(product("qe,ke->qk", x, y)).sum()))(x)
+    products = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
+    assert {variable.aval.dtype for equation in products for variable in equation.invars} == {jnp.dtype("bfloat16")}
