@@ -63,6 +63,15 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
             plan = planner.decode(one, sampler, prompts)
             result["programs"][f"{name}/decode"] = _show(f"{name}: decode, {prompts} prompts", plan, accelerator, None)
             fits = fits and plan.fits
+        study: Any = None if arguments.stage else getattr(root, "speed", None)
+        for arm in study.arms if study is not None else ():
+            output.progress(f"compile  decode of the speed study: {arm.label}")
+            plan = planner.decode_alone(arm, study)
+            name = f"speed: {arm.label}"
+            result["programs"][f"{name}/decode"] = _show(
+                f"{name}, {max(study.lengths):,} tokens on one device", plan, accelerator, None
+            )
+            fits = fits and plan.fits
     output.say("\n  " + ("Everything fits." if fits else _advice(arguments.search)))
     result["fits"] = fits
     return result, environment.EXIT_OK if fits else environment.EXIT_DOES_NOT_FIT
@@ -108,6 +117,15 @@ class _Planner:
 
         compiled = programs.decode(run, sampler, prompts, self.devices)
         return plan.examine(compiled, self.accelerator, model_flops=0.0, tokens=prompts * run.data.row_length)
+
+    def decode_alone(self, arm: Any, study: Any) -> Any:
+        """Returns the plan of the longest decode of one arm of a speed study, which runs on one device."""
+        from diffusion_lm.evaluation.speed import random_prompt
+        from diffusion_lm.planning import plan, programs
+
+        prompt = random_prompt(arm.architecture, study.batch_size, study.prompt_length, max(study.lengths))
+        compiled = programs.decode_alone(arm.architecture, arm.sampler, prompt, self.devices[0])
+        return plan.examine(compiled, self.accelerator, model_flops=0.0, tokens=prompt.tokens.size)
 
 
 def _programs(text: str) -> tuple[str, ...]:

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
+from diffusion_lm.nn.constrain import Constrain, no_constraint
+from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.shardings import Placement, batch_shardings, replicated, tree_shardings
 from diffusion_lm.samplers.base import Sampler
 from diffusion_lm.training.program import run_program
@@ -73,13 +75,27 @@ def bound(run: TrainRun, devices: Sequence[Any]) -> Compiled:
 def decode(run: TrainRun, sampler: Sampler, prompts: int, devices: Sequence[Any]) -> Compiled:
     """Compiles `sampler` on `prompts` rows of the run's shape."""
     mesh = run.mesh.build(devices)
+    prompt = _placed(run.data.abstract_batch(prompts), run, mesh)
+    program = _generation(run.model, sampler, Placement(mesh, run.rules))
+    return _compile("decode", lambda: program.lower(_params(run, mesh), prompt, _key(mesh)))
 
+
+def decode_alone(architecture: Architecture, sampler: Sampler, prompt: Batch, device: Any) -> Compiled:
+    """Compiles `sampler` on `prompt`, of which only the shapes matter, for one device: what a speed study times."""
+    mesh = MeshSpec().build([device])
+    abstract = jax.tree.map(
+        lambda leaf: _with_sharding(leaf, replicated(mesh)), (architecture.abstract_params(), prompt)
+    )
+    program = _generation(architecture, sampler, no_constraint)
+    return _compile("decode", lambda: program.lower(*abstract, _key(mesh)))
+
+
+def _generation(architecture: Architecture, sampler: Sampler, constrain: Constrain) -> Any:
     def program(params: Any, prompt: Batch, root: jax.Array) -> Any:
-        model = BoundModel(run.model, params, Placement(mesh, run.rules)).for_loops()
+        model = BoundModel(architecture, params, constrain).for_loops()
         return sampler.generate(model, prompt, StreamKeys(root=root, step=jnp.int32(0)))
 
-    prompt = _placed(run.data.abstract_batch(prompts), run, mesh)
-    return _compile("decode", lambda: jax.jit(program).lower(_params(run, mesh), prompt, _key(mesh)))
+    return jax.jit(program)
 
 
 def _params(run: TrainRun, mesh: Mesh) -> Any:

@@ -23,3 +23,14 @@ def test_a_plan_of_all_three_programs(capsys):
     assert "all-reduce" in printed
     assert "updated in place" in printed
     assert "at best" not in printed
+
+
+def test_a_speed_study_is_planned_as_it_runs(capsys):
+    """Its longest decodes, on one device: the arm that the comparison needs beside it says nothing of them."""
+    given = ["--gin_file", "gin/recipes/ar2diff/speed.gin", "--gin_file", "gin/models/sizes/nano.gin"]
+    small = ["--gin.VOCAB_SIZE=1280", "--gin.SPEED_LENGTHS=(4, 8)"]
+    code = main.main(["plan", *given, *small, "--topology", "cpu-2", "--programs", "decode"])
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert printed.count("8 tokens on one device") == 5
+    assert "speed: diffusion, 10 steps, best of 8" in printed
