@@ -114,7 +114,12 @@ device_description_str: "NVIDIA {generation.name.upper()}"
 
 
 def _fraction(kind: Generation) -> float:
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or kind.usable)
+    given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    try:
+        return float(given or kind.usable)
+    except ValueError as error:
+        fix = "Give a share between 0 and 1, or unset it."
+        raise ConfigError(f"{given!r} is no share", where="XLA_PYTHON_CLIENT_MEM_FRACTION", fix=fix) from error
 
 
 def _cpu(devices: int) -> Generation:

@@ -1,5 +1,6 @@
 """Names of GPUs and CPU devices, and what is told of them."""
 
+import jax
 import pytest
 
 from diffusion_lm.core.errors import ConfigError
@@ -26,6 +27,9 @@ def test_jax_takes_three_quarters_of_a_gpu_unless_told_otherwise(monkeypatch):
     assert topologies.parse("h100-8").usable_hbm == int(whole * 0.75)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
     assert topologies.parse("h100-8").usable_hbm == int(whole * 0.9)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(ConfigError, match="'most' is no share"):
+        topologies.parse("h100-8")
 
 
 @pytest.mark.parametrize(
@@ -59,5 +63,6 @@ def test_what_is_told_of_a_gpu_is_what_the_plan_counts():
 
 
 def test_more_cpu_devices_than_there_are_is_refused_with_the_flag():
+    assert jax.devices("cpu"), "JAX runs: it can make no more of them"
     with pytest.raises(ConfigError, match="xla_force_host_platform_device_count=4096"):
         topologies.devices(topologies.parse("cpu-4096"))
