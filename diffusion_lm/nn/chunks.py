@@ -1,44 +1,47 @@
 """Maps over the tokens of a batch in chunks, for arrays as wide as the vocabulary.
 
 Chunks run along T, so that rows stay on the devices that hold them. Where the logits do not fit in one chunk, the
-backward pass computes each chunk's again: at 256,000 tokens they are the largest array of a step by far.
+backward pass computes each chunk's again: at 256,000 tokens they are the largest array of a step by far. The gradients
+of the head are summed in float32.
 
 Conditioning has no loss and is never drawn, so its states need not meet the vocabulary at all: with `where_BT`, the
 wanted slots of each row move side by side, and the chunks behind the last of them are skipped at run time.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_lm.nn.head import Head
 
+Chunk = Callable[..., tuple[Any, Any]]
+"""What is mapped, `chunk(head, *inputs, kept=None)` on slices [b,t,...] of the inputs: what is wanted, and what the
+backward pass hands back as `kept` because it need not be computed again; both trees of arrays [b,t,...]. Tokens are
+treated one by one, as slots are reordered."""
+
 MOST_PIECES = 8
 """Chunks of a row where only some slots are wanted and what is behind the last can be skipped. Few are better: each
 reads the head, in training several times and its gradient too, and is compiled anew where the loop is unrolled."""
 
 LEAST_TOKENS = 32
-"""Tokens whose logits are worth a product of their own. In training half as many as the network is wide: below that, a
-chunk's reading the head and adding to its gradient, twice 4 bytes a weight, is more than its logits are."""
+"""Tokens whose logits are worth a product of their own. In training half as many as the network is wide, in a loop as
+many: there a chunk reads the head three times and adds to its gradient, 14 bytes a weight in bfloat16, and moves 14
+bytes a logit."""
 
 UNROLLED_BYTES = 2**28
 """What the head's gradients from all chunks may take where the loop over chunks is unrolled: XLA need not add them up
 one by one."""
 
 
-PER_TOKEN = "per_token"
-"""Name (`jax.ad_checkpoint.checkpoint_name`) of what a chunk need not compute again in its backward pass: a number a
-token, made from all of its logits."""
-
-
-def over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT: jax.Array | None, least: int = 0):
+def over_chunks(chunk: Chunk, head: Head, inputs, chunk_tokens: int, where_BT: jax.Array | None, least: int = 0):
     """Maps `chunk(head, *inputs)` over slices of axis 1.
 
     Args:
-      chunk: from the head and slices [b,t,...] of the inputs to a tree of arrays [b,t,...]; it must treat tokens one by
-        one, as slots are reordered.
+      chunk: what is mapped. It must not close over what gradients are wanted of.
       head: the output projection.
       inputs: tree of arrays [B,T,...], the first of them the hidden states.
       chunk_tokens: most tokens of a chunk (at least one slot of each row); static.
@@ -46,7 +49,7 @@ def over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT
       least: tokens below which a chunk is not cut where only some slots are wanted; static.
 
     Returns:
-      What `chunk` returns, over [B,T].
+      What `chunk` returns first, over [B,T].
     """
     if where_BT is None:
         return _map_chunks(chunk, head, inputs, chunk_tokens, None, least)
@@ -62,45 +65,129 @@ def over_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, where_BT
     return jax.tree.map(to_slots, out)
 
 
-def _map_chunks(chunk: Callable, head: Head, inputs, chunk_tokens: int, wanted: jax.Array | None, least: int):
+def _map_chunks(chunk: Chunk, head: Head, inputs, chunk_tokens: int, wanted: jax.Array | None, least: int):
     """Maps over chunks; those that begin at slot `wanted` or later are zeros and cost nothing."""
     B, T = inputs[0].shape[:2]
-    slots = max(1, chunk_tokens // B)
-    fits = slots >= T
-    if wanted is not None:
-        slots = min(slots, _grain(B, T, max(least, LEAST_TOKENS)))
+    most = max(1, chunk_tokens // B)
+
+    def slots_of(least: int) -> int:
+        return most if wanted is None else min(most, _grain(B, T, max(least, LEAST_TOKENS)))
+
+    slots = slots_of(least)
+    unrolled = most >= T and -(-T // slots) * head.weight_VD.size * 4 <= UNROLLED_BYTES
+    if not unrolled:
+        slots = slots_of(2 * least)
     if slots >= T:
-        return chunk(head, *inputs)
+        return chunk(head, *inputs)[0]
     chunks = -(-T // slots)
     if wanted is None:
         slots = -(-T // chunks)
-    head = head.replace(weight_VD=head.weight_VD.astype(inputs[0].dtype))
 
     def split(x):
         filler = jnp.broadcast_to(x[:, :1], (B, chunks * slots - T, *x.shape[2:]))
         return jnp.moveaxis(jnp.concatenate([x, filler], axis=1).reshape(B, chunks, slots, *x.shape[2:]), 1, 0)
 
-    def one(number, xs):
-        if wanted is None:
-            return chunk(head, *xs)
-        nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(chunk, head, *xs))
-        return jax.lax.cond(number * slots < wanted, lambda: chunk(head, *xs), lambda: nothing)
-
-    unrolled = fits and chunks * head.weight_VD.size * 4 <= UNROLLED_BYTES
-    if not unrolled:
-        # Around the branch and not in it: a branch hands all that its backward pass reads to the loop, which would then
-        # keep a copy of the head for every chunk.
-        kept = jax.checkpoint_policies.save_only_these_names(PER_TOKEN)
-        one = jax.checkpoint(one, policy=kept, prevent_cse=False)
-
-    numbered = (jnp.arange(chunks), jax.tree.map(split, inputs))
+    pieces = jax.tree.map(split, inputs)
     if unrolled:
-        # A loop would copy the logits of all chunks into one array for its backward pass.
-        pieces = [one(*jax.tree.map(lambda x, n=n: x[n], numbered)) for n in range(chunks)]
-        out = jax.tree.map(lambda *ys: jnp.stack(ys), *pieces)
+        out = _unrolled(chunk, _rounded(head, inputs[0]), pieces, None if wanted is None else -(-wanted // slots))
     else:
-        _, out = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, numbered)
+        # What has a gradient apart from what has none.
+        leaves, tree = jax.tree.flatten(pieces)
+        floats = {n: x for n, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)}
+        others = {n: x for n, x in enumerate(leaves) if n not in floats}
+        turns = jnp.int32(chunks if wanted is None else -(-wanted // slots))
+        out = _looped(chunk, tree, head, floats, others, turns)
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(B, chunks * slots, *y.shape[3:])[:, :T], out)
+
+
+def _unrolled(chunk: Chunk, head: Head, pieces, turns: jax.Array | None):
+    """Maps over the first axis, without a loop: it would copy the logits of all chunks for its backward pass."""
+
+    def one(number):
+        xs = jax.tree.map(lambda x: x[number], pieces)
+        if turns is None:
+            return chunk(head, *xs)[0]
+        nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(chunk, head, *xs)[0])
+        return jax.lax.cond(number < turns, lambda: chunk(head, *xs)[0], lambda: nothing)
+
+    return jax.tree.map(lambda *ys: jnp.stack(ys), *[one(n) for n in range(pieces[0].shape[0])])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _looped(chunk: Chunk, tree, head: Head, floats, others, turns: jax.Array):
+    """Maps over the first `turns` of the first axis; zeros behind them.
+
+    Its own backward pass is a second loop that adds to one gradient of the head. What JAX derives keeps a branch for
+    the chunks that are skipped, and a branch copies the head's gradient in every turn.
+
+    Args:
+      chunk: what is mapped; static.
+      tree: structure of the inputs, whose leaves are `floats` and `others` by number; static.
+      head: the output projection.
+      floats: arrays [chunks,b,t,...] with gradients.
+      others: arrays [chunks,b,t,...] without.
+      turns: i32[], at most the number of chunks.
+    """
+    return _looped_forward(chunk, tree, head, floats, others, turns)[0]
+
+
+def _looped_forward(chunk, tree, head, floats, others, turns):
+    rounded = _rounded(head, floats[0])
+
+    def turn(xs):
+        return chunk(rounded, *_joined(tree, *xs))
+
+    chunks = floats[0].shape[0]
+    shapes = jax.eval_shape(turn, _at((floats, others), 0))
+    empty = jax.tree.map(lambda y: jnp.zeros((chunks, *y.shape), y.dtype), shapes)
+    out, kept = _first(turns, chunks, lambda n, made: _put(made, n, turn(_at((floats, others), n))), empty)
+    return out, (head, floats, others, turns, kept)
+
+
+def _looped_backward(chunk, tree, residuals, g):
+    head, floats, others, turns, kept = residuals
+    rounded = _rounded(head, floats[0])
+
+    def turn(n, sums):
+        d_head, d_floats = sums
+
+        def one(head, floats):
+            return chunk(head, *_joined(tree, floats, _at(others, n)), kept=_at(kept, n))[0]
+
+        _, back = jax.vjp(one, rounded, _at(floats, n))
+        more_head, more_floats = back(_at(g, n))
+        d_head = jax.tree.map(lambda total, more: total + more.astype(total.dtype), d_head, more_head)
+        return d_head, _put(d_floats, n, more_floats)
+
+    empty = jax.tree.map(jnp.zeros_like, (head, floats))
+    d_head, d_floats = _first(turns, floats[0].shape[0], turn, empty)
+    return d_head, d_floats, None, None
+
+
+_looped.defvjp(_looped_forward, _looped_backward)
+
+
+def _first(turns: jax.Array, most: int, body: Callable, init):
+    """A loop over the first `turns` numbers; its scope says to readers of the compiled program how many they may be."""
+    with jax.named_scope(f"at_most_{most}"):
+        return jax.lax.fori_loop(0, turns, body, init)
+
+
+def _joined(tree, floats, others):
+    return jax.tree.unflatten(tree, [x for _, x in sorted((floats | others).items())])
+
+
+def _at(tree, number):
+    return jax.tree.map(lambda x: x[number], tree)
+
+
+def _put(tree, number, values):
+    return jax.tree.map(lambda all, one: all.at[number].set(one), tree, values)
+
+
+def _rounded(head: Head, like: jax.Array) -> Head:
+    """Returns the head with its matrix in the compute dtype: once, and not in every chunk."""
+    return head.replace(weight_VD=head.weight_VD.astype(like.dtype))
 
 
 def _grain(B: int, T: int, least_tokens: int) -> int:

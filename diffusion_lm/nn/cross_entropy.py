@@ -6,11 +6,10 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn import sampling
-from diffusion_lm.nn.chunks import PER_TOKEN, over_chunks
+from diffusion_lm.nn.chunks import over_chunks
 from diffusion_lm.nn.head import NEVER, Head, logits
 
 
@@ -62,8 +61,11 @@ def chunked_nll(
         target has an nll of about 1e30.
     """
 
-    def chunk(head, hidden_BTD, targets_BT):
-        return _nll(logits(hidden_BTD, head, forbidden), targets_BT)
+    def chunk(head, hidden_BTD, targets_BT, kept=None):
+        logits_NV = _flat(logits(hidden_BTD, head, forbidden))
+        log_z_N = _log_z(logits_NV) if kept is None else _flat(kept)
+        nll_N = _normaliser(logits_NV, log_z_N) - _pick(logits_NV, _flat(targets_BT))
+        return nll_N.reshape(targets_BT.shape), log_z_N.reshape(targets_BT.shape)
 
     return over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
@@ -79,16 +81,18 @@ def chunked_nll_terms(
 ) -> NllTerms:
     """Returns the parts from which z-loss and label smoothing are made; arguments as in `chunked_nll`."""
 
-    def chunk(head, hidden_BTD, targets_BT):
-        logits_BTV = logits(hidden_BTD, head, forbidden)
-        log_z = jax.nn.logsumexp(logits_BTV, axis=-1)
-        emitted = logits_BTV[..., : head.vocab_size]
+    def chunk(head, hidden_BTD, targets_BT, kept=None):
+        logits_NV = _flat(logits(hidden_BTD, head, forbidden))
+        log_z_N = _log_z(logits_NV) if kept is None else _flat(kept)
+        log_z = _normaliser(logits_NV, log_z_N)
+        emitted = logits_NV[:, : head.vocab_size]
         if forbidden:
-            kept = jnp.ones(head.vocab_size, bool).at[jnp.asarray(forbidden)].set(False)
-            mean_logit = jnp.where(kept, emitted, 0.0).sum(axis=-1) / (head.vocab_size - len(set(forbidden)))
+            allowed = jnp.ones(head.vocab_size, bool).at[jnp.asarray(forbidden)].set(False)
+            mean_logit = jnp.where(allowed, emitted, 0.0).sum(axis=-1) / (head.vocab_size - len(set(forbidden)))
         else:
             mean_logit = emitted.mean(axis=-1)
-        return NllTerms(_nll(logits_BTV, targets_BT), log_z, log_z - mean_logit)
+        terms = NllTerms(log_z - _pick(logits_NV, _flat(targets_BT)), log_z, log_z - mean_logit)
+        return jax.tree.map(lambda x: x.reshape(targets_BT.shape), (terms, log_z_N))
 
     return over_chunks(chunk, head, (hidden_BTD, targets_BT), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
@@ -146,7 +150,8 @@ def chunked_token_stats(
         temperature = temperature[:, None, None]
     embedding_VD = None if embedding_VD is None else embedding_VD.astype(hidden_BTD.dtype)
 
-    def chunk(head, hidden_BTD, keys_BT, score_BT, unconditional_BTD, signal_BT):
+    def chunk(head, hidden_BTD, keys_BT, score_BT, unconditional_BTD, signal_BT, kept=None):
+        del kept
         passes = [logits(x, head, forbidden) for x in (hidden_BTD, unconditional_BTD) if x is not None]
         expected = None
         if embedding_VD is not None:
@@ -177,7 +182,7 @@ def chunked_token_stats(
             top = jnp.exp(jax.lax.top_k(logits_BTV, 2)[0] - log_z[..., None])
             margin = top[..., 0] - top[..., 1]
         log_prob = _pick(logits_BTV, sample) - log_z
-        return TokenStats(argmax, sample, log_prob, target_log_prob, entropy, margin, expected)
+        return TokenStats(argmax, sample, log_prob, target_log_prob, entropy, margin, expected), ()
 
     signal = None if noised is None else noised.signal_BT
     inputs = (hidden_BTD, keys_BT if draws else None, score, unconditional_BTD, signal)
@@ -210,8 +215,9 @@ def chunked_map(
       What `fn` returns, over [B,T].
     """
 
-    def chunk(head, hidden_BTD, *inputs):
-        return fn(logits(hidden_BTD, head, forbidden)[..., : head.vocab_size], *inputs)
+    def chunk(head, hidden_BTD, *inputs, kept=None):
+        del kept
+        return fn(logits(hidden_BTD, head, forbidden)[..., : head.vocab_size], *inputs), ()
 
     return over_chunks(chunk, head, (hidden_BTD, *inputs), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
@@ -224,31 +230,47 @@ def _with_noise(logits_BTV: jax.Array, signal_BT: jax.Array, vocab_size: int, al
     return jnp.maximum(jnp.logaddexp(jnp.maximum(log_p, NEVER), jnp.maximum(log_noise, NEVER)), NEVER)
 
 
-def _pick(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
+def _flat(x_BT: jax.Array) -> jax.Array:
+    """Returns [B T,...]: on one axis of tokens XLA need not move the logits for the products around them."""
+    return x_BT.reshape(-1, *x_BT.shape[2:])
 
 
-def _nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Returns -log softmax at the target."""
-    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
-    return _nll_of_tokens(logits_NV, targets_BT.reshape(-1)).reshape(targets_BT.shape)
+def _log_z(logits: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(jax.lax.stop_gradient(logits), axis=-1)
 
 
 @jax.custom_vjp
-def _nll_of_tokens(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
-    """Its gradient is one fused pass over the logits instead of a scatter and a sum."""
-    return _nll_forward(logits_NV, targets_N)[0]
+def _normaliser(logits: jax.Array, log_z: jax.Array) -> jax.Array:
+    """Returns `log_z`, which is logsumexp(logits), with its gradient to the logits."""
+    del logits
+    return log_z
 
 
-def _nll_forward(logits_NV, targets_N):
-    log_z = checkpoint_name(jax.nn.logsumexp(logits_NV, axis=-1), PER_TOKEN)
-    return log_z - _pick(logits_NV, targets_N), (logits_NV, log_z, targets_N)
+def _normaliser_forward(logits, log_z):
+    return log_z, (logits, log_z)
 
 
-def _nll_backward(residuals, g_N):
-    logits_NV, log_z, targets_N = residuals
-    is_target = jnp.arange(logits_NV.shape[-1]) == targets_N[:, None]
-    return (jnp.exp(logits_NV - log_z[:, None]) - is_target) * g_N[:, None], None
+def _normaliser_backward(residuals, g):
+    logits, log_z = residuals
+    return jnp.exp(logits - log_z[..., None]) * g[..., None], None
 
 
-_nll_of_tokens.defvjp(_nll_forward, _nll_backward)
+_normaliser.defvjp(_normaliser_forward, _normaliser_backward)
+
+
+@jax.custom_vjp
+def _pick(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the logits of the tokens. Its gradient is compared and not scattered: one pass over all logits."""
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+
+
+def _pick_forward(logits, tokens):
+    return _pick(logits, tokens), (logits, tokens)
+
+
+def _pick_backward(residuals, g):
+    logits, tokens = residuals
+    return jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], g[..., None], 0.0), None
+
+
+_pick.defvjp(_pick_forward, _pick_backward)

@@ -43,9 +43,7 @@ def logits(hidden_BTD: jax.Array, head: Head, forbidden: tuple[int, ...] = ()) -
     scaled = hidden_BTD if head.scale == 1.0 else hidden_BTD * jnp.asarray(head.scale, hidden_BTD.dtype)
     weight_VD = head.weight_VD.astype(hidden_BTD.dtype)
     # One axis of tokens: with two, the backward pass on a CPU spends as long on moving logits as on multiplying them.
-    scaled_ND = scaled.reshape(-1, scaled.shape[-1])
-    out_NV = product("ND,VD->NV", scaled_ND, weight_VD)
-    out = out_NV.reshape(*scaled.shape[:-1], -1)
+    out = product("ND,VD->NV", scaled.reshape(-1, scaled.shape[-1]), weight_VD)
     if head.bias_V is not None:
         out = out + head.bias_V.astype(jnp.float32)
     if head.softcap is not None:
@@ -57,4 +55,4 @@ def logits(hidden_BTD: jax.Array, head: Head, forbidden: tuple[int, ...] = ()) -
         for token in forbidden:
             never |= ids == token
         out = jnp.where(never, NEVER, out)
-    return out
+    return out.reshape(*scaled.shape[:-1], padded)

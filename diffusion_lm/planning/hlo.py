@@ -2,7 +2,7 @@
 
 XLA's own cost analysis counts the body of a loop once. A network scans over its layers, so here every instruction is
 multiplied by the trip counts of the loops around it, read from their conditions. A loop that ends when its values say
-so (decoding) has no such count: its body counts once.
+so (decoding) has no such count: its body counts once, but in a scope `at_most_N` N times.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)"?\}')
+_AT_MOST = re.compile(r'op_name="[^"]*at_most_(\d+)/while"')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|called_computations|branch_computations|true_computation|false_computation)"
@@ -126,10 +127,11 @@ class Module:
                     yield from self._executed(one, times * self.trips(instruction))
 
     def trips(self, instruction: Instruction) -> int:
-        """How often a loop's body runs if its condition compares a counter with a constant; else 1."""
+        """How often a loop's body runs if its condition compares a counter with a constant or its scope says so; else
+        1."""
         if instruction.opcode != "while":
             return 1
-        if stated := _TRIPS.search(instruction.text):
+        if stated := _TRIPS.search(instruction.text) or _AT_MOST.search(instruction.text):
             return int(stated[1])
         named = _CONDITION.search(instruction.text)
         condition = self.computations.get(named[1], {}) if named else {}
@@ -185,7 +187,7 @@ class Module:
                 part = _sliced_part(parameter, inner)
                 if part is not None and index < len(read):
                     read[index] = min(read[index], part)
-            written = min(written, _updated_part(inner, written))
+            written = min(written, _written(instruction, inner))
         return sum(read) + written
 
 
@@ -252,7 +254,7 @@ def _parameter_number(parameter: Instruction) -> int:
 
 
 def _sliced_part(parameter: Instruction, computation: Computation) -> float | None:
-    """Bytes of a fusion's parameter that are read if it is only ever sliced or updated in place; None if it is not."""
+    """Bytes of a fusion's parameter that are read if it is only sliced, updated in place or handed on; else None."""
     users = [one for one in computation.values() if parameter.name in one.operands]
     total = 0.0
     for user in users:
@@ -263,20 +265,42 @@ def _sliced_part(parameter: Instruction, computation: Computation) -> float | No
             total += part
         elif user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == parameter.name:
             total += user.size
-        elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == parameter.name:
-            continue
-        else:
+        elif not (
+            (user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == parameter.name)
+            or (user.opcode == "tuple" and user.is_root)
+            or _continues_elsewhere(user)
+        ):
             return None
-    return total if users else None
+    return total
 
 
-def _updated_part(computation: Computation, written: float) -> float:
-    """Bytes that a fusion writes: of an array that is updated in place only the update."""
+def _written(fusion: Instruction, computation: Computation) -> float:
+    """Bytes that a fusion writes: of an array that is updated in place only the update, of one handed on nothing."""
     root = next((one for one in computation.values() if one.is_root), None)
-    while root is not None and root.opcode == "bitcast" and root.operands[0] in computation:
-        root = computation[root.operands[0]]
+    if root is None:
+        return math.inf
+    parts = [computation.get(name) for name in root.operands] if root.opcode == "tuple" else [root]
+    if len(parts) != len(fusion.results):
+        return math.inf
+    return sum(
+        array.bytes if part is None else min(array.bytes, _updated_part(part, computation))
+        for part, array in zip(parts, fusion.results, strict=True)
+        if array.in_hbm
+    )
+
+
+def _updated_part(result: Instruction, computation: Computation) -> float:
+    while result.opcode == "bitcast" and result.operands[0] in computation:
+        result = computation[result.operands[0]]
+    if result.opcode == "parameter" or _continues_elsewhere(result):
+        return 0.0
     # The update of a slice is its second operand, that of a scatter its third.
-    update = {"dynamic-update-slice": 1, "scatter": 2}.get(root.opcode, 0) if root is not None else 0
-    if root is None or not update or root.operands[update] not in computation:
-        return written
-    return computation[root.operands[update]].size
+    update = {"dynamic-update-slice": 1, "scatter": 2}.get(result.opcode, 0)
+    if not update or result.operands[update] not in computation:
+        return math.inf
+    return computation[result.operands[update]].size
+
+
+def _continues_elsewhere(instruction: Instruction) -> bool:
+    """Whether this is one step of a collective that overlaps with arithmetic: its start counts what it moves."""
+    return "async_collective_fusion_config" in instruction.text

@@ -166,6 +166,64 @@ def test_roofline_by_hand():
     assert within_a_row.ici == pytest.approx(0.01), "a group of one row of the torus has half of the links"
 
 
+# A gather that runs beside arithmetic: fusions hand its arrays on, which lie there all the while, and its start counts
+# what it moves. One fusion writes a slice of a stack too. The loop ends when its values say so; its scope says when.
+HANDED_ON = """HloModule jit_step, is_scheduled=true
+
+%begin (part: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {
+  %part = bf16[4,8]{1,0} parameter(0)
+  %gather.1 = bf16[16,8]{1,0} all-gather(%part), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %started = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%step (part.1: bf16[4,8], whole: bf16[16,8], x: f32[8], stack: f32[80]) -> (f32[8], bf16[4,8], bf16[16,8], f32[10,8]) {
+  %part.1 = bf16[4,8]{1,0} parameter(0)
+  %whole = bf16[16,8]{1,0} parameter(1)
+  %x = f32[8]{0} parameter(2)
+  %stack = f32[10,8]{1,0} parameter(3)
+  %zero = s32[] constant(0)
+  %doubled = f32[8]{0} add(%x, %x)
+  %row = f32[1,8]{1,0} bitcast(%doubled)
+  %gather.2 = bf16[16,8]{1,0} all-gather(%part.1), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}, \
+backend_config={"async_collective_fusion_config":{}}
+  %put = f32[10,8]{1,0} dynamic-update-slice(%stack, %row, %zero, %zero)
+  ROOT %all = (f32[8]{0}, bf16[4,8]{1,0}, bf16[16,8]{1,0}, f32[10,8]{1,0}) tuple(%doubled, %part.1, %gather.2, %put)
+}
+
+%ends (state: (pred[], f32[8])) -> pred[] {
+  %state = (pred[], f32[8]{0}) parameter(0)
+  ROOT %more = pred[] get-tuple-element(%state), index=0
+}
+
+%turn (state.1: (pred[], f32[8])) -> (pred[], f32[8]) {
+  %state.1 = (pred[], f32[8]{0}) parameter(0)
+  %more.1 = pred[]{:S(2)} get-tuple-element(%state.1), index=0
+  %y = f32[8]{0} get-tuple-element(%state.1), index=1
+  %z = f32[8]{0} negate(%y)
+  ROOT %next = (pred[], f32[8]{0}) tuple(%more.1, %z)
+}
+
+ENTRY %main (p: bf16[4,8], v: f32[8], s: f32[10,8], first: (pred[], f32[8])) -> (pred[], f32[8]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %v = f32[8]{0} parameter(1)
+  %s = f32[10,8]{1,0} parameter(2)
+  %first = (pred[], f32[8]{0}) parameter(3)
+  %starting = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) fusion(%p), kind=kCustom, calls=%begin
+  %q = bf16[4,8]{1,0} get-tuple-element(%starting), index=0
+  %w = bf16[16,8]{1,0} get-tuple-element(%starting), index=1
+  %going = (f32[8]{0}, bf16[4,8]{1,0}, bf16[16,8]{1,0}, f32[10,8]{1,0}) fusion(%q, %w, %v, %s), kind=kLoop, calls=%step
+  ROOT %loop = (pred[], f32[8]{0}) while(%first), condition=%ends, body=%turn, metadata={op_name="f/at_most_5/while"}
+}
+""".replace("\\\n", "")
+
+
+def test_what_is_handed_on_is_not_moved_and_a_scope_says_how_often_a_loop_runs():
+    gather = 4 * 8 * 2 + (4 * 8 * 2 + 16 * 8 * 2)
+    step = 8 * 4 + 8 * 4 + 8 * 4  # x, what is made of it, its row of the stack
+    turns = 5 * 2 * 8 * 4
+    assert hlo.parse(HANDED_ON).hbm_bytes() == gather + step + turns
+
+
 @pytest.mark.parametrize("turns", [1, 5])
 def test_loops_of_a_real_program_are_counted(turns):
     """The traffic of a scan grows with its length, where XLA's own analysis does not."""
