@@ -28,9 +28,10 @@ MOST_PIECES = 8
 reads the head, in training several times and its gradient too, and is compiled anew where the loop is unrolled."""
 
 LEAST_TOKENS = 32
-"""Tokens whose logits are worth a product of their own. In training half as many as the network is wide, in a loop as
-many: there a chunk reads the head three times and adds to its gradient, 14 bytes a weight in bfloat16, and moves 14
-bytes a logit."""
+"""Tokens whose logits are worth a product of their own. In training half as many as the network is wide, and in a loop
+twice the width: there a chunk reads the head three times and adds to its gradient, 14 bytes a weight in bfloat16,
+and moves 14 bytes a logit, half a chunk of them in vain where some slots are wanted. With chunks of c tokens n tokens cost
+(n / c + 1 / 2) (D + c), least at sqrt(2 n D); twice the width is near it, and half of its memory."""
 
 UNROLLED_BYTES = 2**28
 """What the head's gradients from all chunks may take where the loop over chunks is unrolled: XLA need not add them up
@@ -76,12 +77,11 @@ def _map_chunks(chunk: Chunk, head: Head, inputs, chunk_tokens: int, wanted: jax
     slots = slots_of(least)
     unrolled = most >= T and -(-T // slots) * head.weight_VD.size * 4 <= UNROLLED_BYTES
     if not unrolled:
-        slots = slots_of(2 * least)
+        slots = slots_of(4 * least)
     if slots >= T:
         return chunk(head, *inputs)[0]
     chunks = -(-T // slots)
-    if wanted is None:
-        slots = -(-T // chunks)
+    slots = -(-T // chunks) if wanted is None else min(slots, 8 * math.ceil(T / chunks / 8))
 
     def split(x):
         filler = jnp.broadcast_to(x[:, :1], (B, chunks * slots - T, *x.shape[2:]))
