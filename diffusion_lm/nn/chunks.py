@@ -29,8 +29,8 @@ reads the head, in training several times and its gradient too, and is compiled 
 
 LEAST_TOKENS = 32
 """Tokens whose logits are worth a product of their own. In training half as many as the network is wide, and in a loop
-twice the width: there a chunk reads the head three times and adds to its gradient, 14 bytes a weight in bfloat16,
-and moves 14 bytes a logit, half a chunk of them in vain where some slots are wanted. With chunks of c tokens n tokens cost
+twice the width: there a chunk reads the head three times and adds to its gradient, 14 bytes a weight in bfloat16, and
+moves 14 bytes a logit, half a chunk of them in vain where some slots are wanted. So n tokens in chunks of c cost
 (n / c + 1 / 2) (D + c), least at sqrt(2 n D); twice the width is near it, and half of its memory."""
 
 UNROLLED_BYTES = 2**28
