@@ -87,6 +87,7 @@ class Architecture(Protocol):
         segment_ids: jax.Array,
         encoder: EncoderInputs | EncoderState | None = None,
         self_condition: jax.Array | None = None,
+        time: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_keys: jax.Array | None = None,
         constrain: Constrain = no_constraint,
@@ -103,6 +104,8 @@ class Architecture(Protocol):
           encoder: source tokens, or what `encode` made of them; encoder-decoders only.
           self_condition: [B,Q,D], the embedding that a previous prediction expects at each slot, zeros where there is
             none; None = zeros. Only of networks with `spec.self_conditioning`.
+          time: f32[B,Q] in [0, 1], how much noise each slot was given: the rate 1 - alpha(t) at which tokens like it
+            are replaced, 0 where it is clean; None = 0. Only of networks with `spec.time_conditioning`.
           cache: from `init_cache`.
           dropout_keys: key[B], one per row so that dropout does not depend on the split into microbatches; None is
             deterministic.
@@ -164,6 +167,7 @@ class BoundModel:
         segment_ids: jax.Array,
         encoder: EncoderInputs | EncoderState | None = None,
         self_condition: jax.Array | None = None,
+        time: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> Hidden:
@@ -176,6 +180,7 @@ class BoundModel:
             segment_ids=segment_ids,
             encoder=encoder,
             self_condition=self_condition,
+            time=time,
             cache=cache,
             dropout_keys=dropout_keys,
             constrain=self.constrain,

@@ -44,7 +44,7 @@ class EncoderDecoder:
         params: dict[str, Any] = {"embed": {"tokens": parts.init_tokens(spec, key, "embed", spec.embedding_std)}}
         params |= parts.init_stream(spec, parts.named_key(key, "decoder"), spec.num_layers, has_cross=True)
         params["encoder"] = parts.init_stream(spec, parts.named_key(key, "encoder"), spec.encoder_layers)
-        params |= parts.init_self_conditioning(spec, key)
+        params |= parts.init_conditioning(spec, key)
         return params | parts.init_head(spec, key)
 
     def abstract_params(self) -> Params:
@@ -55,7 +55,7 @@ class EncoderDecoder:
         """Returns the logical axes of the parameters."""
         axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec, has_cross=True)
         axes["encoder"] = parts.stream_axes(self.spec)
-        axes |= parts.self_conditioning_axes(self.spec)
+        axes |= parts.conditioning_axes(self.spec)
         return axes | parts.head_axes(self.spec)
 
     def hidden(
@@ -68,6 +68,7 @@ class EncoderDecoder:
         segment_ids: jax.Array,
         encoder: EncoderInputs | EncoderState | None = None,
         self_condition: jax.Array | None = None,
+        time: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_keys: jax.Array | None = None,
         constrain: Constrain = no_constraint,
@@ -92,6 +93,7 @@ class EncoderDecoder:
                 segment_ids=segment_ids,
                 encoder=encoder,
                 self_condition=self_condition,
+                time=time,
                 cache=cache,
                 dropout_keys=dropout_keys,
                 constrain=constrain,
@@ -132,6 +134,7 @@ class EncoderDecoder:
             segment_ids=inputs.segment_ids,
             encoder=None,
             self_condition=None,
+            time=None,
             cache=None,
             dropout_keys=parts.encoder_dropout_keys(dropout_keys),
             constrain=constrain,
@@ -153,7 +156,7 @@ class EncoderDecoder:
         spec = self.spec
         encoder_length = context_length if encoder_length is None else encoder_length
         decoder = spec.num_layers * parts.block_flops(spec, context_length, encoder_length) + parts.logit_flops(spec)
-        decoder += parts.self_conditioning_flops(spec)
+        decoder += parts.conditioning_flops(spec)
         projection = spec.num_layers * 2 * spec.model_dim * 2 * spec.kv_heads * spec.head_dim
         per_source_token = spec.encoder_layers * parts.block_flops(spec, encoder_length) + projection
         return decoder + per_source_token * encoder_length / context_length

@@ -15,6 +15,12 @@ from diffusion_lm.nn.constrain import Constrain
 from diffusion_lm.nn.head import Head
 from diffusion_lm.nn.layers import Context, row_dropout, stack_bias
 from diffusion_lm.nn.masks import Segments, Visibility, Window, same_segment
+from diffusion_lm.nn.time_conditioning import (
+    init_time_conditioning,
+    run_time_conditioning,
+    time_conditioning_axes,
+    time_conditioning_flops,
+)
 from diffusion_lm.nn.transformer import TransformerSpec
 
 # Dropout sites outside the blocks; far above any layer index, which is folded into the same keys.
@@ -85,16 +91,24 @@ def head_axes(spec: TransformerSpec) -> Any:
     return {"head": head} if head else {}
 
 
-def init_self_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:
-    """Returns the parameters of the layer that reads a previous prediction, under their name; none without it."""
-    if not spec.self_conditioning:
-        return {}
-    return {"self_conditioning": stack.init_self_conditioning(spec, named_key(key, "self_conditioning"))}
+def init_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:
+    """Returns the parameters of the layers that read a previous prediction and the time, under their names."""
+    params: dict[str, Any] = {}
+    if spec.self_conditioning:
+        params["self_conditioning"] = stack.init_self_conditioning(spec, named_key(key, "self_conditioning"))
+    if spec.time_conditioning:
+        params["time_conditioning"] = init_time_conditioning(spec, named_key(key, "time_conditioning"))
+    return params
 
 
-def self_conditioning_axes(spec: TransformerSpec) -> Any:
-    """Returns the logical axes of `init_self_conditioning`'s tree."""
-    return {"self_conditioning": stack.self_conditioning_axes(spec)} if spec.self_conditioning else {}
+def conditioning_axes(spec: TransformerSpec) -> Any:
+    """Returns the logical axes of `init_conditioning`'s tree."""
+    axes: dict[str, Any] = {}
+    if spec.self_conditioning:
+        axes["self_conditioning"] = stack.self_conditioning_axes(spec)
+    if spec.time_conditioning:
+        axes["time_conditioning"] = time_conditioning_axes()
+    return axes
 
 
 def init_tokens(spec: TransformerSpec, key: jax.Array, name: str, std: float) -> jax.Array:
@@ -128,6 +142,7 @@ def run_stream(
     segment_ids: jax.Array,
     encoder: EncoderState | None,
     self_condition: jax.Array | None,
+    time: jax.Array | None,
     cache: KVCache | None,
     dropout_keys: jax.Array | None,
     constrain: Constrain,
@@ -138,7 +153,7 @@ def run_stream(
       Hidden states [B,Q,D] and the cache.
 
     Raises:
-      ConfigError: the stream is longer than learned positions reach, or the network cannot read a prediction.
+      ConfigError: the stream is longer than learned positions reach, or the network cannot read a prediction or a time.
     """
     length, copies = segment_ids.shape[1], visibility.copies
     require(
@@ -160,6 +175,14 @@ def run_stream(
             fix="Bind it to True, or turn self-conditioning off in the objective or the sampler.",
         )
         x = x + stack.run_self_conditioning(spec, params["self_conditioning"], self_condition, constrain)
+    if time is not None:
+        require(
+            spec.time_conditioning,
+            "The network was told a time and has no layer that reads one",
+            where="TransformerSpec.time_conditioning",
+            fix="Bind it to True.",
+        )
+        x = x + run_time_conditioning(spec, params["time_conditioning"], time)
     if spec.position == "learned":
         rows = positions + spec.position_offset
         x = x + jnp.take(params["positions"], rows, axis=0, mode="clip").astype(x.dtype)
@@ -223,9 +246,10 @@ def block_flops(spec: TransformerSpec, context_length: float, memory_length: flo
     return attention + cross + _mlp_flops(spec)
 
 
-def self_conditioning_flops(spec: TransformerSpec) -> float:
-    """Returns forward matmul FLOPs per token of the layer that reads a previous prediction."""
-    return _mlp_flops(spec) if spec.self_conditioning else 0.0
+def conditioning_flops(spec: TransformerSpec) -> float:
+    """Returns forward matmul FLOPs per token of the layers that read a previous prediction and the time."""
+    prediction = _mlp_flops(spec) if spec.self_conditioning else 0.0
+    return prediction + (time_conditioning_flops(spec) if spec.time_conditioning else 0.0)
 
 
 def logit_flops(spec: TransformerSpec) -> float:

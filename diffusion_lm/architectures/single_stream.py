@@ -40,7 +40,7 @@ class SingleStream:
         spec = self.spec
         params = {"embed": {"tokens": parts.init_tokens(spec, key, "embed", spec.embedding_std)}}
         params |= parts.init_stream(spec, parts.named_key(key, "decoder"), spec.num_layers)
-        params |= parts.init_self_conditioning(spec, key)
+        params |= parts.init_conditioning(spec, key)
         return params | parts.init_head(spec, key)
 
     def abstract_params(self) -> Params:
@@ -50,7 +50,7 @@ class SingleStream:
     def logical_axes(self) -> Any:
         """Returns the logical axes of the parameters."""
         axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec)
-        axes |= parts.self_conditioning_axes(self.spec)
+        axes |= parts.conditioning_axes(self.spec)
         return axes | parts.head_axes(self.spec)
 
     def hidden(
@@ -63,6 +63,7 @@ class SingleStream:
         segment_ids: jax.Array,
         encoder: EncoderInputs | EncoderState | None = None,
         self_condition: jax.Array | None = None,
+        time: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_keys: jax.Array | None = None,
         constrain: Constrain = no_constraint,
@@ -81,6 +82,7 @@ class SingleStream:
                 segment_ids=segment_ids,
                 encoder=None,
                 self_condition=self_condition,
+                time=time,
                 cache=cache,
                 dropout_keys=dropout_keys,
                 constrain=constrain,
@@ -118,7 +120,7 @@ class SingleStream:
     def flops_per_token(self, context_length: int) -> float:
         """Returns forward matmul FLOPs per token."""
         blocks = self.spec.num_layers * parts.block_flops(self.spec, context_length)
-        return blocks + parts.logit_flops(self.spec) + parts.self_conditioning_flops(self.spec)
+        return blocks + parts.logit_flops(self.spec) + parts.conditioning_flops(self.spec)
 
 
 def _no_encoder() -> ConfigError:

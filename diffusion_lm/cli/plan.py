@@ -3,7 +3,8 @@ how fast it can be: training step, bound and decode of each run that differs in 
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from diffusion_lm.cli import environment, output
@@ -48,33 +49,29 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     planner = _Planner(accelerator, devices)
     result: dict[str, Any] = {"accelerator": str(accelerator), "programs": {}, "found": {}}
     fits = True
-    for name, one in runs.items():
-        for program in PROGRAMS[:2]:
-            if program in wanted and (program == "train" or one.objective.needs().passes):
-                output.progress(f"compile  {program} of {name}")
-                plan = planner.train(one) if program == "train" else planner.bound(one)
-                result["programs"][f"{name}/{program}"] = _show(f"{name}: {program}", plan, accelerator, one)
-                fits = fits and plan.fits
-                if program == "train" and arguments.search and not plan.fits:
-                    result["found"][name] = _search(planner, one, arguments.search_limit)
-    if "decode" in wanted:
-        for name, one, sampler, prompts in _decodes(root, arguments.stage):
-            output.progress(f"compile  decode {name}")
-            plan = planner.decode(one, sampler, prompts)
-            result["programs"][f"{name}/decode"] = _show(f"{name}: decode, {prompts} prompts", plan, accelerator, None)
-            fits = fits and plan.fits
-        study: Any = None if arguments.stage else getattr(root, "speed", None)
-        for arm in study.arms if study is not None else ():
-            output.progress(f"compile  decode of the speed study: {arm.label}")
-            plan = planner.decode_alone(arm, study)
-            name = f"speed: {arm.label}"
-            result["programs"][f"{name}/decode"] = _show(
-                f"{name}, {max(study.lengths):,} tokens on one device", plan, accelerator, None
-            )
-            fits = fits and plan.fits
+    for program in _in_order(planner, root, runs, arguments.stage):
+        if program.kind not in wanted:
+            continue
+        output.progress(f"compile  {program.kind} of {program.of}")
+        plan = program.compile()
+        result["programs"][f"{program.of}/{program.kind}"] = _show(program, plan, accelerator)
+        fits = fits and plan.fits
+        if program.kind == "train" and arguments.search and not plan.fits:
+            result["found"][program.of] = _search(planner, program.run, arguments.search_limit)
     output.say("\n  " + ("Everything fits." if fits else _advice(arguments.search)))
     result["fits"] = fits
     return result, environment.EXIT_OK if fits else environment.EXIT_DOES_NOT_FIT
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What is to be compiled: its kind (of `PROGRAMS`), whose it is, and how; of a training step its run."""
+
+    kind: str
+    of: str
+    compile: Callable[[], Any]
+    detail: str = ""
+    run: Any = None
 
 
 class _Planner:
@@ -151,6 +148,20 @@ def _one_stage(root: Any, name: str) -> dict[str, Any]:
     return {name: stages[name]}
 
 
+def _in_order(planner: _Planner, root: Any, runs: dict[str, Any], stage: str | None) -> Iterator[_Program]:
+    for name, run in runs.items():
+        yield _Program("train", name, functools.partial(planner.train, run), run=run)
+        if run.objective.needs().passes:
+            yield _Program("bound", name, functools.partial(planner.bound, run))
+    for name, run, sampler, prompts in _decodes(root, stage):
+        decode = functools.partial(planner.decode, run, sampler, prompts)
+        yield _Program("decode", name, decode, f", {prompts} prompts")
+    study: Any = None if stage else getattr(root, "speed", None)
+    for arm in study.arms if study is not None else ():
+        decode = functools.partial(planner.decode_alone, arm, study)
+        yield _Program("decode", f"speed: {arm.label}", decode, f" of {max(study.lengths):,} tokens on one device")
+
+
 def _decodes(root: Any, stage: str | None) -> list[tuple[str, Any, Any, int]]:
     """Returns one decode for each sampler and network: that of the task with the most slots."""
     found: dict[Any, tuple[int, tuple[str, Any, Any, int]]] = {}
@@ -180,8 +191,8 @@ def _decodes(root: Any, stage: str | None) -> list[tuple[str, Any, Any, int]]:
     return [entry for _, entry in found.values()]
 
 
-def _show(title: str, plan: Any, accelerator: Any, run: Any) -> dict[str, Any]:
-    output.heading(title)
+def _show(program: _Program, plan: Any, accelerator: Any) -> dict[str, Any]:
+    output.heading(f"{program.of}: {program.kind}{program.detail}")
     if plan.memory is None:
         output.facts([("does not fit", plan.refusal.splitlines()[0])])
         return output.plain(plan)
@@ -216,9 +227,9 @@ def _show(title: str, plan: Any, accelerator: Any, run: Any) -> dict[str, Any]:
     if mfu is not None:
         speed |= {"tokens_per_second": plan.tokens / roof.seconds, "mfu": mfu}
         pairs.append(("", f"{output.count(speed['tokens_per_second'])} tokens/s, MFU {mfu:.0%}"))
-    if roof is not None and run is not None and plan.name == "train":
-        speed["hours"] = run.steps * roof.seconds / 3600
-        pairs.append(("whole run", f"{run.steps:,} steps, {speed['hours']:.1f} hours at best"))
+    if roof is not None and program.run is not None:
+        speed["hours"] = program.run.steps * roof.seconds / 3600
+        pairs.append(("whole run", f"{program.run.steps:,} steps, {speed['hours']:.1f} hours at best"))
     output.facts([*pairs, ("compiled in", f"{plan.compile_seconds:.0f} s")])
     return output.plain(plan) | {"speed": speed}
 
@@ -235,9 +246,8 @@ def _search(planner: _Planner, run: Any, limit: int) -> dict[str, Any] | None:
         output.say(f"  search: nothing among {limit} compiled settings fits; take more chips or a smaller batch")
         return None
     output.say(f"  search: fits with {'; '.join(found.changes)} ({found.tried} compiled)")
-    return {"changes": list(found.changes), "tried": found.tried} | _show(
-        "found: train", found.plan, planner.accelerator, found.run
-    )
+    settings = _Program("train", "found", lambda: found.plan, run=found.run)
+    return {"changes": list(found.changes), "tried": found.tried} | _show(settings, found.plan, planner.accelerator)
 
 
 def _advice(searched: bool) -> str:

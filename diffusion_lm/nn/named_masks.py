@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.errors import ConfigError, near_names
+from diffusion_lm.core.segments import segment_sum
 from diffusion_lm.nn.masks import BlindConditioning, Block, Causal, Conditioning, Full, Groups, Visibility
 
 VISIBILITY_NAMES = ("causal", "full", "prefix", "prefix_blind", "causal_prefix")
@@ -41,6 +42,23 @@ def named_blocks(name: str) -> NamedBlocks | None:
 def is_visibility(name: str) -> bool:
     """Says whether `named_visibility` knows `name`."""
     return name in VISIBILITY_NAMES or named_blocks(name) is not None
+
+
+def noise_share(noisy: jax.Array, target_mask: jax.Array, visibility: str) -> jax.Array:
+    """Returns f32[B,T], what share of the target is noise: of a row, or of the block that a slot lies in.
+
+    Args:
+      noisy: bool[B,T].
+      target_mask: bool[B,T], as in `named_visibility`.
+      visibility: whose name may have blocks.
+    """
+    blocks = named_blocks(visibility)
+    ids = jnp.zeros(target_mask.shape, jnp.int32)
+    if blocks is not None:
+        place = jnp.arange(target_mask.shape[1])[None] - blocks.starts(target_mask)[:, None]
+        ids = jnp.maximum(place, 0) // blocks.size
+    total = segment_sum(target_mask.astype(jnp.float32), ids)
+    return segment_sum((noisy & target_mask).astype(jnp.float32), ids) / jnp.maximum(total, 1.0)
 
 
 def named_visibility(name: str, target_mask: jax.Array) -> Visibility:

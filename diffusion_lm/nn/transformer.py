@@ -87,6 +87,8 @@ class TransformerSpec:
       encoder_layers: blocks of the encoder; 0 for single-stream networks.
       self_conditioning: a layer in front of the (decoder) blocks that reads the network's previous prediction, as the
         embedding that it expects (DiffusionGemma); see `nn.layers.SelfConditioning`.
+      time_conditioning: a layer in front of the (decoder) blocks that reads the time of each noisy slot; see
+        `nn.time_conditioning`.
       dtype: of the computation; softmax, norms and logits are float32 in any case.
       param_dtype: of the stored parameters.
       scan_layers: runs the blocks as a loop of the compiled program (quick to compile) or unrolled (faster on CPU).
@@ -143,6 +145,7 @@ class TransformerSpec:
     vocab_multiple: int = 128
     encoder_layers: int = 0
     self_conditioning: bool = False
+    time_conditioning: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True

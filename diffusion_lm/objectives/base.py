@@ -11,6 +11,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.named_masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility, named_visibility
+from diffusion_lm.nn.time_conditioning import told_time
 from diffusion_lm.noise.weighting import BoundKind
 
 Model = Any
@@ -123,6 +124,7 @@ class Forward:
         pass_number: int = 0,
         *,
         self_condition: jax.Array | None = None,
+        rate: jax.Array | None = None,
         has_gradient: bool = True,
     ):
         """Returns the `Hidden` of i32[B,T] tokens standing in for the batch's own.
@@ -131,6 +133,7 @@ class Forward:
           tokens: what the network reads.
           pass_number: number of the pass, for its dropout.
           self_condition: [B,T,D], see `Architecture.hidden`.
+          rate: f32[B,T], 1 - alpha at each target token, of which a network with `spec.time_conditioning` is told.
           has_gradient: False for a pass whose result is only looked at; the backward pass keeps nothing of it.
         """
         model, encoder = self._model, self._encoder
@@ -145,6 +148,7 @@ class Forward:
                 segment_ids=self._batch.segment_ids,
                 encoder=encoder,
                 self_condition=self_condition,
+                **told_time(model.spec, rate, self._batch.target_mask),
                 dropout_keys=self._dropout_keys(f"decoder/{pass_number}"),
             )
 

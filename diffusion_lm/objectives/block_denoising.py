@@ -11,6 +11,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
 from diffusion_lm.nn.masks import two_streams
+from diffusion_lm.nn.time_conditioning import told_time
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import Model, Needs, frozen, real_tokens, weighted_mean, weighted_sum
 from diffusion_lm.objectives.block_layout import (
@@ -241,6 +242,9 @@ class BlockDenoising:
           pass_number: which of several passes it is, for dropout.
         """
         length = batch.tokens.shape[1]
+        maskable = sum_by_run(self.maskable(batch, blocks).astype(jnp.float32), blocks.runs)
+        share = sum_by_run(masked_BT.astype(jnp.float32), blocks.runs) / jnp.maximum(maskable, 1.0)
+        noisy_side = jnp.concatenate([batch.target_mask, jnp.zeros_like(batch.target_mask)], axis=1)
         hidden = model(
             jnp.concatenate([jnp.where(masked_BT, self.mask_id, batch.tokens), batch.tokens], axis=1),
             visibility=two_streams(blocks.ids, causal_noisy=self.causal_noisy, causal_clean=self.causal_clean),
@@ -248,6 +252,7 @@ class BlockDenoising:
             segment_ids=_twice(batch.segment_ids),
             encoder=batch.encoder,
             dropout_keys=None if dropout is None else dropout.per_example(f"dropout/{pass_number}", batch.row_ids),
+            **told_time(model.spec, _twice(share), noisy_side),
         )
         scored = batch.loss_weights != 0
         seeds = batch.target_mask & blocks.is_start if self._has_seeds else jnp.zeros_like(scored)

@@ -292,12 +292,13 @@ class Denoising:
             counted = Nelbo().weigh(t_BT, noisy.replaced, self.schedule)
 
         canvas, losses, metrics, prediction = noisy.tokens, [], {}, None
+        rate = 1.0 - self.schedule.alpha(t_BT)
         if self.self_conditioning:
-            before = forward(canvas, first_pass, has_gradient=False)
+            before = forward(canvas, first_pass, rate=rate, has_gradient=False)
             prediction = self._expect(model, before, canvas, batch, keys)
             first_pass += 1
         for number in range(1 + self.unrolls):
-            hidden = forward(canvas, first_pass + number, self_condition=prediction)
+            hidden = forward(canvas, first_pass + number, self_condition=prediction, rate=rate)
             where = batch.loss_weights != 0 if self.auxiliary else scored
             nll, loss = self._token_losses(model, hidden, batch, where, train=train)
             losses.append(weighted_sum(loss, jnp.where(scored, weights, 0.0)))

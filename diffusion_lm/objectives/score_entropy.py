@@ -160,7 +160,7 @@ class ScoreEntropy:
                 scores = logits + (scale - jnp.log(kinds(mask_id, logits.shape[-1])))[..., None]
             return score_entropy(scores, tokens, noisy, level, mask_id)
 
-        hidden = forward(noisy_BT)
+        hidden = forward(noisy_BT, rate=1.0 - noise.level(t_BT).signal)
         return mapped_losses(model, hidden, self.alignment, batch, fn, batch.tokens, noisy_BT, t_BT, mask_id=mask_id)
 
     def _at(

@@ -175,7 +175,7 @@ class TokenSchedules:
             log_mu = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
             return (jnp.sum(jnp.exp(log_p) * w_V, axis=-1) - rate * (1.0 + log_mu)) / t
 
-        hidden = forward(jnp.where(masked_BT, self.mask_id, batch.tokens), number)
+        hidden = forward(jnp.where(masked_BT, self.mask_id, batch.tokens), number, rate=t_BT)
         seen = batch.replace(loss_weights=jnp.where(masked_BT, batch.loss_weights, 0.0))
         return mapped_losses(model, hidden, self.alignment, seen, fn, batch.tokens, t_BT, mask_id=self.mask_id)
 

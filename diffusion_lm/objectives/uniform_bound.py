@@ -233,7 +233,7 @@ class UniformNelbo:
                 weight = bound_weight(tokens, noisy, level, mask_id, logits.shape[-1])
             return second + weight * (apart.kl + jnp.expm1(apart.log_ratio) - apart.log_ratio)
 
-        hidden = forward(noisy_BT)
+        hidden = forward(noisy_BT, rate=1.0 - noise.level(t_BT).signal)
         return mapped_losses(model, hidden, self.alignment, batch, fn, batch.tokens, noisy_BT, t_BT, mask_id=mask_id)
 
     def _at(

@@ -6,6 +6,7 @@ this approximates: what is stored was computed before the block's tokens were wr
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import flax.struct
@@ -134,13 +135,13 @@ class Feed:
         wanted = used & (settings.cache.fed(needed) | fresh[:, None])
         return cls(kept.cache, wanted, settings.cache.widths(active.shape[1], settings.block + settings.alignment.back))
 
-    def run(self, model: Model, tokens: jax.Array, self_condition: jax.Array | None, **inputs: Any) -> Any:
+    def run(self, model: Model, tokens: jax.Array, slotwise: Mapping[str, jax.Array | None], **inputs: Any) -> Any:
         """Runs the network over the wanted slots, at the smallest width that holds those of all rows.
 
         Args:
           model: the network.
           tokens: i32[R',T], R' = R, or 2 R under guidance.
-          self_condition: [R',T,D] or None.
+          slotwise: further arguments, [R',T,...] or None.
           **inputs: of the call, of T slots.
 
         Returns:
@@ -157,19 +158,11 @@ class Feed:
             inside = jnp.minimum(at, length - 1)
 
             def call(cache: KVCache) -> Any:
-                signal = None
-                if self_condition is not None:
-                    signal = jnp.take_along_axis(self_condition, inside[:, :, None], axis=1)
-                hidden = model(
-                    jnp.take_along_axis(tokens, inside, axis=1),
-                    positions=at,
-                    self_condition=signal,
-                    cache=cache,
-                    **inputs,
-                )
+                rows = jnp.arange(tokens.shape[0])[:, None]
+                fed = jax.tree.map(lambda x: x[rows, inside], dict(slotwise))
+                hidden = model(tokens[rows, inside], positions=at, cache=cache, **fed, **inputs)
                 read = hidden.values_BTD
                 whole = jnp.zeros((*tokens.shape, read.shape[-1]), read.dtype)
-                rows = jnp.arange(tokens.shape[0])[:, None]
                 return hidden.replace(values_BTD=whole.at[rows, at].set(read, mode="drop"))
 
             return call

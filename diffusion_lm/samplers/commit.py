@@ -41,6 +41,10 @@ class CommitRule(Protocol):
         """
         ...
 
+    def rate(self, view: View) -> jax.Array:
+        """Returns f32[R,1], the rate of noise of which a network that reads a time is told where no MASK shows it."""
+        ...
+
     def decide(self, view: View) -> Decision:
         """Returns what to write and what to erase. In the last step of a block all open slots are written anyway."""
         ...
@@ -75,6 +79,10 @@ class Rule:
         """None: the network's prediction is drawn from."""
         del view
         return None
+
+    def rate(self, view: View) -> jax.Array:
+        """The time itself, on an even grid from 1 to 0."""
+        return view.times()[0]
 
     def at_most(self, view: View) -> Decision | None:
         """None: only the draws can tell."""

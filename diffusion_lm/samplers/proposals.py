@@ -11,6 +11,7 @@ from diffusion_lm.core.types import Batch, TokenStats
 from diffusion_lm.nn.cross_entropy import Noised
 from diffusion_lm.nn.masks import Causal, Queries, Visibility
 from diffusion_lm.nn.named_masks import named_blocks, named_visibility
+from diffusion_lm.nn.time_conditioning import told_time
 from diffusion_lm.noise.corruption import Corruption
 from diffusion_lm.samplers.base import Model
 from diffusion_lm.samplers.blockwise import unfinished_slots
@@ -88,7 +89,12 @@ class Proposal:
         return Kept.nothing(self.model.init_cache(R * self.rows_per_call, T), R)
 
     def run(
-        self, canvas: jax.Array, active: jax.Array, prediction: jax.Array | None = None, feed: Feed | None = None
+        self,
+        canvas: jax.Array,
+        active: jax.Array,
+        prediction: jax.Array | None = None,
+        rate: jax.Array | None = None,
+        feed: Feed | None = None,
     ) -> tuple[Any, Any]:
         """Runs one network call.
 
@@ -96,6 +102,7 @@ class Proposal:
           canvas: i32[R,T].
           active: bool[R,T], the slots that are being decoded.
           prediction: [R,T,P,D], what the draws of the call before returned as `expected`, or None.
+          rate: f32[R,T], how much noise the target slots hold, of which a network that reads a time is told.
           feed: the slots to read, where a cache holds the others; None reads all.
 
         Returns:
@@ -103,9 +110,10 @@ class Proposal:
           None).
         """
         rows, tokens = self.rows, canvas
+        told = told_time(self.model.spec, rate, rows.target_mask)
         if self.blank is not None:
             tokens = jnp.concatenate([canvas, jnp.where(rows.target_mask, canvas, self.blank)])
-            rows, active = _joined(rows, rows), _joined(active, active)
+            rows, active, told = _joined(rows, rows), _joined(active, active), _joined(told, told)
         if prediction is not None:
             prediction = jnp.concatenate(jnp.unstack(prediction, axis=2))
         inputs = {
@@ -114,9 +122,9 @@ class Proposal:
             "encoder": self.encoder,
         }
         if feed is None:
-            hidden = self.model(tokens, positions=rows.positions, self_condition=prediction, **inputs)
+            hidden = self.model(tokens, positions=rows.positions, self_condition=prediction, **told, **inputs)
         else:
-            hidden = feed.run(self.model, tokens, prediction, **inputs)
+            hidden = feed.run(self.model, tokens, {"self_condition": prediction, **told}, **inputs)
         if self.blank is None:
             return hidden, None
         R = canvas.shape[0]

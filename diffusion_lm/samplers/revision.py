@@ -218,6 +218,10 @@ class UniformAncestral(Rule):
     revises = True
     needs_uniform_noise = True
 
+    def rate(self, view: View) -> jax.Array:
+        """Returns 1 - alpha_t."""
+        return 1.0 - self.schedule.alpha(view.times()[0])
+
     def signal(self, view: View) -> jax.Array:
         """Returns alpha_s."""
         return jnp.clip(self.schedule.alpha(view.times()[1]), 0.0, 1.0)

@@ -96,6 +96,12 @@ class SelfSpeculation:
 
     def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.base.Sampler`."""
+        require(
+            not model.spec.time_conditioning,
+            "a network that reads the time cannot draft and verify in one pass: the same MASK has no time of its own",
+            where="TransformerSpec.time_conditioning",
+            fix="Set it to False, or decode with DenoisingSampler.",
+        )
         window = Window.of(prompt)
         network = LeftToRight(model, prompt, window, "causal")
         encoder = network.encode()

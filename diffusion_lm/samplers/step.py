@@ -12,6 +12,7 @@ from diffusion_lm.architectures.exponents import token_exponents
 from diffusion_lm.core.rng import fold_in_each
 from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn.cross_entropy import Noised
+from diffusion_lm.nn.named_masks import noise_share
 from diffusion_lm.samplers.base import ended_before
 from diffusion_lm.samplers.blockwise import Blocks
 from diffusion_lm.samplers.caching import Feed
@@ -179,7 +180,8 @@ class Step:
         if kept is not None:
             feed = Feed.of(settings, kept, state.block, view.active, self.proposal.rows.segment_ids > 0)
             noisy &= settings.alignment.to_tokens(feed.wanted)
-        passes, temperature = self.proposal.run(view.canvas, view.active, prediction, feed), settings.temperature
+        rate = self._rate(view, state)
+        passes, temperature = self.proposal.run(view.canvas, view.active, prediction, rate, feed), settings.temperature
         if kept is not None:
             kept = kept.after(passes[0].cache, state.block, view.active)
         if settings.final_temperature is not None:
@@ -213,6 +215,14 @@ class Step:
         view = view.replace(stats=stats(where, tuple(dict.fromkeys(summaries))))
         decided = commit.decide(self._with_ends_last(view) if settings.end == "defer" else view)
         return view, self._filled(view, decided), kept
+
+    def _rate(self, view: View, state: State) -> jax.Array:
+        """Returns f32[R,T], how much noise each target slot holds: what is MASK shows it, of other noise the clock."""
+        settings, target_mask = self.settings, self.proposal.rows.target_mask
+        if settings.mask_id is not None:
+            return noise_share(view.canvas == settings.mask_id, target_mask, settings.visibility)
+        to_come = self.blocks.number > state.block[:, None]
+        return jnp.where(view.active, settings.commit.rate(view), to_come.astype(jnp.float32))
 
     def _with_ends_last(self, view: View) -> View:
         """Closes slots whose draw is an end, before anything is ranked (trap T47), while others are open."""

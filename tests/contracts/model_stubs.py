@@ -37,7 +37,9 @@ class TableArchitecture:
 
     @property
     def spec(self) -> Any:
-        return types.SimpleNamespace(vocab_size=self.table.shape[1], logits_chunk=4096, self_conditioning=False)
+        return types.SimpleNamespace(
+            vocab_size=self.table.shape[1], logits_chunk=4096, self_conditioning=False, time_conditioning=False
+        )
 
     def hidden(self, params, tokens, *, positions, cache=None, **unused):
         return Hidden(jnp.asarray(self.table, jnp.float32)[tokens if self.by_token else positions], cache)
@@ -71,6 +73,10 @@ def nano(**changes) -> BoundModel:
             layer = params["self_conditioning"]
             down = 0.3 * jax.random.normal(jax.random.key(4), layer["mlp"]["down"].shape)
             params["self_conditioning"] = layer | {"mlp": layer["mlp"] | {"down": down}}
+        if spec.time_conditioning:
+            layer = params["time_conditioning"]
+            down = 0.3 * jax.random.normal(jax.random.key(5), layer["down"].shape)
+            params["time_conditioning"] = layer | {"down": down}
         _nano[spec] = BoundModel(architecture, params)
     return _nano[spec]
 

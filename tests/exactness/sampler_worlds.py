@@ -90,7 +90,9 @@ class _WorldArchitecture:
 
     @property
     def spec(self) -> Any:
-        return types.SimpleNamespace(vocab_size=self.world.V + 1, logits_chunk=1 << 22, self_conditioning=False)
+        return types.SimpleNamespace(
+            vocab_size=self.world.V + 1, logits_chunk=1 << 22, self_conditioning=False, time_conditioning=False
+        )
 
     def hidden(self, params, tokens, *, cache=None, **unused):
         world = self.world

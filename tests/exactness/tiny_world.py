@@ -25,7 +25,9 @@ class CanvasArchitecture:
 
     @property
     def spec(self) -> Any:
-        return types.SimpleNamespace(vocab_size=self.table.shape[-1], logits_chunk=4096, self_conditioning=False)
+        return types.SimpleNamespace(
+            vocab_size=self.table.shape[-1], logits_chunk=4096, self_conditioning=False, time_conditioning=False
+        )
 
     def hidden(self, params, tokens, **unused):
         V, L = self.table.shape[-1], self.table.shape[1]

@@ -32,7 +32,9 @@ class CanvasArchitecture:
 
     @property
     def spec(self) -> Any:
-        return types.SimpleNamespace(vocab_size=self.base, logits_chunk=1 << 20, self_conditioning=False)
+        return types.SimpleNamespace(
+            vocab_size=self.base, logits_chunk=1 << 20, self_conditioning=False, time_conditioning=False
+        )
 
     def hidden(self, params, tokens, *, cache=None, **unused):
         digits = self.base ** jnp.arange(tokens.shape[1] - 1)
