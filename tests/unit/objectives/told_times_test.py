@@ -1,4 +1,4 @@
-"""What a network that reads the time is told in training, in bounds and by estimators: the rate of noise of each slot."""
+"""What a network that reads the time is told in training, in bounds and by estimators: each slot's rate of noise."""
 
 import dataclasses
 
