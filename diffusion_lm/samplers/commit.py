@@ -41,8 +41,11 @@ class CommitRule(Protocol):
         """
         ...
 
-    def rate(self, view: View) -> jax.Array:
-        """Returns f32[R,1], the rate of noise of which a network that reads a time is told where no MASK shows it."""
+    def noise_rate(self, view: View) -> jax.Array | None:
+        """Returns f32[R,1], the rate of noise that the rule takes the active slots to have; a network may be told it.
+
+        None where the rule knows no rate.
+        """
         ...
 
     def decide(self, view: View) -> Decision:
@@ -80,9 +83,10 @@ class Rule:
         del view
         return None
 
-    def rate(self, view: View) -> jax.Array:
-        """The time itself, on an even grid from 1 to 0."""
-        return view.times()[0]
+    def noise_rate(self, view: View) -> jax.Array | None:
+        """None: the rule counts slots or steps."""
+        del view
+        return None
 
     def at_most(self, view: View) -> Decision | None:
         """None: only the draws can tell."""
@@ -136,6 +140,10 @@ class Ancestral(Rule):
     def revises(self) -> bool:
         """Whether there is remasking."""
         return self.remasking is not None
+
+    def noise_rate(self, view: View) -> jax.Array:
+        """Returns 1 - alpha_t."""
+        return 1.0 - self.schedule.alpha(view.times(self.last_time)[0])
 
     def decide(self, view: View) -> Decision:
         """Reveals open slots; with remasking, erases committed ones."""

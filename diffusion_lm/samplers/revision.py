@@ -218,7 +218,7 @@ class UniformAncestral(Rule):
     revises = True
     needs_uniform_noise = True
 
-    def rate(self, view: View) -> jax.Array:
+    def noise_rate(self, view: View) -> jax.Array:
         """Returns 1 - alpha_t."""
         return 1.0 - self.schedule.alpha(view.times()[0])
 

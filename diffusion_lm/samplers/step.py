@@ -12,7 +12,7 @@ from diffusion_lm.architectures.exponents import token_exponents
 from diffusion_lm.core.rng import fold_in_each
 from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn.cross_entropy import Noised
-from diffusion_lm.nn.named_masks import noise_share
+from diffusion_lm.nn.named_masks import named_blocks, noise_share
 from diffusion_lm.samplers.base import ended_before
 from diffusion_lm.samplers.blockwise import Blocks
 from diffusion_lm.samplers.caching import Feed
@@ -217,12 +217,17 @@ class Step:
         return view, self._filled(view, decided), kept
 
     def _rate(self, view: View, state: State) -> jax.Array:
-        """Returns f32[R,T], how much noise each target slot holds: what is MASK shows it, of other noise the clock."""
-        settings, target_mask = self.settings, self.proposal.rows.target_mask
-        if settings.mask_id is not None:
-            return noise_share(view.canvas == settings.mask_id, target_mask, settings.visibility)
+        """Returns f32[R,T], the rate of noise at each target slot, of which a network may be told.
+
+        It is the commit rule's where that follows a schedule, over the slots for which the network was trained to have
+        one time. Else the share of MASK, or, where the noise has none, the clock.
+        """
+        settings, rate = self.settings, self.settings.commit.noise_rate(view)
+        one_time = not settings.block or named_blocks(settings.visibility) is not None
+        if settings.mask_id is not None and (rate is None or not one_time):
+            return noise_share(view.canvas == settings.mask_id, self.proposal.rows.target_mask, settings.visibility)
         to_come = self.blocks.number > state.block[:, None]
-        return jnp.where(view.active, settings.commit.rate(view), to_come.astype(jnp.float32))
+        return jnp.where(view.active, view.times()[0] if rate is None else rate, to_come.astype(jnp.float32))
 
     def _with_ends_last(self, view: View) -> View:
         """Closes slots whose draw is an end, before anything is ranked (trap T47), while others are open."""

@@ -36,6 +36,10 @@ class TokenAncestral(Rule):
             fix="0.0 runs the whole process.",
         )
 
+    def noise_rate(self, view: View) -> jax.Array:
+        """Returns t, of which `objectives.token_schedules` tells the network."""
+        return view.times(self.last_time)[0]
+
     def decide(self, view: View) -> Decision:
         """Reveals what its token's coin says.
 

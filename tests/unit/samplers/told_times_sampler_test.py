@@ -14,7 +14,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
 from diffusion_lm.noise.schedules import Cosine
 from diffusion_lm.samplers.caching import DualCache, PrefixCache
-from diffusion_lm.samplers.commit import Everything, Ranked
+from diffusion_lm.samplers.commit import Ancestral, Everything, Ranked
 from diffusion_lm.samplers.denoising import DenoisingSampler
 from diffusion_lm.samplers.revision import UniformAncestral
 from diffusion_lm.samplers.speculation import SelfSpeculation
@@ -66,6 +66,16 @@ def test_a_network_of_blocks_is_told_each_block_by_itself():
                 block = slice(start, min(start + 3, end))
                 np.testing.assert_allclose(time[row, block], (tokens[row, block] == MASK).mean(), rtol=1e-6)
     assert any(len(np.unique(time[0])) > 2 for *_, time in calls)
+
+
+def test_a_rule_with_a_schedule_says_it_itself_but_not_for_blocks_that_the_network_does_not_know():
+    ancestral = dataclasses.replace(MASKED, commit=Ancestral(Cosine()), steps=4, temperature=1.0)
+    rates = 1.0 - np.asarray(Cosine().alpha(jnp.float32([1.0, 0.75, 0.5, 0.25])))
+    for _, _, time in heard(ancestral):
+        assert all(any(np.isclose(value, [0.0, *rates], atol=1e-5)) for value in np.unique(time))
+    for tokens, _, time in heard(dataclasses.replace(ancestral, block=4, steps=8)):
+        share = ((tokens == MASK) & TARGET).sum(axis=1) / TARGET.sum(axis=1)
+        np.testing.assert_allclose(time, np.where(TARGET, share[:, None], 0.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
