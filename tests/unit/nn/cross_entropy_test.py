@@ -35,6 +35,46 @@ def test_chunked_nll_equals_optax_in_value_and_gradient(setup, chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
 
 
+@pytest.mark.parametrize("some", [False, True], ids=["all slots", "some slots"])
+def test_a_loop_has_the_gradients_of_all_that_its_chunks_read(setup, monkeypatch, some):
+    """Bias and transform of the head, the states, and a float beside them, against all logits at once."""
+    monkeypatch.setattr(chunks, "_grain", lambda *sizes: 2)
+    monkeypatch.setattr(chunks, "UNROLLED_BYTES", 0)
+    hidden, head, targets = setup
+    head = head.replace(transform=jnp.eye(D) + 0.1, run_transform=lambda w, x: jnp.tanh(x @ w))
+    where = jax.random.bernoulli(jax.random.key(6), 0.5, (B, T)) if some else None
+    scale = jax.random.uniform(jax.random.key(7), (B, T))
+
+    def fn(logits, tokens, scale):
+        return scale * jnp.take_along_axis(jnp.square(jax.nn.log_softmax(logits)), tokens[..., None], -1)[..., 0]
+
+    def graded(chunk):
+        def loss(hidden, head, scale):
+            mapped = cross_entropy.chunked_map(fn, hidden, head, (targets, scale), chunk, where_BT=where)
+            terms = cross_entropy.chunked_nll_terms(hidden, head, targets, chunk, where_BT=where)
+            return mapped.sum() + (terms.nll + 0.3 * terms.log_z**2 + 0.1 * terms.uniform_nll).sum()
+
+        return jax.value_and_grad(loss, (0, 1, 2))(hidden, head, scale)
+
+    looped, jaxpr = graded(6), str(jax.make_jaxpr(lambda: graded(6))())
+    assert "while" in jaxpr
+    everywhere = jnp.ones((B, T), bool) if where is None else where
+    whole = graded_dense(fn, hidden, head, targets, scale, everywhere)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), looped, whole)
+
+
+def graded_dense(fn, hidden, head, targets, scale, where):
+    def loss(hidden, head, scale):
+        logits = cross_entropy.logits(hidden, head)[..., :V]
+        log_p = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+        log_z = jax.nn.logsumexp(logits, -1)
+        losses = fn(logits, targets, scale) + nll + 0.3 * log_z**2 - 0.1 * log_p.mean(-1)
+        return jnp.where(where, losses, 0.0).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2))(hidden, head, scale)
+
+
 @pytest.mark.parametrize("chunk", [6, 1000])
 def test_nll_terms(setup, chunk):
     hidden, head, targets = setup
