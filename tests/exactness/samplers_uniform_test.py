@@ -32,7 +32,8 @@ class Asked:
 
     @property
     def spec(self) -> Any:
-        return types.SimpleNamespace(vocab_size=V, logits_chunk=1 << 22, self_conditioning=False)
+        layers = {"self_conditioning": False, "time_conditioning": False}
+        return types.SimpleNamespace(vocab_size=V, logits_chunk=1 << 22, **layers)
 
     def hidden(self, params, tokens, **unused):
         code = tokens[:, 2:] @ (V ** jnp.arange(L)[::-1])
