@@ -242,8 +242,9 @@ class BlockDenoising:
           pass_number: which of several passes it is, for dropout.
         """
         length = batch.tokens.shape[1]
-        maskable = sum_by_run(self.maskable(batch, blocks).astype(jnp.float32), blocks.runs)
-        share = sum_by_run(masked_BT.astype(jnp.float32), blocks.runs) / jnp.maximum(maskable, 1.0)
+        # Of all target tokens, seeds too: so samplers count (`nn.named_masks.noise_share`).
+        total = sum_by_run(batch.target_mask.astype(jnp.float32), blocks.runs)
+        share = sum_by_run(masked_BT.astype(jnp.float32), blocks.runs) / jnp.maximum(total, 1.0)
         noisy_side = jnp.concatenate([batch.target_mask, jnp.zeros_like(batch.target_mask)], axis=1)
         hidden = model(
             jnp.concatenate([jnp.where(masked_BT, self.mask_id, batch.tokens), batch.tokens], axis=1),
