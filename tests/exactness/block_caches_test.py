@@ -213,7 +213,7 @@ def test_T44_the_slots_that_a_pass_reads(cache):
 
 def stored(model, canvas, wanted, cache):
     feed = Feed(cache, wanted, (LENGTH,))
-    return feed.run(model, canvas, None, visibility=Full(), segment_ids=PROMPT.segment_ids, encoder=None)
+    return feed.run(model, canvas, {}, visibility=Full(), segment_ids=PROMPT.segment_ids, encoder=None)
 
 
 @both_caches
