@@ -10,10 +10,11 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import fold_in_each, stream_number
 from diffusion_lm.core.types import Params
 from diffusion_lm.nn import stack
+from diffusion_lm.nn.attention_layer import stack_bias
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain
 from diffusion_lm.nn.head import Head
-from diffusion_lm.nn.layers import Context, row_dropout, stack_bias
+from diffusion_lm.nn.layers import Context, row_dropout
 from diffusion_lm.nn.masks import Segments, Visibility, Window, same_segment
 from diffusion_lm.nn.time_conditioning import (
     init_time_conditioning,

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.types import Params
+from diffusion_lm.nn.block import Block
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
-from diffusion_lm.nn.layers import ADAPTERS, Block, Context, HeadTransform, Norm, SelfConditioning
+from diffusion_lm.nn.layers import ADAPTERS, Context, HeadTransform, Norm, SelfConditioning
 from diffusion_lm.nn.remat import rematerialise
 from diffusion_lm.nn.transformer import TransformerSpec
 

@@ -1,0 +1,157 @@
+"""The attention layer, as a Linen module: its matrices, positions and biases. The products are `nn/attention.py`'s."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion_lm.nn.attention import attend
+from diffusion_lm.nn.embeddings import relative_bias, relative_diagonals, rotary, rotate
+from diffusion_lm.nn.layers import Context, Norm, add_low_rank, fan_in_normal, parameter
+from diffusion_lm.nn.linear import linear
+from diffusion_lm.nn.rope import LinearRope, base_frequencies
+from diffusion_lm.nn.transformer import TransformerSpec
+
+
+def stack_bias(
+    spec: TransformerSpec, table: jax.Array, q_slots: jax.Array | None, slots: int, copies: int, *, written_out: bool
+) -> jax.Array:
+    """Returns the relative bias f32[B|1,H,Q,T], or its diagonals f32[H,2L], for `copies` of a stream in a row.
+
+    Args:
+      spec: the network's shape.
+      table: [buckets,H].
+      q_slots: i32[B,Q], the queries' slots; None means all.
+      slots: T, the slots of a row.
+      copies: see above.
+      written_out: whether attention wants the matrix and not its diagonals.
+    """
+    settings: Any = {"bidirectional": spec.relative_bidirectional, "max_distance": spec.relative_max_distance}
+    if not written_out:
+        return relative_diagonals(table, slots // copies, **settings)
+    bias = relative_bias(table, q_slots, slots // copies, **settings)
+    return jnp.tile(bias, (1, 1, copies, copies)) if copies > 1 else bias
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention, over the stream itself or over an encoder's memory.
+
+    Attributes:
+      spec: the network's shape.
+      cross: whether keys and values come from the encoder; then they carry no positions.
+    """
+
+    spec: TransformerSpec
+    cross: bool = False
+
+    def setup(self):
+        """Declares the parameters, so that keys and values can also be projected on their own."""
+        spec = self.spec
+        D, H, K, E = spec.model_dim, spec.num_heads, spec.kv_heads, spec.head_dim
+        dtype = jnp.dtype(spec.param_dtype)
+        # T5 has no 1/sqrt(E) in front of the scores; its initialiser makes the queries smaller by that much.
+        query_fan_in = D * E if spec.attention_scale == "none" else D
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        self.query = parameter(
+            self, "query", fan_in_normal(query_fan_in), (D, H, E), ("embed", "heads", "head_dim"), dtype
+        )
+        self.key = parameter(self, "key", fan_in_normal(D), (D, K, E), kv_axes, dtype)
+        self.value = parameter(self, "value", fan_in_normal(D), (D, K, E), kv_axes, dtype)
+        self.output = parameter(self, "output", fan_in_normal(H * E), (H, E, D), ("heads", "head_dim", "embed"), dtype)
+        zeros = nn.initializers.zeros
+        if spec.has_qkv_bias:
+            self.query_bias = parameter(self, "query_bias", zeros, (H, E), ("heads", "head_dim"), dtype)
+            self.key_bias = parameter(self, "key_bias", zeros, (K, E), ("kv_heads", "head_dim"), dtype)
+            self.value_bias = parameter(self, "value_bias", zeros, (K, E), ("kv_heads", "head_dim"), dtype)
+        if spec.has_attention_output_bias:
+            self.output_bias = parameter(self, "output_bias", zeros, (D,), ("norm",), dtype)
+        if spec.position == "relative_bias" and spec.relative_per_layer and not self.cross:
+            shape, axes = (spec.relative_buckets, H), ("relative_buckets", "heads")
+            fresh = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+            self.relative_bias = parameter(self, "relative_bias", fresh, shape, axes, dtype)
+        if spec.qk_norm:
+            self.query_norm = Norm(spec)
+            self.key_norm = Norm(spec)
+
+    def keys_values(
+        self, x_BTD: jax.Array, positions: jax.Array | None, windowed: bool | jax.Array = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns (k_BTKE, v_BTKE) of a stream, position encoding applied; `windowed` as in `Context`."""
+        k = self._project(x_BTD, "key")
+        v = self._project(x_BTD, "value")
+        if self.spec.qk_norm:
+            k = self.key_norm(k)
+        if self.spec.position == "rope" and not self.cross:
+            assert positions is not None
+            k = self._rotated(k, positions, windowed)
+        return k, v
+
+    def own_bias(self, context: Context, q_slots: jax.Array | None, slots: int) -> jax.Array | None:
+        """Returns this layer's relative bias as in `Context`, or None where layers have none of their own.
+
+        Args:
+          context: of the block.
+          q_slots: as in `embeddings.relative_bias`.
+          slots: T, the slots of a row.
+        """
+        spec = self.spec
+        if spec.position != "relative_bias" or not spec.relative_per_layer:
+            return None
+        written_out = isinstance(context.mask, jax.Array)
+        return stack_bias(spec, self.relative_bias, q_slots, slots, context.copies, written_out=written_out)
+
+    def queries(self, x_BQD: jax.Array, positions: jax.Array, windowed: bool | jax.Array = False) -> jax.Array:
+        """Returns scaled q_BQHE, position encoding applied; `windowed` as in `Context`."""
+        spec = self.spec
+        q = self._project(x_BQD, "query")
+        if spec.qk_norm:
+            q = self.query_norm(q)
+        if spec.position == "rope" and not self.cross:
+            q = self._rotated(q, positions, windowed)
+        size = spec.head_dim if spec.attention_scale_size is None else spec.attention_scale_size
+        return q * jnp.asarray(size**-0.5, q.dtype) if spec.attention_scale == "inverse_sqrt" else q
+
+    def _rotated(self, x_BTHE: jax.Array, positions: jax.Array, windowed: bool | jax.Array) -> jax.Array:
+        """Returns queries or keys rotated by their positions, at the frequencies of a layer with or without window."""
+        spec = self.spec
+        theta = spec.window_rope_theta
+        if theta is None or windowed is False:
+            return rotary(x_BTHE, positions, spec.rope_theta, spec.rope_scaling)
+        if windowed is True:
+            return rotary(x_BTHE, positions, theta)
+        far = spec.rope_scaling or LinearRope(1.0)
+        frequencies = jnp.where(
+            windowed, base_frequencies(spec.head_dim, theta), far.frequencies(spec.head_dim, spec.rope_theta)
+        )
+        return rotate(x_BTHE, positions, frequencies, jnp.where(windowed, 1.0, far.magnitude))
+
+    def __call__(self, x_BQD, keys_values, context: Context) -> jax.Array:
+        """Returns [B,Q,D]: what the queries of `x_BQD` read from (k_BTKE, v_BTKE)."""
+        spec, constrain = self.spec, context.constrain
+        mask = context.memory_mask if self.cross else context.mask
+        assert mask is not None
+        q = constrain(
+            self.queries(x_BQD, context.positions, context.windowed), ("batch", "length", "heads", "head_dim")
+        )
+        out = attend(
+            q,
+            *keys_values,
+            mask=mask,
+            bias=None if self.cross else context.bias,
+            softcap=spec.attention_softcap,
+            implementation=spec.attention,
+            constrain=constrain,
+        )
+        out = constrain(out, ("batch", "length", "heads", "head_dim"))
+        read = out
+        out = linear(read, self.output, 2)
+        out = add_low_rank(self, "output", out, read, inputs=2)
+        return out + self.output_bias.astype(out.dtype) if spec.has_attention_output_bias else out
+
+    def _project(self, x_BTD, name: str):
+        out = linear(x_BTD, getattr(self, name))
+        out = add_low_rank(self, name, out, x_BTD)
+        if self.spec.has_qkv_bias:
+            out = out + getattr(self, f"{name}_bias").astype(out.dtype)
+        return out
