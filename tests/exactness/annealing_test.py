@@ -112,6 +112,7 @@ def test_impossible_settings_are_errors():
         MaskAnnealing(steps=0)
 
 
+@pytest.mark.thorough
 def test_blocks_grow_and_shrink_with_the_steps():
     """In each phase the loss is that of a fixed block size, gradient for gradient; the bound is that of the last."""
     growth = BlockSizes(sizes=(1, 4, 64, 3), until=(2, 5, 9))

@@ -131,7 +131,7 @@ def slow_decode(objective, run, row, sub_block, threshold):
     return tokens, passes
 
 
-@pytest.mark.parametrize("first_block", ["target", "example"])
+@pytest.mark.parametrize("first_block", ["target", pytest.param("example", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_decoding_is_a_slow_loop_over_the_training_pass(pair, first_block):
     """Ragged rows, prompts that end inside a block, sub-blocks, seeds; every row as if it were alone."""

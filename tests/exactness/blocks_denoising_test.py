@@ -305,6 +305,7 @@ def average(objective, model, batch, steps=800):
     ],
     ids=str,
 )
+@pytest.mark.thorough
 def test_training_and_bound_have_the_same_expectation(fields):
     """Bernoulli masks at every rate with 1/rate, exact counts with n/k, complementary pairs, seeds: one number."""
     model, batch = stubs.nano(vocab_size=TINY), stubs.rows_of(world(4), range(0, 1296, 160))
@@ -313,6 +314,7 @@ def test_training_and_bound_have_the_same_expectation(fields):
     np.testing.assert_allclose(average(objective, model, batch), bound, rtol=0.05)
 
 
+@pytest.mark.thorough
 def test_the_bound_is_an_upper_bound():
     """Two tokens, one block: the any-order bound by enumeration against the mixture over both orders (Jensen)."""
     model, batch = stubs.nano(vocab_size=TINY), world(2)

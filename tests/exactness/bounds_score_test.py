@@ -25,7 +25,7 @@ PROCESSES = {
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("t", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("t", [pytest.param(0.05, marks=pytest.mark.thorough), 0.5, 0.95])
 def test_the_true_ratios_are_the_minimum_and_it_is_zero(name, t):
     vocab_size, noise = PROCESSES[name]
     data = 3 if noise.mask_id is not None else vocab_size

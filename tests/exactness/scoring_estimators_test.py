@@ -185,6 +185,7 @@ def counted(estimator, batch, **options):
     return scores, model.architecture.calls
 
 
+@pytest.mark.thorough
 def test_T23_monte_carlo_remainder():
     """Seven draws in batches of three are seven; one token needs one forward pass and has no variance."""
     long = continuation_batch([[7]], [[8, 9, 10, 11]], 8, bos_id=2)

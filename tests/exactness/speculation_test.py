@@ -36,7 +36,9 @@ def both(model, prompt, form, draft, **fields):
     return expected, stubs.generate(SelfSpeculation(MASK, draft, **FORMS[form], **fields), model, prompt, KEYS)
 
 
-@pytest.mark.parametrize(("temperature", "draft"), [(0.0, 5), (1.0, 3)])
+@pytest.mark.parametrize(
+    ("temperature", "draft"), [pytest.param(0.0, 5, marks=pytest.mark.thorough), (1.0, 3)], ids=["greedy", "draws"]
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_the_autoregressive_decode(form, temperature, draft):
     """Token for token, with its scores; a random network accepts some drafts and rejects others."""

@@ -271,6 +271,7 @@ def test_with_all_exponents_one_the_sampler_has_the_law_of_ancestral_sampling():
     assert worlds.follows(counts(Ancestral(), 20_000, 3, ones), step_law(ones, 3)), "and ignores exponents"
 
 
+@pytest.mark.thorough
 def test_T52_genmd4_goes_to_the_process_of_the_bound():
     """The enumerated laws converge like 1/T; at T = 100 draws cannot be told from the process in continuous time."""
     distances = [np.abs(step_law(W, steps) - limit_law(W)).sum() / 2 for steps in (4, 16, 64)]

@@ -99,6 +99,7 @@ def test_recipe_builds_and_builds_equal_objects(name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.thorough
 def test_resolved_recipe_is_the_same_recipe(name, tmp_path):
     loaded = config.load([f"gin/{name}"])
     root = build_root(loaded)

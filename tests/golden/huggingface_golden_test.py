@@ -75,6 +75,7 @@ def test_the_comparison_sees_each_field(name, changes, imported):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.thorough
 def test_bfloat16_comes_near(name):
     golden = _golden(name)
     ours = our_logits(load(FOLDER / name, param_dtype="bfloat16"), golden["ids"], golden["mask"])

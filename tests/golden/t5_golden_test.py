@@ -87,6 +87,7 @@ def test_export_writes_what_was_read(name, imported, tmp_path):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.thorough
 def test_decoding_from_a_cache_is_the_same_network(name, imported):
     """The causal buckets of one slot at a time are those of the whole row."""
     import jax.numpy as jnp

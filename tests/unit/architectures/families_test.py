@@ -72,6 +72,14 @@ FAMILIES = {
     "llama_double": LLAMA_DOUBLE,
 }
 every_family = pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
+# What compiles gradients or whole decodes: two families between any two changes, the others with what takes minutes.
+quick_families = pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, id=name, marks=() if name in ("gemma", "llama_double") else pytest.mark.thorough)
+        for name, spec in FAMILIES.items()
+    ],
+)
 VISIBILITIES = named_masks.VISIBILITY_NAMES
 
 
@@ -148,7 +156,7 @@ def test_logical_axes_match_the_parameters(spec):
     assert count["total"] == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-@every_family
+@quick_families
 def test_scanned_and_unrolled_and_rematerialised_agree(spec):
     model, tokens = bind(spec), token_ids(2, 5)
     encoder, visibility = source(spec, [6, 4]), masks.Causal()
@@ -276,7 +284,7 @@ def test_order_matters_under_full_visibility(spec):
     assert jnp.abs(forward - backward[:, ::-1]).max() > 0.05
 
 
-@every_family
+@quick_families
 def test_dropout_is_keyed_by_row(spec):
     spec = dataclasses.replace(spec, dropout_rate=0.3)
     model, tokens = bind(spec), token_ids(3, 5)
@@ -296,7 +304,7 @@ def test_dropout_is_keyed_by_row(spec):
     assert jnp.abs(whole - other).max() > 0.1
 
 
-@every_family
+@quick_families
 def test_bfloat16_computes_near_float32_with_float32_parameters(spec):
     model, tokens = bind(spec), token_ids(2, 5)
     half = BoundModel(network(dataclasses.replace(spec, dtype="bfloat16")), model.params)
@@ -334,6 +342,7 @@ def _causal(tokens):
 
 
 @pytest.mark.parametrize("spec", [T5, LLAMA, T5_DOUBLE], ids=["t5", "llama", "t5_double"])
+@pytest.mark.thorough
 def test_a_few_adamw_steps_learn_the_last_token(spec):
     spec = dataclasses.replace(spec, model_dim=32, head_dim=8, mlp_dim=64)
     architecture, optimizer = network(spec), optax.adamw(1e-3)

@@ -65,6 +65,7 @@ def test_decode_times_the_study_and_counts_its_passes(capsys, tmp_path):
     assert max(map(len, captured.out.splitlines())) <= 100
 
 
+@pytest.mark.thorough
 def test_decode_takes_samplers_and_a_network_of_their_own(capsys, tmp_path):
     (tmp_path / "net.gin").write_text(
         "from __gin__ import dynamic_registration\n"

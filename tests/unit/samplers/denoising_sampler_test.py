@@ -284,7 +284,11 @@ def test_impossible_settings_are_errors(fields):
 
 @pytest.mark.parametrize(
     "rule",
-    [Ancestral(), Ancestral(remasking=Capped(0.04)), TokenAncestral()],
+    [
+        pytest.param(Ancestral(), marks=pytest.mark.thorough),
+        Ancestral(remasking=Capped(0.04)),
+        pytest.param(TokenAncestral(), marks=pytest.mark.thorough),
+    ],
     ids=["ancestral", "remdm", "token_ancestral"],
 )
 def test_T42_cache_decided_for_the_whole_batch(rule, monkeypatch):

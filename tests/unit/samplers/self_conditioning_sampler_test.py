@@ -159,6 +159,7 @@ def test_T40_rows_and_candidates_do_not_depend_on_each_other():
     assert alone.forward_passes[0] < whole.forward_passes[1], "the short row is done before the long one"
 
 
+@pytest.mark.thorough
 def test_an_encoder_decoder_feeds_back_with_candidates_and_guidance():
     model = stubs.nano_encoder_decoder(**stubs.QUICK, self_conditioning=True)
     prompt = stubs.as_prompt(stubs.make_batch([1, 1, 1], [8, 3, 6], 11, encoder=True))

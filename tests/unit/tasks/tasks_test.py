@@ -62,6 +62,7 @@ def read(name, split, limit=None):
     return task, rows, texts, references
 
 
+@pytest.mark.thorough
 def test_importing_the_tasks_reads_and_trains_nothing(tmp_path):
     program = (
         "import diffusion_lm_tasks.embedded as e, diffusion_lm_tasks.translation, diffusion_lm_tasks.code_synthesis,"

@@ -41,7 +41,15 @@ def run_steps(program, count, batch_size=4):
     return before, state, stats
 
 
-@pytest.mark.parametrize("optimizer", [None, Muon(), Adafactor()], ids=["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        None,
+        pytest.param(Muon(), marks=pytest.mark.thorough),
+        pytest.param(Adafactor(), marks=pytest.mark.thorough),
+    ],
+    ids=["adamw", "muon", "adafactor"],
+)
 def test_only_adapters_move_and_only_they_have_state(optimizer):
     program = program_of(ADAPTED, optimizer, ema_decay=0.9)
     before, state, _ = run_steps(program, 3)
@@ -80,6 +88,7 @@ def test_trained_part_and_rejoined_are_inverse():
     assert trained_part(whole, frozenset()) is whole
 
 
+@pytest.mark.thorough
 def test_from_an_ar_run_to_adapters_to_a_plain_network(tmp_path):
     """An AR run, a diffusion run of adapters on it that is interrupted, and the merged network as a run of 0 steps."""
     train(small_run(model=PLAIN, objective=AUTOREGRESSIVE, steps=2), tmp_path / "ar")
