@@ -1,5 +1,6 @@
 """What is wrong with a checkpoint is said with the tensor and the file, before anything is read or written."""
 
+import dataclasses
 import json
 import shutil
 
@@ -321,6 +322,14 @@ def test_export_refuses_what_was_built_on_a_network(tmp_path):
     extended = WithTokenSchedules(source.architecture)
     with pytest.raises(ConfigError, match="the family llama has no place for exponents"):
         save(tmp_path / "a", extended, extended.init(jax.random.key(0)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses_a_network_that_is_told_the_time(tmp_path):
+    plain = load(FOLDER / "llama").architecture
+    told = dataclasses.replace(plain, spec=dataclasses.replace(plain.spec, time_conditioning=True))
+    with pytest.raises(ConfigError, match="time_conditioning = True"):
+        save(tmp_path / "a", told, told.init(jax.random.key(0)))
     assert not list(tmp_path.iterdir())
 
 
