@@ -6,7 +6,7 @@ import pathlib
 import jax
 import pytest
 
-MOST_MAPS = 40_000
+MOST_MAPS = 25_000
 """Linux allows 65,530 a process, no file adds more than 15,000; programs that files share stay compiled below this."""
 
 

@@ -124,6 +124,7 @@ def test_T12_discrete_steps_converge_to_continuous_time():
         dataclasses.replace(MASKED, time=DiscreteTime(50))
 
 
+@pytest.mark.thorough
 def test_the_auxiliary_loss_of_d3pm_is_the_cross_entropy_of_all_tokens():
     """L_vb + lambda x CE of masked and intact tokens, over all masks and steps; the bound knows nothing of it."""
     steps, share = 4, 0.7

@@ -116,6 +116,7 @@ def test_the_discrete_bound_is_that_of_the_chain(world, steps):
     assert (ours > exact + 1e-2).any() or steps == 1
 
 
+@pytest.mark.thorough
 def test_the_auxiliary_loss_of_d3pm_is_the_cross_entropy_at_the_same_noise(world):
     """Of all tokens, intact ones included; the bound knows nothing of it."""
     vocab_size, noise, model = world

@@ -90,7 +90,11 @@ def _loss_and_gradient(model_name: str, objective_name: str, spec: MeshSpec):
 @pytest.mark.parametrize("spec", MESHES, ids=str)
 @pytest.mark.parametrize(
     ("model", "objective"),
-    [("single_stream", "autoregressive"), ("encoder_decoder", "diffusion"), ("single_stream", "annealed")],
+    [
+        ("single_stream", "autoregressive"),
+        pytest.param("encoder_decoder", "diffusion", marks=pytest.mark.thorough),
+        ("single_stream", "annealed"),
+    ],
 )
 def test_T27_loss_and_gradient_do_not_depend_on_the_mesh(model, objective, spec):
     value, gradient = _loss_and_gradient(model, objective, spec)
@@ -99,6 +103,7 @@ def test_T27_loss_and_gradient_do_not_depend_on_the_mesh(model, objective, spec)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradient, expected_gradient)
 
 
+@pytest.mark.thorough
 def test_predictions_that_are_fed_back_do_not_depend_on_the_mesh():
     """The fresh layer adds nothing yet; its last matrix has a gradient, and that is made of what it read."""
     spec = MeshSpec(data=2, fsdp=2, tensor=2)
@@ -108,6 +113,7 @@ def test_predictions_that_are_fed_back_do_not_depend_on_the_mesh():
     assert np.abs(np.asarray(expected["self_conditioning"]["mlp"]["down"])).max() > 1e-4
 
 
+@pytest.mark.thorough
 def test_learned_schedules_do_not_depend_on_the_mesh():
     """Exponents are split over the vocabulary, the draws and the two draws' difference are the example's own."""
     value, gradient = _loss_and_gradient("scheduled", "scheduled", MeshSpec(data=2, fsdp=2, tensor=2))

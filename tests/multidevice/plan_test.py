@@ -1,6 +1,7 @@
 """`plan` for some of this machine's CPU devices: the compiler is here, so all of it runs in a test."""
 
 import jax
+import pytest
 
 from diffusion_lm.cli import main
 from diffusion_lm.planning import topologies
@@ -25,6 +26,7 @@ def test_a_plan_of_all_three_programs(capsys):
     assert "at best" not in printed
 
 
+@pytest.mark.thorough
 def test_a_speed_study_is_planned_as_it_runs(capsys):
     """Its longest decodes, on one device: the arm that the comparison needs beside it says nothing of them."""
     given = ["--gin_file", "gin/recipes/ar2diff/speed.gin", "--gin_file", "gin/models/sizes/nano.gin"]

@@ -320,6 +320,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(spec):
 
 
 @pytest.mark.parametrize("spec", [T5, LLAMA, GPT], ids=["t5", "llama", "gpt"])
+@pytest.mark.thorough
 def test_initial_logits_are_of_order_one(spec):
     """Variance-preserving initialisation; a tied output projection, as in T5, starts out preferring the input token."""
     spec = dataclasses.replace(spec, model_dim=64, head_dim=16, mlp_dim=128)

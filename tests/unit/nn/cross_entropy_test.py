@@ -147,7 +147,7 @@ def test_drawing_without_keys_is_an_error(setup):
         cross_entropy.chunked_token_stats(hidden, head, 1000, temperature=1.0)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 4, 32])
+@pytest.mark.parametrize("slots", [1, 4, *(pytest.param(n, marks=pytest.mark.thorough) for n in (2, 32))])
 @pytest.mark.parametrize(("chunk", "unrolled"), [(6, False), (1000, False), (1000, True)])
 def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chunk, unrolled, slots):
     """Ragged rows, one of them empty: values and gradients on the wanted slots are those of the whole row."""

@@ -73,7 +73,7 @@ def test_T34_prompt_must_stay_clean():
     assert terms.weight == batch.target_mask.sum()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.thorough), 1.0])
 def test_no_gradient_flows_through_the_unrolled_choice(temperature):
     model, batch = stubs.nano(), stubs.make_batch([3, 4], [6, 5], 10)
     objective = Denoising(unroll_temperature=temperature)

@@ -73,6 +73,7 @@ def redrawn(sampler):
     [{"temperature": 0.0}, {"temperature": 0.8, "final_temperature": 0.4, "alignment": Shifted()}],
     ids=["greedy", "tempered_shifted"],
 )
+@pytest.mark.thorough
 def test_it_is_a_slow_python_loop(fields):
     sampler = DenoisingSampler(steps=4, candidates=1, early_exit=False, **NO_END, **fields)
     tokens = np.asarray(stubs.generate(sampler, MODEL, PROMPT, KEYS).tokens)
