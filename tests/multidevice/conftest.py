@@ -30,18 +30,9 @@ def _results(root: pathlib.Path, node_ids: tuple[str, ...]) -> tuple[dict[str, t
     environment |= {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(4 * DEVICES), INSIDE: "1"}
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder, "report.xml")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-            *node_ids,
-        ]
+        # The session has selected the tests; its marks are not asked again.
+        options = ["-q", "-m", "", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, *node_ids]
         run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
         cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()
         results = {}

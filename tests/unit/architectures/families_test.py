@@ -72,7 +72,7 @@ FAMILIES = {
     "llama_double": LLAMA_DOUBLE,
 }
 every_family = pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
-# What compiles gradients or whole decodes: two families between any two changes, the others with what takes minutes.
+# For tests that compile for seconds: two families that differ in most fields, the others in `make test-thorough`.
 quick_families = pytest.mark.parametrize(
     "spec",
     [
