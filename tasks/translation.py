@@ -3,7 +3,7 @@
 Prompt as in T5: `translate English to French: ...`; the reference is the target's side; the metric is sacrebleu's BLEU,
 with its `intl` tokenisation for WMT14 En-De, as Diffusion-LLM (arXiv 2308.12219) scores it, and 13a for all others.
 The local WMT task trains on the older WMT test sets (2008 to 2012, discussions 2015) and Tatoeba, validates on
-newstest2013 and tests on newstest2014.
+newstest2013 and tests on newstest2014; Multi30k is tested on test_2016_flickr.
 """
 
 import itertools
@@ -25,6 +25,11 @@ _WMT_FILES = {
     "test": ("wmt/newstest2014",),
 }
 _TATOEBA_FILES = {"train": ("tatoeba_train",), "validation": ("tatoeba_dev",), "test": ("tatoeba_test",)}
+_MULTI30K_FILES = {
+    "train": ("multi30k_train",),
+    "validation": ("multi30k_val",),
+    "test": ("multi30k_test_2016_flickr",),
+}
 
 
 def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -103,6 +108,7 @@ VOCABULARY = vocabularies.mixed_vocabulary()
 _add("wmt14_en_fr", seqio.TfdsDataSource("wmt14_translate/fr-en:1.0.0", splits=("train", "validation", "test")))
 _add("local_wmt_en_fr", preprocessors.python_source(local_reader(_WMT_FILES), ("en", "fr")))
 _add("local_tatoeba_en_fr", preprocessors.python_source(local_reader(_TATOEBA_FILES), ("en", "fr")))
+_add("local_multi30k_en_fr", preprocessors.python_source(local_reader(_MULTI30K_FILES), ("en", "fr")))
 
 preprocessors.add(
     "wmt14_en_de",

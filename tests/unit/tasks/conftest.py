@@ -58,6 +58,9 @@ def data_folder(tmp_path_factory):
         "tatoeba_train": [("Hello.", "Bonjour."), ("I am ill.", "Je suis malade."), ("hi", "salut")],
         "tatoeba_dev": [("hello.", "Salut.")],
         "tatoeba_test": [("Hi", "Salut !")],
+        "multi30k_train": [("A dog.", "Un chien."), ("A cat.", "Un chat.")],
+        "multi30k_val": [("A bird.", "Un oiseau.")],
+        "multi30k_test_2016_flickr": [("A CAT.", "Un chat !")],
     }.items():
         write(f"translation/{name}.en-fr.tsv.gz", "".join(f"{en}\t{fr}\n" for en, fr in pairs))
     write(

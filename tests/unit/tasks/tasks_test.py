@@ -177,11 +177,16 @@ def test_squad_window_of_one_endless_sentence_still_holds_the_answer():
     assert extractive_qa.window("short.", "?", None) == "short."
 
 
+@pytest.mark.parametrize(
+    ("name", "english", "french"),
+    [("local_tatoeba_en_fr", "I am ill.", "Je suis malade."), ("local_multi30k_en_fr", "A dog.", "Un chien.")],
+)
 @pytest.mark.usefixtures("mixed")
-def test_local_translation_drops_held_out_sentences_from_training():
-    _, rows, texts, _ = read("local_tatoeba_en_fr", "train")
-    assert texts == ["Je suis malade."]
-    assert rows[0]["inputs_pretokenized"] == b"translate English to French: I am ill."
+def test_local_translation_drops_held_out_sentences_from_training(name, english, french):
+    _, rows, texts, _ = read(name, "train")
+    assert texts == [french]
+    assert rows[0]["inputs_pretokenized"].decode() == f"translate English to French: {english}"
+    assert [len(read(name, split)[1]) for split in ("validation", "test")] == [1, 1]
 
 
 @pytest.mark.usefixtures("mixed")
