@@ -1,14 +1,13 @@
 """Completes prompts with the model of a run folder and prints one JSON object a line.
 
 Prompts come from --input FILE (one a line, or JSON lines with a field "inputs"; '-' is stdin), or from a split of a
-materialised task with --task and --split, or else from what the run itself decodes. The sampler is the run's own, or
-the SAMPLER of --sampler FILE; --gin flags then set the sampler's parameters."""
+materialised task with --task and --split, or else from what the run itself decodes. A JSON line may say what stands
+behind the gap that is to be filled ("suffix") and how many tokens the gap has ("slots"). The sampler is the run's own,
+or the SAMPLER of --sampler FILE; --gin flags then set the sampler's parameters."""
 
 import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 from diffusion_lm.cli import arguments as common
@@ -35,6 +34,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs the verb and returns what it printed."""
     import jax
 
+    from diffusion_lm.cli.prompts import given_prompts
     from diffusion_lm.cli.run_folder import open_run
     from diffusion_lm.core.rng import StreamKeys
     from diffusion_lm.evaluation.generation import compiled_generate, target_texts
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if not arguments.input and data.vocabulary_note:
         progress(data.vocabulary_note)
     batches = (
-        _given_prompts(arguments, data)
+        given_prompts(arguments.input, arguments.limit, arguments.batch_size, data)
         if arguments.input
         else data.prompt_batches(arguments.batch_size, arguments.limit)
     )
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 result = {
                     "inputs": record.inputs_text,
                     "output": text[row],
+                    **({"suffix": data.vocabulary.decode(record.suffix.tolist())} if len(record.suffix) else {}),
                     **({"reference": record.reference} if record.reference is not None else {}),
                     **({"sample": sample} if arguments.samples > 1 else {}),
                     **({"oracle": oracle} if oracle else {}),
@@ -112,57 +113,3 @@ def _data(arguments: argparse.Namespace, opened: Any) -> Any:
     if arguments.input:
         return opened.run.data
     raise ConfigError("no prompts are named", fix="Give --input FILE, or --task NAME with --split.")
-
-
-def _given_prompts(arguments: argparse.Namespace, data: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """Yields batches of the prompts of `--input`; the last one is filled with copies of its last prompt."""
-    import numpy as np
-
-    from diffusion_lm.core.rng import example_number
-    from diffusion_lm.data.converters import Example
-    from diffusion_lm.data.schema import Record
-
-    texts = _read_prompts(arguments.input)[: arguments.limit]
-    if data.pruned is not None:
-        tokens = [token for text in texts for token in data.pruned.full.encode(text)]
-        cut = int(data.pruned.outside(tokens).sum())
-        progress(f"{cut} of {len(tokens)} tokens of the prompts are UNK: the run's vocabulary map leaves them out")
-    if not texts:
-        raise ConfigError(f"there is no prompt in {arguments.input}", where="--input", fix="Write one a line.")
-    for start in range(0, len(texts), arguments.batch_size):
-        chosen = texts[start : start + arguments.batch_size]
-        records = [
-            Record(
-                np.asarray(data.vocabulary.encode(text)),
-                np.zeros(0, np.int32),
-                example_number(f"input/{start + row}"),
-                inputs_text=text,
-            )
-            for row, text in enumerate(chosen)
-        ]
-        filled = records + [records[-1]] * (arguments.batch_size - len(records))
-        examples = [Example(record.inputs, record.targets, record.example_id) for record in filled]
-        yield data.converter.prompts(examples, data.specials), records
-
-
-def _read_prompts(path: str) -> list[str]:
-    try:
-        if path == "-":
-            lines = sys.stdin.read().splitlines()
-        else:
-            with open(path, encoding="utf-8") as stream:
-                lines = stream.read().splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", where="--input", fix="Name a text file.") from error
-    return [_prompt(line, number) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _prompt(line: str, number: int) -> str:
-    if not line.lstrip().startswith("{"):
-        return line
-    try:
-        return str(json.loads(line)["inputs"])
-    except (ValueError, KeyError) as error:
-        raise ConfigError(
-            f"line {number} begins like JSON but has no field 'inputs'", where="--input", fix='Write {"inputs": "..."}.'
-        ) from error

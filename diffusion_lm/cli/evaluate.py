@@ -3,6 +3,9 @@
 What is scored is what the run's configuration evaluates (TrainRun.evaluations), or, for a stage of a comparison, the
 comparison's tasks; the checkpoint is the newest. Settings can be overridden with --gin flags.
 
+With --suite FILE (`diffusion-lm list suites`) it is what a published protocol evaluates: tasks with their prompts,
+lengths, estimators and samplers, whatever the run itself was evaluated on. --gin flags then set the suite's parameters.
+
 With --estimator FILE (`diffusion-lm list scoring`) the likelihood of targets is estimated, or, for a task whose
 examples have choices, which of them the model prefers; on the data of those evaluations, or of --task. --gin flags then
 set the estimator's parameters, and the numbers are also written to WORKDIR/scores/."""
@@ -21,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     common.add_gin(parser)
     common.add_run_folder(parser)
+    parser.add_argument("--suite", metavar="FILE", help="gin file that defines SUITE, e.g. gin/suites/diffullama.gin")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run only these evaluations")
     parser.add_argument("--limit", type=int, metavar="N", help="score only the first N examples of each")
     parser.add_argument(
@@ -35,11 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns `{"workdir", "step", "evaluations": {name: values}}`."""
-    from diffusion_lm.cli import estimator
+    from diffusion_lm.cli import estimator, suite
     from diffusion_lm.cli.run_folder import open_run
 
-    opened = open_run(arguments, bindings=() if arguments.estimator else arguments.gin)
-    evaluations = estimator.evaluations(arguments, opened) if arguments.estimator else opened.evaluations
+    if arguments.suite and arguments.estimator:
+        raise ConfigError(
+            "a suite has estimators of its own",
+            where="--estimator",
+            fix="Give --suite or --estimator, one or the other.",
+        )
+    opened = open_run(arguments, bindings=() if arguments.estimator or arguments.suite else arguments.gin)
+    evaluations = opened.evaluations
+    if arguments.estimator:
+        evaluations = estimator.evaluations(arguments, opened)
+    elif arguments.suite:
+        evaluations = suite.evaluations(arguments, opened)
     chosen = [_limited(one, arguments.limit) for one in _choose(evaluations, arguments.only)]
     if arguments.estimator:
         estimator.refuse_another(arguments.json, chosen, opened)

@@ -1,7 +1,7 @@
 """Lists the gin files of one kind with what they are and where they come from, e.g. `diffusion-lm list objectives`.
 
-Kinds: objectives, samplers, scoring, models, sizes, optimizers, partitioning, runs, recipes, bench. The texts are the
-first sentences of the files themselves. The kind families is that of checkpoints which `import` reads."""
+Kinds: objectives, samplers, scoring, suites, models, sizes, optimizers, partitioning, runs, recipes, bench. The texts
+are the first sentences of the files themselves. The kind families is that of checkpoints which `import` reads."""
 
 import argparse
 import re
@@ -15,6 +15,7 @@ KINDS = {
     "objectives": "objectives",
     "samplers": "samplers",
     "scoring": "scoring",
+    "suites": "suites",
     "models": "models",
     "sizes": "models/sizes",
     "optimizers": "optimizers",
@@ -75,7 +76,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for e in entries
     ]
     table([arguments.kind, "what it is", "source"], rows, fold=(1, 2))
-    flag = {"samplers": "decode --sampler", "scoring": "evaluate --estimator"}.get(arguments.kind, "--gin_file")
+    flags = {"samplers": "decode --sampler", "scoring": "evaluate --estimator", "suites": "evaluate --suite"}
+    flag = flags.get(arguments.kind, "--gin_file")
     below = KINDS[arguments.kind]
     say(f"\nUse one: include '{below}/NAME.gin' in a gin file, or {flag} gin/{below}/NAME.gin.")
     return entries

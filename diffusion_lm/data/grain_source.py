@@ -108,15 +108,17 @@ class OpenSource:
     Attributes:
       folder: where they are.
       manifest: what they are.
-      lengths: i32[count, 2], tokens of inputs and targets.
+      lengths: i32[count, 3], tokens of inputs, targets and suffix.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest = self._read_manifest()
-        self.lengths: np.ndarray = np.load(folder / LENGTHS)
+        lengths: np.ndarray = np.load(folder / LENGTHS)
+        # Files from before suffixes have two columns.
+        self.lengths = np.pad(lengths, ((0, 0), (0, 1))) if lengths.shape[1:] == (2,) else lengths
         require(
-            self.lengths.shape == (self.manifest.count, 2)
+            self.lengths.shape == (self.manifest.count, 3)
             and all((folder / shard).is_file() for shard in self.manifest.shards),
             f"the files of {folder} do not match its manifest of {self.manifest.count} records",
             fix="Delete the folder and materialise the task again.",
@@ -158,14 +160,14 @@ class OpenSource:
 
     @functools.cached_property
     def token_counts(self) -> np.ndarray:
-        """i64[vocabulary], how often each token occurs in inputs and targets; counted once, kept beside the records."""
+        """i64[vocabulary], how often each token occurs in the records; counted once, kept beside the records."""
         path, size = self.folder / TOKEN_COUNTS, self.manifest.specials.vocab_size
         if path.is_file():
             return np.load(path)
         counts = np.zeros(size, np.int64)
         for start in range(0, self.manifest.count, _COUNTED_AT_ONCE):
             records = self.records(range(start, min(start + _COUNTED_AT_ONCE, self.manifest.count)))
-            tokens = np.concatenate([part for record in records for part in (record.inputs, record.targets)])
+            tokens = np.concatenate([part for one in records for part in (one.inputs, one.targets, one.suffix)])
             counts += np.bincount(tokens, minlength=size)
         with contextlib.suppress(OSError):  # data that others own are counted by every process
             temporary = path.with_name(f".{TOKEN_COUNTS}.{os.getpid()}.npy")

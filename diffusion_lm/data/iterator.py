@@ -16,7 +16,8 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data import counted
-from diffusion_lm.data.converters import Converter, Example, too_long_error, with_encoder
+from diffusion_lm.data.converters import with_encoder
+from diffusion_lm.data.fitting import Converter, Example, too_long_error
 from diffusion_lm.data.grain_source import GrainSource, OpenSource
 from diffusion_lm.data.order import PERIOD, Order
 from diffusion_lm.data.packing import PackingPlan, pack
@@ -36,7 +37,7 @@ class Fit:
       task: name of the task.
       split: its split.
       examples: number of examples.
-      cut_inputs: examples whose conditioning is cut.
+      cut_inputs: examples whose conditioning is cut, before the target or behind it.
       cut_targets: examples whose target (or piece of text) is cut.
       rows: rows of a batch that the examples fill.
       filled: part of the rows' slots of the main stream that hold a token or scored filler.
@@ -327,6 +328,7 @@ class DataPipeline:
         policy = self.converter.too_long
         for name, length, room in self._rooms(source, part):
             kept = policy == "error" or (policy == "truncate_inputs" and evaluation and name == "target" and not part)
+            kept = kept or (name == "suffix" and room == 0)
             if kept and length.max(initial=0) > room:
                 raise too_long_error(self.converter, name, int(length.max()), room)
 
@@ -338,17 +340,19 @@ class DataPipeline:
         return [
             ("conditioning", source.lengths[:, 0], self.converter.inputs_length),
             ("target", source.lengths[:, 1], room),
+            ("suffix", source.lengths[:, 2], self.converter.suffix_length),
         ]
 
     def _fit(self, source: OpenSource, plan: PackingPlan, part: Pretraining | None) -> Fit:
-        cut = {name: int((lengths > room).sum()) for name, lengths, room in self._rooms(source, part)}
+        cut = {name: lengths > room for name, lengths, room in self._rooms(source, part)}
+        nothing = np.zeros(source.manifest.count, np.bool_)
         used = int(self.converter.costs(source.lengths, part)[:, 0].sum())
         return Fit(
             task=source.manifest.task,
             split=source.manifest.split,
             examples=source.manifest.count,
-            cut_inputs=cut.get("conditioning", 0),
-            cut_targets=cut["target"],
+            cut_inputs=int((cut.get("conditioning", nothing) | cut.get("suffix", nothing)).sum()),
+            cut_targets=int(cut["target"].sum()),
             rows=plan.rows,
             filled=used / (plan.rows * self.row_length),
         )
@@ -367,13 +371,13 @@ class DataPipeline:
     def _pruned_record(self, record: Record) -> Record:
         """Returns a record under the ids of the vocabulary map."""
         assert self.pruned is not None
-        inputs, targets = self.pruned.to_pruned(record.inputs), self.pruned.to_pruned(record.targets)
-        return dataclasses.replace(record, inputs=inputs, targets=targets)
+        inputs, targets, suffix = map(self.pruned.to_pruned, (record.inputs, record.targets, record.suffix))
+        return dataclasses.replace(record, inputs=inputs, targets=targets, suffix=suffix)
 
     def _example(self, record: Record, source: int, epoch: int) -> Example:
         part = self._parts[source]
         if part is None:
-            return Example(record.inputs, record.targets, record.example_id)
+            return Example(record.inputs, record.targets, record.example_id, suffix=record.suffix)
         piece = record.targets[: self._piece_length]
         key = counted.key("pretraining", self.seed, epoch, record.example_id)
         inputs, targets = part.split(piece, key, eos_id=self.specials.eos_id, sentinel_ids=self._sentinels)

@@ -26,6 +26,8 @@ TASK_MODULES = (
     "diffusion_lm_tasks.instruction",
     "diffusion_lm_tasks.pretraining",
     "diffusion_lm_tasks.reasoning",
+    "diffusion_lm_tasks.commonsense",
+    "diffusion_lm_tasks.cloze",
 )
 """Modules that register tasks when imported."""
 

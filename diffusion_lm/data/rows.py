@@ -48,15 +48,18 @@ def write_example(
     inputs: np.ndarray,
     tokens: np.ndarray,
     weights: np.ndarray,
+    suffix: np.ndarray,
 ) -> int:
-    """Writes [BOS, inputs, window] at slot `start` of row `b`; returns the slot behind it."""
-    middle = start + 1 + len(inputs)
-    end = middle + len(tokens)
+    """Writes [BOS, inputs, window, suffix] at slot `start` of row `b`; returns the slot behind it."""
+    first = start + 1 + len(inputs)
+    behind = first + len(tokens)
+    end = behind + len(suffix)
     batch.tokens[b, start] = bos_id
-    batch.tokens[b, start + 1 : middle] = inputs
-    batch.tokens[b, middle:end] = tokens
-    batch.target_mask[b, middle:end] = True
-    batch.loss_weights[b, middle:end] = weights
+    batch.tokens[b, start + 1 : first] = inputs
+    batch.tokens[b, first:behind] = tokens
+    batch.tokens[b, behind:end] = suffix
+    batch.target_mask[b, first:behind] = True
+    batch.loss_weights[b, first:behind] = weights
     batch.segment_ids[b, start:end] = segment
     batch.positions[b, start:end] = np.arange(end - start)
     batch.example_ids[b, start:end] = example_id
@@ -76,11 +79,11 @@ def write_inputs(
 
 
 def write_prompt(
-    batch: Batch, b: int, example_id: int, specials: SpecialTokens, inputs: np.ndarray, window: int
+    batch: Batch, b: int, example_id: int, specials: SpecialTokens, inputs: np.ndarray, window: int, suffix: np.ndarray
 ) -> None:
-    """Writes [BOS, inputs, PAD ...] into row `b`; nothing is scored."""
-    filler = np.full(window, specials.pad_id, np.int32)
-    write_example(batch, b, 0, 1, example_id, specials.bos_id, inputs, filler, np.zeros(window, np.float32))
+    """Writes [BOS, inputs, PAD ..., suffix] into row `b`; nothing is scored."""
+    filler, unscored = np.full(window, specials.pad_id, np.int32), np.zeros(window, np.float32)
+    write_example(batch, b, 0, 1, example_id, specials.bos_id, inputs, filler, unscored, suffix)
 
 
 def checked(batch: Batch, specials: SpecialTokens) -> Batch:

@@ -27,6 +27,7 @@ class Record:
       inputs_text: the text of `inputs` before tokenisation.
       targets_text: the text of `targets` before tokenisation.
       reference: what the task's metrics compare a prediction with; any JSON value.
+      suffix: i32[suffix_length], conditioning that stands behind the target: the target fills a gap.
     """
 
     inputs: np.ndarray
@@ -35,10 +36,11 @@ class Record:
     inputs_text: str = ""
     targets_text: str = ""
     reference: Any = None
+    suffix: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __post_init__(self):
-        object.__setattr__(self, "inputs", np.asarray(self.inputs, np.int32).reshape(-1))
-        object.__setattr__(self, "targets", np.asarray(self.targets, np.int32).reshape(-1))
+        for name in ("inputs", "targets", "suffix"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), np.int32).reshape(-1))
         object.__setattr__(self, "example_id", int(self.example_id))
 
     def __eq__(self, other: object) -> bool:
@@ -48,7 +50,7 @@ class Record:
         return self.example_id
 
     def encode(self) -> bytes:
-        """Returns the record as msgpack bytes; tokens are little-endian i32."""
+        """Returns the record as msgpack bytes; tokens are little-endian i32. A suffix is written where there is one."""
         return msgpack.packb(
             (
                 self.inputs.astype("<i4").tobytes(),
@@ -57,13 +59,14 @@ class Record:
                 self.inputs_text,
                 self.targets_text,
                 self.reference,
+                *((self.suffix.astype("<i4").tobytes(),) if len(self.suffix) else ()),
             )
         )
 
     @classmethod
     def decode(cls, data: bytes) -> "Record":
         """Returns the record of `encode`'s bytes. Sequences inside `reference` come back as lists, as in JSON."""
-        inputs, targets, example_id, inputs_text, targets_text, reference = msgpack.unpackb(data)
+        inputs, targets, example_id, inputs_text, targets_text, reference, *rest = msgpack.unpackb(data)
         return cls(
             np.frombuffer(inputs, "<i4"),
             np.frombuffer(targets, "<i4"),
@@ -71,6 +74,7 @@ class Record:
             inputs_text,
             targets_text,
             reference,
+            np.frombuffer(rest[0] if rest else b"", "<i4"),
         )
 
 
@@ -90,6 +94,7 @@ class Manifest:
       has_inputs: False for pretraining records, which have targets only.
       max_inputs_length: longest `inputs`, in tokens.
       max_targets_length: longest `targets`, in tokens.
+      max_suffix_length: longest `suffix`, in tokens.
       target_tokens: sum of the lengths of all `targets`.
       chunk_length: longest piece into which documents were cut, or None where they were left whole.
       limit: the number of records asked for, or None for all.
@@ -110,6 +115,7 @@ class Manifest:
     has_inputs: bool = True
     max_inputs_length: int = 0
     max_targets_length: int = 0
+    max_suffix_length: int = 0
     target_tokens: int = 0
     chunk_length: int | None = None
     limit: int | None = None

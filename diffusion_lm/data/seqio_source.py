@@ -74,10 +74,11 @@ def task_records(
     """Yields the records of one split in the task's own order, unshuffled.
 
     An EOS that the task's preprocessors appended is removed; converters put it back where it belongs. Targets of tasks
-    without inputs are documents: each one ends with EOS and is cut into pieces of at most `chunk_length` tokens.
+    without inputs are documents: each one ends with EOS and is cut into pieces of at most `chunk_length` tokens. A
+    feature `suffix` is what stands behind the target.
 
     Raises:
-      ConfigError: the task has no such split, or its preprocessors make features other than `inputs` and `targets`.
+      ConfigError: the task has no such split, or its preprocessors make no feature `targets`.
     """
     if split not in task.splits:
         raise ConfigError(
@@ -107,6 +108,7 @@ def task_records(
             inputs_text=inputs_text,
             targets_text=targets_text,
             reference=_json(task.postprocess_fn(targets_text, example=example, is_target=True)),
+            suffix=_without_eos(example["suffix"], eos_id) if "suffix" in task.output_features else targets[:0],
         )
         index += 1
 

@@ -117,6 +117,7 @@ def write_records(
             count=len(lengths),
             max_inputs_length=int(lengths[:, 0].max()),
             max_targets_length=int(lengths[:, 1].max()),
+            max_suffix_length=int(lengths[:, 2].max()),
             target_tokens=int(lengths[:, 1].sum(dtype=np.int64)),
             has_inputs=bool(lengths[:, 0].any()),
             shards=tuple(shards),
@@ -143,7 +144,7 @@ def _open_partial(partial: Path, manifest: Manifest, records_per_shard: int) -> 
 def _write_shards(
     partial: Path, records: Iterable[Record], manifest: Manifest, records_per_shard: int
 ) -> tuple[np.ndarray, list[str]]:
-    """Writes what is missing; returns i32[count, 2] lengths of inputs and targets, and the names of the shards."""
+    """Writes what is missing; returns i32[count, 3] lengths of inputs, targets and suffix, and the shards' names."""
     from array_record.python import array_record_module
 
     lengths: list[np.ndarray] = []
@@ -157,16 +158,17 @@ def _write_shards(
             for _ in itertools.islice(remaining, len(done)):
                 pass
         else:
-            rows: list[tuple[int, int]] = []
+            rows: list[tuple[int, int, int]] = []
             writer = array_record_module.ArrayRecordWriter(str(partial / name), "group_size:1")
             for record in itertools.islice(remaining, records_per_shard):
                 where = f"record {len(shards) * records_per_shard + len(rows)} of {manifest.task}/{manifest.split}"
-                check_tokens(record.inputs, manifest.specials, where)
-                check_tokens(record.targets, manifest.specials, where)
+                parts = (record.inputs, record.targets, record.suffix)
+                for part in parts:
+                    check_tokens(part, manifest.specials, where)
                 writer.write(record.encode())
-                rows.append((len(record.inputs), len(record.targets)))
+                rows.append((len(parts[0]), len(parts[1]), len(parts[2])))
             writer.close()
-            done = np.asarray(rows, np.int32).reshape(-1, 2)
+            done = np.asarray(rows, np.int32).reshape(-1, 3)
             if len(done):
                 np.save(sidecar.with_suffix(".tmp.npy"), done)
                 os.replace(sidecar.with_suffix(".tmp.npy"), sidecar)
@@ -176,7 +178,7 @@ def _write_shards(
             lengths.append(done)
             shards.append(name)
         if len(done) < records_per_shard:
-            return (np.concatenate(lengths) if lengths else np.zeros((0, 2), np.int32)), shards
+            return (np.concatenate(lengths) if lengths else np.zeros((0, 3), np.int32)), shards
 
 
 @contextmanager

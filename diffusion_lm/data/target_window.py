@@ -157,10 +157,15 @@ class OracleLength:
 
     Attributes:
       closing: EOS stands behind the target, and the window has a slot for it.
+      extra: slots of a prompt beyond those; DiffuLLaMA's (arXiv 2410.17891) TriviaQA gives ten.
     """
 
     closing: bool = True
+    extra: int = 0
     oracle: ClassVar[str | None] = "length"
+
+    def __post_init__(self):
+        require(self.extra >= 0, f"extra = {self.extra}", where="OracleLength.extra", fix="Use 0 or more.")
 
     @property
     def _exact(self) -> TargetWindow:
@@ -186,4 +191,4 @@ class OracleLength:
             where="OracleLength",
             fix="Decode a split of a task, or another target window (docs/length.md).",
         )
-        return min(length + int(self.closing), capacity)
+        return min(length + int(self.closing) + self.extra, capacity)

@@ -8,19 +8,17 @@ percentages. The functions `bleu`, `squad`, `pass_at_k` and `exact_match` are th
 
 import dataclasses
 import functools
-import json
-import math
-import re
-import string
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from sacrebleu.metrics import BLEU
 
 from diffusion_lm.core.errors import require
-from diffusion_lm.evaluation.code_runner import run_programs
+from diffusion_lm.evaluation.metrics_answers import contains_rows, exact_rows, number_rows, squad_rows
+from diffusion_lm.evaluation.metrics_answers import last_number as last_number
+from diffusion_lm.evaluation.metrics_code import code_rows
+from diffusion_lm.evaluation.metrics_code import pass_at_k_estimate as pass_at_k_estimate
 from diffusion_lm.evaluation.metrics_reasoning import ANSWER_MARK as ANSWER_MARK
 from diffusion_lm.evaluation.metrics_reasoning import answer_rows, countdown_rows
 from diffusion_lm.evaluation.metrics_reasoning import final_answer as final_answer
@@ -121,114 +119,14 @@ def _bleu_values(total: np.ndarray) -> dict[str, float]:
     return {"bleu": float(score.score), "length_ratio": 100.0 * counts[0] / max(counts[1], 1)}
 
 
-# --- SQuAD v1.1 (Rajpurkar et al. 2016), the rules of the official evaluate-v1.1.py ---
-
-
-def normalize_answer(text: str) -> str:
-    """Lower-cases, deletes ASCII punctuation, replaces the articles by a space and folds white space, in that order."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def answer_f1(prediction: str, answer: str) -> float:
-    """Token overlap F1 of the normalised texts; 0 where no token is shared (also when both are empty)."""
-    predicted, gold = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    shared = sum((Counter(predicted) & Counter(gold)).values())
-    if not shared:
-        return 0.0
-    precision, recall = shared / len(predicted), shared / len(gold)
-    return 2 * precision * recall / (precision + recall)
-
-
-def _answers(reference: Any) -> list[str]:
-    if isinstance(reference, Mapping):
-        reference = reference["answers"]
-    return [reference] if isinstance(reference, str) else list(reference)
-
-
-def _squad_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
-    rows = []
-    for reference, prediction in zip(references, predictions, strict=True):
-        answers = _answers(reference)
-        exact = max((float(normalize_answer(prediction) == normalize_answer(a)) for a in answers), default=0.0)
-        f1 = max((answer_f1(prediction, a) for a in answers), default=0.0)
-        rows.append([exact, f1, 1.0])
-    return np.asarray(rows, np.float64).reshape(-1, 3)
-
-
 def _mean(total: np.ndarray, column: int) -> float:
     return 100.0 * float(total[column] / total[-1]) if total[-1] else 0.0
-
-
-# --- pass@k (Chen et al. 2021, section 2.1) ---
-
-
-def pass_at_k_estimate(samples: int, correct: int, k: int) -> float:
-    """Returns the unbiased estimate 1 - C(n-c, k) / C(n, k) of the chance that one of k samples passes.
-
-    Raises:
-      ConfigError: for k below 1 or above the number of samples, where the estimator does not exist.
-    """
-    require(1 <= k <= samples, f"k = {k} with {samples} samples", where="pass@k", fix="Draw at least k samples.")
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
-
-
-def program_with_tests(reference: Mapping[str, Any], solution: str) -> str:
-    """Returns the program that passes if the solution does: the solution, the set-up code, then the tests.
-
-    `reference` is `{"setup": str, "tests": [statement, ...]}`. A completion may close with MBPP's `[DONE]`.
-    """
-    solution = solution.split("[DONE]")[0]
-    return "\n".join([solution, reference.get("setup", ""), *reference["tests"]]) + "\n"
-
-
-def _code_rows(references: Sequence[Any], predictions: Sequence[Any]) -> np.ndarray:
-    references = [json.loads(r) if isinstance(r, str) else r for r in references]
-    samples = [[p] if isinstance(p, str) else list(p) for p in predictions]
-    programs = [program_with_tests(r, s) for r, group in zip(references, samples, strict=True) for s in group]
-    results = iter(run_programs(programs))
-    rows = []
-    for group in samples:
-        n, correct = len(group), sum(next(results).passed for _ in group)
-        if n:
-            rows.append([pass_at_k_estimate(n, correct, 1), pass_at_k_estimate(n, correct, n), n, 1.0])
-        else:
-            rows.append([0.0, 0.0, 0.0, 1.0])
-    return np.asarray(rows, np.float64).reshape(-1, 4)
 
 
 def _code_values(total: np.ndarray) -> dict[str, float]:
     """`pass_at_k` is at k = the (mean) number of samples drawn, as the Pass@80 of AR2Diff is with 80 samples."""
     samples = float(total[2] / total[3]) if total[3] else 0.0
     return {"pass_at_1": _mean(total, 0), "pass_at_k": _mean(total, 1), "k": samples}
-
-
-# --- Numbers as answers (GSM8K, MGSM) ---
-
-
-def last_number(text: str) -> str | None:
-    """Returns the last number of a text without thousands separators and without a zero fraction, or None."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not found:
-        return None
-    number = found[-1].replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
-
-
-def _number_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
-    rows = []
-    for reference, prediction in zip(references, predictions, strict=True):
-        answers = {last_number(answer) for answer in _answers(reference)}
-        rows.append([float(last_number(prediction) in answers - {None}), 1.0])
-    return np.asarray(rows, np.float64).reshape(-1, 2)
-
-
-def _exact_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
-    rows = [
-        [float(any(p.strip() == a.strip() for a in _answers(r))), 1.0]
-        for r, p in zip(references, predictions, strict=True)
-    ]
-    return np.asarray(rows, np.float64).reshape(-1, 2)
 
 
 _SQUAD_VALUES: Values = lambda total: {"f1": _mean(total, 1), "em": _mean(total, 0)}  # noqa: E731
@@ -259,20 +157,28 @@ METRICS: dict[str, Metric] = {
             "number_match",
             "accuracy",
             "accuracy",
-            _number_rows,
+            number_rows,
             lambda total: {"accuracy": _mean(total, 0)},
             conditions="the last number of the text equals the answer",
         ),
-        Metric("squad", "f1", "F1", _squad_rows, _SQUAD_VALUES, conditions=_OFFICIAL),
-        Metric("pass_at_1", "pass_at_1", "pass@1", _code_rows, _code_values, True, _ESTIMATOR),
-        Metric("pass_at_k", "pass_at_k", "pass@k", _code_rows, _code_values, True, _ESTIMATOR),
+        Metric("squad", "f1", "F1", squad_rows, _SQUAD_VALUES, conditions=_OFFICIAL),
+        Metric("pass_at_1", "pass_at_1", "pass@1", code_rows, _code_values, True, _ESTIMATOR),
+        Metric("pass_at_k", "pass_at_k", "pass@k", code_rows, _code_values, True, _ESTIMATOR),
         Metric(
             "exact_match",
             "exact_match",
             "exact match",
-            _exact_rows,
+            exact_rows,
             lambda total: {"exact_match": _mean(total, 0)},
             conditions="equal after stripping white space",
+        ),
+        Metric(
+            "contains",
+            "contains",
+            "contains",
+            contains_rows,
+            lambda total: {"contains": _mean(total, 0)},
+            conditions="an answer stands in the text, both under SQuAD's normalisation",
         ),
         Metric(
             "final_answer",
@@ -328,6 +234,11 @@ def pass_at_k(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, f
 def exact_match(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
     """Share of predictions equal to (one of) the reference(s) up to surrounding white space, in percent."""
     return METRICS["exact_match"](targets, predictions)
+
+
+def contains(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+    """Share of predictions in which (one of) the answer(s) stands, in percent."""
+    return METRICS["contains"](targets, predictions)
 
 
 def final_answers(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
-from diffusion_lm.data.converters import Example
+from diffusion_lm.data.fitting import Example
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
 from diffusion_lm.data.target_window import ExactEos, ExactTokens
@@ -33,7 +33,7 @@ MEANING = {
 }
 NORMALISERS = {"acc_norm": len, "acc_bytes": lambda text: len(text.encode())}
 """Lengths of a choice by which its log-likelihood is divided, under the names of lm-evaluation-harness: its acc_norm
-counts characters, its acc_bytes UTF-8 bytes; on ASCII they are the same."""
+counts characters, its acc_bytes UTF-8 bytes; on ASCII they are the same. Beside them `acc_tokens` divides by tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,8 @@ class ScoringEvaluation:
 
     Examples whose reference is `{"choices": [...], "answer": index}` are questions: every choice is scored behind the
     example's conditioning, on the same noise, without the window's EOS unless the estimator appends it, and the right
-    one counts as the target. All others are scored in the converter's own window.
+    one counts as the target. A choice that is a list of texts is encoded piece by piece. All others are scored in the
+    converter's own window.
 
     Attributes:
       data: the examples; its converter should be the one that the model was trained with.
@@ -152,11 +153,12 @@ class ScoringEvaluation:
             fix="Score them apart.",
         )
         owners = [number for number, (choices, _) in enumerate(questions) for _ in choices]
-        texts = [choice for choices, _ in questions for choice in choices]
-        encode = self.data.vocabulary.encode
+        parts = [choice for choices, _ in questions for choice in choices]
+        texts = ["".join(pieces) for pieces in parts]
+        asked = [records[owner] for owner in owners]
         examples = [
-            Example(records[owner].inputs, np.asarray(encode(text), np.int32), records[owner].example_id)
-            for owner, text in zip(owners, texts, strict=True)
+            Example(record.inputs, self._encoded(pieces), record.example_id, suffix=record.suffix)
+            for record, pieces in zip(asked, parts, strict=True)
         ]
         window: Any = ExactEos() if self.estimator.append_eos else ExactTokens()
         # Conditioning may be cut on its left, a choice never: it would look better than it is (trap T22).
@@ -164,9 +166,9 @@ class ScoringEvaluation:
         converter: Any = dataclasses.replace(self.data.converter, target_window=window, too_long=policy)  # type: ignore[type-var]
         batch = converter.batch([[example] for example in examples], self.data.specials, training=False)
         scores = score(self.estimator, model, batch, keys, rows_per_pass=self.batch_size)
-        chosen = {
-            name: answers(scores, owners, [length(text) for text in texts]) for name, length in NORMALISERS.items()
-        }
+        lengths = {name: [length(text) for text in texts] for name, length in NORMALISERS.items()}
+        lengths["acc_tokens"] = scores.tokens.tolist()
+        chosen = {name: answers(scores, owners, by) for name, by in lengths.items()}
         kept, found = self._real(batch), []
         for owner, (choices, answer) in enumerate(questions):
             first = owners.index(owner)
@@ -185,6 +187,10 @@ class ScoringEvaluation:
             )
         return found
 
+    def _encoded(self, pieces: Sequence[str]) -> np.ndarray:
+        """Returns the tokens of a choice, each piece encoded by itself."""
+        return np.asarray([token for text in pieces for token in self.data.vocabulary.encode(text)], np.int32)
+
     def _real(self, batch: Batch) -> list[np.ndarray]:
         """Returns the scored tokens of each row without PAD."""
         tokens = np.asarray(batch.tokens)
@@ -198,20 +204,26 @@ class ScoringEvaluation:
         return record.targets_text if whole and record.targets_text else self.data.vocabulary.decode(tokens.tolist())
 
 
-def _question(record: Record) -> tuple[list[str], int] | None:
-    """Returns the choices and the number of the right one, or None where the reference holds none."""
+def _question(record: Record) -> tuple[list[list[str]], int] | None:
+    """Returns the choices, each a list of pieces, and the number of the right one; None where there are none."""
     reference = record.reference
     if not isinstance(reference, dict) or "choices" not in reference:
         return None
     choices: Any = reference["choices"]
     answer: Any = reference.get("answer")
+    known = isinstance(choices, list) and len(choices) > 1 and all(_is_choice(choice) for choice in choices)
     require(
-        isinstance(choices, list) and len(choices) > 1 and isinstance(answer, int) and 0 <= answer < len(choices),
+        known and isinstance(answer, int) and 0 <= answer < len(choices),
         f"the reference of example {record.example_id} is no question: {reference!r}",
         where="ScoringEvaluation.data",
-        fix='Write {"choices": [at least two texts], "answer": the index of the right one}.',
+        fix='Write {"choices": [at least two texts, or lists of texts], "answer": the index of the right one}.',
     )
-    return choices, answer
+    return [[choice] if isinstance(choice, str) else choice for choice in choices], answer
+
+
+def _is_choice(choice: Any) -> bool:
+    pieces = [choice] if isinstance(choice, str) else choice
+    return isinstance(pieces, list) and bool(pieces) and all(isinstance(piece, str) for piece in pieces)
 
 
 def summary(examples: Sequence[ScoredExample], kind: str) -> dict[str, float]:
@@ -220,8 +232,8 @@ def summary(examples: Sequence[ScoredExample], kind: str) -> dict[str, float]:
     `nats_per_token`, `bits_per_token`, `bits_per_byte` and the perplexity per token, whose name says "perplexity_exact"
     or "perplexity_bound"; of what is neither there is `pseudo_nats_per_token` alone. Of nats per token two standard
     errors: `draw_error` from the Monte-Carlo draws for these examples, `example_error` from the choice of examples (and
-    their draws). With choices `acc`, `acc_norm`, `acc_bytes`, each with its standard error over examples, and `unsure`,
-    the share of questions whose draws do not tell the winner from the second.
+    their draws). With choices `acc`, `acc_norm`, `acc_bytes`, `acc_tokens`, each with its standard error over examples,
+    and `unsure`, the share of questions whose draws do not tell the winner from the second.
     """
     nll = np.array([example.nll for example in examples])
     tokens = np.array([example.tokens for example in examples], np.float64)

@@ -14,6 +14,7 @@ from diffusion_lm.core.errors import ConfigError
 FOLDER = packaged_folder()
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.gin"))
 WHOLE = [name for name in FILES if name.startswith("recipes/") and "/parts/" not in name]
+SUITES = [name for name in FILES if name.startswith("suites/") and "/parts/" not in name]
 BENCH = [name for name in FILES if name.startswith("bench/") and "/parts/" not in name]
 PRESETS = [name for name in FILES if not name.startswith("recipes/") and "/parts/" not in name]
 
@@ -87,8 +88,10 @@ def test_preset_is_checked_and_what_it_offers_can_be_built(name, tmp_path):
         assert loaded.build_macro(offer) == loaded.build_macro(offer), "built twice, it must be equal"
 
 
-def test_every_part_of_recipes_and_benchmarks_is_used_by_one():
-    used = {path.resolve() for name in [*WHOLE, *BENCH] for path in config.load([f"gin/{name}"]).files}
+def test_every_part_of_recipes_suites_and_benchmarks_is_used_by_one():
+    loaded = [config.load([f"gin/{name}"]) for name in [*WHOLE, *BENCH]]
+    loaded += [config.load([f"gin/{name}"], macros=["SUITE"]) for name in SUITES]
+    used = {path.resolve() for one in loaded for path in one.files}
     assert {name for name in FILES if "/parts/" in name and (FOLDER / name).resolve() not in used} == set()
 
 

@@ -1,4 +1,4 @@
-"""`evaluate --estimator`: likelihood and multiple choice on two nano runs, autoregressive and masked."""
+"""`evaluate --estimator` and `--suite`: likelihood, multiple choice and gaps on two nano runs, AR and masked."""
 
 import contextlib
 import io
@@ -9,13 +9,22 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from diffusion_lm.cli.main import main
+from diffusion_lm.cli.main import build_parser, main
+from diffusion_lm.cli.run_folder import open_run
+from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.rng import StreamKeys, example_number
+from diffusion_lm.data.converters import SingleStreamConverter
+from diffusion_lm.data.fitting import Example
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.store import split_folder, write_records
+from diffusion_lm.data.target_window import OracleLength
 from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm.evaluation.scoring import continuation_batch, score
-from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive
+from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive, UnweightedGrid
+from diffusion_lm.noise.corruption import AbsorbingCorruption
+from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
+from diffusion_lm.samplers.commit import Ranked
+from diffusion_lm.samplers.denoising import DenoisingSampler
 
 RUN = """
 from __gin__ import dynamic_registration
@@ -36,6 +45,49 @@ transformer.TransformerSpec.num_layers = 1
 transformer.TransformerSpec.vocab_multiple = 8
 grain_source.GrainSource.root = 'data'
 """
+SUITE = """
+from __gin__ import dynamic_registration
+from diffusion_lm.data import converters
+from diffusion_lm.data import grain_source
+from diffusion_lm.data import iterator
+from diffusion_lm.data import target_window
+from diffusion_lm.evaluation import generation
+from diffusion_lm.evaluation import scoring_task
+include 'scoring/diffullama_grid.gin'
+include 'samplers/infilling.gin'
+SUITE = (@pick/scoring_task.ScoringEvaluation(), @gaps/generation.GenerationEvaluation())
+grain_source.GrainSource:
+  split = 'validation'
+  root = 'data'
+pick/grain_source.GrainSource.task = 'pick_parts'
+pick/converters.SingleStreamConverter:
+  inputs_length = 12
+  target_length = 9
+pick/iterator.DataPipeline:
+  sources = (@pick/grain_source.GrainSource(),)
+  converter = @pick/converters.SingleStreamConverter()
+pick/scoring_task.ScoringEvaluation:
+  name = 'pick'
+  data = @pick/iterator.DataPipeline()
+  estimator = %ESTIMATOR
+gaps/grain_source.GrainSource.task = 'gaps'
+target_window.OracleLength.closing = False
+gaps/converters.SingleStreamConverter:
+  inputs_length = 12
+  target_length = 4
+  suffix_length = 6
+  target_window = @target_window.OracleLength()
+gaps/iterator.DataPipeline:
+  sources = (@gaps/grain_source.GrainSource(),)
+  converter = @gaps/converters.SingleStreamConverter()
+gaps/generation.GenerationTask:
+  name = 'gaps'
+  data = @gaps/iterator.DataPipeline()
+  metric = 'rouge'
+gaps/generation.GenerationEvaluation:
+  task = @gaps/generation.GenerationTask()
+  sampler = %SAMPLER
+"""
 QUESTIONS = [(number, [str(number + 1), "seven", str(number + 2)]) for number in (12, 20, 31)]
 
 
@@ -53,6 +105,9 @@ def folder(tmp_path_factory):
     made = {("toy", "train"): [(n, str(n + 1), str(n + 1)) for n in range(10, 26)]}
     made["toy", "validation"] = made["toy", "train"][:5]
     made["pick", "validation"] = [(n, c[0], {"choices": c, "answer": 0}) for n, c in QUESTIONS]
+    parts = [[*"13", " one"], ["se", "ven"], ["one"]]
+    made["pick_parts", "validation"] = [(12, "13 one", {"choices": parts, "answer": 0})]
+    made["gaps", "validation"] = [(n, "plus", "plus") for n in (12, 20)]
     for (task, split), examples in made.items():
         records = [
             Record(
@@ -62,6 +117,7 @@ def folder(tmp_path_factory):
                 f"{number} plus one",
                 target,
                 reference,
+                vocabulary.encode("seven one") if task == "gaps" else (),
             )
             for number, target, reference in examples
         ]
@@ -89,6 +145,10 @@ def evaluate(workdir, file, *flags, path="scores.json"):
     with open(path, encoding="utf-8") as stream:
         ((name, result),) = json.load(stream)["evaluations"].items()
     return name, result
+
+
+def opened_run(workdir):
+    return open_run(build_parser().parse_args(["evaluate", "--workdir", workdir]), bindings=())
 
 
 def test_exact_scores_are_the_training_bound(folder, capsys):
@@ -140,10 +200,7 @@ def test_choices_are_scored_without_eos_on_common_noise(folder, capsys):
     assert values["examples"] == 3
     assert values["bytes"] == 6
     # By hand: the same rows laid out by another function, and the winners by their definition.
-    from diffusion_lm.cli.main import build_parser
-    from diffusion_lm.cli.run_folder import open_run
-
-    opened = open_run(build_parser().parse_args(["evaluate", "--workdir", "exact"]), bindings=())
+    opened = opened_run("exact")
     vocabulary, right, nats, tokens = opened.run.data.vocabulary, [], 0.0, 0
     for number, choices in QUESTIONS:
         rows = continuation_batch(
@@ -201,3 +258,73 @@ def test_estimators_for_other_noise_are_refused_and_other_shifts_are_said(folder
     assert "perplexity" not in captured.out
     (result,) = json.loads((folder / "shift.json").read_text())["evaluations"].values()
     assert "alignment" in result["conditions"]["unlike_training"][0]
+
+
+def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):
+    (folder / "suite.gin").write_text(SUITE)
+    command = ["evaluate", "--workdir", "masked", "--suite", "suite.gin"]
+    assert main([*command, "--json", "suite.json", "--gin.UnweightedGrid.draws=8"]) == 0
+    assert "warning: pick: alignment is" in capsys.readouterr().err
+    found = json.loads((folder / "suite.json").read_text())["evaluations"]
+    assert set(found) == {"pick", "decode/gaps/oracle_length"}
+    assert found["decode/gaps/oracle_length"]["conditions"]["oracle"] == "length"
+    assert "rougeL" in found["decode/gaps/oracle_length"]["values"]
+    values = found["pick"]["values"]
+    assert values["draws"] == 8
+    # A choice of several pieces has the tokens of each, and its loss per token is what is compared.
+    opened = opened_run("masked")
+    vocabulary = opened.run.data.vocabulary
+    choices = [[*vocabulary.encode("1"), *vocabulary.encode("3"), *vocabulary.encode(" one")]]
+    choices += [[*vocabulary.encode("se"), *vocabulary.encode("ven")], vocabulary.encode("one")]
+    rows = continuation_batch([vocabulary.encode("12 plus one")] * 3, choices, 22, bos_id=2)
+    rows = rows.replace(example_ids=np.full(rows.tokens.shape, example_number("pick_parts/validation/12"), np.uint32))
+    scores = score(UnweightedGrid(mask_id=4, draws=8, alignment=Shifted()), opened.load(), rows, StreamKeys.create(0))
+    assert values["tokens"] == scores.tokens[0]
+    assert values["pseudo_nats_per_token"] == pytest.approx(-scores.log_likelihood[0] / scores.tokens[0], rel=1e-5)
+    assert values["acc_tokens"] == (np.argmax(scores.log_likelihood / scores.tokens) == 0)
+
+    assert "one or the other" in fails(capsys, *command, "--estimator", "gin/scoring/llada_exact_count.gin")
+    (folder / "none.gin").write_text("SUITE = (1, 2)\n")
+    assert "SUITE is (1, 2)" in fails(capsys, *command[:-1], "none.gin")
+    assert "do not define the macro SUITE" in fails(capsys, *command[:-1], "gin/models/sizes/nano.gin")
+
+
+def test_only_a_model_that_sees_both_sides_reads_what_stands_behind_a_gap(folder):
+    converter = SingleStreamConverter(6, 4, OracleLength(closing=False), suffix_length=4)
+    vocabulary = opened_run("masked").run.data.vocabulary
+    before, gap = (np.asarray(vocabulary.encode(text), np.int32) for text in ("12 plus", "one"))
+    behind = [np.asarray(vocabulary.encode(text), np.int32) for text in ("seven", "two one")]
+    examples = [Example(before, gap, 5, suffix=suffix) for suffix in (*behind, np.zeros(0, np.int32))]
+    prompts = converter.prompts(examples, vocabulary.specials)
+    whole = AutoregressiveSampler().generate(opened_run("exact").load(), prompts, StreamKeys.create(0))
+    assert len(np.unique(whole.scores)) == 1, "causal: the same row three times"
+    masked = DenoisingSampler(start=AbsorbingCorruption(4), commit=Ranked(), candidates=1, temperature=0.0, steps=None)
+    filled = masked.generate(opened_run("masked").load(), prompts, StreamKeys.create(0))
+    assert len(np.unique(filled.scores)) == 3
+    starts = 1 + len(before)
+    np.testing.assert_array_equal(filled.tokens[:, :starts], prompts.tokens[:, :starts])
+    np.testing.assert_array_equal(filled.tokens[:, starts + len(gap) :], prompts.tokens[:, starts + len(gap) :])
+
+
+def test_a_gap_in_given_text_is_filled(folder, capsys):
+    lines = [
+        {"inputs": "12 plus", "suffix": "seven", "slots": 3},
+        {"inputs": "20", "suffix": "", "slots": 1},
+        {"inputs": "31 plus", "suffix": "one one", "slots": 2},
+    ]
+    (folder / "gaps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["decode", "--workdir", "masked", "--sampler", "gin/samplers/infilling.gin", "--input"]
+    capsys.readouterr()
+    assert main([*command, "gaps.jsonl", "--batch_size", "2"]) == 0
+    out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["tokens"] for one in out] == [3, 1, 2], "EOS and PAD are banned, so a gap is filled"
+    assert [one.get("suffix") for one in out] == ["seven", None, "one one"]
+    assert [one["inputs"] for one in out] == [line["inputs"] for line in lines]
+    assert all("oracle" not in one for one in out), "a length that the user names is no oracle"
+    for bad, what in (
+        ([lines[0], {"inputs": "20"}], "1 of 2 prompts say how many slots"),
+        ([{"inputs": "20", "slots": 0}], "line 1 has suffix = '' and slots = 0"),
+        ([{"inputs": "20", "suffix": 7}], "line 1 has suffix = 7"),
+    ):
+        (folder / "gaps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+        assert what in fails(capsys, *command, "gaps.jsonl")

@@ -3,7 +3,8 @@ import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.special import SpecialTokens
-from diffusion_lm.data.converters import EncoderDecoderConverter, Example, SingleStreamConverter
+from diffusion_lm.data.converters import EncoderDecoderConverter, SingleStreamConverter
+from diffusion_lm.data.fitting import Example
 from diffusion_lm.data.target_window import EosFilled, ExactEos, ExactTokens, OracleLength, PadFilled
 from diffusion_lm.objectives.base import real_tokens
 
@@ -202,7 +203,7 @@ def test_a_separator_closes_the_conditioning():
     prompts = converter.prompts([short, long], SPECIALS)
     assert prompts.tokens.tolist() == [[2, 10, 5, 0, 0, 0, 0, 0, 0], [2, 11, 12, 13, 5, 0, 0, 0, 0]]
     np.testing.assert_array_equal(prompts.target_mask, batch.target_mask)
-    costs = converter.costs(np.array([[1, 2], [4, 1]]), None)
+    costs = converter.costs(np.array([[1, 2, 0], [4, 1, 0]]), None)
     np.testing.assert_array_equal(costs[:, 0], (batch.segment_ids > 0).sum(1))
     packed = SingleStreamConverter(8, 8, ExactEos(), separator_id=5)
     row = packed.batch([[short, example([11], [22])]], SPECIALS, training=True)

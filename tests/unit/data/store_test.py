@@ -38,7 +38,7 @@ def test_written_records_come_back_at_random(tmp_path):
     assert len(manifest.shards) == 3
     assert source.open().records([24, 0, 13]) == [written[24], written[0], written[13]]
     assert source.records(3) == written[:3]
-    assert source.open().lengths.tolist() == [[len(r.inputs), len(r.targets)] for r in written]
+    assert source.open().lengths.tolist() == [[len(r.inputs), len(r.targets), 0] for r in written]
 
 
 def test_a_killed_writer_goes_on_after_its_last_complete_shard(tmp_path):

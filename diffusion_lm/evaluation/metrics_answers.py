@@ -1,0 +1,86 @@
+"""Rows of the metrics that compare a text with answers: SQuAD's F1 and exact match, containment, the last number.
+
+Normalisation is that of the official evaluate-v1.1.py of SQuAD (Rajpurkar et al. 2016).
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-cases, deletes ASCII punctuation, replaces the articles by a space and folds white space, in that order."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_f1(prediction: str, answer: str) -> float:
+    """Token overlap F1 of the normalised texts; 0 where no token is shared (also when both are empty)."""
+    predicted, gold = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    shared = sum((Counter(predicted) & Counter(gold)).values())
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(predicted), shared / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def answers_of(reference: Any) -> list[str]:
+    """Returns the answers of a reference: one text, several, or `{"answers": ...}`."""
+    if isinstance(reference, Mapping):
+        reference = reference["answers"]
+    return [reference] if isinstance(reference, str) else list(reference)
+
+
+def squad_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+    """Returns f64[N, 3]: exact match, F1, 1; the maximum over the answers."""
+    rows = []
+    for reference, prediction in zip(references, predictions, strict=True):
+        answers = answers_of(reference)
+        exact = max((float(normalize_answer(prediction) == normalize_answer(a)) for a in answers), default=0.0)
+        f1 = max((answer_f1(prediction, a) for a in answers), default=0.0)
+        rows.append([exact, f1, 1.0])
+    return np.asarray(rows, np.float64).reshape(-1, 3)
+
+
+def contains_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+    """Returns f64[N, 2]: one of the answers, normalised, stands somewhere in the normalised text, 1.
+
+    What DiffuLLaMA (arXiv 2410.17891) scores TriviaQA by. An answer of which normalisation leaves nothing counts as in
+    no text.
+    """
+    rows = []
+    for reference, prediction in zip(references, predictions, strict=True):
+        text, answers = normalize_answer(prediction), map(normalize_answer, answers_of(reference))
+        rows.append([float(any(answer and answer in text for answer in answers)), 1.0])
+    return np.asarray(rows, np.float64).reshape(-1, 2)
+
+
+def last_number(text: str) -> str | None:
+    """Returns the last number of a text without thousands separators and without a zero fraction, or None."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    if not found:
+        return None
+    number = found[-1].replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+def number_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+    """Returns f64[N, 2]: the last number is (one of) the answer(s), 1."""
+    rows = []
+    for reference, prediction in zip(references, predictions, strict=True):
+        answers = {last_number(answer) for answer in answers_of(reference)}
+        rows.append([float(last_number(prediction) in answers - {None}), 1.0])
+    return np.asarray(rows, np.float64).reshape(-1, 2)
+
+
+def exact_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+    """Returns f64[N, 2]: equal to (one of) the answer(s) without surrounding white space, 1."""
+    rows = [
+        [float(any(p.strip() == a.strip() for a in answers_of(r))), 1.0]
+        for r, p in zip(references, predictions, strict=True)
+    ]
+    return np.asarray(rows, np.float64).reshape(-1, 2)
