@@ -16,8 +16,9 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data import counted
+from diffusion_lm.data.checks import Fit, check_lengths, check_sources, fit
 from diffusion_lm.data.converters import with_encoder
-from diffusion_lm.data.fitting import Converter, Example, too_long_error
+from diffusion_lm.data.fitting import Converter, Example
 from diffusion_lm.data.grain_source import GrainSource, OpenSource
 from diffusion_lm.data.order import PERIOD, Order
 from diffusion_lm.data.packing import PackingPlan, pack
@@ -27,29 +28,6 @@ from diffusion_lm.data.rows import strata
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm.data.vocabulary_map import PrunedVocabulary, VocabularyMap
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """What the converter's lengths do to one source in one epoch.
-
-    Attributes:
-      task: name of the task.
-      split: its split.
-      examples: number of examples.
-      cut_inputs: examples whose conditioning is cut, before the target or behind it.
-      cut_targets: examples whose target (or piece of text) is cut.
-      rows: rows of a batch that the examples fill.
-      filled: part of the rows' slots of the main stream that hold a token or scored filler.
-    """
-
-    task: str
-    split: str
-    examples: int
-    cut_inputs: int
-    cut_targets: int
-    rows: int
-    filled: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +135,10 @@ class DataPipeline:
 
     def fit(self) -> tuple[Fit, ...]:
         """Returns, for each source, how its examples fit the rows; what `too_long` cuts is counted here."""
-        return tuple(map(self._fit, self._open, self._plans, self._parts))
+        return tuple(
+            fit(self.converter, source, plan, part)
+            for source, plan, part in zip(self._open, self._plans, self._parts, strict=True)
+        )
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Returns the shapes and dtypes of a batch; opens nothing."""
@@ -240,7 +221,7 @@ class DataPipeline:
         `evaluation`, targets may not be cut unless `too_long` says so).
         """
         for source, part in zip(self._open, self._parts, strict=True):
-            self._check_lengths(source, part, evaluation)
+            check_lengths(self.converter, source, part, evaluation=evaluation)
         assert self._order.sizes
 
     # Inside.
@@ -248,47 +229,7 @@ class DataPipeline:
     @functools.cached_property
     def _open(self) -> tuple[OpenSource, ...]:
         opened = tuple(source.open() for source in self.sources)
-        first = opened[0].manifest
-        for source in opened[1:]:
-            require(
-                source.manifest.vocabulary_sha256 == first.vocabulary_sha256
-                and source.manifest.specials == first.specials,
-                f"tasks {first.task!r} and {source.manifest.task!r} were materialised with different vocabularies",
-                where="DataPipeline.sources",
-                fix="Materialise both with one vocabulary, or train on one of them.",
-            )
-        text_only = [source.manifest.task for source in opened if not source.manifest.has_inputs]
-        require(
-            not text_only or self.pretraining is not None,
-            f"task {text_only[0] if text_only else ''!r} has targets only",
-            where="DataPipeline.pretraining",
-            fix="Say how text becomes inputs and targets: PrefixSplit, SpanCorruption or CausalLM.",
-        )
-        require(
-            bool(text_only) or self.pretraining is None,
-            f"{type(self.pretraining).__name__} is given, but every source has inputs and targets of its own",
-            where="DataPipeline.pretraining",
-            fix="Leave it out.",
-        )
-        if self.pretraining is not None:
-            require(
-                not (self.pack and self.encoder_length is not None and not self.pretraining.fixed_split),
-                "packing needs fixed lengths, but a prefix split on an encoder-decoder changes them every epoch",
-                where="DataPipeline.pack",
-                fix="Set pack to False.",
-            )
-            require(
-                not self.pretraining.needs_sentinels or bool(opened[0].vocabulary.sentinel_ids),
-                f"the vocabulary has no sentinels <extra_id_0>, ... for {type(self.pretraining).__name__}",
-                where="DataPipeline.pretraining",
-                fix="Build the vocabulary with extra ids, or use PrefixSplit.",
-            )
-            require(
-                self.converter.max_piece(self.pretraining) > 0,
-                "the row is too short for any text",
-                where=f"{type(self.converter).__name__}.target_length",
-                fix="Raise it.",
-            )
+        check_sources(opened, self.converter, self.pretraining, pack=self.pack)
         return opened
 
     @functools.cached_property
@@ -322,40 +263,6 @@ class DataPipeline:
     @functools.cached_property
     def _order(self) -> Order:
         return Order(tuple(plan.rows for plan in self._plans), self.weights, self.seed, self.shuffle)
-
-    def _check_lengths(self, source: OpenSource, part: Pretraining | None, evaluation: bool) -> None:
-        """Raises where `too_long` forbids to cut what does not fit, before any step is spent."""
-        policy = self.converter.too_long
-        for name, length, room in self._rooms(source, part):
-            kept = policy == "error" or (policy == "truncate_inputs" and evaluation and name == "target" and not part)
-            kept = kept or (name == "suffix" and room == 0)
-            if kept and length.max(initial=0) > room:
-                raise too_long_error(self.converter, name, int(length.max()), room)
-
-    def _rooms(self, source: OpenSource, part: Pretraining | None) -> list[tuple[str, np.ndarray, int]]:
-        """Returns (name, i32[n] lengths, room) of what the converter may have to cut."""
-        if part is not None:
-            return [("target", source.lengths[:, 1], self.converter.max_piece(part))]
-        room = self.converter.target_window.room(self.converter.target_length)
-        return [
-            ("conditioning", source.lengths[:, 0], self.converter.inputs_length),
-            ("target", source.lengths[:, 1], room),
-            ("suffix", source.lengths[:, 2], self.converter.suffix_length),
-        ]
-
-    def _fit(self, source: OpenSource, plan: PackingPlan, part: Pretraining | None) -> Fit:
-        cut = {name: lengths > room for name, lengths, room in self._rooms(source, part)}
-        nothing = np.zeros(source.manifest.count, np.bool_)
-        used = int(self.converter.costs(source.lengths, part)[:, 0].sum())
-        return Fit(
-            task=source.manifest.task,
-            split=source.manifest.split,
-            examples=source.manifest.count,
-            cut_inputs=int((cut.get("conditioning", nothing) | cut.get("suffix", nothing)).sum()),
-            cut_targets=int(cut["target"].sum()),
-            rows=plan.rows,
-            filled=used / (plan.rows * self.row_length),
-        )
 
     def _read(self, sources: np.ndarray, members: Sequence[np.ndarray]) -> list[list[Record]]:
         """Returns the records of each row, of source `sources[row]`, with one read per source: reads are not free."""

@@ -113,6 +113,10 @@ def test_records_keep_their_suffix_and_old_files_have_none(tmp_path):
     with pytest.raises(ConfigError, match="suffix has 4 tokens, the row has room for 0"):
         DataPipeline((source,), SingleStreamConverter(3, 4), shuffle=False).check()
 
+    short = DataPipeline((source,), SingleStreamConverter(3, 4, suffix_length=4, max_slots=6), shuffle=False)
+    with pytest.raises(ConfigError, match="example has 7 tokens, the row has room for 6"):
+        short.check()
+
     lengths = np.load(folder / LENGTHS)
     np.save(folder / LENGTHS, lengths[:, :2])
     manifest_file = folder / "manifest.json"

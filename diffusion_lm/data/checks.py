@@ -1,0 +1,122 @@
+"""What a pipeline finds out about its sources before anything is spent: whether they go together, what is cut."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffusion_lm.core.errors import require
+from diffusion_lm.data.fitting import Converter, too_long_error
+from diffusion_lm.data.grain_source import OpenSource
+from diffusion_lm.data.packing import PackingPlan
+from diffusion_lm.data.pretraining import Pretraining
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What the converter's lengths do to one source in one epoch.
+
+    Attributes:
+      task: name of the task.
+      split: its split.
+      examples: number of examples.
+      cut_inputs: examples whose conditioning is cut, before the target or behind it.
+      cut_targets: examples whose target (or piece of text) is cut.
+      rows: rows of a batch that the examples fill.
+      filled: part of the rows' slots of the main stream that hold a token or scored filler.
+    """
+
+    task: str
+    split: str
+    examples: int
+    cut_inputs: int
+    cut_targets: int
+    rows: int
+    filled: float
+
+
+def fit(converter: Converter, source: OpenSource, plan: PackingPlan, part: Pretraining | None) -> Fit:
+    """Returns how the examples of a source fit the rows of a converter, packed as `plan` has it."""
+    cut = {name: lengths > room for name, lengths, room in _rooms(converter, source, part)}
+    nothing = np.zeros(source.manifest.count, np.bool_)
+    used = int(converter.costs(source.lengths, part)[:, 0].sum())
+    return Fit(
+        task=source.manifest.task,
+        split=source.manifest.split,
+        examples=source.manifest.count,
+        cut_inputs=int((cut.get("conditioning", nothing) | cut.get("suffix", nothing)).sum()),
+        cut_targets=int(cut["target"].sum()),
+        rows=plan.rows,
+        filled=used / (plan.rows * converter.row_length),
+    )
+
+
+def check_lengths(converter: Converter, source: OpenSource, part: Pretraining | None, *, evaluation: bool) -> None:
+    """Raises `ConfigError` where something does not fit and may not be cut, before any step is spent."""
+    policy = converter.too_long
+    for name, lengths, room in _rooms(converter, source, part):
+        kept = policy == "error" or (policy == "truncate_inputs" and evaluation and name == "target" and not part)
+        kept = kept or (name == "suffix" and room == 0)
+        if kept and lengths.max(initial=0) > room:
+            raise too_long_error(converter, name, int(lengths.max()), room)
+    slots = int(converter.costs(source.lengths, part)[:, 0].max(initial=0))
+    if slots > converter.row_length:
+        raise too_long_error(converter, "example", slots, converter.row_length)
+
+
+def _rooms(converter: Converter, source: OpenSource, part: Pretraining | None) -> list[tuple[str, np.ndarray, int]]:
+    """Returns (name, i32[n] lengths, room) of what the converter may have to cut."""
+    if part is not None:
+        return [("target", source.lengths[:, 1], converter.max_piece(part))]
+    return [
+        ("conditioning", source.lengths[:, 0], converter.inputs_length),
+        ("target", source.lengths[:, 1], converter.target_window.room(converter.target_length)),
+        ("suffix", source.lengths[:, 2], converter.suffix_length),
+    ]
+
+
+def check_sources(
+    opened: Sequence[OpenSource], converter: Converter, pretraining: Pretraining | None, *, pack: bool
+) -> None:
+    """Raises `ConfigError`: vocabularies differ, or the pretraining transform is missing, useless or impossible."""
+    first = opened[0].manifest
+    for source in opened[1:]:
+        require(
+            source.manifest.vocabulary_sha256 == first.vocabulary_sha256 and source.manifest.specials == first.specials,
+            f"tasks {first.task!r} and {source.manifest.task!r} were materialised with different vocabularies",
+            where="DataPipeline.sources",
+            fix="Materialise both with one vocabulary, or train on one of them.",
+        )
+    text_only = [source.manifest.task for source in opened if not source.manifest.has_inputs]
+    require(
+        not text_only or pretraining is not None,
+        f"task {text_only[0] if text_only else ''!r} has targets only",
+        where="DataPipeline.pretraining",
+        fix="Say how text becomes inputs and targets: PrefixSplit, SpanCorruption or CausalLM.",
+    )
+    if pretraining is None:
+        return
+    require(
+        bool(text_only),
+        f"{type(pretraining).__name__} is given, but every source has inputs and targets of its own",
+        where="DataPipeline.pretraining",
+        fix="Leave it out.",
+    )
+    require(
+        not (pack and converter.encoder_length is not None and not pretraining.fixed_split),
+        "packing needs fixed lengths, but a prefix split on an encoder-decoder changes them every epoch",
+        where="DataPipeline.pack",
+        fix="Set pack to False.",
+    )
+    require(
+        not pretraining.needs_sentinels or bool(opened[0].vocabulary.sentinel_ids),
+        f"the vocabulary has no sentinels <extra_id_0>, ... for {type(pretraining).__name__}",
+        where="DataPipeline.pretraining",
+        fix="Build the vocabulary with extra ids, or use PrefixSplit.",
+    )
+    require(
+        converter.max_piece(pretraining) > 0,
+        "the row is too short for any text",
+        where=f"{type(converter).__name__}.target_length",
+        fix="Raise it.",
+    )
