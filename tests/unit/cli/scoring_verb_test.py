@@ -1,6 +1,7 @@
 """`evaluate --estimator` and `--suite`: likelihood, multiple choice and gaps on two nano runs, AR and masked."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -298,6 +299,12 @@ def test_only_a_model_that_sees_both_sides_reads_what_stands_behind_a_gap(folder
     prompts = converter.prompts(examples, vocabulary.specials)
     whole = AutoregressiveSampler().generate(opened_run("exact").load(), prompts, StreamKeys.create(0))
     assert len(np.unique(whole.scores)) == 1, "causal: the same row three times"
+    prefix, model = AutoregressiveSampler(visibility="prefix"), opened_run("exact").load()
+    seen = prefix.generate(model, prompts, StreamKeys.create(0))
+    assert len(np.unique(seen.scores)) == 3, "a prefix LM sees all conditioning, wherever it stands"
+    slow = dataclasses.replace(prefix, use_cache=False).generate(model, prompts, StreamKeys.create(0))
+    np.testing.assert_array_equal(seen.tokens, slow.tokens)
+    np.testing.assert_allclose(seen.scores, slow.scores, rtol=1e-5)
     masked = DenoisingSampler(start=AbsorbingCorruption(4), commit=Ranked(), candidates=1, temperature=0.0, steps=None)
     filled = masked.generate(opened_run("masked").load(), prompts, StreamKeys.create(0))
     assert len(np.unique(filled.scores)) == 3
