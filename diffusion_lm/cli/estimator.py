@@ -1,25 +1,18 @@
-"""What `evaluate --estimator` does: the estimator of a gin file on a run's data, and a file that keeps its numbers."""
+"""What `evaluate --estimator` does: the estimator of a gin file on a run's data."""
 
 import argparse
 import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from diffusion_lm.cli import config
-from diffusion_lm.cli.output import facts, plain, progress, say
+from diffusion_lm.cli.output import facts, progress, say
 from diffusion_lm.cli.run_folder import OpenRun
 from diffusion_lm.cli.search_path import split_search_path
-from diffusion_lm.core.errors import ConfigError, require
-from diffusion_lm.core.files import as_path, read_json, write_text
+from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, unlike_training
-from diffusion_lm.training.card import first_difference
-
-FOLDER = "scores"
-"""Where a run folder keeps scores, one file a configuration."""
 
 
 def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[ScoringEvaluation, ...]:
@@ -48,41 +41,12 @@ def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Scoring
     )
 
 
-def refuse_another(path: str | None, chosen: Sequence[ScoringEvaluation], opened: OpenRun) -> None:
-    """Raises `ConfigError` where `--json` names a file that holds scores of another configuration."""
-    if path in (None, "-") or not as_path(path).exists():
-        return
-    there = read_json(path)
-    found = there.get("evaluations", {}) if isinstance(there, dict) else {"": {}}
-    here = {one.name: json.loads(json.dumps(_configuration(one, opened))) for one in chosen}
-    before = {name: result.get("configuration") for name, result in found.items()}
-    difference = first_difference(before, here, "evaluations")
-    require(
-        difference is None,
-        f"{path} holds scores of another configuration: {difference}",
-        where="--json",
-        fix="Name another file, or remove that one.",
-    )
-
-
-def record(evaluation: ScoringEvaluation, opened: OpenRun, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes one evaluation's numbers to WORKDIR/scores; returns its configuration and the file.
-
-    The file's name holds a hash of the configuration, so no other configuration's file is ever replaced.
-    """
-    configuration = _configuration(evaluation, opened)
-    mark = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:10]
-    name = f"{evaluation.name.split('/', 1)[1].replace('/', '.')}.{type(evaluation.estimator).__name__}.{mark}.json"
-    path = opened.folder / FOLDER / name
-    kept = {"workdir": str(opened.folder), "name": evaluation.name, **result, "configuration": configuration}
-    write_text(path, json.dumps(plain(kept), indent=1, ensure_ascii=False) + "\n")
-    return {"configuration": configuration, "file": str(path)}
-
-
 def show(results: Mapping[str, Any]) -> None:
     """Prints under the table what its numbers are: how estimated, on which tokens, and where they are kept."""
     for name, result in results.items():
         conditions = result["conditions"]
+        if "estimator" not in conditions:
+            continue
         tokeniser = conditions["tokeniser"]
         say()
         facts(
@@ -95,10 +59,6 @@ def show(results: Mapping[str, Any]) -> None:
                 ("file", result["file"]),
             ]
         )
-
-
-def _configuration(evaluation: ScoringEvaluation, opened: OpenRun) -> dict[str, Any]:
-    return {"step": opened.step, **evaluation.identity}
 
 
 def _data(arguments: argparse.Namespace, opened: OpenRun) -> list[DataPipeline]:

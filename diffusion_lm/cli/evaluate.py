@@ -8,7 +8,7 @@ lengths, estimators and samplers, whatever the run itself was evaluated on. --gi
 
 With --estimator FILE (`diffusion-lm list scoring`) the likelihood of targets is estimated, or, for a task whose
 examples have choices, which of them the model prefers; on the data of those evaluations, or of --task. --gin flags then
-set the estimator's parameters, and the numbers are also written to WORKDIR/scores/."""
+set the estimator's parameters. The numbers of suites and estimators are also written to WORKDIR/scores/."""
 
 import argparse
 import dataclasses
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns `{"workdir", "step", "evaluations": {name: values}}`."""
-    from diffusion_lm.cli import estimator, suite
+    from diffusion_lm.cli import estimator, scores, suite
     from diffusion_lm.cli.run_folder import open_run
 
     if arguments.suite and arguments.estimator:
@@ -48,15 +48,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             where="--estimator",
             fix="Give --suite or --estimator, one or the other.",
         )
-    opened = open_run(arguments, bindings=() if arguments.estimator or arguments.suite else arguments.gin)
+    kept = bool(arguments.estimator or arguments.suite)
+    opened = open_run(arguments, bindings=() if kept else arguments.gin)
     evaluations = opened.evaluations
     if arguments.estimator:
         evaluations = estimator.evaluations(arguments, opened)
     elif arguments.suite:
         evaluations = suite.evaluations(arguments, opened)
     chosen = [_limited(one, arguments.limit) for one in _choose(evaluations, arguments.only)]
-    if arguments.estimator:
-        estimator.refuse_another(arguments.json, chosen, opened)
+    if kept:
+        scores.refuse_another(arguments.json, chosen, opened)
     model = opened.load()
     results: dict[str, Any] = {}
     for evaluation in chosen:
@@ -71,8 +72,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "seconds": time.perf_counter() - started,
             **_conditions(evaluation),
         }
-        if arguments.estimator:
-            results[evaluation.name] |= estimator.record(evaluation, opened, results[evaluation.name])
+        if kept:
+            results[evaluation.name] |= scores.record(evaluation, opened, results[evaluation.name])
     heading(f"{opened.folder}, step {opened.step:,}")
     rows = [
         ("" if number else name, metric, f"{value:.6g}")
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for number, (metric, value) in enumerate(result["values"].items())
     ]
     table(["evaluation", "metric", "value"], rows, right=[2])
-    if arguments.estimator:
+    if kept:
         estimator.show(results)
     return {"workdir": str(opened.folder), "step": opened.step, "evaluations": results}
 

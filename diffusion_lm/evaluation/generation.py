@@ -18,6 +18,7 @@ from diffusion_lm.data.schema import Record
 from diffusion_lm.evaluation.metrics import METRICS, Metric
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.training.card import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +212,13 @@ class GenerationEvaluation:
     def name(self) -> str:
         """Prefix of the values in the log; an oracle is part of it."""
         return f"decode/{self.task.name}" + (f"/oracle_{self.task.oracle}" if self.task.oracle else "")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Plain data that, with the model, determines the numbers; what stands in the data's files is part of it."""
+        task = dataclasses.replace(self.task, label="", batch_size=1)
+        fields: dict[str, Any] = plain(dataclasses.replace(self, task=task, every=0))
+        return fields | {"manifests": plain(self.task.data.manifests)}
 
     def run(self, model: BoundModel, step: int) -> dict[str, float]:
         """Returns the metric's headline and secondary values."""

@@ -270,6 +270,11 @@ def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):
     assert set(found) == {"pick", "decode/gaps/oracle_length"}
     assert found["decode/gaps/oracle_length"]["conditions"]["oracle"] == "length"
     assert "rougeL" in found["decode/gaps/oracle_length"]["values"]
+    for name, by in (("pick", "UnweightedGrid"), ("decode/gaps/oracle_length", "DenoisingSampler")):
+        kept = json.loads((folder / found[name]["file"]).read_text())
+        assert by in found[name]["file"]
+        assert kept["values"] == found[name]["values"]
+    assert "holds scores of another configuration" in fails(capsys, *command, "--json", "suite.json")
     values = found["pick"]["values"]
     assert values["draws"] == 8
     # A choice of several pieces has the tokens of each, and its loss per token is what is compared.
