@@ -10,6 +10,10 @@ from diffusion_lm.core.types import Batch
 from diffusion_lm.nn.named_masks import named_visibility
 from diffusion_lm.samplers.base import Model, Window
 
+PREFILL_SLOTS = 512
+"""Most slots that a causal prefill reads at once. A prompt in a long canvas costs as many passes over this many slots
+as it needs, and scores of [PREFILL_SLOTS, T] instead of [T, T]."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LeftToRight:
@@ -37,15 +41,44 @@ class LeftToRight:
         return None if self.prompt.encoder is None else self.model.encode(self.prompt.encoder)
 
     def prefill(self, canvas: jax.Array, encoder: Any) -> tuple[Any, Any]:
-        """Runs the conditioning: one forward pass over i32[B,T] whose window is still empty.
+        """Runs the conditioning: one forward pass over i32[B,T] whose window is still empty, in pieces where T is long.
 
         Returns:
           (hidden, cache): `hidden.values_BTD` is [B,1,D], the state before the first target token. Cache entries of the
           empty window are meaningless and are overwritten before anything can see them.
         """
         cache = self.model.init_cache(*canvas.shape) if self.use_cache else None
+        if cache is not None and self.visibility == "causal" and canvas.shape[1] > PREFILL_SLOTS:
+            return self._in_pieces(canvas, encoder, cache)
         hidden = self._whole(canvas, encoder, cache)
         return _at_slots(hidden, self.window.starts - 1), hidden.cache
+
+    def _in_pieces(self, canvas: jax.Array, encoder: Any, cache: Any) -> tuple[Any, Any]:
+        """Returns what `prefill` does, from left to right up to the last row's first target slot."""
+        length = canvas.shape[1]
+        wanted = jnp.clip(self.window.starts - 1, 0, length - 1)
+
+        def piece(first: jax.Array, cache: Any) -> Any:
+            slots = jnp.broadcast_to(
+                first + jnp.arange(PREFILL_SLOTS, dtype=jnp.int32), (canvas.shape[0], PREFILL_SLOTS)
+            )
+            tokens = jnp.take_along_axis(canvas, jnp.minimum(slots, length - 1), axis=1)
+            # Slots behind the row are written nowhere.
+            return self._read(tokens, jnp.minimum(slots, length), encoder, cache)
+
+        def read(state: Any) -> Any:
+            first, values, cache = state
+            hidden = piece(first, cache)
+            here = (wanted >= first) & (wanted < first + PREFILL_SLOTS)
+            found = _at_slots(hidden, wanted - first).values_BTD
+            return first + PREFILL_SLOTS, jnp.where(here[:, None, None], found, values), hidden.cache
+
+        shape = jax.eval_shape(piece, jnp.int32(0), cache)
+        nothing = jnp.zeros((canvas.shape[0], 1, shape.values_BTD.shape[2]), shape.values_BTD.dtype)
+        _, values, cache = jax.lax.while_loop(
+            lambda state: jnp.any(state[0] <= wanted), read, (jnp.int32(0), nothing, cache)
+        )
+        return shape.replace(values_BTD=values, cache=None), cache
 
     def advance(
         self, canvas: jax.Array, slots: jax.Array, moving: jax.Array, encoder: Any, cache: Any
@@ -66,21 +99,18 @@ class LeftToRight:
             return _at_slots(self._whole(canvas, encoder, None), slots), None
         length = canvas.shape[1]
         tokens = jnp.take_along_axis(canvas, jnp.minimum(slots, length - 1)[:, None], axis=1)
-        hidden = self.model(
-            tokens,
-            visibility=named_visibility(self.visibility, self.prompt.target_mask),
-            positions=jnp.where(moving, slots, length)[:, None],
-            segment_ids=self.prompt.segment_ids,
-            encoder=encoder,
-            cache=cache,
-        )
+        hidden = self._read(tokens, jnp.where(moving, slots, length)[:, None], encoder, cache)
         return hidden.replace(cache=None), hidden.cache
 
     def _whole(self, canvas: jax.Array, encoder: Any, cache: Any) -> Any:
         # Slots, not the batch's positions: those are 0 on padding, whose keys would land on slot 0 of the cache.
         slots = jnp.broadcast_to(jnp.arange(canvas.shape[1], dtype=jnp.int32), canvas.shape)
+        return self._read(canvas, slots, encoder, cache)
+
+    def _read(self, tokens: jax.Array, slots: jax.Array, encoder: Any, cache: Any) -> Any:
+        """Runs one forward pass over the tokens i32[B,Q] at `slots`; those at slot T are written nowhere."""
         return self.model(
-            canvas,
+            tokens,
             visibility=named_visibility(self.visibility, self.prompt.target_mask),
             positions=slots,
             segment_ids=self.prompt.segment_ids,

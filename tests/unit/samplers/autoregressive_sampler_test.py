@@ -9,6 +9,7 @@ import pytest
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.named_masks import named_visibility
+from diffusion_lm.samplers import incremental
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 
 KEYS = StreamKeys.create(5)
@@ -62,6 +63,25 @@ def test_greedy_equals_full_forward_passes_over_growing_rows(layout):
         decoded = stubs.generate(sampler, model, prompt, KEYS)
         np.testing.assert_array_equal(decoded.tokens, expected)
         np.testing.assert_allclose(decoded.scores, scores, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 4, 100])
+@pytest.mark.parametrize("network", ["relative bias", "rope, windows of 3"])
+def test_a_prompt_is_read_in_pieces_where_the_canvas_is_long(pieces, network, monkeypatch):
+    """Pieces of one slot, of what divides neither prompts nor canvas, and of more than there is."""
+    windowed = {"position": "rope", "num_kv_heads": 1, "window": 3}
+    model = stubs.nano(**({} if network == "relative bias" else windowed))
+    prompt = stubs.as_prompt(stubs.make_batch([2, 9, 1, 6], [8, 2, 6, 5], 11))
+    expected, scores = greedy_by_hand(model, prompt, "causal", eos=38, pad=39)
+    sampler = AutoregressiveSampler(**NO_END)
+    whole = stubs.generate(sampler, model, prompt, KEYS)
+    monkeypatch.setattr(incremental, "PREFILL_SLOTS", pieces)
+    decoded = jax.jit(lambda params: sampler.generate(stubs.BoundModel(model.architecture, params), prompt, KEYS))(
+        model.params
+    )
+    np.testing.assert_array_equal(decoded.tokens, expected)
+    np.testing.assert_allclose(decoded.scores, scores, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(decoded.forward_passes, whole.forward_passes, "the prompt counts as one pass")
 
 
 def test_draws_with_and_without_cache_agree():
