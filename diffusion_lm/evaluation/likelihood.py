@@ -1,13 +1,15 @@
-"""Teacher-forced bounds on held-out data, on fixed noise times and frozen noise, so that curves can be read."""
+"""Teacher-forced bounds on held-out data with frozen noise, so that the points of a curve can be compared."""
 
 import dataclasses
 import functools
 import math
 
 import jax
+import numpy as np
 
 from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import require
+from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
 from diffusion_lm.data.iterator import DataPipeline
@@ -37,26 +39,35 @@ def evaluate_bound(
     """Returns the bound over the first `limit` examples of `data`, laid out for the architecture, and its kind.
 
     Keys: `loss` (per scored token), every metric of the objective (per-real-token values among them), `kind`
-    ("exact", "nelbo" or "pseudo") and `tokens`. Only the first two kinds are about the likelihood; those also have
-    `bits_per_real_token`, the whole loss, scored padding included, over the real tokens: a model that must say the
-    length by padding and one that says it by EOS are then charged for the same text.
+    ("exact", "nelbo" or "pseudo"), `tokens` (scored ones) and `real_tokens` (those that are not filler). Only the first
+    two kinds are about the likelihood; those also have `bits_per_real_token`, the whole loss, scored padding included,
+    over the real tokens: a model that must say the length by padding and one that says it by EOS are then charged for
+    the same text. What is drawn has standard errors over the draws for these examples, `loss_error` and
+    `bits_per_real_token_error`; evenly spaced draws make them overestimates.
     """
     architecture, constrain = model.architecture, model.constrain
     step = compiled_bound(architecture, objective, constrain)
-    keys = StreamKeys.create(seed)
+    keys, specials = StreamKeys.create(seed), data.specials
     total: LossTerms | None = None
+    scored = real = 0
     for batch, _ in data.with_encoder(architecture.needs_encoder).eval_batches(batch_size, limit=limit):
         terms = step(model.params, constrain.rows(batch), keys)
         total = terms if total is None else total + terms
+        scored += int(np.sum(np.asarray(batch.target_mask) & (np.asarray(batch.loss_weights) > 0)))
+        real += int(np.sum(np.asarray(real_tokens(batch, specials.pad_id, specials.eos_id))))
     require(total is not None, "the evaluation split holds no examples", where="BoundEvaluation.data", fix="Fill it.")
     assert total is not None
     total = jax.device_get(total)
-    values: dict[str, float | str] = {"loss": float(total.loss), "tokens": float(total.weight)}
+    values: dict[str, float | str] = {"loss": float(total.loss), "tokens": float(scored), "real_tokens": float(real)}
     values.update({name: float(mean.value) for name, mean in total.metrics.items()})
     values["kind"] = objective.bound_kind
-    real = total.metrics.get("nll_per_real_token")
-    if objective.bound_kind != "pseudo" and real is not None and float(real.weight) > 0:
-        values["bits_per_real_token"] = float(total.loss_sum) / float(real.weight) / math.log(2)
+    error = math.nan if total.variance is None else math.sqrt(total.variance)
+    if math.isfinite(error) and total.weight > 0:
+        values["loss_error"] = error / float(total.weight)
+    if objective.bound_kind != "pseudo" and real:
+        values["bits_per_real_token"] = float(total.loss_sum) / real / math.log(2)
+        if math.isfinite(error):
+            values["bits_per_real_token_error"] = error / real / math.log(2)
     return values
 
 
@@ -83,7 +94,7 @@ class BoundEvaluation:
     seed: int = 0
 
     def run(self, model: BoundModel, step: int) -> dict[str, float]:
-        """Returns the bound's values (`loss`, per-real-token metrics)."""
+        """Returns the bound's values (`loss`, its standard error, per-real-token metrics)."""
         del step
         values = evaluate_bound(
             model,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.evaluation.scoring_estimators import require_draws
@@ -57,6 +58,9 @@ class BlockNelbo:
 class ObjectiveBound:
     """The bound of an objective, row by row, with noise of its own for every draw: uniform noise, score entropy ...
 
+    In nats of the row, as every estimator: the loss per token of `bound`, whatever it is divided by and however many
+    draws it takes, times the row's scored tokens.
+
     Attributes:
       objective: the objective that the model was trained with.
       draws: evaluations of its `bound` a row, each of which may take several draws of its own.
@@ -86,6 +90,14 @@ class ObjectiveBound:
         del level_B
 
         def one(row: Batch) -> jax.Array:
-            return self.objective.bound(model, jax.tree.map(lambda x: x[None], row), keys).loss_sum
+            batch = jax.tree.map(lambda x: x[None], row)
+            terms = self.objective.bound(model, batch, keys)
+            require(
+                "nll_per_real_token" in terms.metrics,
+                f"the loss of {type(self.objective).__name__} is not about the tokens of a target",
+                where="ObjectiveBound.objective",
+                fix="Give the objective that the network itself was trained with.",
+            )
+            return terms.loss * jnp.sum(batch.loss_weights)
 
         return jax.vmap(one)(batch)

@@ -1,7 +1,7 @@
 """The estimators of `scoring.score`: autoregressive, and masked diffusion by five recipes."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,8 @@ class _Masked:
     visibility: str = "full"
     guidance: float = 0.0
     append_eos: bool = False
+    keeps_past_clean: ClassVar[bool] = False
+    """Whether every token before a masked one is clean, as in the training of block diffusion."""
 
     def __post_init__(self):
         check_visibility(self.visibility, f"{type(self).__name__}.visibility")
@@ -175,6 +177,7 @@ class LeftToRight(_Masked):
     draws: int = dataclasses.field(default=1, init=False)
     bound_kind: BoundKind = dataclasses.field(default="exact", init=False)
     random_start: bool = dataclasses.field(default=False, init=False)
+    keeps_past_clean: ClassVar[bool] = True
 
     def exact_for(self, tokens: int) -> bool:
         """True."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.errors import require
+from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data.fitting import Example
@@ -23,6 +24,7 @@ from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
 from diffusion_lm.data.target_window import ExactEos, ExactTokens
 from diffusion_lm.evaluation.scoring import Estimator, answers, score
+from diffusion_lm.nn.named_masks import named_blocks
 from diffusion_lm.objectives.base import Objective
 from diffusion_lm.training.card import first_difference, plain
 
@@ -192,10 +194,10 @@ class ScoringEvaluation:
         return np.asarray([token for text in pieces for token in self.data.vocabulary.encode(text)], np.int32)
 
     def _real(self, batch: Batch) -> list[np.ndarray]:
-        """Returns the scored tokens of each row without PAD."""
-        tokens = np.asarray(batch.tokens)
-        scored = np.asarray(batch.target_mask) & (np.asarray(batch.loss_weights) > 0)
-        return [row[mask & (row != self.data.specials.pad_id)] for row, mask in zip(tokens, scored, strict=True)]
+        """Returns the real tokens of each row (`core.real_tokens`)."""
+        specials = self.data.specials
+        real = np.asarray(real_tokens(batch, specials.pad_id, specials.eos_id))
+        return [row[mask] for row, mask in zip(np.asarray(batch.tokens), real, strict=True)]
 
     def _text(self, record: Record, tokens: np.ndarray) -> str:
         """Returns the text of the scored tokens: the task's own where the row holds the whole of it."""
@@ -290,4 +292,9 @@ def unlike_training(estimator: Estimator, objective: Objective) -> tuple[str, ..
         used = getattr(estimator, name, None)
         if used is not None and trained is not None and used != trained:
             found.append(f"{name} is {trained} in training and {used} here")
+    if named_blocks(needs.visibility) is not None and not getattr(estimator, "keeps_past_clean", True):
+        found.append(
+            "in training the tokens before a noisy block are clean, here masks are spread over the whole target "
+            "(gin/scoring/block_nelbo.gin scores block by block)"
+        )
     return tuple(found)

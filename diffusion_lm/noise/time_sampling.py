@@ -1,7 +1,6 @@
-"""At which noise level t each example is trained, and the fixed levels at which it is evaluated."""
+"""At which noise level t each example is trained."""
 
 import dataclasses
-import math
 from typing import Protocol
 
 import jax
@@ -21,6 +20,10 @@ class TimeSampler(Protocol):
 
         `strata` is that of the `Batch`; only stratified samplers read it.
         """
+        ...
+
+    def at(self, uniform: jax.Array) -> jax.Array:
+        """Returns the times that `draw` makes of uniform numbers in [0, 1): evaluation spreads these evenly."""
         ...
 
 
@@ -65,7 +68,10 @@ class UniformTime:
 
     def draw(self, keys: StreamKeys, example_ids: jax.Array, *, strata: jax.Array | None = None) -> jax.Array:
         """Returns f32 times in the shape of `example_ids`."""
-        uniform = _uniform(keys, example_ids, strata if self.stratified else None)
+        return self.at(_uniform(keys, example_ids, strata if self.stratified else None))
+
+    def at(self, uniform: jax.Array) -> jax.Array:
+        """Returns high at 0, falling to low."""
         return self.high - (self.high - self.low) * uniform
 
 
@@ -91,7 +97,10 @@ class DiscreteTime:
 
     def draw(self, keys: StreamKeys, example_ids: jax.Array, *, strata: jax.Array | None = None) -> jax.Array:
         """Returns f32 times in the shape of `example_ids`."""
-        uniform = _uniform(keys, example_ids, strata if self.stratified else None)
+        return self.at(_uniform(keys, example_ids, strata if self.stratified else None))
+
+    def at(self, uniform: jax.Array) -> jax.Array:
+        """Returns 1/steps at 0, rising to 1."""
         return (jnp.floor(uniform * self.steps) + 1.0) / self.steps
 
 
@@ -118,28 +127,6 @@ class FixedTime:
         del keys, strata
         return jnp.full(example_ids.shape, self.t, jnp.float32)
 
-
-@dataclasses.dataclass(frozen=True)
-class FixedGrid:
-    """The fixed times at which an objective is evaluated, so that validation curves carry no sampling noise of t.
-
-    Attributes:
-      times: noise levels in (0, 1]; every example is evaluated at each.
-    """
-
-    times: tuple[float, ...] = (0.125, 0.375, 0.625, 0.875)
-
-    def __post_init__(self):
-        object.__setattr__(self, "times", tuple(float(t) for t in self.times))
-        require(
-            len(self.times) > 0 and all(0.0 < t <= 1.0 and math.isfinite(t) for t in self.times),
-            f"evaluation times must be one or more numbers in (0, 1], got {self.times}",
-            where="FixedGrid.times",
-            fix="The default is (0.125, 0.375, 0.625, 0.875).",
-        )
-
-    @property
-    def is_midpoint_rule(self) -> bool:
-        """Whether the mean over the times is a quadrature of the integral over (0, 1): (j + 1/2) / n, in any order."""
-        n = len(self.times)
-        return all(math.isclose(t, (j + 0.5) / n, abs_tol=1e-6) for j, t in enumerate(sorted(self.times)))
+    def at(self, uniform: jax.Array) -> jax.Array:
+        """Returns the one time."""
+        return jnp.full(uniform.shape, self.t, jnp.float32)

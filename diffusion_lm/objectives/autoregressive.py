@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import require
+from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
 from diffusion_lm.noise.weighting import BoundKind
@@ -16,7 +17,6 @@ from diffusion_lm.objectives.base import (
     Needs,
     check_visibility,
     frozen,
-    real_tokens,
     weighted_mean,
     weighted_sum,
 )

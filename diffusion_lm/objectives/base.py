@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.errors import near_names, require
+from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.nn.masks import Visibility
@@ -165,18 +166,6 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
 def weighted_mean(values: jax.Array, weights: jax.Array) -> WeightedMean:
     """Returns the mean of `values` under `weights` as its two sums."""
     return WeightedMean(total=weighted_sum(values, weights), weight=jnp.sum(weights, dtype=jnp.float32))
-
-
-def real_tokens(batch: Batch, pad_id: int, eos_id: int) -> jax.Array:
-    """Returns f32[B,T], 1 on scored target tokens that are no filler: what AR and diffusion share.
-
-    Filler is PAD and each EOS behind another; the first EOS counts. A diffusion model that learns length by scored
-    filler has an easy loss on it; only the loss per *real* token may stand beside an autoregressive one.
-    """
-    ends = batch.target_mask & (batch.tokens == eos_id)
-    behind = jnp.pad(ends[:, :-1], ((0, 0), (1, 0))) & (batch.positions > 0)
-    filler = (batch.tokens == pad_id) | (ends & behind)
-    return (batch.target_mask & (batch.loss_weights > 0) & ~filler).astype(jnp.float32)
 
 
 def mapped_losses(

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.core.errors import require
+from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
 from diffusion_lm.nn.masks import two_streams
 from diffusion_lm.nn.time_conditioning import told_time
 from diffusion_lm.noise.weighting import BoundKind
-from diffusion_lm.objectives.base import Model, Needs, frozen, real_tokens, weighted_mean, weighted_sum
+from diffusion_lm.objectives.base import Model, Needs, frozen, weighted_mean, weighted_sum
 from diffusion_lm.objectives.block_layout import (
     FIRST_BLOCKS,
     Blocks,
@@ -22,7 +23,7 @@ from diffusion_lm.objectives.block_layout import (
     smallest_in_block,
     sum_by_run,
 )
-from diffusion_lm.objectives.draws import check_draws, shifted, spread, sum_over_draws
+from diffusion_lm.objectives.draws import check_draws, shifted, spread, mean_over_draws
 
 LEVEL_STREAM = "block/level"
 CHOICE_STREAM = "block/choice"
@@ -153,7 +154,13 @@ class BlockDenoising:
 
     def needs(self) -> Needs:
         """Rows are twice as long, which costs what two passes do; a complementary mask doubles it again."""
-        return Needs(visibility="full", passes=4 if self.complementary else 2, mask_token=True)
+        counted = "example_blocks" if self.first_block == "example" else "blocks"
+        return Needs(
+            visibility=f"{counted}:{self.block_size}",
+            passes=4 if self.complementary else 2,
+            mask_token=True,
+            mask_id=self.mask_id,
+        )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the summed loss; `weight` counts each scored token once.
@@ -196,7 +203,7 @@ class BlockDenoising:
             losses = self.token_losses(model, batch, blocks, masked, weights, None)
             return self._terms(batch, losses, evaluating=True)
 
-        return sum_over_draws(keys, self.evaluation_draws, one)
+        return mean_over_draws(keys, self.evaluation_draws, one)
 
     def maskable(self, batch: Batch, blocks: Blocks) -> jax.Array:
         """Returns bool[B,T]: the target without seeds."""

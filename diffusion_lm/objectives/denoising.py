@@ -12,12 +12,14 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.alignment import SamePosition
 from diffusion_lm.core.errors import require
+from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
+from diffusion_lm.core.segments import segment_sum
+from diffusion_lm.core.types import Batch, LossTerms
 from diffusion_lm.noise.corruption import AbsorbingCorruption, Corrupted, ExactCount, UniformCorruption
 from diffusion_lm.noise.schedules import Linear
-from diffusion_lm.noise.time_sampling import FixedGrid, UniformTime
-from diffusion_lm.noise.weighting import BoundKind, Flat, Nelbo
+from diffusion_lm.noise.time_sampling import TIME_STREAM, UniformTime
+from diffusion_lm.noise.weighting import BoundKind, Flat, InverseShare, Nelbo
 from diffusion_lm.objectives.base import (
     Forward,
     Model,
@@ -25,10 +27,10 @@ from diffusion_lm.objectives.base import (
     check_auxiliary,
     check_visibility,
     frozen,
-    real_tokens,
     weighted_mean,
     weighted_sum,
 )
+from diffusion_lm.objectives.draws import check_draws, mean_over_draws, shifted
 from diffusion_lm.objectives.parts import NORMALISERS, VIEWS, check_name, noisy_views, normalised
 
 SELF_CONDITIONING_STREAM = "self_conditioning"
@@ -72,7 +74,7 @@ class Denoising:
         is added to that of each pass (arXiv 2107.03006, L_lambda). 0 is off; `bound` has none.
       label_smoothing: probability mass that the training target spreads over the vocabulary.
       protected: ids that stay clean and unscored in a target (RDM: EOS); they count as conditioning.
-      evaluation_time: the fixed noise levels of `bound`.
+      evaluation_draws: noise levels of `bound` per example, spread evenly from a random start.
       pad_id: filler inside the scored window; left out of the loss per real token.
       eos_id: ends a target; further ones behind the first are filler too.
     """
@@ -92,7 +94,7 @@ class Denoising:
     auxiliary: float = 0.0
     label_smoothing: float = 0.0
     protected: tuple[int, ...] = ()
-    evaluation_time: FixedGrid = FixedGrid()
+    evaluation_draws: int = 8
     pad_id: int = 0
     eos_id: int = 1
 
@@ -101,6 +103,7 @@ class Denoising:
         check_visibility(self.visibility, "Denoising.visibility")
         check_name(self.normaliser, NORMALISERS, "Denoising.normaliser")
         check_name(self.views, VIEWS, "Denoising.views")
+        check_draws(self.evaluation_draws, "Denoising.evaluation_draws")
         require(
             isinstance(self.unrolls, int) and self.unrolls >= 0,
             f"unrolls = {self.unrolls} is not a number of passes",
@@ -161,11 +164,10 @@ class Denoising:
     def bound_kind(self) -> BoundKind:
         """What `bound` says about the likelihood.
 
-        "nelbo" where the noise is nothing but MASK, all target tokens take part and the evaluation times are a
-        quadrature, whatever weights, normaliser and unrolled terms the training has.
+        "nelbo" where the noise is nothing but MASK and all target tokens take part, whatever weights, normaliser and
+        unrolled terms the training has.
         """
-        whole = self._absorbing and not self.protected
-        return "nelbo" if whole and self.evaluation_time.is_midpoint_rule else "pseudo"
+        return "nelbo" if self._has_bound else "pseudo"
 
     def needs(self) -> Needs:
         """One pass a view and one more for each unroll or a prediction; MASK where the corruption writes one."""
@@ -193,45 +195,42 @@ class Denoising:
         return self._at(t, model, batch, keys, train=train)
 
     def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
-        """Returns the terms summed over the fixed times, with frozen noise and without dropout.
+        """Returns an unbiased estimate with frozen noise and without dropout.
 
-        Under absorbing noise, all of which is MASK, the loss is the NELBO of the network per scored token: the integral
-        over mask rates in (0, 1) of 1/rate x the loss of the masked tokens, by the midpoint rule. It does not depend on
-        schedule, weights and normaliser of the training. For other noise it is the training loss at the fixed times.
+        Under absorbing noise, all of which is MASK, it is the NELBO of the network: the mean over generation orders,
 
-        Adds `nll_per_real_token/t=...` for each time. Their mean over times is `nll_per_real_token`.
+            -log p(x)  <=  E_k E_mask [ n/k x sum over masked i of -log p(x_i | x_t) ],   k uniform in 1..n,
+
+        where exactly k of an example's n target tokens are MASK (arXiv 2110.02037, LLaDA's estimator, 2502.09992). Draws
+        spread k evenly over 1..n from a random start per example. It does not depend on schedule, weights and normaliser
+        of the training. For other noise it is the training loss in expectation, at times spread as evenly.
         """
-        evaluated = self._evaluated()
-        keys = frozen(keys)
-        times = self.evaluation_time.times
+        keys, evaluated = frozen(keys), self._evaluated()
+        uniform = keys.example_uniform(TIME_STREAM, batch.example_ids)
+        targets = segment_sum(batch.target_mask.astype(jnp.float32), batch.segment_ids)
 
-        def at_one_time(inputs):
-            index, t = inputs
-            level = keys.replace(root=jax.random.fold_in(keys.root, index))
-            return evaluated._at(jnp.full(batch.tokens.shape, t), model, batch, level, train=False)
+        def one(offset, draw_keys):
+            t = evaluated.time.at(shifted(uniform, offset))
+            if self._has_bound:
+                # k/n, at which exactly k tokens are chosen: a network that reads the time reads its share of MASK.
+                t = jnp.ceil(t * targets * (1 - 1e-6)) / jnp.maximum(targets, 1.0)
+            return evaluated._at(t, model, batch, draw_keys, train=False)
 
-        per_time = jax.lax.map(at_one_time, (jnp.arange(len(times)), jnp.asarray(times, jnp.float32)))
-        terms = jax.tree.map(lambda x: jnp.sum(x, axis=0), per_time)
-        by_time = jax.tree.map(lambda x: tuple(jnp.unstack(x)), per_time.metrics["nll_per_real_token"])
-        named = {
-            f"nll_per_real_token/t={t:g}": WeightedMean(total, weight)
-            for t, total, weight in zip(times, by_time.total, by_time.weight, strict=True)
-        }
-        return terms.replace(metrics={**terms.metrics, **named})
+        return mean_over_draws(keys, self.evaluation_draws, one)
 
     def _evaluated(self) -> "Denoising":
         """Returns the composition that `bound` evaluates."""
         one = dataclasses.replace(
             self, views="one", annealing=None, self_conditioning=float(self.self_conditioning > 0), auxiliary=0.0
         )
-        if not self._absorbing or self.protected:
+        if not self._has_bound:
             return one
         return dataclasses.replace(
             one,
-            corruption=AbsorbingCorruption(self.corruption.mask_id),
+            corruption=AbsorbingCorruption(self.corruption.mask_id, choice=ExactCount()),
             schedule=Linear(),
             time=UniformTime(),
-            weighting=Nelbo(),
+            weighting=InverseShare(),
             normaliser="scored",
             unrolls=0,
         )
@@ -247,6 +246,10 @@ class Denoising:
     @property
     def _absorbing(self) -> bool:
         return getattr(self.corruption, "absorbing", False)
+
+    @property
+    def _has_bound(self) -> bool:
+        return self._absorbing and not self.protected
 
     @property
     def _forbidden(self) -> tuple[int, ...]:
@@ -289,7 +292,7 @@ class Denoising:
         counted = jnp.ones_like(t_BT)
         if self._absorbing:
             scored &= noisy.replaced
-            counted = Nelbo().weigh(t_BT, noisy.replaced, self.schedule)
+            counted = self._bound_weights(t_BT, noisy, batch)
 
         canvas, losses, metrics, prediction = noisy.tokens, [], {}, None
         rate = 1.0 - self.schedule.alpha(t_BT)
@@ -313,6 +316,17 @@ class Denoising:
                 canvas = self._predict(model, hidden, batch, keys, first_pass + number)
                 metrics["prediction_accuracy"] = weighted_mean((canvas == batch.tokens).astype(jnp.float32), real)
         return LossTerms(jnp.sum(jnp.stack(losses)), weight, metrics)
+
+    def _bound_weights(self, t_BT: jax.Array, noisy: Corrupted, batch: Batch) -> jax.Array:
+        """Returns f32[B,T], the weights under which replaced tokens cost the likelihood bound at the drawn times.
+
+        -alpha'(t) over the probability of being replaced, which with an exact count k of n is k/n and not the rate: the
+        rate would leave ceil(rate n) / (rate n) too much.
+        """
+        if not _counts_exactly(self.corruption):
+            return Nelbo().weigh(t_BT, noisy.replaced, self.schedule)
+        fall = -self.schedule.alpha_derivative(t_BT)
+        return fall * InverseShare().weigh(t_BT, noisy.replaced, self.schedule, batch=batch)
 
     def _token_losses(
         self, model: Model, hidden: Any, batch: Batch, scored_BT: jax.Array, *, train: bool

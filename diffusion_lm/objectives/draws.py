@@ -1,4 +1,4 @@
-"""Stratified draws of noise levels, and evaluation as a sum over several of them with frozen noise."""
+"""Stratified draws of noise levels, and evaluation as the mean over several of them with frozen noise."""
 
 from collections.abc import Callable
 
@@ -48,14 +48,19 @@ def check_draws(draws: int, where: str) -> None:
     )
 
 
-def sum_over_draws(keys: StreamKeys, draws: int, one: Callable[[jax.Array, StreamKeys], LossTerms]) -> LossTerms:
-    """Returns the sum of `one(offset, keys)` over `draws` draws, one after another.
+def mean_over_draws(keys: StreamKeys, draws: int, one: Callable[[jax.Array, StreamKeys], LossTerms]) -> LossTerms:
+    """Returns the mean of `one(offset, keys)` over `draws` draws, one after another, with its `variance`.
+
+    Sums and weights are those of one pass over the batch, whatever the number of draws: `loss_sum` estimates the loss of
+    the batch in nats, and `weight` counts its tokens once. The variance comes from the spread of the batch's sums.
 
     The offsets 0, 1/draws, ... shift one uniform number per example, so that together they cover its strata; the keys
-    differ, so that the noise does.
+    differ, so that the noise does. The strata make the variance an overestimate.
     """
 
     def at(draw):
         return one(draw / draws, keys.replace(root=jax.random.fold_in(keys.root, draw)))
 
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(at, jnp.arange(draws)))
+    per_draw = jax.lax.map(at, jnp.arange(draws))
+    spread = jnp.var(per_draw.loss_sum, ddof=1) if draws > 1 else jnp.float32(jnp.nan)
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), per_draw).replace(variance=spread / draws)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.architectures.length_head import length_logits
+from diffusion_lm.core.real_tokens import text_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.noise.weighting import BoundKind
@@ -67,5 +68,4 @@ class LengthPrediction:
 
 def target_tokens(batch: Batch, eos_id: int, pad_id: int) -> jax.Array:
     """Returns i32[B], the target tokens of each row that are neither EOS nor PAD."""
-    ends = (batch.tokens == eos_id) | (batch.tokens == pad_id)
-    return jnp.sum(batch.target_mask & ~ends, axis=1, dtype=jnp.int32)
+    return jnp.sum(text_tokens(batch.tokens, batch.target_mask, pad_id, eos_id), axis=1, dtype=jnp.int32)

@@ -22,7 +22,7 @@ from diffusion_lm.objectives.base import (
     mapped_losses,
     per_token_terms,
 )
-from diffusion_lm.objectives.draws import bound_times, check_draws, sum_over_draws
+from diffusion_lm.objectives.draws import bound_times, check_draws, mean_over_draws
 from diffusion_lm.objectives.uniform_bound import marginal
 
 
@@ -145,7 +145,7 @@ class ScoreEntropy:
             t, factor = bound_times(uniform, offset)
             return self._at(t, noise, model, batch, draw_keys, train=False, factor=factor, constant=prior)
 
-        return sum_over_draws(keys, self.evaluation_draws, one)
+        return mean_over_draws(keys, self.evaluation_draws, one)
 
     def token_losses(self, t_BT, noisy_BT, noise, model: Model, batch: Batch, forward: Forward) -> jax.Array:
         """Returns f32[B,T]: the integrand at given times and noisy tokens."""

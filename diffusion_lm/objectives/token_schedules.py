@@ -30,7 +30,7 @@ from diffusion_lm.objectives.base import (
     per_token_terms,
     weighted_mean,
 )
-from diffusion_lm.objectives.draws import bound_times, check_draws, sum_over_draws
+from diffusion_lm.objectives.draws import bound_times, check_draws, mean_over_draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class TokenSchedules:
             masks = self._masks(t, model, batch, draw_keys)
             return self.terms(t, (masks,), model, batch, draw_keys, train=False, factor=factor)
 
-        return sum_over_draws(keys, self.evaluation_draws, one)
+        return mean_over_draws(keys, self.evaluation_draws, one)
 
     def terms(
         self,

@@ -28,7 +28,7 @@ from diffusion_lm.objectives.base import (
     mapped_losses,
     per_token_terms,
 )
-from diffusion_lm.objectives.draws import bound_times, check_draws, shifted, sum_over_draws
+from diffusion_lm.objectives.draws import bound_times, check_draws, shifted, mean_over_draws
 
 WEIGHTINGS = ("nelbo", "dynamic")
 
@@ -204,7 +204,7 @@ class UniformNelbo:
                 factor = jnp.ones_like(t)
             return self._at(t, noise, model, batch, draw_keys, train=False, weighting="nelbo", factor=factor)
 
-        return sum_over_draws(keys, self.evaluation_draws, one)
+        return mean_over_draws(keys, self.evaluation_draws, one)
 
     def token_losses(
         self,

@@ -10,7 +10,8 @@ SIGNS = {"exact": "", "nelbo": "<= "}
 
 READING = (
     "Bits per real token of the held-out targets, EOS included; scored padding is charged to the real tokens. `<=` "
-    "marks an upper bound (NELBO); objectives without a likelihood have no entry. Passes: network calls per completion."
+    "marks an upper bound (NELBO), an unbiased estimate with the standard error of its Monte-Carlo draws after `±`; "
+    "objectives without a likelihood have no entry. Passes: network calls per completion."
 )
 
 
@@ -22,8 +23,7 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
         cells = []
         for task in results["tasks"]:
             bound = bounds.get(task["name"], {})
-            bits = bound.get("bits_per_real_token")
-            cells.append(MISSING if bits is None else f"{SIGNS[bound['kind']]}{bits:.3f}")
+            cells.append(_value(bound))
         if any(text != MISSING for text in cells):
             found.append((arm["label"], cells, _passes(results, arm["name"])))
     return found
@@ -46,6 +46,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join([' --- '] + [' ---: '] * (len(head) - 1))}|"]
     lines += [f"| {' | '.join([label, *cells, passes])} |" for label, cells, passes in rows(results)]
     return "\n".join(lines) + "\n\n" + READING
+
+
+def _value(bound: Mapping[str, Any]) -> str:
+    bits, error = bound.get("bits_per_real_token"), bound.get("bits_per_real_token_error")
+    if bits is None:
+        return MISSING
+    return f"{SIGNS[bound['kind']]}{bits:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _passes(results: Mapping[str, Any], arm: str) -> str:

@@ -7,6 +7,7 @@ script alone. Text from models and data sets is escaped by the template engine, 
 import base64
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,10 +239,18 @@ def _bounds(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tu
         cells = []
         for task in results["tasks"]:
             bound = measured.get(arm["name"], {}).get(task["name"]) or {}
-            value = bound.get("nll_per_real_token", bound.get("loss"))
-            cells.append((f"{value:.3f}", bound.get("kind") or "") if is_number(value) else (MISSING, ""))
+            cells.append((_nats(bound), bound.get("kind") or ""))
         rows.append((arm, cells))
     return rows if any(cell[0] != MISSING for _, cells in rows for cell in cells) else []
+
+
+def _nats(bound: Mapping[str, Any]) -> str:
+    """Returns nats per real token: of the whole loss where that is a likelihood or bound, with its standard error."""
+    bits, error = bound.get("bits_per_real_token"), bound.get("bits_per_real_token_error")
+    if is_number(bits):
+        return f"{bits * math.log(2):.3f}" + (f" ± {error * math.log(2):.3f}" if is_number(error) else "")
+    value = bound.get("nll_per_real_token", bound.get("loss"))
+    return f"{value:.3f}" if is_number(value) else MISSING
 
 
 def _secondary(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -50,7 +50,7 @@ def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[
                 },
             }
             if found[0]["bound"]:
-                bounds.setdefault(arm.name, {})[task.name] = _mean([one["bound"] for one in found])
+                bounds.setdefault(arm.name, {})[task.name] = _mean_bound([one["bound"] for one in found])
     differences = {
         task.name: statistics.all_differences(
             {arm.name: _rows([one[arm.name, task.name] for one in replicates]) for arm in comparison.arms},
@@ -139,6 +139,13 @@ def _mean(values: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         return {key: _mean([one[key] for one in values]) for key in first}
     return first if isinstance(first, str | bool | None) else float(np.mean(values))
+
+
+def _mean_bound(bounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the mean of the replicates' bounds; their draws are independent, so errors add up as squares."""
+    mean: dict[str, Any] = _mean(bounds)
+    errors = {key: [one[key] for one in bounds] for key in mean if key.endswith("_error")}
+    return {**mean, **{key: float(np.linalg.norm(found)) / len(found) for key, found in errors.items()}}
 
 
 def _plain(value: Any) -> Any:

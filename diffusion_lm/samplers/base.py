@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
+from diffusion_lm.core.real_tokens import text_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded
 from diffusion_lm.nn.named_masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility
@@ -76,9 +77,8 @@ def cut_at_end(tokens: jax.Array, target_mask: jax.Array, eos_id: int, pad_id: i
 
 def target_lengths(tokens: jax.Array, target_mask: jax.Array, eos_id: int, pad_id: int) -> jax.Array:
     """Returns i32[B], the generated tokens before the first EOS or PAD, which do not count (trap T55)."""
-    is_end = (tokens == eos_id) | (tokens == pad_id)
-    live = target_mask & ~is_end & (ended_before(tokens, target_mask, eos_id, pad_id) == 0)
-    return jnp.sum(live, axis=1, dtype=jnp.int32)
+    cut = cut_at_end(tokens, target_mask, eos_id, pad_id)
+    return jnp.sum(text_tokens(cut, target_mask, pad_id, eos_id), axis=1, dtype=jnp.int32)
 
 
 def check_choice(value: str, choices: tuple[str, ...], where: str) -> None:

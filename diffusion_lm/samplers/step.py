@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.architectures.exponents import token_exponents
+from diffusion_lm.core.real_tokens import filler
 from diffusion_lm.core.rng import fold_in_each
 from diffusion_lm.core.types import TokenStats
 from diffusion_lm.nn.cross_entropy import Noised
@@ -297,7 +298,7 @@ def input_scores(settings: Any, canvas: jax.Array, stats: TokenStats, target_mas
     """Returns f32[R], minus the mean cross-entropy of the step's input under the step's output."""
     scored = target_mask
     if settings.score_over == "real":
-        real = target_mask & (canvas != settings.pad_id)
+        real = target_mask & ~filler(canvas, target_mask, settings.pad_id, settings.eos_id)
         scored = jnp.where(jnp.any(real, axis=1, keepdims=True), real, target_mask)
     return _mean(stats.target_log_prob, scored)
 

@@ -34,6 +34,7 @@ class TableArchitecture:
 
     table: np.ndarray
     by_token: bool = False
+    needs_encoder: bool = False
 
     @property
     def spec(self) -> Any:

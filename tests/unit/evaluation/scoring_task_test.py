@@ -1,5 +1,6 @@
 """What scored examples say together, against closed forms and against the harness's own definitions."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.evaluation.scoring import Scores, answers
-from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive, ExactCount
+from diffusion_lm.evaluation.scoring_bounds import BlockNelbo
+from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive, ExactCount, LeftToRight
 from diffusion_lm.evaluation.scoring_task import NORMALISERS, ScoredExample, summary, unlike_training
 from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.objectives.alignment import Shifted
 from diffusion_lm.objectives.autoregressive import Autoregressive
+from diffusion_lm.objectives.block_denoising import BlockDenoising
 from diffusion_lm.objectives.denoising import Denoising
 from diffusion_lm.objectives.uniform_bound import UniformNelbo
 
@@ -84,6 +87,17 @@ def test_what_differs_from_training_is_said_and_foreign_masks_are_refused():
     assert ["alignment" in line for line in unlike_training(ExactCount(4, 5, Shifted()), masked)] == [True]
     assert "visibility is full in training and causal here" in unlike_training(ExactAutoregressive(), masked)
     assert unlike_training(ExactAutoregressive(), Autoregressive()) == ()
+    blocks = BlockDenoising(4, block_size=3, first_block="target")
+    full = unlike_training(ExactCount(4), blocks)
+    assert any("visibility is blocks:3 in training and full here" in line for line in full)
+    spread = unlike_training(ExactCount(4, visibility="blocks:3"), blocks)
+    assert ["the tokens before a noisy block are clean" in line for line in spread] == [True]
+    assert unlike_training(LeftToRight(4, visibility="blocks:3"), blocks) == ()
+    assert unlike_training(BlockNelbo(blocks), blocks) == ()
+    examples = dataclasses.replace(blocks, first_block="example")
+    assert any("example_blocks:3" in line for line in unlike_training(LeftToRight(4, visibility="blocks:3"), examples))
+    with pytest.raises(ConfigError, match="trained with MASK = 4"):
+        unlike_training(ExactCount(5), blocks)
     with pytest.raises(ConfigError, match="trained with MASK = 4"):
         unlike_training(ExactCount(5), masked)
     for objective in (Autoregressive(), UniformNelbo()):

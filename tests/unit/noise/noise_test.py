@@ -8,7 +8,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
 from diffusion_lm.noise.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
-from diffusion_lm.noise.time_sampling import FixedGrid, UniformTime
+from diffusion_lm.noise.time_sampling import DiscreteTime, FixedTime, UniformTime
 from diffusion_lm.noise.weighting import Flat
 
 KEYS = StreamKeys.create(0, 5)
@@ -72,8 +72,8 @@ def test_times_are_uniform_shared_inside_an_example_and_reach_one():
     [
         lambda: UniformTime(low=0.5, high=0.5),
         lambda: UniformTime(high=1.5),
-        lambda: FixedGrid(()),
-        lambda: FixedGrid((0.0, 0.5)),
+        lambda: DiscreteTime(0),
+        lambda: FixedTime(0.0),
         lambda: UniformCorruption(0),
         lambda: AbsorbingCorruption(-1),
         lambda: Polynomial(0.0),
@@ -86,9 +86,14 @@ def test_impossible_settings_are_errors(build):
         build()
 
 
-def test_gin_lists_become_tuples_and_equal_objects():
-    assert FixedGrid([0.5, 1]) == FixedGrid((0.5, 1.0))
-    assert hash(FixedGrid([0.5, 1])) == hash(FixedGrid((0.5, 1.0)))
+@pytest.mark.parametrize("time", [UniformTime(0.1, 0.7), DiscreteTime(7), FixedTime(0.15)], ids=repr)
+def test_evenly_spaced_times_have_the_law_of_the_drawn_ones(time):
+    ids = jnp.arange(2000, dtype=jnp.uint32)[:, None]
+    drawn = np.sort(np.asarray(time.draw(KEYS, ids))[:, 0])
+    spaced = np.sort(np.asarray(time.at((jnp.arange(2000) + 0.5) / 2000)))
+    assert np.abs(drawn - spaced).max() < 1.63 / 2000**0.5 + 1 / 7 * isinstance(time, DiscreteTime)
+    np.testing.assert_allclose(drawn.mean(), spaced.mean(), atol=0.02)
+    assert spaced.min() > 0
 
 
 def test_flat_weights_are_one_everywhere():

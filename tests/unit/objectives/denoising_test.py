@@ -10,7 +10,6 @@ from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.masks import Full
-from diffusion_lm.noise.time_sampling import FixedGrid
 from diffusion_lm.objectives.denoising import Denoising
 
 KEYS = StreamKeys.create(1, 3)
@@ -107,18 +106,17 @@ def test_a_sampled_unroll_follows_the_model_and_not_its_argmax():
 
 
 def test_T31_noisy_validation():
-    """Evaluation draws the same noise whenever it is made, at the fixed times; training does not."""
+    """Evaluation draws the same noise whenever it is made, spread over the times; training does not."""
     model, batch = stubs.nano(), stubs.make_batch([3, 4], [6, 5], 10)
-    objective = Denoising(evaluation_time=FixedGrid((0.25, 0.75)))
+    objective = Denoising(evaluation_draws=3)
     other_step = StreamKeys.create(1, 999)
     first = stubs.bound(objective, model, batch, KEYS)
     jax.tree.map(np.testing.assert_array_equal, first, stubs.bound(objective, model, batch, other_step))
     losses = [stubs.loss_and_grad(objective, model, batch, keys)[0].loss_sum for keys in (KEYS, other_step)]
     assert losses[0] != losses[1]
-    assert first.weight == 2 * batch.loss_weights.sum()
-    by_time = [first.metrics[f"nll_per_real_token/t={t}"].value for t in (0.25, 0.75)]
-    assert by_time[0] < by_time[1], "less noise, less loss: the grid reaches the corruption"
-    np.testing.assert_allclose(first.metrics["nll_per_real_token"].value, np.mean(by_time), rtol=1e-5)
+    assert first.weight == batch.loss_weights.sum(), "draws are averaged"
+    assert first.metrics["nll_per_real_token"].weight == first.weight
+    assert first.variance > 0
     assert objective.bound_kind == "pseudo"
 
 

@@ -19,7 +19,7 @@ def _results():
         },
         "bounds": {
             "ar": {"code": {"kind": "exact", "bits_per_real_token": 1.25}},
-            "mdlm": {"code": {"kind": "nelbo", "bits_per_real_token": 1.5}},
+            "mdlm": {"code": {"kind": "nelbo", "bits_per_real_token": 1.5, "bits_per_real_token_error": 0.0123}},
             "sundae": {"code": {"kind": "pseudo", "loss": 0.3}},
         },
     }
@@ -27,7 +27,7 @@ def _results():
 
 def test_bounds_are_marked_and_pseudo_likelihoods_left_out():
     found = likelihood_table.rows(_results())
-    assert found == [("AR", ["1.250", MISSING], "4-24"), ("MDLM", ["<= 1.500", MISSING], "28")]
+    assert found == [("AR", ["1.250", MISSING], "4-24"), ("MDLM", ["<= 1.500 ± 0.012", MISSING], "28")]
     text = likelihood_table.markdown(_results())
     assert "SUNDAE" not in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
