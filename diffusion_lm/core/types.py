@@ -82,8 +82,8 @@ class LossTerms:
       loss_sum: f32[], the sum whose quotient by the global `weight` is differentiated.
       weight: f32[], what the training step divides by, once, globally.
       metrics: named means for the log; all additive too.
-      variance: f32[], the squared standard error of `loss_sum` over the Monte-Carlo draws of a bound, NaN where one draw
-        was taken; None where nothing was drawn (exact values) and in training. Batches are independent, so it adds up.
+      variance: f32[], the squared standard error of `loss_sum` over the Monte-Carlo draws of a bound; NaN where one
+        draw was taken, None for exact values and in training. Batches are independent, so it is additive.
     """
 
     loss_sum: jax.Array

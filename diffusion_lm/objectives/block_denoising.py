@@ -23,7 +23,7 @@ from diffusion_lm.objectives.block_layout import (
     smallest_in_block,
     sum_by_run,
 )
-from diffusion_lm.objectives.draws import check_draws, shifted, spread, mean_over_draws
+from diffusion_lm.objectives.draws import check_draws, mean_over_draws, shifted, spread
 
 LEVEL_STREAM = "block/level"
 CHOICE_STREAM = "block/choice"

@@ -201,9 +201,9 @@ class Denoising:
 
             -log p(x)  <=  E_k E_mask [ n/k x sum over masked i of -log p(x_i | x_t) ],   k uniform in 1..n,
 
-        where exactly k of an example's n target tokens are MASK (arXiv 2110.02037, LLaDA's estimator, 2502.09992). Draws
-        spread k evenly over 1..n from a random start per example. It does not depend on schedule, weights and normaliser
-        of the training. For other noise it is the training loss in expectation, at times spread as evenly.
+        where exactly k of an example's n target tokens are MASK (arXiv 2110.02037; LLaDA's estimator, 2502.09992).
+        Draws spread k evenly over 1..n from a random start per example. It does not depend on schedule, weights and
+        normaliser of the training. For other noise it is the training loss in expectation, at times spread as evenly.
         """
         keys, evaluated = frozen(keys), self._evaluated()
         uniform = keys.example_uniform(TIME_STREAM, batch.example_ids)

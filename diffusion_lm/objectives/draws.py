@@ -51,8 +51,8 @@ def check_draws(draws: int, where: str) -> None:
 def mean_over_draws(keys: StreamKeys, draws: int, one: Callable[[jax.Array, StreamKeys], LossTerms]) -> LossTerms:
     """Returns the mean of `one(offset, keys)` over `draws` draws, one after another, with its `variance`.
 
-    Sums and weights are those of one pass over the batch, whatever the number of draws: `loss_sum` estimates the loss of
-    the batch in nats, and `weight` counts its tokens once. The variance comes from the spread of the batch's sums.
+    Sums and weights are those of one pass over the batch, whatever the number of draws: `loss_sum` estimates the loss
+    of the batch in nats, and `weight` counts its tokens once. The variance comes from the spread of the batch's sums.
 
     The offsets 0, 1/draws, ... shift one uniform number per example, so that together they cover its strata; the keys
     differ, so that the noise does. The strata make the variance an overestimate.

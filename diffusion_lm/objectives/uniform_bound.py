@@ -28,7 +28,7 @@ from diffusion_lm.objectives.base import (
     mapped_losses,
     per_token_terms,
 )
-from diffusion_lm.objectives.draws import bound_times, check_draws, shifted, mean_over_draws
+from diffusion_lm.objectives.draws import bound_times, check_draws, mean_over_draws, shifted
 
 WEIGHTINGS = ("nelbo", "dynamic")
 

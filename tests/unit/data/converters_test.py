@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.data.converters import EncoderDecoderConverter, SingleStreamConverter
 from diffusion_lm.data.fitting import Example
 from diffusion_lm.data.target_window import EosFilled, ExactEos, ExactTokens, OracleLength, PadFilled
-from diffusion_lm.core.real_tokens import real_tokens
 
 SPECIALS = SpecialTokens(vocab_size=100, pad_id=0, eos_id=1, bos_id=2, mask_id=4)
 
