@@ -263,3 +263,15 @@ def test_impossible_settings_are_errors(make):
         make(4, 3, visibility="sideways")
     with pytest.raises(ConfigError):
         BlockNelbo(BlockDenoising(4), 0)
+
+
+@pytest.mark.parametrize(("length", "share"), [(1, 33 / 64), (4, 0.815)])
+def test_the_unweighted_grid_favours_short_choices(length, share):
+    """What docs/scoring.md says of it: draws without a masked token cost nothing, and short targets have more."""
+    found = sum(1 - (1 - k / 32) ** length for k in range(1, 33)) / 32
+    assert found == pytest.approx(share, abs=0.005)
+    model = stubs.table_model(np.zeros((length + 2, stubs.VOCAB)))
+    batch = continuation_batch([[7]] * 60, [[9] * length] * 60, length + 2, bos_id=2)
+    scores = score(UnweightedGrid(MASK, 32), model, batch, KEYS, rows_per_pass=960)
+    cost = -scores.log_likelihood.mean() / (length * math.log(stubs.VOCAB - 1))
+    assert cost == pytest.approx(share, abs=0.04)
