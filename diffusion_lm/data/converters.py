@@ -231,9 +231,26 @@ class EncoderDecoderConverter:
 
 
 def with_encoder(converter: Converter, encoder: bool) -> Converter:
-    """Returns the converter of the layout with or without an encoder: same lengths, same window, same policy."""
+    """Returns the converter of the layout with or without an encoder: same lengths, same window, same policy.
+
+    Raises:
+      ConfigError: the converter has a suffix, a separator or a limit of the row, which an encoder-decoder does not have.
+    """
     if (converter.encoder_length is not None) == encoder:
         return converter
+    separator, limit = getattr(converter, "separator_id", None), getattr(converter, "max_slots", None)
+    require(
+        separator is None,
+        f"separator_id = {separator}: the inputs of an encoder-decoder are a stream of their own, closed by EOS",
+        where="SingleStreamConverter.separator_id",
+        fix="Set it to None where one pipeline serves a network with an encoder, or give that network its own data.",
+    )
+    require(
+        limit is None,
+        f"max_slots = {limit}: inputs and target of an encoder-decoder do not share a row",
+        where="SingleStreamConverter.max_slots",
+        fix="Set it to None and limit inputs_length and target_length.",
+    )
     require(
         converter.suffix_length == 0,
         "an encoder-decoder has no room for text behind the target",
