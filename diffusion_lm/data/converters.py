@@ -234,7 +234,7 @@ def with_encoder(converter: Converter, encoder: bool) -> Converter:
     """Returns the converter of the layout with or without an encoder: same lengths, same window, same policy.
 
     Raises:
-      ConfigError: the converter has a suffix, a separator or a limit of the row, which an encoder-decoder does not have.
+      ConfigError: the converter has a suffix, a separator or a limit of the row, none of which an encoder-decoder has.
     """
     if (converter.encoder_length is not None) == encoder:
         return converter

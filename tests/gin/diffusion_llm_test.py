@@ -45,7 +45,7 @@ def test_task_recipes(name, tokens, steps, metric):
         assert run.objective.protected == (XLMR["eos"],)
         assert (run.objective.eos_id, run.objective.pad_id) == (XLMR["eos"], XLMR["pad"])
         assert run.objective.corruption.mask_id == 4, "special tokens come first in a pruned vocabulary"
-        assert run.model.spec.dropout_rate == 0.1
+        assert run.model.spec.dropout_rate == run.model.spec.attention_dropout_rate == 0.1
         assert (run.optimizer.b1, run.optimizer.b2, run.optimizer.weight_decay) == (0.9, 0.98, 0.01)
         warmup = steps // 100
         assert run.optimizer.schedule.value(warmup - 1, steps) == pytest.approx(5e-5)
@@ -109,7 +109,7 @@ def test_sizes_take_the_released_checkpoints(size, kind, longest):
         }
     )
     imported = TransformerSpec(**family_of(released).spec(released))
-    execution = ("dtype", "remat", "dropout_rate", "vocab_multiple")
+    execution = ("dtype", "remat", "dropout_rate", "attention_dropout_rate", "vocab_multiple")
     assert dataclasses.asdict(imported) == dataclasses.asdict(
         dataclasses.replace(spec, **{name: getattr(imported, name) for name in execution})
     )

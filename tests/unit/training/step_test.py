@@ -104,7 +104,7 @@ def test_gradient_is_the_quotient_of_the_sums(objective):
 
 def test_T26_same_key_every_microbatch():
     """With dropout too, four microbatches see the noise of the whole batch, not one noise four times."""
-    batch, model = RaggedRows().batch(0, 8), nano(dropout_rate=0.2)
+    batch, model = RaggedRows().batch(0, 8), nano(dropout_rate=0.2, attention_dropout_rate=0.2)
     whole, stats = _gradient(DIFFUSION, batch, model=model)
     split, split_stats = _gradient(DIFFUSION, batch, model=model, microbatches=4)
     _assert_same(whole, split)
