@@ -191,10 +191,8 @@ class EncoderDecoderConverter:
 
     def max_piece(self, pretraining: Pretraining) -> int:
         """Returns the longest piece whose inputs fit the encoder and whose targets fit the decoder."""
-        if not pretraining.fixed_split:  # either side may get all tokens but one
-            return min(self.inputs_length, self.target_length) + 1
         pieces = np.arange(1, self.inputs_length + self.target_length + 1)
-        inputs, targets = pretraining.lengths(pieces)
+        inputs, targets = pretraining.widest(pieces)
         slots = pretraining.target_window.slots(targets, 2 * len(pieces) + 1)
         return longest(pieces, (inputs <= self.inputs_length) & (slots <= self.target_length))
 
