@@ -163,7 +163,7 @@ def run_stream(
         where="TransformerSpec.max_positions",
         fix="Shorten the rows or raise max_positions.",
     )
-    dropout_keys = dropout_keys if spec.dropout_rate > 0 else None
+    dropout_keys = dropout_keys if spec.has_dropout else None
     x = jnp.take(embedding_VD, tokens, axis=0, mode="clip").astype(spec.compute_dtype)
     if spec.scaled_embeddings:
         # Rounded to the dtype of the computation, as the released models were trained.

@@ -1,5 +1,6 @@
 """The values that travel between floors. Dimension letters: `core/shapes.py`."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,10 +79,15 @@ class WeightedMean:
 class LossTerms:
     """What an objective returns: sums and weights, never a mean. Additive over microbatches, hosts and devices.
 
+    The loss that is differentiated is loss_sum / weight + sum over `others` of total / weight, with the weights of the
+    global batch. Weights depend on the batch and its noise, never on the parameters.
+
     Attributes:
       loss_sum: f32[], the sum whose quotient by the global `weight` is differentiated.
       weight: f32[], what the training step divides by, once, globally.
       metrics: named means for the log; all additive too.
+      others: further parts of the loss, each divided by a global weight of its own: a mixture of objectives that count
+        tokens, replaced tokens and examples. An objective that has any says so (`Needs.several_weights`).
       variance: f32[], the squared standard error of `loss_sum` over the Monte-Carlo draws of a bound; NaN where one
         draw was taken, None for exact values and in training. Batches are independent, so it is additive.
     """
@@ -89,15 +95,36 @@ class LossTerms:
     loss_sum: jax.Array
     weight: jax.Array
     metrics: Mapping[str, WeightedMean] = flax.struct.field(default_factory=dict)
+    others: tuple[WeightedMean, ...] = ()
     variance: jax.Array | None = None
 
     def __add__(self, other: "LossTerms") -> "LossTerms":
         return jax.tree.map(jnp.add, self, other)
 
     @property
+    def parts(self) -> tuple[WeightedMean, ...]:
+        """Every part of the loss as sum and weight, that of `loss_sum` first."""
+        return (WeightedMean(self.loss_sum, self.weight), *self.others)
+
+    @property
+    def weights(self) -> tuple[jax.Array, ...]:
+        """f32[] of every part, in the order of `parts`."""
+        return tuple(part.weight for part in self.parts)
+
+    @property
     def loss(self) -> jax.Array:
-        """loss_sum / weight, and 0 for a batch in which nothing is scored."""
-        return WeightedMean(self.loss_sum, self.weight).value
+        """The sum of the parts' means, and 0 for a batch in which nothing is scored."""
+        return self.share_of(self.weights)
+
+    def share_of(self, weights: tuple[jax.Array, ...]) -> jax.Array:
+        """Returns f32[], what these sums add to the loss of a batch whose parts have the given weights."""
+        means = [WeightedMean(part.total, weight).value for part, weight in zip(self.parts, weights, strict=True)]
+        return functools.reduce(jnp.add, means)
+
+    @property
+    def scored(self) -> jax.Array:
+        """bool[], whether any part scores anything."""
+        return jnp.any(jnp.stack(jnp.broadcast_arrays(*self.weights)) > 0)
 
 
 @flax.struct.dataclass

@@ -92,7 +92,7 @@ def check_sources(
         not text_only or pretraining is not None,
         f"task {text_only[0] if text_only else ''!r} has targets only",
         where="DataPipeline.pretraining",
-        fix="Say how text becomes inputs and targets: PrefixSplit, SpanCorruption or CausalLM.",
+        fix="Say how text becomes inputs and targets: PrefixSplit, SpanCorruption, CausalLM, DenoiserMixture.",
     )
     if pretraining is None:
         return
@@ -104,7 +104,7 @@ def check_sources(
     )
     require(
         not (pack and converter.encoder_length is not None and not pretraining.fixed_split),
-        "packing needs fixed lengths, but a prefix split on an encoder-decoder changes them every epoch",
+        f"packing needs fixed lengths, but {type(pretraining).__name__} on an encoder-decoder changes them every epoch",
         where="DataPipeline.pack",
         fix="Set pack to False.",
     )

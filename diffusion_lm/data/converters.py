@@ -191,10 +191,8 @@ class EncoderDecoderConverter:
 
     def max_piece(self, pretraining: Pretraining) -> int:
         """Returns the longest piece whose inputs fit the encoder and whose targets fit the decoder."""
-        if not pretraining.fixed_split:  # either side may get all tokens but one
-            return min(self.inputs_length, self.target_length) + 1
         pieces = np.arange(1, self.inputs_length + self.target_length + 1)
-        inputs, targets = pretraining.lengths(pieces)
+        inputs, targets = pretraining.widest(pieces)
         slots = pretraining.target_window.slots(targets, 2 * len(pieces) + 1)
         return longest(pieces, (inputs <= self.inputs_length) & (slots <= self.target_length))
 
@@ -231,9 +229,26 @@ class EncoderDecoderConverter:
 
 
 def with_encoder(converter: Converter, encoder: bool) -> Converter:
-    """Returns the converter of the layout with or without an encoder: same lengths, same window, same policy."""
+    """Returns the converter of the layout with or without an encoder: same lengths, same window, same policy.
+
+    Raises:
+      ConfigError: the converter has a suffix, a separator or a limit of the row, none of which an encoder-decoder has.
+    """
     if (converter.encoder_length is not None) == encoder:
         return converter
+    separator, limit = getattr(converter, "separator_id", None), getattr(converter, "max_slots", None)
+    require(
+        separator is None,
+        f"separator_id = {separator}: the inputs of an encoder-decoder are a stream of their own, closed by EOS",
+        where="SingleStreamConverter.separator_id",
+        fix="Set it to None where one pipeline serves a network with an encoder, or give that network its own data.",
+    )
+    require(
+        limit is None,
+        f"max_slots = {limit}: inputs and target of an encoder-decoder do not share a row",
+        where="SingleStreamConverter.max_slots",
+        fix="Set it to None and limit inputs_length and target_length.",
+    )
     require(
         converter.suffix_length == 0,
         "an encoder-decoder has no room for text behind the target",

@@ -27,7 +27,7 @@ _REFERENCES = ("auto_map", "_name_or_path", "transformers_version", "quantizatio
 # What a config.json says nothing about: how the network is run, initialised and stored here.
 _OURS = (
     *("dtype", "param_dtype", "dropout_rate", "vocab_multiple", "scan_layers", "remat", "logits_chunk", "attention"),
-    "embedding_std",
+    *("embedding_std", "attention_dropout_rate"),
 )
 
 

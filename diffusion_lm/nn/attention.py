@@ -1,6 +1,7 @@
 """Scaled dot-product attention behind one entry point."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ def attend(
     bias: jax.Array | None = None,
     softcap: float | None = None,
     implementation: str = "xla",
+    drop: Callable[[jax.Array], jax.Array] | None = None,
     constrain: Constrain = no_constraint,
 ) -> jax.Array:
     """Returns softmax(q k^T + bias) v over the visible keys. Queries come pre-scaled.
@@ -42,6 +44,7 @@ def attend(
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
       implementation: "xla" runs everywhere; "cudnn" is flash attention on NVIDIA GPUs, in bfloat16, without softcap;
         "flash" is that of `nn/flash.py` on TPUs where the mask is an expression and the rows fit, "xla" elsewhere.
+      drop: dropout of the attention probabilities, which it gets with the rows as first axis; for "xla" alone.
       constrain: where activations lie; kernels are split as it says.
 
     Returns:
@@ -50,6 +53,12 @@ def attend(
     Raises:
       ConfigError: the implementation is unknown or cannot do what is asked.
     """
+    require(
+        drop is None or implementation == "xla",
+        f"attention = {implementation!r} cannot drop attention probabilities",
+        where="TransformerSpec.attention_dropout_rate",
+        fix="Set it to 0.0, or choose attention = 'xla'.",
+    )
     if isinstance(mask, Visibility):
         require(
             implementation == "flash",
@@ -61,7 +70,7 @@ def attend(
     if bias is not None and bias.ndim == 3:
         bias = bias[None]
     if implementation in ("xla", "flash"):
-        return _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap)
+        return _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap, drop)
     if implementation == "cudnn":
         return _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap)
     raise ConfigError(
@@ -71,7 +80,7 @@ def attend(
     )
 
 
-def _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):
+def _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap, drop=None):
     B, Q, H, E = q_BQHE.shape
     T, K = k_BTKE.shape[1:3]
     G = H // K
@@ -91,6 +100,8 @@ def _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):
     maximum = jnp.maximum(jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)), NOTHING_SEEN)
     weights = jnp.exp(scores - maximum)
     total = weights.sum(axis=-1, keepdims=True)
+    # After the sum: dropped probabilities are not made up for by the others of the query, only by the scale of all.
+    weights = weights if drop is None else drop(weights)
     weights_BKRT = weights.astype(v_BTKE.dtype).reshape(B, K, Q * G, T)
     out = jnp.einsum("BKRT,BTKE->BKRE", weights_BKRT, v_BTKE, preferred_element_type=jnp.float32)
     out = out.reshape(B, K, Q, G, E) / jnp.where(total > 0, total, 1.0)

@@ -1,5 +1,7 @@
 """The attention layer, as a Linen module: its matrices, positions and biases. The products are `nn/attention.py`'s."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.nn.attention import attend
 from diffusion_lm.nn.embeddings import relative_bias, relative_diagonals, rotary, rotate
-from diffusion_lm.nn.layers import Context, Norm, add_low_rank, fan_in_normal, parameter
+from diffusion_lm.nn.layers import Context, Norm, add_low_rank, fan_in_normal, parameter, row_dropout
 from diffusion_lm.nn.linear import linear
 from diffusion_lm.nn.rope import LinearRope, base_frequencies
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -141,6 +143,7 @@ class Attention(nn.Module):
             bias=None if self.cross else context.bias,
             softcap=spec.attention_softcap,
             implementation=spec.attention,
+            drop=self._drop(context),
             constrain=constrain,
         )
         out = constrain(out, ("batch", "length", "heads", "head_dim"))
@@ -148,6 +151,13 @@ class Attention(nn.Module):
         out = linear(read, self.output, 2)
         out = add_low_rank(self, "output", out, read, inputs=2)
         return out + self.output_bias.astype(out.dtype) if spec.has_attention_output_bias else out
+
+    def _drop(self, context: Context) -> Callable[[jax.Array], jax.Array] | None:
+        """Returns what drops attention probabilities in training, else None; the sites follow those of the block."""
+        rate = self.spec.attention_dropout_rate
+        if context.dropout_keys is None or rate == 0:
+            return None
+        return functools.partial(row_dropout, rate=rate, keys=context.dropout_keys, site=6 if self.cross else 5)
 
     def _project(self, x_BTD, name: str):
         out = linear(x_BTD, getattr(self, name))

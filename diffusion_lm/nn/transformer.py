@@ -83,6 +83,8 @@ class TransformerSpec:
       attention_softcap: soft cap of the attention scores, or None (Gemma 2 uses 50).
       logit_softcap: soft cap of the logits, or None (Gemma 2 uses 30).
       dropout_rate: on embeddings, on what each layer adds to the residual stream, inside the MLP and on the output.
+      attention_dropout_rate: on attention probabilities, after the softmax and without renormalising them (XLM-R's
+        `attention_probs_dropout_prob`); for attention = "xla" alone.
       vocab_multiple: the embedding has this multiple of rows; those past the vocabulary are never emitted.
       encoder_layers: blocks of the encoder; 0 for single-stream networks.
       self_conditioning: a layer in front of the (decoder) blocks that reads the network's previous prediction, as the
@@ -142,6 +144,7 @@ class TransformerSpec:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
     vocab_multiple: int = 128
     encoder_layers: int = 0
     self_conditioning: bool = False
@@ -235,11 +238,19 @@ class TransformerSpec:
             where="TransformerSpec.relative_buckets",
             fix="Give at least 4 buckets and a max distance above a quarter of them.",
         )
+        for name in ("dropout_rate", "attention_dropout_rate"):
+            require(
+                0 <= getattr(self, name) < 1,
+                f"{name} = {getattr(self, name)} is not a probability in [0, 1)",
+                where=f"TransformerSpec.{name}",
+                fix="Choose a rate in [0, 1).",
+            )
         require(
-            0 <= self.dropout_rate < 1,
-            f"dropout_rate = {self.dropout_rate} is no probability below 1",
-            where="TransformerSpec.dropout_rate",
-            fix="Choose a rate in [0, 1).",
+            self.attention_dropout_rate == 0 or self.attention == "xla",
+            f"attention_dropout_rate = {self.attention_dropout_rate}: attention = {self.attention!r} never writes its "
+            "probabilities out, so it cannot drop any",
+            where="TransformerSpec.attention",
+            fix="Choose 'xla', or attention_dropout_rate = 0.0.",
         )
         require(
             self.encoder_layers >= 0,
@@ -247,6 +258,11 @@ class TransformerSpec:
             where="TransformerSpec.encoder_layers",
             fix="Use 0 for single-stream networks.",
         )
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a training pass drops anything."""
+        return self.dropout_rate > 0 or self.attention_dropout_rate > 0
 
     @property
     def padded_vocab_size(self) -> int:

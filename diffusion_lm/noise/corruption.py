@@ -178,7 +178,8 @@ class MixtureCorruption:
 
     Attributes:
       mask_id: id of MASK, which must not occur in the data.
-      p_uniform: probability that a chosen token becomes a uniform draw from the vocabulary instead of MASK.
+      p_uniform: probability that a chosen token becomes a uniform draw from the vocabulary, MASK left out, instead of
+        MASK.
       p_keep: probability that a chosen token stays as it is and is scored like the others (BERT, arXiv 1810.04805:
         0.1 beside p_uniform = 0.1).
       choice: which tokens are replaced, `Bernoulli` or `ExactCount`.
@@ -214,7 +215,10 @@ class MixtureCorruption:
         _check_mask_is_known(self, vocab_size)
         replaced = self.choice.choose(keys, batch, rate_BT)
         kind = keys.token_uniform(KIND_STREAM, batch.example_ids, batch.positions)
-        noise = jnp.where(kind < self.p_uniform, _random_tokens(keys, batch, vocab_size), self.mask_id)
+        # One of the vocab_size - 1 tokens that are not MASK: a draw from MASK's id on stands for the token after it.
+        random = _random_tokens(keys, batch, vocab_size - 1)
+        random = random + (random >= self.mask_id)
+        noise = jnp.where(kind < self.p_uniform, random, self.mask_id)
         noise = jnp.where(kind >= 1.0 - self.p_keep, batch.tokens, noise)
         return Corrupted(jnp.where(replaced, noise, batch.tokens), replaced)
 

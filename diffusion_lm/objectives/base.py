@@ -32,7 +32,8 @@ class Needs:
       encoder: whether it only works on encoder-decoders.
       one_example_a_row: whether rows must not be packed.
       self_conditioning: whether the network must be able to read its own previous prediction.
-      token_schedules: whether the network must have an exponent a token (`architectures.exponents`).
+      token_schedules: whether the network must have an exponent per token (`architectures.exponents`).
+      several_weights: whether its loss has parts that are divided by weights of their own (`LossTerms.others`).
     """
 
     visibility: str
@@ -44,6 +45,7 @@ class Needs:
     one_example_a_row: bool = False
     self_conditioning: bool = False
     token_schedules: bool = False
+    several_weights: bool = False
 
     @property
     def forward_passes_worth(self) -> float:

@@ -71,7 +71,8 @@ class Denoising:
         embedding of each noisy token; no gradient flows through that. The loss is of the second pass alone, which reads
         zeros otherwise (Analog Bits, arXiv 2208.04202; DiffusionGemma uses 0.5). `bound` always reads a prediction.
       auxiliary: weight of D3PM's second loss, the plain cross-entropy of all scored tokens, intact ones included, which
-        is added to that of each pass (arXiv 2107.03006, L_lambda). 0 is off; `bound` has none.
+        is added to that of each pass (arXiv 2107.03006, L_lambda): a mean over the scored tokens, or over examples with
+        normaliser "example". 0 is off; `bound` has none.
       label_smoothing: probability mass that the training target spreads over the vocabulary.
       protected: ids that stay clean and unscored in a target (RDM: EOS); they count as conditioning.
       evaluation_draws: noise levels of `bound` per example, spread evenly from a random start.
@@ -177,6 +178,7 @@ class Denoising:
             passes=views * self._passes_per_view,
             frozen_passes=views if self.self_conditioning else 0,
             self_conditioning=self.self_conditioning > 0,
+            several_weights=self._auxiliary_is_apart,
             mask_token=self.corruption.needs_mask_token,
             mask_id=self._mask_id,
         )
@@ -240,6 +242,11 @@ class Denoising:
         return 1 + self.unrolls + (self.self_conditioning > 0)
 
     @property
+    def _auxiliary_is_apart(self) -> bool:
+        """Whether the second loss is divided by a weight of its own."""
+        return self.auxiliary > 0 and self.normaliser == "replaced"
+
+    @property
     def _mask_id(self) -> int | None:
         return getattr(self.corruption, "mask_id", None)
 
@@ -286,7 +293,9 @@ class Denoising:
         """Returns the terms of one canvas and of what is unrolled from it."""
         weights = batch.loss_weights * self.weighting.weigh(t_BT, noisy.replaced, self.schedule, batch=batch)
         weights, weight = normalised(self.normaliser, weights, noisy.replaced, batch)
-        everywhere, _ = normalised(self.normaliser, self.auxiliary * batch.loss_weights, noisy.replaced, batch)
+        # All scored tokens take part in the second loss, so "replaced" tokens cannot be what it is divided by.
+        normaliser = "scored" if self._auxiliary_is_apart else self.normaliser
+        everywhere, everyone = normalised(normaliser, batch.loss_weights, noisy.replaced, batch)
         real = real_tokens(batch, self.pad_id, self.eos_id)
         scored = batch.loss_weights != 0
         counted = jnp.ones_like(t_BT)
@@ -294,7 +303,7 @@ class Denoising:
             scored &= noisy.replaced
             counted = self._bound_weights(t_BT, noisy, batch)
 
-        canvas, losses, metrics, prediction = noisy.tokens, [], {}, None
+        canvas, losses, second, metrics, prediction = noisy.tokens, [], [], {}, None
         rate = 1.0 - self.schedule.alpha(t_BT)
         if self.self_conditioning:
             before = forward(canvas, first_pass, rate=rate, has_gradient=False)
@@ -306,7 +315,7 @@ class Denoising:
             nll, loss = self._token_losses(model, hidden, batch, where, train=train)
             losses.append(weighted_sum(loss, jnp.where(scored, weights, 0.0)))
             if self.auxiliary:
-                losses.append(weighted_sum(loss, everywhere))
+                second.append(self.auxiliary * weighted_sum(loss, everywhere))
             prefix = "unrolled_" if number else ""
             metrics[f"{prefix}nll_per_token"] = weighted_mean(nll * counted, batch.loss_weights)
             metrics[f"{prefix}nll_per_real_token"] = weighted_mean(nll * counted, real)
@@ -315,7 +324,10 @@ class Denoising:
             if number < self.unrolls:
                 canvas = self._predict(model, hidden, batch, keys, first_pass + number)
                 metrics["prediction_accuracy"] = weighted_mean((canvas == batch.tokens).astype(jnp.float32), real)
-        return LossTerms(jnp.sum(jnp.stack(losses)), weight, metrics)
+        if self._auxiliary_is_apart:
+            others = (WeightedMean(jnp.sum(jnp.stack(second)), everyone),)
+            return LossTerms(jnp.sum(jnp.stack(losses)), weight, metrics, others)
+        return LossTerms(jnp.sum(jnp.stack(losses + second)), weight, metrics)
 
     def _bound_weights(self, t_BT: jax.Array, noisy: Corrupted, batch: Batch) -> jax.Array:
         """Returns f32[B,T], the weights under which replaced tokens cost the likelihood bound at the drawn times.

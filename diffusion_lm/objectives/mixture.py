@@ -1,4 +1,7 @@
-"""A weighted sum of objectives on the same batch, whose weights may change during training."""
+"""A weighted sum of objectives on the same batch, whose factors may change during training.
+
+loss = sum_i w_i(step) S_i / W_i,      S_i, W_i: loss sum and weight of part i over the global batch
+"""
 
 import dataclasses
 from typing import Any, Protocol
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.core.types import Batch, LossTerms
+from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import Model, Needs
 
@@ -74,7 +77,10 @@ class Ramp:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """sum_i w_i(step) loss_i. Each part is a sum over the same scored tokens, so the total is one too.
+    """sum_i w_i(step) loss_i, where loss_i is what part i would have as the only objective.
+
+    Parts count scored tokens, replaced tokens (`Denoising.normaliser`) or examples. So every part has a weight of its
+    own in what the training step gets (`LossTerms.others`); that of the primary part is `LossTerms.weight`.
 
     Parts draw noise of their own. Metrics keep their names behind that of their part; those of the primary part also
     appear under their own.
@@ -106,6 +112,13 @@ class Mixture:
             where="Mixture.primary",
             fix=f"Choose one of {', '.join(self.names)}.",
         )
+        masks = self._mask_ids()
+        require(
+            len(masks) < 2,
+            f"the parts take different tokens for MASK: {', '.join(map(str, masks))}",
+            where="Mixture.parts",
+            fix="Set the macro MASK_ID, or the parts' mask_id, to the vocabulary's MASK.",
+        )
 
     @property
     def alignment(self) -> Any:
@@ -120,22 +133,30 @@ class Mixture:
     def needs(self) -> Needs:
         """What any part needs; the passes add up."""
         needs = [part.needs() for part in self.parts]
+        masks = self._mask_ids()
         return Needs(
             visibility=self._primary.needs().visibility,
             passes=sum(one.passes for one in needs),
             frozen_passes=sum(one.frozen_passes for one in needs),
             mask_token=any(one.mask_token for one in needs),
+            mask_id=masks[0] if masks else None,
             encoder=any(one.encoder for one in needs),
+            one_example_a_row=any(one.one_example_a_row for one in needs),
+            several_weights=len(self.parts) > 1 or any(one.several_weights for one in needs),
             self_conditioning=any(one.self_conditioning for one in needs),
             token_schedules=any(one.token_schedules for one in needs),
         )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
-        """Returns the weighted sum; `weight` counts each scored token once."""
+        """Returns the primary part's sum and weight, and the other parts in `others`, each times its factor."""
         terms = [part.loss(model, batch, _apart(keys, number), train=train) for number, part in enumerate(self.parts)]
-        summed = [weight.at(keys.step) * one.loss_sum for weight, one in zip(self.weights, terms, strict=True)]
-        primary = self._named(terms)[self.primary]
-        return LossTerms(jnp.sum(jnp.stack(summed)), primary.weight, self._metrics(terms))
+        scaled = {
+            name: [WeightedMean(factor.at(keys.step) * part.total, part.weight) for part in one.parts]
+            for name, factor, one in zip(self.names, self.weights, terms, strict=True)
+        }
+        first, *others = scaled.pop(self.primary)
+        others += [part for parts in scaled.values() for part in parts]
+        return LossTerms(first.total, first.weight, self._metrics(terms), tuple(others))
 
     def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
         """Returns the primary part's bound with the metrics of all parts' bounds."""
@@ -146,6 +167,10 @@ class Mixture:
     @property
     def _primary(self) -> Any:
         return self.parts[self.names.index(self.primary)]
+
+    def _mask_ids(self) -> list[int]:
+        """Returns the ids that parts take for MASK, each once."""
+        return sorted({mask for part in self.parts if (mask := part.needs().mask_id) is not None})
 
     def _named(self, terms: list[LossTerms]) -> dict[str, LossTerms]:
         return dict(zip(self.names, terms, strict=True))

@@ -15,7 +15,7 @@ from diffusion_lm.core.alignment import SamePosition
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
-from diffusion_lm.noise.interpolation import Level, UniformNoise, corrupt, noise_at
+from diffusion_lm.noise.interpolation import SMALLEST, HybridNoise, Level, UniformNoise, corrupt, noise_at
 from diffusion_lm.noise.time_sampling import TIME_STREAM, UniformTime
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import (
@@ -30,7 +30,7 @@ from diffusion_lm.objectives.base import (
 )
 from diffusion_lm.objectives.draws import bound_times, check_draws, mean_over_draws, shifted
 
-WEIGHTINGS = ("nelbo", "dynamic")
+WEIGHTINGS = ("nelbo", "dynamic", "log_snr")
 
 
 class Divergence(NamedTuple):
@@ -98,6 +98,29 @@ def bound_weight(tokens, noisy, level: Level, mask_id: int | None, vocab_size: i
     return rate / jnp.maximum(marginal(tokens, noisy, level, mask_id, vocab_size), 1e-30)
 
 
+def log_snr_weight(tokens, noisy, level: Level, mask_id: int | None, vocab_size: int) -> jax.Array:
+    """Returns `bound_weight` x |dt / d log(alpha/(1 - alpha))|: the negative ELBO per unit of log-SNR, not of time.
+
+    For MASK alone it is 1. This is the training weight of the code of arXiv 2512.10858 (there: the ELBO's weight times
+    the density of the log-SNR at uniform times).
+    """
+    # d log(alpha/(1 - alpha))/dt = alpha'/alpha / (1 - alpha), and all rates together are -alpha'/alpha.
+    slope = (level.mask_rate + level.uniform_rate) / jnp.maximum(1.0 - level.signal, SMALLEST)
+    return bound_weight(tokens, noisy, level, mask_id, vocab_size) / slope
+
+
+def dynamic_weight(tokens, noisy, t, noise: HybridNoise, vocab_size: int) -> jax.Array:
+    """Returns GIDD's weights: 2 on MASK, 1 on other noise, B/V SNR^(-gamma/2) on intact tokens, SNR = (1 - t)/t.
+
+    They keep the ratios of the ELBO's weights r_t(z)/q_t(z | x) and drop their common size, which grows without bound
+    at both ends (arXiv 2503.04482, section 4). Intact over other noise is c_t/V / (1 - t + c_t/V) in the ELBO, and
+    c_t/(1 - t) = B SNR^(-1/2) for gamma = 1: intact tokens count least where little is noise.
+    """
+    t = jnp.clip(t, 1e-6, 1.0 - 1e-6)
+    intact = noise.scale / vocab_size * (t / (1.0 - t)) ** (0.5 * noise.gamma)
+    return jnp.where(noisy == noise.mask_id, 2.0, jnp.where(noisy == tokens, intact, 1.0))
+
+
 @dataclasses.dataclass(frozen=True)
 class UniformNelbo:
     """The negative ELBO of interpolating noise, over all target positions, intact ones included.
@@ -113,9 +136,9 @@ class UniformNelbo:
     Attributes:
       noise: `noise.interpolation.UniformNoise`, `HybridNoise` or `AbsorbingNoise`.
       steps: T of discrete time, with a schedule that ends without signal; or None for continuous time.
-      weighting: "nelbo" trains the bound; "dynamic" replaces r/q by 2 on MASK, 1 on other noise and B/V SNR^(gamma/2)
-        on intact tokens, clipped to [0, max_weight] (GIDD). `bound` is the bound either way.
-      max_weight: see `weighting`.
+      weighting: "nelbo" trains the bound. "dynamic" replaces r/q by the weights of GIDD's paper (`dynamic_weight`),
+        "log_snr" by those of its authors' later code (`log_snr_weight`). `bound` is the bound whatever it is.
+      max_weight: upper limit of "dynamic" and "log_snr" weights (the releases use 2 and 1000).
       auxiliary: weight of D3PM's second loss, the plain cross-entropy of all scored tokens (L_lambda). 0 is off;
         `bound` has none.
       time: at which t an example is trained.
@@ -149,10 +172,10 @@ class UniformNelbo:
             fix=f"Choose one of {', '.join(WEIGHTINGS)}.",
         )
         require(
-            self.weighting == "nelbo" or hasattr(self.noise, "gamma"),
+            self.weighting != "dynamic" or hasattr(self.noise, "gamma"),
             "dynamic weights are defined by the schedule of HybridNoise",
             where="UniformNelbo.weighting",
-            fix="Use weighting = 'nelbo', or noise = @interpolation.HybridNoise().",
+            fix="Use weighting = 'nelbo' or 'log_snr', or noise = @interpolation.HybridNoise().",
         )
         require(
             self.steps is None or (isinstance(self.steps, int) and self.steps > 0 and self.weighting == "nelbo"),
@@ -228,7 +251,10 @@ class UniformNelbo:
                 return second + self.steps * self._step_divergence(log_p, tokens, noisy, t, noise)
             apart = divergence(log_p, tokens, noisy, level, mask_id)
             if weighting == "dynamic":
-                weight = self._dynamic_weight(tokens, noisy, t, logits.shape[-1])
+                weight = jnp.minimum(dynamic_weight(tokens, noisy, t, noise, logits.shape[-1]), self.max_weight)
+            elif weighting == "log_snr":
+                weight = log_snr_weight(tokens, noisy, level, mask_id, logits.shape[-1])
+                weight = jnp.minimum(weight, self.max_weight)
             else:
                 weight = bound_weight(tokens, noisy, level, mask_id, logits.shape[-1])
             return second + weight * (apart.kl + jnp.expm1(apart.log_ratio) - apart.log_ratio)
@@ -274,10 +300,3 @@ class UniformNelbo:
         q_before = marginal(tokens, noisy, before, mask_id, vocab_size)
         stayed = jnp.where(q_before > 0, kept * q_before * apart_before.log_ratio, 0.0)
         return (stayed + added * apart_before.kl) / q_now - apart_now.log_ratio
-
-    def _dynamic_weight(self, tokens, noisy, t, vocab_size: int) -> jax.Array:
-        """Returns GIDD's weights: intact tokens count little, MASK twice as much as other noise."""
-        t = jnp.clip(t, 1e-6, 1.0 - 1e-6)
-        intact = self.noise.scale / vocab_size * ((1.0 - t) / t) ** (0.5 * self.noise.gamma)
-        weight = jnp.where(noisy == self.noise.mask_id, 2.0, jnp.where(noisy == tokens, intact, 1.0))
-        return jnp.clip(weight, 0.0, self.max_weight)

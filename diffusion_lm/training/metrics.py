@@ -36,6 +36,9 @@ PEAK_FLOPS = {
     "NVIDIA L4": 121e12,
 }
 
+OTHER_PART = "loss, part "
+"""In a window, what precedes the number of a part of the loss that has a weight of its own (`LossTerms.others`)."""
+
 
 @dataclasses.dataclass
 class Window:
@@ -57,15 +60,15 @@ class Window:
           ConfigError: the loss or the gradient is no longer a finite number.
         """
         terms = stats.terms
-        values: dict[str, tuple[Any, Any]] = {
-            "loss": (terms.loss_sum, terms.weight),
-            "grad_norm": (stats.grad_norm, 1.0),
-        }
+        values: dict[str, tuple[Any, Any]] = {"loss": (terms.loss_sum, terms.weight)}
+        values |= {f"{OTHER_PART}{i}": (part.total, part.weight) for i, part in enumerate(terms.others)}
+        values |= {"grad_norm": (stats.grad_norm, 1.0)}
+        checked = tuple(values)
         values |= {name: (mean.total, mean.weight) for name, mean in terms.metrics.items()}
         for name, (total, weight) in values.items():
-            if name in ("loss", "grad_norm") and not math.isfinite(float(total)):
+            if name in checked and not math.isfinite(float(total)):
                 raise ConfigError(
-                    f"the {name.replace('grad_norm', 'gradient')} of step {step} is {float(total)}",
+                    f"the {'gradient' if name == 'grad_norm' else 'loss'} of step {step} is {float(total)}",
                     where="TrainRun.optimizer",
                     fix="Lower the learning rate or lengthen its warmup; earlier checkpoints of the run are intact.",
                 )
@@ -75,8 +78,13 @@ class Window:
         self.tokens += int(stats.tokens)
 
     def means(self) -> dict[str, float]:
-        """Returns total / weight of every name (0 where nothing was weighed) and empties the window."""
+        """Returns total / weight of every name (0 where nothing was weighed) and empties the window.
+
+        A loss of several parts is the sum of their means.
+        """
         means = {name: total / weight if weight > 0 else 0.0 for name, (total, weight) in self.sums.items()}
+        for name in [name for name in means if name.startswith(OTHER_PART)]:
+            means["loss"] += means.pop(name)
         self.sums = {}
         return means
 

@@ -53,7 +53,8 @@ class TrainRun:
         period `every` (0 = only after the last step) and always runs after the last step.
       checkpoint: when to save and what to keep.
       log_every: steps per row of the log and per progress line; a row is the mean over its steps.
-      ema_decay: decay of the moving average of the parameters that is evaluated and handed on; None keeps none.
+      ema_decay: decay of the moving average of the parameters that is evaluated and handed on; None keeps none. Update
+        n (from 0) uses min(ema_decay, (1 + n)/(10 + n)).
       xla_options: sets of compiler options for the step (`parallel/xla_options.py`), of which those of the platform are
         taken; the run card has them in full.
       profile: (step, number of steps) to trace, e.g. (100, 5), once everything is compiled; None traces nothing. The

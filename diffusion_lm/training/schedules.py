@@ -88,20 +88,23 @@ class InverseSqrt:
       scale: the numerator; the highest learning rate is `scale / sqrt(warmup_steps)`.
       warmup_steps: where the decay begins.
       ramp: climb linearly to the highest learning rate instead of starting there.
+      steps_before: updates that an earlier run made under this schedule, which this run continues; 0 restarts it.
     """
 
     scale: float = 1.0
     warmup_steps: int = 10_000
     ramp: bool = False
+    steps_before: int = 0
 
     needs_total: ClassVar[bool] = False
 
     def __post_init__(self):
-        _check(self, "scale", "warmup_steps")
+        _check(self, "scale", "warmup_steps", "steps_before")
 
     def value(self, step: int, total: int) -> float:
         """Returns the learning rate of update `step`."""
         del total
+        step += self.steps_before
         rate = self.scale / math.sqrt(max(step, self.warmup_steps, 1))
         return rate * linear_warmup(step, self.warmup_steps) if self.ramp else rate
 

@@ -190,12 +190,12 @@ def _jit(kind, settings, architecture, function):
 
 
 def loss_and_grad(objective, model, batch, keys):
-    """(terms, gradient of loss_sum), compiled once per objective, architecture and shape."""
+    """(terms, gradient of the sum over the parts' totals), compiled once per objective, architecture and shape."""
 
     def run(params, batch, keys):
         def loss(params):
             terms = objective.loss(dataclasses.replace(model, params=params), batch, keys)
-            return terms.loss_sum, terms
+            return sum(part.total for part in terms.parts), terms
 
         grads, terms = jax.grad(loss, has_aux=True)(params)
         return terms, grads

@@ -52,6 +52,7 @@ def check_finite_and_weighted(objective, model, batch):
     # Objectives with another normaliser count replaced tokens, or examples.
     counts_tokens = getattr(objective, "normaliser", "scored") == "scored"
     assert 0 < terms.weight <= batch.loss_weights.sum()
+    assert bool(terms.others) <= objective.needs().several_weights, "the training step has to know"
     if counts_tokens:
         assert terms.weight == batch.loss_weights.sum(), "the weight counts scored tokens"
     assert 0 < terms.metrics["nll_per_real_token"].weight <= batch.loss_weights.sum()
@@ -63,10 +64,9 @@ def check_finite_and_weighted(objective, model, batch):
     assert fewer.weight < terms.weight
     if counts_tokens:
         assert fewer.weight == terms.weight - batch.loss_weights[0].sum()
-    assert fewer.loss_sum < terms.loss_sum
+    assert all(part.total < whole.total for part, whole in zip(fewer.parts, terms.parts, strict=True))
     double, _ = stubs.loss_and_grad(objective, model, batch.replace(loss_weights=2 * batch.loss_weights), KEYS)
-    np.testing.assert_allclose(double.loss_sum, 2 * terms.loss_sum, rtol=1e-5)
-    np.testing.assert_allclose(double.weight, 2 * terms.weight, rtol=1e-5)
+    stubs.assert_close(double.parts, jax.tree.map(lambda x: 2 * x, terms.parts), rtol=1e-5)
 
 
 def test_finite_weights_respected_and_deterministic(objective, model):
@@ -114,7 +114,9 @@ def test_T15_nothing_masked(objective, model):
     no_target = unscored.replace(target_mask=jnp.zeros_like(RAGGED.target_mask))
     for batch in (unscored, no_target, no_target.replace(segment_ids=jnp.zeros_like(RAGGED.segment_ids))):
         terms, grads = stubs.loss_and_grad(objective, model, batch, KEYS)
-        assert terms.loss_sum == terms.weight == terms.loss == 0
+        assert terms.loss == 0
+        assert not terms.scored
+        assert all(part.total == part.weight == 0 for part in terms.parts)
         assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(grads))
         assert all(np.isfinite(np.asarray(metric.value)) for metric in terms.metrics.values())
 

@@ -5,8 +5,11 @@ import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import WeightedMean
+from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.objectives.autoregressive import Autoregressive
 from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.length_prediction import LengthPrediction
 from diffusion_lm.objectives.mixture import Constant, Mixture, Ramp
 
 BATCH = stubs.make_batch([2, 3], [8, 6], 10)
@@ -22,7 +25,7 @@ def test_weights_follow_the_step(step, share):
     keys = StreamKeys.create(0, step)
     single = Autoregressive().loss(MODEL, BATCH, keys)
     mixed = mix(Constant(0.5), Ramp(0.0, 2.0, 10, 30)).loss(MODEL, BATCH, keys)
-    np.testing.assert_allclose(mixed.loss_sum, (0.5 + 2.0 * share) * single.loss_sum, rtol=1e-6)
+    np.testing.assert_allclose(mixed.loss, (0.5 + 2.0 * share) * single.loss, rtol=1e-6)
     assert mixed.weight == single.weight
     np.testing.assert_allclose(mixed.metrics["b/nll_per_real_token"].value, single.metrics["nll_per_real_token"].value)
 
@@ -62,3 +65,53 @@ def test_parts_have_noise_of_their_own_and_the_primary_names_the_bound():
 def test_impossible_settings_are_errors(make):
     with pytest.raises(ConfigError):
         make()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Denoising(unrolls=0, normaliser="example", views="nested"),
+        Denoising(AbsorbingCorruption(3), unrolls=0, normaliser="replaced"),
+        Denoising(unrolls=0, protected=(1,)),
+    ],
+    ids=["example", "replaced", "protected"],
+)
+def test_each_part_keeps_the_value_that_it_has_alone(other):
+    """An autoregressive loss of 1.579 stays 1.579 next to a part that counts examples (RDM) or replaced tokens."""
+    parts, keys = (other, Autoregressive()), StreamKeys.create(0)
+    mixed = mix(Constant(0.5), Constant(2.0), parts=parts).loss(MODEL, BATCH, keys)
+    # Noise of a part is keyed by its number.
+    alone = [only(part, number).loss(MODEL, BATCH, keys).loss for number, part in enumerate(parts)]
+    np.testing.assert_allclose(mixed.loss, 0.5 * alone[0] + 2.0 * alone[1], rtol=1e-5)
+    assert mixed.weights[0] != mixed.weights[1]
+    swapped = mix(Constant(0.5), Constant(2.0), parts=parts, primary="b").loss(MODEL, BATCH, keys)
+    np.testing.assert_allclose(swapped.loss, mixed.loss, rtol=1e-6)
+
+
+def only(part, number):
+    """The part with weight 1 among others of weight 0."""
+    weights = [Constant(float(i == number)) for i in range(2)]
+    parts = [Autoregressive(), Autoregressive()]
+    parts[number] = part
+    return Mixture(("a", "b"), parts, weights, "ab"[number])
+
+
+def test_a_mixture_in_a_mixture_keeps_its_weights():
+    inner = mix(Constant(), Constant(3.0), parts=(Denoising(unrolls=0, normaliser="example"), Autoregressive()))
+    outer = Mixture(("x", "y"), (Autoregressive(), inner), (Constant(), Constant(0.5)), "x")
+    keys = StreamKeys.create(0)
+    terms = outer.loss(MODEL, BATCH, keys)
+    ar = Autoregressive().loss(MODEL, BATCH, keys).loss
+    diffusion = WeightedMean(2.0 * terms.others[0].total, terms.others[0].weight).value
+    np.testing.assert_allclose(terms.loss, ar + 0.5 * (diffusion + 3.0 * ar), rtol=1e-5)
+    np.testing.assert_allclose(terms.others[0].weight, 2, rtol=1e-6, err_msg="examples")
+    assert len(terms.others) == 2
+
+
+def test_a_mixture_needs_what_its_parts_need():
+    needs = mix(Constant(), Constant(), parts=(Autoregressive(), LengthPrediction())).needs()
+    assert needs.one_example_a_row
+    masked = Denoising(AbsorbingCorruption(3), unrolls=0)
+    assert mix(Constant(), Constant(), parts=(Autoregressive(), masked)).needs().mask_id == 3
+    with pytest.raises(ConfigError, match="MASK"):
+        mix(Constant(), Constant(), parts=(Denoising(AbsorbingCorruption(4), unrolls=0), masked))

@@ -1,5 +1,7 @@
 """Bounds under uniform and mixed noise against the D3PM chain in matrices, every canvas enumerated, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import model_stubs as stubs
@@ -249,6 +251,82 @@ def test_dynamic_weights_train_and_leave_the_bound_alone():
     plain, dynamic = (UniformNelbo(noise=noise, weighting=kind) for kind in ("nelbo", "dynamic"))
     assert plain.loss(model, batch, KEYS).loss_sum != dynamic.loss(model, batch, KEYS).loss_sum
     np.testing.assert_allclose(plain.bound(model, batch, KEYS).loss, dynamic.bound(model, batch, KEYS).loss, rtol=1e-6)
+
+
+WEIGHT_TIMES = (0.001, 0.1, 0.5, 0.9, 0.99)
+
+
+def weights_by_differences(noise, t, vocab_size):
+    """The ELBO's weights r_t(z)/q_t(z | x) of an intact token, another token and MASK, and d log-SNR / dt; in float64.
+
+    Only the marginal of the paper is used, ((1-t) x + t MASK + c_t u)/(1 + c_t): the rates are its derivative.
+    """
+    scale = 2.0**noise.gamma * noise.uniform_share / (1 - noise.uniform_share)
+
+    def parts(t):
+        c = scale * (t * (1 - t)) ** (noise.gamma / 2)
+        each = c / (vocab_size - 1)
+        return np.array([(1 - t) + each, each, t, 1 - t]) / (1 + c)
+
+    h = 1e-6 * min(t, 1 - t)
+    now, slope = parts(t), (parts(t + h) - parts(t - h)) / (2 * h)
+    decay = -slope[3] / now[3]
+    return (slope[:3] + decay * now[:3]) / now[:3], -decay / (1 - now[3])
+
+
+@pytest.fixture(scope="module")
+def weights_of():
+    """`(noise, t, weighting) -> f64[3]`: weights of an intact token, another one and MASK, as the loss applies them."""
+    vocab_size = 200
+    model = stubs.table_model(np.random.default_rng(0).normal(size=(4, vocab_size)))
+    batch = tiny_world.batch_of([[5, 5, 5]])
+    noisy = batch.tokens.at[0, 2].set(6).at[0, 3].set(3)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def losses(noise, t, weighting):
+        objective = UniformNelbo(noise=noise, weighting=weighting, max_weight=1e9)
+        forward = Forward(model, batch, KEYS, visibility="full", train=False)
+        t_BT = jnp.full(noisy.shape, t)
+        return objective.token_losses(t_BT, noisy, noise, model, batch, forward, weighting)[0, 1:]
+
+    def weights(noise, t, weighting):
+        bound, _ = weights_by_differences(noise, t, vocab_size)
+        plain, other = (np.asarray(losses(noise, t, kind), np.float64) for kind in ("nelbo", weighting))
+        return other / plain * bound
+
+    return weights
+
+
+@pytest.mark.parametrize("t", WEIGHT_TIMES)
+def test_dynamic_weights_have_the_ratios_of_the_elbo(weights_of, t):
+    """Intact over other: (B/V) SNR^(-1/2), which at t = 0.001 is a factor 999 from its inverse exponent."""
+    noise = HybridNoise(3, 0.1)
+    bound, _ = weights_by_differences(noise, t, 200)
+    found = weights_of(noise, t, "dynamic")
+    np.testing.assert_allclose(found[0] / found[1], bound[0] / bound[1], rtol=0.02)
+    np.testing.assert_allclose(found[1:], [1.0, 2.0], rtol=1e-3)
+    inverse = noise.scale / 200 * ((1 - t) / t) ** 0.5
+    assert t == 0.5 or abs(inverse / found[0] - 1) > 0.5, "the inverse exponent fails this test"
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.6])
+@pytest.mark.parametrize("t", WEIGHT_TIMES)
+def test_log_snr_weights_are_the_elbo_per_unit_of_log_snr(weights_of, t, gamma):
+    noise = HybridNoise(3, 0.2, gamma)
+    bound, slope = weights_by_differences(noise, t, 200)
+    np.testing.assert_allclose(weights_of(noise, t, "log_snr"), bound / -slope, rtol=2e-3)
+
+
+def test_log_snr_weights_of_masked_noise_are_flat():
+    noise, model = AbsorbingNoise(3), tiny_world.canvas_model(4, L)
+    batch = tiny_world.batch_of([[0, 1]])
+    noisy = batch.tokens.at[0, 1].set(3)
+    forward = Forward(model, batch, KEYS, visibility="full", train=False)
+    objective = UniformNelbo(noise=noise, weighting="log_snr")
+    losses = objective.token_losses(jnp.full(noisy.shape, 0.3), noisy, noise, model, batch, forward, "log_snr")
+    log_p = tiny_world.log_softmax(model.logits(forward(noisy)), (3,))
+    np.testing.assert_allclose(losses[0, 1], -0.7 * log_p[0, 1, 0], rtol=1e-4)
+    np.testing.assert_allclose(losses[0, 2], 0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [6, 1000])

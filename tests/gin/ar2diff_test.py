@@ -74,3 +74,19 @@ def test_speed_is_studied_to_4000_tokens_with_the_samplers_of_the_figure():
     assert [arm.family for arm in study.arms] == ["ar"] + ["diffusion"] * 4
     single = [arm.sampler for arm in study.arms if getattr(arm.sampler, "candidates", 0) == 1]
     assert [sampler.steps for sampler in single] == [10, 20, 50]
+
+
+@pytest.mark.parametrize("size", ["base", "large", "xl"])
+def test_adaptation_restarts_the_schedule_of_pretraining_or_continues_it(size):
+    """The paper does not say which; `ADAPT_STEPS_BEFORE` chooses. Restarted starts at ten times the continued rate."""
+
+    def schedule(name, bindings=()):
+        comparison = config.load([f"gin/recipes/ar2diff_{size}.gin"], list(bindings)).build(Comparison)
+        return {stage.name: stage.run for stage in comparison.stages}[name].optimizer.schedule
+
+    for name in ("adapt_small", "adapt_large"):
+        assert schedule(name).value(0, 1) == pytest.approx(1e-2)
+        assert schedule(name) == schedule("pretrain_ar")
+        continued = schedule(name, ["ADAPT_STEPS_BEFORE=1000000"])
+        assert continued.value(0, 1) == pytest.approx(1e-3)
+    assert schedule("pretrain_ar", ["ADAPT_STEPS_BEFORE=1000000"]).steps_before == 0

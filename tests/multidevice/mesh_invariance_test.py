@@ -34,9 +34,10 @@ ALONE = MeshSpec(data=1, fsdp=1)
 MESHES = [MeshSpec(fsdp=4, tensor=2), MeshSpec(data=2, fsdp=2, sequence=2)]
 ROWS, LENGTH = 16, 12
 FIELDS = dict(vocab_size=50, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
+DROPOUT = {"dropout_rate": 0.1, "attention_dropout_rate": 0.2}
 MODELS = {
     "single_stream": SingleStream(
-        TransformerSpec(**FIELDS, position="rope", mlp="swiglu", attention_scale="inverse_sqrt", dropout_rate=0.1)
+        TransformerSpec(**FIELDS, position="rope", mlp="swiglu", attention_scale="inverse_sqrt", **DROPOUT)
     ),
     "encoder_decoder": EncoderDecoder(TransformerSpec(**FIELDS, encoder_layers=1, tied_embeddings=False)),
 }

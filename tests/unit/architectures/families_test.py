@@ -285,8 +285,9 @@ def test_order_matters_under_full_visibility(spec):
 
 
 @quick_families
-def test_dropout_is_keyed_by_row(spec):
-    spec = dataclasses.replace(spec, dropout_rate=0.3)
+@pytest.mark.parametrize("field", ["dropout_rate", "attention_dropout_rate"])
+def test_dropout_is_keyed_by_row(spec, field):
+    spec = dataclasses.replace(spec, **{field: 0.3})
     model, tokens = bind(spec), token_ids(3, 5)
     encoder = source(spec, [6, 2, 4])
     keys = jax.random.split(jax.random.key(3), 3)
@@ -299,9 +300,9 @@ def test_dropout_is_keyed_by_row(spec):
     whole, deterministic = run(tokens, encoder, keys), run(tokens, encoder, None)
     last = run(tokens[2:], jax.tree.map(lambda x: x[2:], encoder), keys[2:])
     np.testing.assert_allclose(whole[2:], last, rtol=1e-4, atol=1e-5)
-    assert jnp.abs(whole - deterministic).max() > 0.1
+    assert jnp.abs(whole - deterministic).max() > 0.02
     other = run(tokens, encoder, jax.random.split(jax.random.key(4), 3))
-    assert jnp.abs(whole - other).max() > 0.1
+    assert jnp.abs(whole - other).max() > 0.02
 
 
 @quick_families
@@ -400,6 +401,7 @@ def test_users_get_errors_that_say_what_to_do():
         ("num_kv_heads", 3, "evenly"),
         ("model_dim", 0, "positive"),
         ("dropout_rate", 1.0, "probability"),
+        ("attention_dropout_rate", -0.1, "probability"),
         ("position", "learned", "max_positions"),
         ("relative_buckets", 2, "buckets"),
         ("attention", "splash", "Choose one of xla, cudnn, flash"),
@@ -413,3 +415,9 @@ def test_users_get_errors_that_say_what_to_do():
 def test_wrong_fields_are_refused(field, value, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(T5, **{field: value})
+
+
+@pytest.mark.parametrize("implementation", ["flash", "cudnn"])
+def test_kernels_without_attention_dropout_are_refused(implementation):
+    with pytest.raises(ConfigError, match=r"attention_dropout_rate.*xla"):
+        dataclasses.replace(T5, attention_dropout_rate=0.1, attention=implementation)

@@ -51,3 +51,16 @@ def test_error_is_one_sentence_that_says_what_where_and_what_to_do():
 def test_near_names():
     assert near_names("stpes", ["steps", "seed", "data"]) == "; did you mean steps?"
     assert near_names("zzz", ["steps"]) == ""
+
+
+def test_parts_with_weights_of_their_own_are_divided_by_them():
+    """Ragged microbatches again, of two parts: 1/2 + 10/4, whatever the split."""
+    first = LossTerms(jnp.float32(1.0), jnp.float32(2.0), {}, (WeightedMean(jnp.float32(4.0), jnp.float32(1.0)),))
+    second = LossTerms(jnp.float32(0.0), jnp.float32(0.0), {}, (WeightedMean(jnp.float32(6.0), jnp.float32(3.0)),))
+    assert (first + second).loss == 0.5 + 2.5
+    weights = (first + second).weights
+    assert [float(weight) for weight in weights] == [2.0, 4.0]
+    assert first.share_of(weights) + second.share_of(weights) == 0.5 + 2.5
+    assert first.scored
+    assert second.scored, "nothing of the first part, something of the second"
+    assert not LossTerms(jnp.float32(0.0), jnp.float32(0.0)).scored

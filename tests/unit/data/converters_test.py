@@ -4,7 +4,7 @@ import pytest
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.special import SpecialTokens
-from diffusion_lm.data.converters import EncoderDecoderConverter, SingleStreamConverter
+from diffusion_lm.data.converters import EncoderDecoderConverter, SingleStreamConverter, with_encoder
 from diffusion_lm.data.fitting import Example
 from diffusion_lm.data.target_window import EosFilled, ExactEos, ExactTokens, OracleLength, PadFilled
 
@@ -220,3 +220,12 @@ def test_a_separator_outside_the_vocabulary_or_that_is_mask_is_refused():
     for wrong in (SPECIALS.mask_id, 100):
         with pytest.raises(ConfigError):
             SingleStreamConverter(2, 3, separator_id=wrong).batch([[example([10], [20])]], SPECIALS, training=True)
+
+
+@pytest.mark.parametrize("settings", [{"separator_id": 5}, {"max_slots": 6}, {"suffix_length": 2}])
+def test_what_an_encoder_decoder_cannot_have_is_refused_and_not_dropped(settings):
+    (field,) = settings
+    converter = SingleStreamConverter(3, 4, **settings)
+    assert with_encoder(converter, False) is converter
+    with pytest.raises(ConfigError, match=rf"SingleStreamConverter\.{field}"):
+        with_encoder(converter, True)

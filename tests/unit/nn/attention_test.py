@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.nn.attention import attend
+from diffusion_lm.nn.layers import row_dropout
 
 
 def _inputs(H=4, K=2, B=2, Q=5, T=7, E=8):
@@ -68,3 +71,32 @@ def test_unknown_and_unfit_implementations_are_refused():
         attend(q, k, v, mask=mask, implementation="splash")
     with pytest.raises(ConfigError, match="bfloat16"):
         attend(q, k, v, mask=mask, implementation="cudnn")
+
+
+def test_dropped_probabilities_are_scaled_and_keyed_by_row():
+    """With one-hot values the output is the probabilities themselves: 0 or p / (1 - rate), p on average."""
+    rate, slots, rows = 0.25, 8, 400
+    q, k = (jax.random.normal(jax.random.key(i), (rows, slots, 2, slots)) for i in range(2))
+    v = jnp.broadcast_to(jnp.eye(slots)[None, :, None], (rows, slots, 2, slots))
+    mask = jnp.tril(jnp.ones((1, slots, slots), bool))
+    keys = jax.random.split(jax.random.key(5), rows)
+
+    def probabilities(rows, drop=None):
+        return np.asarray(attend(q[rows], k[rows], v[rows], mask=mask, drop=drop))
+
+    def drop(keys):
+        return functools.partial(row_dropout, rate=rate, keys=keys, site=6)
+
+    every = slice(None)
+    plain, dropped = probabilities(every), probabilities(every, drop(keys))
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], plain[kept] / (1 - rate), rtol=1e-5)
+    visible = plain > 0
+    assert abs(kept[visible].mean() - (1 - rate)) < 5 * (rate * (1 - rate) / visible.sum()) ** 0.5
+    np.testing.assert_allclose(dropped.mean(axis=0), plain.mean(axis=0), atol=0.06)
+    part = slice(100, 104)
+    np.testing.assert_allclose(probabilities(part, drop(keys[part])), dropped[part], rtol=1e-6)
+    assert (dropped[0] != dropped[1]).any(axis=None)
+    assert len({kept[0, :, head].tobytes() for head in range(2)}) == 2, "heads drop apart"
+    with pytest.raises(ConfigError, match="attention_dropout_rate"):
+        attend(q, k, v, mask=mask, drop=drop(keys), implementation="cudnn")

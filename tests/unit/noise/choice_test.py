@@ -70,8 +70,7 @@ def test_a_mixture_is_mask_or_a_random_token():
     np.testing.assert_array_equal(tokens[~replaced], np.asarray(batch.tokens)[~replaced])
     np.testing.assert_array_equal(replaced, masked(batch, 0.5, Bernoulli()), "all kinds of noise choose alike")
     random = tokens[replaced & (tokens != MASK)]
-    share = 0.3 * (1 - 1 / stubs.VOCAB)
-    assert abs(len(random) / replaced.sum() - share) < 4 * (0.21 / replaced.sum()) ** 0.5
+    assert abs(len(random) / replaced.sum() - 0.3) < 4 * (0.21 / replaced.sum()) ** 0.5
     assert len(np.unique(random)) == stubs.VOCAB - 1
     mixed = MixtureCorruption(MASK, p_uniform=0.0).corrupt(KEYS, batch, rate, vocab_size=stubs.VOCAB)
     only_mask = AbsorbingCorruption(MASK).corrupt(KEYS, batch, rate, vocab_size=stubs.VOCAB)
@@ -86,10 +85,27 @@ def test_berts_noise_is_eight_parts_mask_one_random_and_one_untouched():
     replaced, tokens = np.asarray(noisy.replaced), np.asarray(noisy.tokens)
     chosen = replaced.sum()
     error = 4 * (0.09 / chosen) ** 0.5
-    assert abs((tokens == MASK)[replaced].mean() - (0.8 + 0.1 / stubs.VOCAB)) < 4 * (0.16 / chosen) ** 0.5
+    assert abs((tokens == MASK)[replaced].mean() - 0.8) < 4 * (0.16 / chosen) ** 0.5
     assert abs((tokens == clean)[replaced].mean() - (0.1 + 0.1 / stubs.VOCAB)) < error
     without = MixtureCorruption(MASK, p_uniform=0.1).corrupt(KEYS, batch, rate, vocab_size=stubs.VOCAB)
     assert (np.asarray(without.tokens) == clean)[replaced].mean() < 0.03
+
+
+def test_random_tokens_of_a_mixture_are_never_mask_and_all_others_alike():
+    """A corrected token is never MASK, so MASK in its place would be noise of the other kind."""
+    batch = stubs.make_batch([2] * 400, [10] * 400, 13)
+    mixture = MixtureCorruption(MASK, p_uniform=1.0)
+    noisy = mixture.corrupt(KEYS, batch, jnp.ones(batch.tokens.shape), vocab_size=stubs.VOCAB)
+    counts = np.bincount(np.asarray(noisy.tokens)[np.asarray(noisy.replaced)], minlength=stubs.VOCAB)
+    assert counts[MASK] == 0
+    others, expected = np.delete(counts, MASK), 4000 / (stubs.VOCAB - 1)
+    assert np.abs(others - expected).max() < 5 * expected**0.5
+    for mask in (0, stubs.VOCAB - 1):
+        noisy = MixtureCorruption(mask, p_uniform=1.0).corrupt(
+            KEYS, batch, jnp.ones(batch.tokens.shape), vocab_size=stubs.VOCAB
+        )
+        tokens = np.asarray(noisy.tokens)[np.asarray(noisy.replaced)]
+        assert (tokens.min(), tokens.max()) == ((1, stubs.VOCAB - 1) if mask == 0 else (0, stubs.VOCAB - 2))
 
 
 def test_a_fixed_time_is_the_same_for_all():

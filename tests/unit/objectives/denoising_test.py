@@ -10,6 +10,7 @@ from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.masks import Full
+from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.objectives.denoising import Denoising
 
 KEYS = StreamKeys.create(1, 3)
@@ -186,3 +187,19 @@ def test_needs_counts_the_passes():
 def test_impossible_settings_are_errors(fields):
     with pytest.raises(ConfigError):
         Denoising(**fields)
+
+
+@pytest.mark.parametrize("normaliser", ["scored", "replaced", "example"])
+def test_the_second_loss_is_a_mean_of_its_own(normaliser):
+    """D3PM's L_lambda is the plain cross-entropy per scored token (or example), however the first loss is divided."""
+    batch = stubs.make_batch([2, 3], [8, 6], 10)
+    model = stubs.table_model(np.random.default_rng(0).normal(size=(10, stubs.VOCAB)))
+    plain = Denoising(AbsorbingCorruption(3), unrolls=0, normaliser=normaliser)
+    both = dataclasses.replace(plain, auxiliary=0.5)
+    flat = Denoising(unrolls=0, normaliser="example" if normaliser == "example" else "scored")
+    # The table does not look at the noise, so the cross-entropy of all tokens is that of the flat loss; MASK, which the
+    # first loss gives no probability, is the row's least likely token by far.
+    model = stubs.table_model(np.where(np.arange(stubs.VOCAB) == 3, -60.0, model.architecture.table))
+    first, second, mixed = (one.loss(model, batch, KEYS).loss for one in (plain, flat, both))
+    np.testing.assert_allclose(mixed, first + 0.5 * second, rtol=1e-5)
+    assert both.needs().several_weights == (normaliser == "replaced")

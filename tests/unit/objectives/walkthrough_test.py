@@ -42,7 +42,7 @@ def test_the_objective_of_the_page_trains(tmp_path, monkeypatch):
         stubs.loss_and_grad(part, model, batch, StreamKeys.create(0))[0]
         for part in (objective.autoregressive, objective.diffusion)
     ]
-    np.testing.assert_allclose(terms.loss_sum, parts[0].loss_sum + 0.3 * parts[1].loss_sum, rtol=1e-5)
+    np.testing.assert_allclose(terms.loss, parts[0].loss + 0.3 * parts[1].loss, rtol=1e-5)
 
     program = make_program(model.architecture, objective, AdamW(), mesh=MeshSpec(data=1, fsdp=1), rules=LogicalRules())
     before = program.adopt(model.params)

@@ -176,3 +176,15 @@ def test_tensorboard_events_hold_the_row_and_load_no_tensorflow(tmp_path):
     ]
     assert {e.step for e in events[2:]} == {6}
     assert "tensorflow" not in sys.modules
+
+
+def test_a_loss_of_several_parts_is_logged_as_the_sum_of_their_means():
+    """Over a window of two steps each part is its own quotient of sums: (1 + 3)/(2 + 2) + (4 + 0)/(1 + 1)."""
+    window = Window()
+    for number, (own, other) in enumerate([(1.0, 4.0), (3.0, 0.0)]):
+        terms = LossTerms(jnp.float32(own), jnp.float32(2.0), {}, (WeightedMean(jnp.float32(other), jnp.float32(1.0)),))
+        window.add(number, StepStats(terms=terms, grad_norm=jnp.float32(1.0), tokens=jnp.int32(1)))
+    assert window.means() == {"loss": 3.0, "grad_norm": 1.0}
+    bad = LossTerms(jnp.float32(1.0), jnp.float32(2.0), {}, (WeightedMean(jnp.float32(jnp.nan), jnp.float32(1.0)),))
+    with pytest.raises(ConfigError, match="loss of step 7"):
+        window.add(7, StepStats(terms=bad, grad_norm=jnp.float32(1.0), tokens=jnp.int32(1)))

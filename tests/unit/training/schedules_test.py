@@ -19,6 +19,17 @@ def test_inverse_sqrt_is_t5s(step):
     assert InverseSqrt().value(step, 0) == pytest.approx(1 / math.sqrt(max(step, 10_000)))
 
 
+@pytest.mark.parametrize("step", [0, 9_999, 100_000])
+def test_a_continued_inverse_sqrt_begins_where_the_earlier_run_ended(step):
+    """After 1M steps of pretraining the rate is 1e-3 and falls on; a restarted schedule is 1e-2 for 10,000 steps."""
+    continued = InverseSqrt(steps_before=1_000_000)
+    assert continued.value(step, 0) == pytest.approx(InverseSqrt().value(1_000_000 + step, 0))
+    ramp = InverseSqrt(warmup_steps=100, ramp=True, steps_before=50)
+    assert ramp.value(0, 0) == pytest.approx(InverseSqrt(warmup_steps=100, ramp=True).value(50, 0))
+    with pytest.raises(ConfigError, match="steps_before = -1"):
+        InverseSqrt(steps_before=-1)
+
+
 def test_inverse_sqrt_with_ramp_peaks_at_the_end_of_the_warmup():
     schedule = InverseSqrt(scale=2.0, warmup_steps=100, ramp=True)
     values = [schedule.value(step, 0) for step in range(300)]

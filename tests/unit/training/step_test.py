@@ -1,6 +1,7 @@
 """One update: microbatches, denominators, noise, empty batches, moving average, sharing of compiled programs."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,19 @@ import pytest
 from training_stubs import AUTOREGRESSIVE, DIFFUSION, ONE_DEVICE, RaggedRows, nano
 
 from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import LossTerms
+from diffusion_lm.noise.corruption import AbsorbingCorruption
+from diffusion_lm.objectives.autoregressive import Autoregressive
 from diffusion_lm.objectives.base import Needs
+from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.mixture import Constant as ConstantWeight
+from diffusion_lm.objectives.mixture import Mixture, Ramp
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.training.optimizers import Adafactor, AdamW
 from diffusion_lm.training.schedules import Constant, Cosine
-from diffusion_lm.training.step import make_program, train_step
+from diffusion_lm.training.step import make_program, ramped_decay, train_step
 
 OBJECTIVES = pytest.mark.parametrize(
     "objective", [pytest.param(AUTOREGRESSIVE, marks=pytest.mark.thorough), DIFFUSION], ids=["ar", "diffusion"]
@@ -97,11 +104,65 @@ def test_gradient_is_the_quotient_of_the_sums(objective):
 
 def test_T26_same_key_every_microbatch():
     """With dropout too, four microbatches see the noise of the whole batch, not one noise four times."""
-    batch, model = RaggedRows().batch(0, 8), nano(dropout_rate=0.2)
+    batch, model = RaggedRows().batch(0, 8), nano(dropout_rate=0.2, attention_dropout_rate=0.2)
     whole, stats = _gradient(DIFFUSION, batch, model=model)
     split, split_stats = _gradient(DIFFUSION, batch, model=model, microbatches=4)
     _assert_same(whole, split)
     np.testing.assert_allclose(split_stats.terms.loss, stats.terms.loss, rtol=1e-6)
+
+
+MIXED = Mixture(
+    ("diffusion", "autoregressive"),
+    (Denoising(AbsorbingCorruption(3), unrolls=0, normaliser="replaced"), Autoregressive()),
+    (ConstantWeight(1.0), Ramp(0.0, 1.0, 0, 2)),
+    "diffusion",
+)
+
+
+def test_parts_of_a_mixture_are_divided_by_their_own_global_weights():
+    """Over four ragged microbatches, with dropout: the gradient of the sum of the two quotients of the whole batch."""
+    batch, model = RaggedRows().batch(0, 8), nano(dropout_rate=0.2, num_layers=1, scan_layers=False)
+    at_step_one = StreamKeys(root=jax.random.key(0), step=jnp.int32(1))
+
+    def loss(params):
+        terms = MIXED.loss(BoundModel(model, params), batch, at_step_one, train=True)
+        ((total, weight),) = [(other.total, other.weight) for other in terms.others]
+        return terms.loss_sum / terms.weight + total / weight
+
+    program = _program(MIXED, model=model, microbatches=4)
+    state = program.init(jax.random.key(7))
+    state = state.replace(step=jax.device_put(jnp.int32(1), state.step.sharding))
+    before = jax.tree.map(np.asarray, state.params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(before)
+    after, stats = program.step(state, batch, jax.random.key(0), RATE)
+    np.testing.assert_allclose(stats.terms.loss, value, rtol=1e-5)
+    _assert_same(jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params), gradient)
+
+
+@pytest.mark.thorough
+def test_the_weights_of_a_mixture_cost_no_forward_pass():
+    """They are summed before the backward pass; what of the loss they do not need is not computed."""
+    batch, model = RaggedRows().batch(0, 8), nano()
+
+    def flops(objective):
+        program = _program(objective, model=model, microbatches=2)
+        state = jax.eval_shape(program.init, jax.random.key(0))
+        return program.step.lower(state, batch, jax.random.key(0), RATE).compile().cost_analysis()["flops"]
+
+    parts = [flops(part) for part in MIXED.parts]
+    assert flops(MIXED) < 1.05 * sum(parts)
+
+
+def test_parts_that_an_objective_does_not_announce_are_an_error():
+    @dataclasses.dataclass(frozen=True)
+    class Silent(Mixture):
+        def needs(self) -> Needs:
+            return dataclasses.replace(super().needs(), several_weights=False)
+
+    silent = Silent(MIXED.names, MIXED.parts, MIXED.weights, MIXED.primary)
+    program = _program(silent)
+    with pytest.raises(ConfigError, match="several_weights"):
+        jax.eval_shape(program.step, program.abstract_state, RaggedRows().batch(0, 4), jax.random.key(0), RATE)
 
 
 def test_noise_is_fresh_at_every_step_and_seed():
@@ -149,16 +210,45 @@ def test_T15_a_nan_gradient_of_an_empty_batch_does_not_reach_the_parameters():
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
 
 
-def test_ema_follows_its_closed_form():
-    program, decay = _program(optimizer=AdamW(), ema_decay=0.9), 0.9
+@pytest.mark.parametrize("limit", [0.9, 0.15])
+def test_ema_follows_its_closed_form(limit):
+    """The decay grows as (1 + n)/(10 + n) up to its limit: 0.1, 0.18, 0.25 where that is 0.9."""
+    program = _program(optimizer=AdamW(), ema_decay=limit)
     state = program.init(jax.random.key(0))
     expected = np.asarray(state.params["final_norm"]["scale"])
-    for step in range(3):
+    for step, ramp in enumerate((1 / 10, 2 / 11, 3 / 12)):
+        decay = min(limit, ramp)
         state, _ = program.step(state, RaggedRows().batch(step, 4), jax.random.key(0), np.float32(0.1))
         expected = decay * expected + (1 - decay) * np.asarray(state.params["final_norm"]["scale"])
         np.testing.assert_allclose(state.ema["final_norm"]["scale"], expected, rtol=1e-6)
     assert state.final_params is state.ema
     assert not np.allclose(expected, state.params["final_norm"]["scale"])
+
+
+def test_the_average_forgets_the_parameters_that_it_started_from():
+    """At decay 0.9999 a constant decay leaves 99 % of them after 100 updates; the ramp leaves 9!/(101 ... 109)."""
+    remaining = np.prod([float(ramped_decay(0.9999, jnp.int32(n))) for n in range(100)])
+    exact = math.factorial(9) / np.prod(np.arange(101.0, 110.0))
+    np.testing.assert_allclose(remaining, exact, rtol=1e-4)
+    assert remaining < 1e-12
+    assert ramped_decay(0.9999, jnp.int32(10**6)) == np.float32(0.9999)
+
+
+def test_a_resumed_average_is_that_of_the_undisturbed_run():
+    """The decay is a function of the step, which checkpoints hold."""
+    program = _program(optimizer=AdamW(), ema_decay=0.9)
+
+    def after(state, first, last):
+        for step in range(first, last):
+            state, _ = program.step(state, RaggedRows().batch(step, 4), jax.random.key(0), RATE)
+        return jax.tree.map(np.asarray, state)
+
+    whole = after(program.init(jax.random.key(0)), 0, 4)
+    half = after(program.init(jax.random.key(0)), 0, 2)
+    resumed = after(jax.device_put(half, program.state_shardings), 2, 4)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    restarted = after(jax.device_put(half.replace(step=np.int32(0)), program.state_shardings), 2, 4)
+    assert not np.array_equal(restarted.ema["final_norm"]["scale"], whole.ema["final_norm"]["scale"])
 
 
 def test_adopted_parameters_survive_the_donation_of_the_state():
