@@ -138,8 +138,11 @@ def test_T51_progress_of_thresholds():
     """Never met: one token a pass. Met by everything: one pass, a block each where there are blocks."""
     flat = stubs.table_model(np.zeros((12, stubs.VOCAB), np.float32))
     for rule in (Threshold(0.99), Factor(1e-9), EntropyBound(0.0)):
-        decoded = decode(rule, model=flat)
+        decoded = decode(rule, model=flat, keep_trace=True)
         np.testing.assert_array_equal(decoded.forward_passes, max(LENGTHS))
+        # One in each pass, and not all of them in the last, which fills what is left.
+        left = ((np.asarray(decoded.trace.tokens) == MASK) & TARGET).sum(axis=2)
+        np.testing.assert_array_equal(left, np.maximum(np.asarray(LENGTHS) - 1 - np.arange(len(left))[:, None], 0))
     for block, passes in ((0, 1), (2, 5)):
         decoded = decode(Threshold(0.0), model=flat, block=block)
         np.testing.assert_array_equal(decoded.forward_passes, passes)
