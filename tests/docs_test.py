@@ -12,6 +12,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"<!-- test -->\s*\n+```(?:bash|sh)\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED = re.compile(r"(?<![\w/.:-])(?:gin|docs|tests|tasks|launch|diffusion_lm)/[a-z0-9_/]+\.(?:gin|md|py)\b")
+IN_COMMENT = re.compile(r"(?<![\w/])[a-z][\w/]*\.gin\b")
 STAYS_HERE = {".git", "runs", "build", "dist", ".jax_cache", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
 
 
@@ -55,3 +57,22 @@ def test_relative_links_lead_somewhere(page):
     targets = [link.split("#")[0] for link in LINK.findall(page.read_text()) if "://" not in link]
     missing = [target for target in targets if target and not (page.parent / target).exists()]
     assert not missing
+
+
+def test_files_that_pages_comments_and_docstrings_name_exist():
+    """Of this repository's folders; in comments of gin files also names without a folder. `my_...` is the reader's."""
+    named = {
+        (name, path)
+        for folder in ("diffusion_lm", "docs", "gin", "launch", "tasks")
+        for end in ("gin", "md", "py")
+        for path in (ROOT / folder).rglob(f"*.{end}")
+        for name in NAMED.findall(path.read_text())
+    }
+    named |= {(name, page) for page in PAGES for name in NAMED.findall(page.read_text())}
+    missing = {(name, path) for name, path in named if not (ROOT / name).exists()}
+    files = {path.name for path in (ROOT / "gin").rglob("*.gin")} | {"sampler.gin"}  # of an imported run
+    for path in (ROOT / "gin").rglob("*.gin"):
+        comments = "\n".join(line.partition("#")[2] for line in path.read_text().splitlines())
+        missing |= {(name, path) for name in IN_COMMENT.findall(comments) if pathlib.Path(name).name not in files}
+    found = sorted(f"{path.relative_to(ROOT)}: {name}" for name, path in missing if "my_" not in name)
+    assert not found

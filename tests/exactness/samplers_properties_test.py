@@ -109,17 +109,20 @@ def test_T45_stranded_masks_T46_minus_infinity_ties_T51_progress(name):
                 assert not idle.any(), "T51: at least one commit a step"
 
 
-def test_T46_more_asked_for_than_there_is():
-    """Seven slots wanted, three open: the rest of the row, -inf or not, is left alone."""
-    log_p = jnp.array([[-jnp.inf, -0.1, -jnp.inf, -3e30, -0.5, -0.2]])
-    is_open = jnp.array([[True, False, False, True, False, True]])
+@pytest.mark.parametrize("step", [1, -1], ids=["first", "last"])
+def test_T46_more_asked_for_than_there_is(step):
+    """Seven slots wanted, three open: the rest of the row, -inf or not, is left alone.
+
+    The open slot of -inf is the first of the row, or the last: after all closed ones, which -inf as a key ties with it.
+    """
+    log_p = jnp.array([[-jnp.inf, -0.1, -jnp.inf, -3e30, -0.5, -0.2]])[:, ::step]
+    is_open = jnp.array([[True, False, False, True, False, True]])[:, ::step]
     stats = TokenStats(jnp.ones((1, 6), int), jnp.ones((1, 6), int), log_p, log_p, -log_p, log_p)
     view = counted_view(6, 6, 0, 1).replace(open=is_open, stats=stats)
     for rule in (Ranked("confidence", Fixed(7)), Threshold(0.9, at_least=Fixed(7)), Ranked("entropy", Fixed(3))):
         np.testing.assert_array_equal(rule.decide(view).write, is_open)
-    np.testing.assert_array_equal(
-        Ranked("confidence", Fixed(2)).decide(view).write, [[False, False, False, True, False, True]]
-    )
+    expected = jnp.array([[False, False, False, True, False, True]])[:, ::step]
+    np.testing.assert_array_equal(Ranked("confidence", Fixed(2)).decide(view).write, expected)
 
 
 def test_T04_confidence_in_bf16():
@@ -135,8 +138,11 @@ def test_T51_progress_of_thresholds():
     """Never met: one token a pass. Met by everything: one pass, a block each where there are blocks."""
     flat = stubs.table_model(np.zeros((12, stubs.VOCAB), np.float32))
     for rule in (Threshold(0.99), Factor(1e-9), EntropyBound(0.0)):
-        decoded = decode(rule, model=flat)
+        decoded = decode(rule, model=flat, keep_trace=True)
         np.testing.assert_array_equal(decoded.forward_passes, max(LENGTHS))
+        # One in each pass, and not all of them in the last, which fills what is left.
+        left = ((np.asarray(decoded.trace.tokens) == MASK) & TARGET).sum(axis=2)
+        np.testing.assert_array_equal(left, np.maximum(np.asarray(LENGTHS) - 1 - np.arange(len(left))[:, None], 0))
     for block, passes in ((0, 1), (2, 5)):
         decoded = decode(Threshold(0.0), model=flat, block=block)
         np.testing.assert_array_equal(decoded.forward_passes, passes)
