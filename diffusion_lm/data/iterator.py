@@ -29,6 +29,8 @@ from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm.data.vocabulary_map import PrunedVocabulary, VocabularyMap
 
+_READ_AT_ONCE = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class DataPipeline:
@@ -213,6 +215,13 @@ class DataPipeline:
         for examples, records in self._evaluation(batch_size, limit, process_index, process_count):
             yield self.converter.prompts(examples, self.specials), records
 
+    def records(self, limit: int | None = None) -> Iterator[Record]:
+        """Yields the records of the first `limit` examples in stored order, as evaluation reads them."""
+        sources, indices = self._stored(limit)
+        for start in range(0, len(sources), _READ_AT_ONCE):
+            part = slice(start, start + _READ_AT_ONCE)
+            yield from itertools.chain.from_iterable(self._read(sources[part], list(indices[part, None])))
+
     def check(self, *, evaluation: bool = False) -> None:
         """Opens everything and raises `ConfigError` for whatever would fail later.
 
@@ -295,14 +304,22 @@ class DataPipeline:
     ) -> Iterator[tuple[Sequence[Example], list[Record]]]:
         """Yields the examples of each batch, filled up, and the records of those that are no filler."""
         first, count = _slice(batch_size, process_index, process_count)
-        stored = Order(tuple(source.manifest.count for source in self._open), None, self.seed, shuffle=False)
-        total = sum(stored.sizes) if limit is None else min(limit, sum(stored.sizes))
+        every_source, every_index = self._stored(limit)
+        total = len(every_source)
         for start in range(0, total, batch_size):
             wanted = np.arange(start + first, start + first + count)
-            sources, indices, _ = stored.places(np.minimum(wanted, total - 1))
+            filled = np.minimum(wanted, total - 1)
+            sources, indices = every_source[filled], every_index[filled]
             records = list(itertools.chain.from_iterable(self._read(sources, list(indices[:, None]))))
             examples = [self._example(record, int(s), epoch=0) for s, record in zip(sources, records, strict=True)]
             yield examples, records[: int((wanted < total).sum())]
+
+    def _stored(self, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns source and index, i64[n] each, of the first `limit` examples in stored order."""
+        stored = Order(tuple(source.manifest.count for source in self._open), None, self.seed, shuffle=False)
+        total = sum(stored.sizes) if limit is None else min(limit, sum(stored.sizes))
+        sources, indices, _ = stored.places(np.arange(total))
+        return sources, indices
 
 
 def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:

@@ -148,6 +148,9 @@ def generate(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed:
         where="GenerationTask.data",
         fix="Give training and evaluation one vocabulary, and one DataPipeline.vocabulary_map.",
     )
+    # A reference that the metric cannot read is found before anything is decoded, which may take hours.
+    known = list(data.records(task.limit))
+    task.scorer.checked([record.reference for record in known], _names(known))
     records: list[Record] = []
     columns: dict[str, list] = {name: [] for name in ("predictions", "scores", "lengths", "forward_passes")}
     seconds = 0.0
@@ -182,13 +185,19 @@ def target_texts(decoded: Decoded, prompt: Batch, vocabulary: Any) -> list[str]:
     return [vocabulary.decode(tokens[b, starts[b] : starts[b] + lengths[b]].tolist()) for b in range(len(lengths))]
 
 
+def _names(records: Sequence[Record]) -> list[str]:
+    """Returns how errors call the examples."""
+    return [f"example {number} (id {record.example_id})" for number, record in enumerate(records)]
+
+
 def score(task: GenerationTask, generation: Generation) -> tuple[float, np.ndarray, dict[str, float]]:
     """Returns the task's headline value, its per-example statistics (for intervals) and the secondary values."""
     metric = task.scorer
     predictions: Sequence[Any] = generation.predictions
     if not metric.multiple_samples:
         predictions = [samples[0] for samples in generation.predictions]
-    statistics = metric.per_example_batch([record.reference for record in generation.records], predictions)
+    references = [record.reference for record in generation.records]
+    statistics = metric.per_example_batch(references, predictions, _names(generation.records))
     return metric.aggregate(statistics), statistics, metric.secondary(statistics)
 
 
