@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_lm.cli.arguments import add_gin, build_root, load_config
 from diffusion_lm.cli.environment import import_quietly
-from diffusion_lm.cli.output import progress, table
+from diffusion_lm.cli.output import progress, say, table
 from diffusion_lm.core.errors import ConfigError, require
 
 _STDERR = 2
@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from diffusion_lm.data.materialise import TASK_MODULES
     from diffusion_lm.data.store import MANIFEST
 
+    root = None
     sources = [
         GrainSource(task, split, arguments.root, arguments.chunk_length)
         for task in arguments.task
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             where="--gin_file",
             fix="A recipe says them itself: bind GrainSource.root with --gin.",
         )
-        sources += parts(build_root(load_config(arguments)), GrainSource)
+        root = build_root(load_config(arguments))
+        sources += parts(root, GrainSource)
     if not sources:
         raise ConfigError("nothing to write is named", fix="Give --task NAME, or a recipe with --gin_file.")
     options: dict[str, Any] = {"modules": (*TASK_MODULES, *arguments.module)}
@@ -91,6 +93,11 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for r in results
     ]
     table(columns, rows, right=[2, 3, 4, 5])
+    if root is not None:
+        from diffusion_lm.cli.cut_report import cut_sentences
+
+        for sentence in cut_sentences(root):
+            say(f"  {sentence}")
     return results
 
 

@@ -12,7 +12,7 @@ from diffusion_lm.cli.output import progress
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.rng import example_number
 from diffusion_lm.core.types import Batch
-from diffusion_lm.data.fitting import Converter, Example
+from diffusion_lm.data.fitting import Converter, Example, cut_tokens
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
 from diffusion_lm.data.target_window import OracleLength
@@ -31,6 +31,40 @@ class Prompt:
     inputs: str
     suffix: str = ""
     slots: int | None = None
+
+
+class CutPrompts:
+    """Counts the prompts that the window cuts and says so on stderr, for the first ones each by itself.
+
+    Args:
+      converter: lays the prompts out.
+      suffixes: whether a suffix may be cut; the rows of `--input` are as long as its suffixes need.
+    """
+
+    _SHOWN = 10
+
+    def __init__(self, converter: Converter, *, suffixes: bool):
+        self._converter, self._suffixes = converter, suffixes
+        self._seen = self._cut = 0
+
+    def add(self, record: Record) -> dict[str, int]:
+        """Returns the tokens that are cut off a prompt, by part; empty where it fits."""
+        self._seen += 1
+        cut = cut_tokens(self._converter, len(record.inputs), len(record.suffix) if self._suffixes else 0)
+        self._cut += bool(cut)
+        if cut and self._cut <= self._SHOWN:
+            for part, count in cut.items():
+                total, side = len(getattr(record, part)), "left" if part == "inputs" else "right"
+                progress(
+                    f"prompt {self._seen}: {count} of {total} tokens of its {part} cut at the {side} "
+                    f"({type(self._converter).__name__}.{part}_length = {total - count})"
+                )
+        return cut
+
+    def conclude(self) -> None:
+        """Says how many were cut."""
+        if self._cut:
+            progress(f"{self._cut} of {self._seen} prompts were cut; their lines have the field cut_tokens")
 
 
 def given_prompts(

@@ -16,7 +16,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data import counted
-from diffusion_lm.data.checks import Fit, check_lengths, check_sources, fit
+from diffusion_lm.data.checks import Cut, Fit, Use, check_lengths, check_sources, cuts, fit
 from diffusion_lm.data.converters import with_encoder
 from diffusion_lm.data.fitting import Converter, Example
 from diffusion_lm.data.grain_source import GrainSource, OpenSource
@@ -141,6 +141,22 @@ class DataPipeline:
             fit(self.converter, source, plan, part)
             for source, plan, part in zip(self._open, self._plans, self._parts, strict=True)
         )
+
+    def cuts(self, use: Use, limit: int | None = None) -> tuple[Cut, ...]:
+        """Returns what the rows do not hold whole of the examples that are used, for each source and part.
+
+        Counted from the length index, without reading a record; nothing is returned for what fits.
+
+        Args:
+          use: what the batches are for. Training looks at all examples, whatever number of steps reads of them.
+          limit: examples of an evaluation, from the start of the stored order; None = all.
+        """
+        sources, indices = self._stored(limit)
+        found: list[Cut] = []
+        for number, (source, part) in enumerate(zip(self._open, self._parts, strict=True)):
+            chosen = None if limit is None else indices[sources == number]
+            found += cuts(self.converter, source, part, use, chosen)
+        return tuple(found)
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Returns the shapes and dtypes of a batch; opens nothing."""

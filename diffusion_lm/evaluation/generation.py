@@ -13,6 +13,7 @@ from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded
+from diffusion_lm.data.checks import Cut
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
 from diffusion_lm.evaluation.metrics import METRICS, Metric
@@ -55,6 +56,11 @@ class GenerationTask:
         require(
             self.batch_size >= 1, f"batch_size = {self.batch_size}", where="GenerationTask.batch_size", fix="Use >= 1."
         )
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Prompts that the window cuts, and references that it is too short for, of the examples that are used."""
+        return self.data.cuts("prompts", self.limit)
 
     @property
     def oracle(self) -> str | None:
@@ -221,6 +227,11 @@ class GenerationEvaluation:
     def name(self) -> str:
         """Prefix of the values in the log; an oracle is part of it."""
         return f"decode/{self.task.name}" + (f"/oracle_{self.task.oracle}" if self.task.oracle else "")
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """See `GenerationTask.cuts`."""
+        return self.task.cuts
 
     @property
     def identity(self) -> dict[str, Any]:

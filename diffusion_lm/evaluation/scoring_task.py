@@ -18,6 +18,7 @@ from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
+from diffusion_lm.data.checks import Cut
 from diffusion_lm.data.fitting import Example
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
@@ -103,6 +104,14 @@ class ScoringEvaluation:
             "unlike_training": self.unlike_training,
             "bytes": "UTF-8 bytes of the target's text; EOS and filler cost nats and have no bytes",
         }
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What the window cuts of the examples that are used; choices are never cut."""
+        found = self.data.cuts("scoring", self.limit)
+        if any(_question(record) for record in self.data.records(1)):
+            return tuple(cut for cut in found if cut.part != "targets")
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -234,6 +234,49 @@ def test_decode_errors(folder, capsys):
     assert "not materialised" in fails(capsys, "decode", "--workdir", "run", "--task", "toys")
 
 
+SHORT = ("--gin.SingleStreamConverter.inputs_length=2", "--gin.SingleStreamConverter.target_length=2")
+
+
+def test_every_verb_says_what_the_windows_cut(folder, capsys):
+    """Prompts of three tokens or more in windows of two; targets of two tokens where EOS needs one of two slots."""
+    prompts = "toy/train: 16 of 16 prompts cut at the left to 2 tokens (SingleStreamConverter.inputs_length)"
+    assert main(["train", "--gin_file", "run.gin", "--workdir", "short", *SHORT, "--json", "short.json"]) == 0
+    assert f"training  {prompts}" in capsys.readouterr().err
+    found = json.loads((folder / "short.json").read_text())["cuts"]
+    assert {(cut["used_by"], cut["part"]) for cut in found} >= {("training", "prompts"), ("decode/toy", "prompts")}
+    card = json.loads((folder / "short" / "run_card.json").read_text())
+    assert card["cuts"] == found
+    assert prompts in [cut["text"] for cut in card["cuts"]]
+
+    for verb in (["explain", "--no_config"], ["materialise"]):
+        assert main([*verb, "--gin_file", "run.gin", *SHORT]) == 0
+        assert prompts in capsys.readouterr().out
+
+    decoded = "toy/validation: 4 of 4 prompts cut at the left to 2 tokens (SingleStreamConverter.inputs_length)"
+    only = ["--only", "decode/toy", "--json", "evaluated.json"]
+    assert main(["evaluate", "--workdir", "short", *only]) == 0
+    captured = capsys.readouterr()
+    assert decoded in captured.err
+    assert f"decode/toy: {decoded}" in captured.out
+    scores = json.loads((folder / "evaluated.json").read_text())["evaluations"]["decode/toy"]
+    assert [cut["text"] for cut in scores["cuts"] if cut["part"] == "prompts"] == [decoded]
+
+
+def test_decode_says_of_each_prompt_what_is_cut(folder, capsys):
+    (folder / "mixed.txt").write_text("10 plus one\n" + "10 plus one " * 9 + "\n")
+    assert main(["decode", "--workdir", "run", "--input", "mixed.txt"]) == 0
+    captured = capsys.readouterr()
+    short, long = [json.loads(line) for line in captured.out.splitlines()]
+    assert "cut_tokens" not in short
+    (sentence,) = [line for line in captured.err.splitlines() if line.startswith("prompt ")]
+    count, total = long["cut_tokens"]["inputs"], int(sentence.split(" of ")[1].split()[0])
+    assert total - count == 12
+    assert sentence == (
+        f"prompt 2: {count} of {total} tokens of its inputs cut at the left (SingleStreamConverter.inputs_length = 12)"
+    )
+    assert "1 of 2 prompts were cut" in captured.err
+
+
 def test_missing_checkpoint(folder, capsys):
     assert "there is no run in nowhere" in fails(capsys, "evaluate", "--workdir", "nowhere")
     (folder / "empty").mkdir(exist_ok=True)
