@@ -4,6 +4,7 @@ from typing import Any
 
 from diffusion_lm.cli.walk import parts
 from diffusion_lm.data.grain_source import GrainSource
+from diffusion_lm.data.round_trip import loss_sentences
 from diffusion_lm.data.store import read_manifest
 from diffusion_lm.evaluation.generation import GenerationTask
 from diffusion_lm.evaluation.likelihood import BoundEvaluation
@@ -25,6 +26,17 @@ def cut_sentences(root: Any) -> list[str]:
         if _are_there(evaluation.data):
             found += map(str, evaluation.cuts)
     return list(dict.fromkeys(found))
+
+
+def lossy_sentences(root: Any) -> list[str]:
+    """Returns a sentence for each data set below `root` that its vocabulary could not write whole."""
+    manifests = (read_manifest(source.folder) for source in parts(root, GrainSource))
+    return [
+        sentence
+        for manifest in manifests
+        if manifest is not None
+        for sentence in loss_sentences(f"{manifest.task}/{manifest.split}", manifest.unwritten)
+    ]
 
 
 def _are_there(data: Any) -> bool:

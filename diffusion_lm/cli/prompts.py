@@ -14,6 +14,7 @@ from diffusion_lm.core.rng import example_number
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data.fitting import Converter, Example, cut_tokens
 from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.data.round_trip import characters, unwritten
 from diffusion_lm.data.schema import Record
 from diffusion_lm.data.target_window import OracleLength
 
@@ -82,6 +83,11 @@ def given_prompts(
         tokens = [token for one in prompts for token in (*full(one.inputs), *full(one.suffix))]
         cut = int(data.pruned.outside(tokens).sum())
         progress(f"{cut} of {len(tokens)} tokens of the prompts are UNK: the run's vocabulary map leaves them out")
+    full_vocabulary = data.vocabulary if data.pruned is None else data.pruned.full
+    for number, one in enumerate(prompts, 1):
+        lost = unwritten(full_vocabulary, one.inputs) + unwritten(full_vocabulary, one.suffix)
+        if lost:
+            progress(f"warning: prompt {number}: the vocabulary cannot write {characters(lost)}")
     require(bool(prompts), f"there is no prompt in {path}", where="--input", fix="Write one a line.")
     nothing = np.zeros(0, np.int32)
     records = [

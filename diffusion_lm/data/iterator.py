@@ -24,6 +24,7 @@ from diffusion_lm.data.order import PERIOD, Order
 from diffusion_lm.data.packing import PackingPlan, pack
 from diffusion_lm.data.prefetch import BatchIterator
 from diffusion_lm.data.pretraining import Pretraining
+from diffusion_lm.data.round_trip import loss_sentences
 from diffusion_lm.data.rows import strata
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.vocabulary import Vocabulary
@@ -111,9 +112,17 @@ class DataPipeline:
 
     @property
     def vocabulary_note(self) -> str | None:
-        """What the vocabulary map does to the data, in one line; None without a map."""
-        if self.pruned is None:
-            return None
+        """What the vocabulary cannot write of the data, and what the vocabulary map does to them; None for nothing."""
+        lossy = [
+            sentence
+            for manifest in self.manifests
+            for sentence in loss_sentences(f"{manifest.task}/{manifest.split}", manifest.unwritten)
+        ]
+        return "\n".join([*lossy, *([self._map_note] if self.pruned is not None else [])]) or None
+
+    @property
+    def _map_note(self) -> str:
+        assert self.pruned is not None
         share = ", ".join(
             f"{unknown:,} of {total:,} tokens of {source.task}/{source.split}"
             for source, (unknown, total) in zip(self.sources, self.unknown, strict=True)

@@ -277,6 +277,34 @@ def test_decode_says_of_each_prompt_what_is_cut(folder, capsys):
     assert "1 of 2 prompts were cut" in captured.err
 
 
+def test_prompts_that_the_vocabulary_cannot_write_are_a_warning(folder, capsys):
+    (folder / "strange.txt").write_text("10 plus one\n10 {plus} one\n", encoding="utf-8")
+    assert main(["decode", "--workdir", "run", "--input", "strange.txt"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: prompt 2: the vocabulary cannot write '{' 1, '}' 1"]
+
+
+def test_what_the_vocabulary_lost_is_shown_by_every_verb(folder, capsys, monkeypatch, tmp_path):
+    manifest_file = folder / "data" / "toy" / "train" / "manifest.json"
+    before = manifest_file.read_text()
+    lost = {"count": 3, "of": 16, "characters": {"\n": 4, "{": 1}, "first": "example 2: '{'"}
+    sentence = "toy/train: the vocabulary cannot write 3 of 16 targets whole: newline 4, '{' 1; first in example 2: '{'"
+    try:
+        manifest_file.write_text(json.dumps(json.loads(before) | {"unwritten": {"targets": lost}}))
+        assert main(["explain", "--gin_file", "run.gin", "--no_config"]) == 0
+        assert sentence in capsys.readouterr().out
+        assert main(["materialise", "--gin_file", "run.gin"]) == 0
+        assert sentence in capsys.readouterr().err
+        assert main(["train", "--gin_file", "run.gin", "--workdir", "lossy"]) == 0
+        assert sentence in capsys.readouterr().err
+        from diffusion_lm.cli import doctor
+
+        monkeypatch.setenv("DIFFUSION_LM_CACHE", str(folder))
+        assert doctor._materialised() == f"2 splits; {sentence}"
+    finally:
+        manifest_file.write_text(before)
+
+
 def test_missing_checkpoint(folder, capsys):
     assert "there is no run in nowhere" in fails(capsys, "evaluate", "--workdir", "nowhere")
     (folder / "empty").mkdir(exist_ok=True)
