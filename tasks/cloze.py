@@ -58,6 +58,7 @@ def read_triviaqa(split: str) -> Iterator[dict[str, str]]:
     rows = local_files.json_lines("evaluation/triviaqa_validation.jsonl")
     for row in itertools.islice(rows, TRIVIAQA_QUESTIONS):
         aliases = row["answer"]["aliases"]
+        aliases = [aliases] if isinstance(aliases, str) else aliases
         yield {
             "inputs": f"Question: {row['question']}?\nAnswer: ",
             "targets": max(aliases, key=lambda alias: len(VOCABULARY.encode(alias))),

@@ -6,11 +6,13 @@ Splits: task ids 601-974 train, 511-600 validation, 11-510 test.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import seqio
 import tensorflow as tf
 
+from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.evaluation import metrics
 from diffusion_lm_tasks import local_files, preprocessors, tfds_builders, vocabularies
 from diffusion_lm_tasks.splits import split_of
@@ -52,12 +54,25 @@ def read_local_mbpp(split: str) -> Iterator[dict[str, str]]:
     unix = preprocessors.unix_newlines
     for row in local_files.json_lines("code_eval/mbpp.jsonl"):
         if first <= row["task_id"] <= last:
-            tests = [unix(test) for test in row["test_list"]]
+            tests = [unix(test) for test in _tests(row)]
             yield {
                 "inputs": _OPENING + unix(row["text"]).strip() + _TESTS + "\n".join(tests) + _BEGIN,
                 "targets": unix(row["code"]),
                 "reference": json.dumps({"setup": unix(row["test_setup_code"]), "tests": tests}),
             }
+
+
+def _tests(row: Mapping[str, Any]) -> list[str]:
+    """Returns the tests of a row of MBPP; one text is one test, and none is an error: any program would pass."""
+    tests = row["test_list"]
+    tests = [tests] if isinstance(tests, str) else tests
+    if not isinstance(tests, list) or not all(isinstance(test, str) and test.strip() for test in tests) or not tests:
+        raise ConfigError(
+            f"task_id {row['task_id']} of code_eval/mbpp.jsonl has test_list = {tests!r}, which is not a list of tests",
+            where="local_mbpp",
+            fix="Give at least one test, or remove the line.",
+        )
+    return tests
 
 
 def read_local_functions(split: str) -> Iterator[dict[str, str]]:

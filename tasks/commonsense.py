@@ -63,12 +63,15 @@ def reader(name: str, question: Callable[[Row], Question]) -> preprocessors.Read
         for number, row in enumerate(local_files.json_lines(file), 1):
             try:
                 prompt, choices, answer = question(row)
-            except (KeyError, ValueError, AttributeError) as error:
+                # A text is a sequence of its letters, and a negative index counts from the end: neither is a question.
+                if not all(isinstance(value, list) for value in (row.get("endings", []), choices)) or answer < 0:
+                    raise ValueError("the choices are not a list, or the answer is not one of them")
+                right = choices[answer]
+            except (KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
                 raise ConfigError(
                     f"{file}, line {number}, is no row of {name}: {error!r}",
                     fix=f"Its fields are those that docs/data.md names for {name}.",
                 ) from error
-            right = choices[answer]
             yield {
                 "inputs": prompt,
                 "targets": right if isinstance(right, str) else "".join(right),

@@ -2,6 +2,7 @@
 
 Prompt as in T5: `question: ... context: ...`; the reference is the list of gold answers; the metric is the official
 F1 / exact match. The TFDS names are kept for the splits: SQuAD's dev set is `validation`, there is no public test set.
+A question without an answer, as SQuAD v2.0 has them, keeps its place: its target is empty and so are its `answers`.
 
 Window policy of the local task (`CONTEXT_CHARACTERS`): a context that is too long is cut to a run of whole sentences.
 For training the run is placed so that the answer lies inside. For evaluation the answer is unknown, so the run is the
@@ -10,11 +11,13 @@ one that shares most words with the question; an answer outside it counts as mis
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import seqio
 import tensorflow as tf
 
+from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.evaluation import metrics
 from diffusion_lm_tasks import local_files, preprocessors, vocabularies
 
@@ -22,17 +25,16 @@ CONTEXT_CHARACTERS = 1200
 
 
 def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Makes the prompt, the first gold answer as target, all of them as `answers`; drops unanswered questions."""
+    """Makes the prompt, the first gold answer as target (empty where there is none), all of them as `answers`."""
 
     def convert(example):
         answers = example["answers"]["text"]
         return {
             "inputs": tf.strings.join(["question: ", example["question"], " context: ", example["context"]]),
-            "targets": answers[0],
+            "targets": tf.concat([answers, [""]], 0)[0],
             "answers": answers,
         }
 
-    dataset = dataset.filter(lambda example: tf.size(example["answers"]["text"]) > 0)
     return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
 
@@ -78,17 +80,37 @@ def read_local(split: str) -> Iterator[dict[str, str]]:
     name = {"train": "train", "validation": "dev"}[split]
     for paragraph in local_files.json_lines(f"squad/squad_v1.1_{name}.jsonl"):
         for qa in paragraph["qas"]:
-            answers: Sequence[str] = qa["answers"]
-            if not answers:
-                continue
-            start = qa["answer_starts"][0]
-            span = (start, start + len(answers[0])) if split == "train" else None
+            answers = _answers(qa)
+            span = None
+            if answers and split == "train":
+                start = _start(qa)
+                span = (start, start + len(answers[0]))
             context = window(paragraph["context"], qa["question"], span)
             yield {
                 "inputs": f"question: {qa['question'].strip()} context: {context}",
-                "targets": answers[0],
+                "targets": answers[0] if answers else "",
                 "reference": json.dumps({"answers": list(answers)}, ensure_ascii=False),
             }
+
+
+def _answers(qa: Mapping[str, Any]) -> list[str]:
+    """Returns the answers of a question in any form that SQuAD files have; none where it cannot be answered."""
+    try:
+        return metrics.possible_answers(qa["answers"])
+    except ValueError as error:
+        raise ConfigError(
+            f"question {qa.get('id', qa.get('question'))!r} of the local SQuAD files {error}",
+            where="local_squad",
+            fix="Write a list of texts; an empty one where the passage does not answer.",
+        ) from error
+
+
+def _start(qa: Mapping[str, Any]) -> int:
+    """Returns where in the context the first answer begins, in characters."""
+    if "answer_starts" in qa:
+        return qa["answer_starts"][0]
+    answers = qa["answers"]
+    return answers["answer_start"][0] if isinstance(answers, Mapping) else answers[0]["answer_start"]
 
 
 VOCABULARY = vocabularies.mixed_vocabulary()

@@ -62,6 +62,12 @@ def read_flan(name: str) -> preprocessors.Reader:
 
 def mmlu_prompt(row: dict[str, Any]) -> str:
     """Returns question, four options and `Answer:` of an MMLU row (`question`, `choices`, `answer`, `subject`)."""
+    if not isinstance(row["choices"], list) or len(row["choices"]) != len(LETTERS):
+        raise ConfigError(
+            f"the question {row['question']!r} has choices = {row['choices']!r}",
+            where="instruction/mmlu_*.jsonl",
+            fix="Write a list of four texts.",
+        )
     options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
     return f"Question: {row['question'].strip()}\n{options}\nAnswer:"
 
@@ -102,15 +108,13 @@ def read_tydiqa(shots: int) -> preprocessors.Reader:
         examples: dict[str, list[tuple[str, str]]] = {}
         for row in tfds_sources.rows("tydi_qa/goldp:3.0.0", "train") if shots else ():
             known = examples.setdefault(_language(row), [])
-            if len(known) < shots:
+            if len(known) < shots and len(row["answers"]["text"]):
                 known.append((tydiqa_prompt(row), _text(row["answers"]["text"][0])))
         for row in tfds_sources.rows("tydi_qa/goldp:3.0.0", split):
             answers = [_text(answer) for answer in row["answers"]["text"]]
-            if not answers:
-                continue
             prompt = few_shot(examples.get(_language(row), []), tydiqa_prompt(row))
             reference = json.dumps({"answers": answers}, ensure_ascii=False)
-            yield {"inputs": prompt, "targets": answers[0], "reference": reference}
+            yield {"inputs": prompt, "targets": answers[0] if answers else "", "reference": reference}
 
     return read
 

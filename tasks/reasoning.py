@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import seqio
 import tensorflow as tf
 
+from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.evaluation import metrics
 from diffusion_lm_tasks import countdown, local_files, preprocessors, vocabularies
 
@@ -52,8 +53,14 @@ def read_local_gsm8k(split: str) -> Iterator[dict[str, str]]:
         rows = itertools.islice(rows, first, last)
     for row in rows:
         example = symbolic_example(row["question"], row["answer"])
-        if example is not None:
-            yield example
+        if example is None:
+            file = _FILES["test" if split == "test" else "train"]
+            raise ConfigError(
+                f"the solution of {row['question']!r} in {file} has no answer",
+                where="local_gsm8k_symbolic",
+                fix=f"End it with '{metrics.ANSWER_MARK} ANSWER', or remove the line.",
+            )
+        yield example
 
 
 def symbolic(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from diffusion_lm.recipes import likelihood_table
     from diffusion_lm.recipes.compare import compare
     from diffusion_lm.recipes.comparison import Comparison
+    from diffusion_lm.recipes.summary import cut_sentences
     from diffusion_lm.recipes.tables import quality_terminal
 
     loaded = load_config(arguments)
@@ -41,6 +42,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             rows = [(label, *cells, passes) for label, cells, passes in likelihood_table.rows(result.results)]
             table(likelihood_table.columns(result.results), rows, right=range(1, len(rows[0])))
             say(likelihood_table.READING)
+        cut = cut_sentences(result.results)
+        if cut:
+            heading("cut to the windows")
+            for sentence in cut:
+                say(f"  {sentence}")
         say(f"table   {result.table}")
         say(f"report  {result.report}")
     return dict(result.results)

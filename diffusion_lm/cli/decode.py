@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs the verb and returns what it printed."""
     import jax
 
-    from diffusion_lm.cli.prompts import given_prompts
+    from diffusion_lm.cli.prompts import CutPrompts, given_prompts
     from diffusion_lm.cli.run_folder import open_run
     from diffusion_lm.core.rng import StreamKeys
     from diffusion_lm.evaluation.generation import compiled_generate, target_texts
@@ -53,8 +53,10 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     )
     model = opened.load()
     decode = compiled_generate(model.architecture, sampler, model.constrain)
-    results = []
+    results: list[dict[str, Any]] = []
+    cuts = CutPrompts(data.converter, suffixes=not arguments.input)
     for prompt, records in batches:
+        cut = [cuts.add(record) for record in records]
         placed = model.constrain.rows(prompt)
         decoded = [
             jax.device_get(decode(model.params, placed, StreamKeys.create(arguments.seed, sample)))
@@ -70,12 +72,14 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     **({"reference": record.reference} if record.reference is not None else {}),
                     **({"sample": sample} if arguments.samples > 1 else {}),
                     **({"oracle": oracle} if oracle else {}),
+                    **({"cut_tokens": cut[row]} if cut[row] else {}),
                     "tokens": int(one.lengths[row]),
                     "score": float(one.scores[row]),
                     "forward_passes": int(one.forward_passes[row]),
                 }
                 say(json.dumps(result, ensure_ascii=False))
                 results.append(result)
+    cuts.conclude()
     given = f", given the oracle {oracle}" if oracle else ""
     progress(f"{len(results)} completions by {type(sampler).__name__}{given}, step {opened.step:,} of {opened.folder}")
     return results

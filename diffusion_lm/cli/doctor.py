@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         ("devices", _devices),
         ("compile cache", _compile_cache),
         ("data folder", _data_folder),
+        ("materialised data", _materialised),
         ("gin files", _gin_files),
         ("one training step", _one_step),
     ]
@@ -137,6 +138,24 @@ def _data_folder() -> str:
     from diffusion_lm.data.store import default_root
 
     return _writable(default_root())
+
+
+def _materialised() -> str:
+    """Counts the splits of the data folder and names those that their vocabulary could not write."""
+    from diffusion_lm.data.round_trip import loss_sentences
+    from diffusion_lm.data.store import MANIFEST, default_root, read_manifest
+
+    root = default_root()
+    if is_bucket(root) or not root.is_dir():
+        raise Skipped("none yet")
+    manifests = [read_manifest(path.parent) for path in sorted(root.glob(f"*/*/{MANIFEST}"))]
+    found = [manifest for manifest in manifests if manifest is not None]
+    lossy = [
+        sentence
+        for manifest in found
+        for sentence in loss_sentences(f"{manifest.task}/{manifest.split}", manifest.unwritten)
+    ]
+    return "; ".join([f"{len(found)} splits", *lossy])
 
 
 def _gin_files() -> str:

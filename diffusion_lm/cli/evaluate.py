@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from diffusion_lm.cli import arguments as common
-from diffusion_lm.cli.output import heading, progress, table
+from diffusion_lm.cli.output import heading, progress, say, table
 from diffusion_lm.core.errors import ConfigError, near_names
 
 
@@ -64,13 +64,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         started = time.perf_counter()
         progress(f"evaluate  {evaluation.name}")
         note = getattr(getattr(evaluation, "task", evaluation).data, "vocabulary_note", None)
-        if note is not None:
-            progress(note)
+        cuts = getattr(evaluation, "cuts", ())
+        for line in (note, *cuts):
+            if line is not None:
+                progress(str(line))
         values = {name: float(value) for name, value in evaluation.run(model, opened.step).items()}
         results[evaluation.name] = {
             "values": values,
             "seconds": time.perf_counter() - started,
             **_conditions(evaluation),
+            "cuts": [cut.plain() for cut in cuts],
         }
         if kept:
             results[evaluation.name] |= scores.record(evaluation, opened, results[evaluation.name])
@@ -81,6 +84,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for number, (metric, value) in enumerate(result["values"].items())
     ]
     table(["evaluation", "metric", "value"], rows, right=[2])
+    for name, result in results.items():
+        for cut in result["cuts"]:
+            say(f"  {name}: {cut['text']}")
     if kept:
         estimator.show(results)
     return {"workdir": str(opened.folder), "step": opened.step, "evaluations": results}

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns all that it printed."""
+    from diffusion_lm.cli.cut_report import cut_sentences, lossy_sentences
     from diffusion_lm.planning.estimates import estimate
     from diffusion_lm.recipes.comparison import Comparison
     from diffusion_lm.training.run import TrainRun
@@ -51,6 +52,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         _print_step(*next(iter(runs.items())), next(iter(costs.values())))
     else:
         _print_steps(runs, costs)
+    result["cuts"] = cut_sentences(root)
+    if result["cuts"]:
+        output.heading("cut to the windows, of the data that are materialised")
+        for sentence in result["cuts"]:
+            output.say(f"  {sentence}")
+    result["unwritten"] = lossy_sentences(root)
+    if result["unwritten"]:
+        output.heading("lost by the vocabulary, of the data that are materialised")
+        for sentence in result["unwritten"]:
+            output.say(f"  {sentence}")
     result["runs"] = {name: _data(one, costs[name]) for name, one in runs.items()}
     return result
 

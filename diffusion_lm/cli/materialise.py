@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_lm.cli.arguments import add_gin, build_root, load_config
 from diffusion_lm.cli.environment import import_quietly
-from diffusion_lm.cli.output import progress, table
+from diffusion_lm.cli.output import progress, say, table
 from diffusion_lm.core.errors import ConfigError, require
 
 _STDERR = 2
@@ -26,14 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk_length", type=int, metavar="N", help="cut documents of pretraining tasks into N tokens"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="write only the first N records")
+    parser.add_argument(
+        "--max_lossy",
+        type=float,
+        metavar="SHARE",
+        help="share of the targets that the vocabulary may fail to write, 1 = all (default: 0.01)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs the verb and returns one object per split."""
     from diffusion_lm.data.grain_source import GrainSource
     from diffusion_lm.data.materialise import TASK_MODULES
+    from diffusion_lm.data.round_trip import loss_sentences
     from diffusion_lm.data.store import MANIFEST
 
+    root = None
     sources = [
         GrainSource(task, split, arguments.root, arguments.chunk_length)
         for task in arguments.task
@@ -48,12 +56,14 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             where="--gin_file",
             fix="A recipe says them itself: bind GrainSource.root with --gin.",
         )
-        sources += parts(build_root(load_config(arguments)), GrainSource)
+        root = build_root(load_config(arguments))
+        sources += parts(root, GrainSource)
     if not sources:
         raise ConfigError("nothing to write is named", fix="Give --task NAME, or a recipe with --gin_file.")
     options: dict[str, Any] = {"modules": (*TASK_MODULES, *arguments.module)}
-    if arguments.limit is not None:
-        options["limit"] = arguments.limit
+    for name in ("limit", "max_lossy"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
     results = []
     vocabularies: set[str] = set()
     for number, source in enumerate(sources, 1):
@@ -67,6 +77,11 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if manifest.vocabulary and manifest.vocabulary_sha256 not in vocabularies:
             vocabularies.add(manifest.vocabulary_sha256)
             progress(f"vocabulary: {source.vocabulary.report}")
+        name = f"{manifest.task}/{manifest.split}"
+        for sentence in loss_sentences(name, manifest.unwritten):
+            progress(f"warning: {sentence}")
+        if manifest.empty_targets:
+            progress(f"{name}: {manifest.empty_targets:,} of {manifest.count:,} targets are empty")
         results.append(
             {
                 "task": manifest.task,
@@ -75,6 +90,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "target_tokens": manifest.target_tokens,
                 "max_inputs_length": manifest.max_inputs_length,
                 "max_targets_length": manifest.max_targets_length,
+                "empty_targets": manifest.empty_targets,
+                "unwritten": manifest.unwritten,
                 "folder": str(source.folder),
             }
         )
@@ -91,6 +108,11 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for r in results
     ]
     table(columns, rows, right=[2, 3, 4, 5])
+    if root is not None:
+        from diffusion_lm.cli.cut_report import cut_sentences
+
+        for sentence in cut_sentences(root):
+            say(f"  {sentence}")
     return results
 
 

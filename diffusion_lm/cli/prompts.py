@@ -12,8 +12,9 @@ from diffusion_lm.cli.output import progress
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.rng import example_number
 from diffusion_lm.core.types import Batch
-from diffusion_lm.data.fitting import Converter, Example
+from diffusion_lm.data.fitting import Converter, Example, cut_tokens
 from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.data.round_trip import characters, unwritten
 from diffusion_lm.data.schema import Record
 from diffusion_lm.data.target_window import OracleLength
 
@@ -33,6 +34,40 @@ class Prompt:
     slots: int | None = None
 
 
+class CutPrompts:
+    """Counts the prompts that the window cuts and says so on stderr, for the first ones each by itself.
+
+    Args:
+      converter: lays the prompts out.
+      suffixes: whether a suffix may be cut; the rows of `--input` are as long as its suffixes need.
+    """
+
+    _SHOWN = 10
+
+    def __init__(self, converter: Converter, *, suffixes: bool):
+        self._converter, self._suffixes = converter, suffixes
+        self._seen = self._cut = 0
+
+    def add(self, record: Record) -> dict[str, int]:
+        """Returns the tokens that are cut off a prompt, by part; empty where it fits."""
+        self._seen += 1
+        cut = cut_tokens(self._converter, len(record.inputs), len(record.suffix) if self._suffixes else 0)
+        self._cut += bool(cut)
+        if cut and self._cut <= self._SHOWN:
+            for part, count in cut.items():
+                total, side = len(getattr(record, part)), "left" if part == "inputs" else "right"
+                progress(
+                    f"prompt {self._seen}: {count} of {total} tokens of its {part} cut at the {side} "
+                    f"({type(self._converter).__name__}.{part}_length = {total - count})"
+                )
+        return cut
+
+    def conclude(self) -> None:
+        """Says how many were cut."""
+        if self._cut:
+            progress(f"{self._cut} of {self._seen} prompts were cut; their lines have the field cut_tokens")
+
+
 def given_prompts(
     path: str, limit: int | None, batch_size: int, data: DataPipeline
 ) -> Iterator[tuple[Batch, list[Record]]]:
@@ -48,6 +83,11 @@ def given_prompts(
         tokens = [token for one in prompts for token in (*full(one.inputs), *full(one.suffix))]
         cut = int(data.pruned.outside(tokens).sum())
         progress(f"{cut} of {len(tokens)} tokens of the prompts are UNK: the run's vocabulary map leaves them out")
+    full_vocabulary = data.vocabulary if data.pruned is None else data.pruned.full
+    for number, one in enumerate(prompts, 1):
+        lost = unwritten(full_vocabulary, one.inputs) + unwritten(full_vocabulary, one.suffix)
+        if lost:
+            progress(f"warning: prompt {number}: the vocabulary cannot write {characters(lost)}")
     require(bool(prompts), f"there is no prompt in {path}", where="--input", fix="Write one a line.")
     nothing = np.zeros(0, np.int32)
     records = [

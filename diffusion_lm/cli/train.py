@@ -40,5 +40,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "workdir": str(workdir),
         "step": result.step,
         "metrics": result.metrics,
+        "cuts": configured.cuts(),
         "initial": None if result.report is None else str(result.report),
     }

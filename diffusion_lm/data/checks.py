@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,6 +50,100 @@ def fit(converter: Converter, source: OpenSource, plan: PackingPlan, part: Pretr
         rows=plan.rows,
         filled=used / (plan.rows * converter.row_length),
     )
+
+
+Use = Literal["training", "scoring", "prompts"]
+"""What batches are made for: `DataPipeline.batch`, `eval_batches` or `prompt_batches`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Examples of one split that a row does not hold whole.
+
+    Attributes:
+      task: name of the task.
+      split: its split.
+      part: "prompts" (cut at their left, where a question may be), "targets", "texts" (documents of pretraining) or
+        "suffixes", all three cut at their right.
+      count: examples that do not fit.
+      of: examples looked at: those that are used.
+      kept: tokens that are kept of such a part.
+      longest: tokens of the longest such part.
+      field: the setting to raise.
+      closed: a slot for EOS follows the kept tokens.
+      generated: the targets are not in the batch: a sampler cannot reach their end.
+    """
+
+    task: str
+    split: str
+    part: str
+    count: int
+    of: int
+    kept: int
+    longest: int
+    field: str
+    closed: bool = False
+    generated: bool = False
+
+    @property
+    def side(self) -> str:
+        """The side on which tokens are lost."""
+        return "left" if self.part == "prompts" else "right"
+
+    def __str__(self) -> str:
+        tokens = f"{self.kept:,} tokens{' and EOS' if self.closed else ''}"
+        what = (
+            f"targets are longer than the {tokens} that can be generated"
+            if self.generated
+            else f"{self.part} cut at the {self.side} to {tokens}"
+        )
+        return f"{self.task}/{self.split}: {self.count:,} of {self.of:,} {what} ({self.field})"
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the fields, the side and the sentence as JSON data, for result files."""
+        return {**dataclasses.asdict(self), "side": self.side, "text": str(self)}
+
+
+def cuts(
+    converter: Converter, source: OpenSource, part: Pretraining | None, use: Use, indices: np.ndarray | None
+) -> tuple[Cut, ...]:
+    """Returns what the rows of a converter do not hold whole of the examples at `indices`, i64[n]; None = of all.
+
+    Reads the length index only. What the converter refuses to cut is no cut but an error of the batch.
+    """
+    if converter.too_long == "error":
+        return ()
+    name, found = type(converter).__name__, []
+    for what, every, room in _rooms(converter, source, part):
+        lengths = every if indices is None else every[indices]
+        generated = what == "target" and use == "prompts"
+        refused = what == "target" and use == "scoring" and converter.too_long != "truncate" and part is None
+        count = int((lengths > room).sum())
+        if not count or refused:
+            continue
+        words, field = _WORDS[what]
+        found.append(
+            Cut(
+                task=source.manifest.task,
+                split=source.manifest.split,
+                part="texts" if part is not None else words,
+                count=count,
+                of=len(lengths),
+                kept=room,
+                longest=int(lengths.max()),
+                field=f"{name}.{field}",
+                closed=what == "target" and part is None and room < converter.target_length,
+                generated=generated,
+            )
+        )
+    return tuple(found)
+
+
+_WORDS = {
+    "conditioning": ("prompts", "inputs_length"),
+    "target": ("targets", "target_length"),
+    "suffix": ("suffixes", "suffix_length"),
+}
 
 
 def check_lengths(converter: Converter, source: OpenSource, part: Pretraining | None, *, evaluation: bool) -> None:

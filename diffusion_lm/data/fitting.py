@@ -142,6 +142,12 @@ def left_cut(converter: Converter, example: Example) -> np.ndarray:
     return example.inputs[len(example.inputs) - converter.inputs_length :]
 
 
+def cut_tokens(converter: Converter, inputs: int, suffix: int = 0) -> dict[str, int]:
+    """Returns how many of a prompt's tokens do not fit, by part ("inputs", "suffix"); parts that fit are left out."""
+    over = {"inputs": inputs - converter.inputs_length, "suffix": suffix - converter.suffix_length}
+    return {part: count for part, count in over.items() if count > 0}
+
+
 def suffix_of(converter: Converter, example: Example) -> np.ndarray:
     """Returns the conditioning behind the target, cut at its end where it is too long and may be cut."""
     length, room = len(example.suffix), converter.suffix_length

@@ -13,7 +13,7 @@ import numpy as np
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import is_bucket
 from diffusion_lm.data.bucket import local_copy
-from diffusion_lm.data.materialise import materialise, materialise_command
+from diffusion_lm.data.materialise import MAX_LOSSY, materialise, materialise_command
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.store import LENGTHS, MANIFEST, read_manifest, split_folder
 from diffusion_lm.data.vocabulary import Vocabulary
@@ -31,12 +31,14 @@ class GrainSource:
       split: name of its split.
       root: where datasets live; None = `store.default_root()`.
       chunk_length: the length into which `materialise` cuts documents; None = whatever was materialised.
+      max_lossy: share of the targets that the vocabulary may fail to write when the split is materialised.
     """
 
     task: str
     split: str = "train"
     root: str | None = None
     chunk_length: int | None = None
+    max_lossy: float = dataclasses.field(default=MAX_LOSSY, compare=False)
 
     def __post_init__(self):
         require(bool(self.task), "no task is named", where="GrainSource.task", fix="Name a task, e.g. 'wmt14_en_fr'.")
@@ -51,11 +53,15 @@ class GrainSource:
     @property
     def command(self) -> str:
         """The command line that materialises the split."""
-        return materialise_command(self.task, self.split, self.root, self.chunk_length)
+        return materialise_command(self.task, self.split, self.root, self.chunk_length, self.max_lossy)
 
     def materialise(self, **options: Any) -> Manifest:
         """Materialises the split where it is missing (needs TensorFlow then); `options` as for `materialise`."""
-        return materialise(self.task, self.split, self.root, chunk_length=self.chunk_length, **options)
+        return materialise(self.task, self.split, self.root, **{**self._options, **options})
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"chunk_length": self.chunk_length, "max_lossy": self.max_lossy}
 
     def open(self) -> "OpenSource":
         """Returns the open dataset.

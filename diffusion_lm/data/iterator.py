@@ -16,7 +16,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data import counted
-from diffusion_lm.data.checks import Fit, check_lengths, check_sources, fit
+from diffusion_lm.data.checks import Cut, Fit, Use, check_lengths, check_sources, cuts, fit
 from diffusion_lm.data.converters import with_encoder
 from diffusion_lm.data.fitting import Converter, Example
 from diffusion_lm.data.grain_source import GrainSource, OpenSource
@@ -24,10 +24,13 @@ from diffusion_lm.data.order import PERIOD, Order
 from diffusion_lm.data.packing import PackingPlan, pack
 from diffusion_lm.data.prefetch import BatchIterator
 from diffusion_lm.data.pretraining import Pretraining
+from diffusion_lm.data.round_trip import loss_sentences
 from diffusion_lm.data.rows import strata
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm.data.vocabulary_map import PrunedVocabulary, VocabularyMap
+
+_READ_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +112,17 @@ class DataPipeline:
 
     @property
     def vocabulary_note(self) -> str | None:
-        """What the vocabulary map does to the data, in one line; None without a map."""
-        if self.pruned is None:
-            return None
+        """What the vocabulary cannot write of the data, and what the vocabulary map does to them; None for nothing."""
+        lossy = [
+            sentence
+            for manifest in self.manifests
+            for sentence in loss_sentences(f"{manifest.task}/{manifest.split}", manifest.unwritten)
+        ]
+        return "\n".join([*lossy, *([self._map_note] if self.pruned is not None else [])]) or None
+
+    @property
+    def _map_note(self) -> str:
+        assert self.pruned is not None
         share = ", ".join(
             f"{unknown:,} of {total:,} tokens of {source.task}/{source.split}"
             for source, (unknown, total) in zip(self.sources, self.unknown, strict=True)
@@ -139,6 +150,22 @@ class DataPipeline:
             fit(self.converter, source, plan, part)
             for source, plan, part in zip(self._open, self._plans, self._parts, strict=True)
         )
+
+    def cuts(self, use: Use, limit: int | None = None) -> tuple[Cut, ...]:
+        """Returns what the rows do not hold whole of the examples that are used, for each source and part.
+
+        Counted from the length index, without reading a record; nothing is returned for what fits.
+
+        Args:
+          use: what the batches are for. Training looks at all examples, whatever number of steps reads of them.
+          limit: examples of an evaluation, from the start of the stored order; None = all.
+        """
+        sources, indices = self._stored(limit)
+        found: list[Cut] = []
+        for number, (source, part) in enumerate(zip(self._open, self._parts, strict=True)):
+            chosen = None if limit is None else indices[sources == number]
+            found += cuts(self.converter, source, part, use, chosen)
+        return tuple(found)
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Returns the shapes and dtypes of a batch; opens nothing."""
@@ -212,6 +239,13 @@ class DataPipeline:
         """
         for examples, records in self._evaluation(batch_size, limit, process_index, process_count):
             yield self.converter.prompts(examples, self.specials), records
+
+    def records(self, limit: int | None = None) -> Iterator[Record]:
+        """Yields the records of the first `limit` examples in stored order, as evaluation reads them."""
+        sources, indices = self._stored(limit)
+        for start in range(0, len(sources), _READ_AT_ONCE):
+            part = slice(start, start + _READ_AT_ONCE)
+            yield from itertools.chain.from_iterable(self._read(sources[part], list(indices[part, None])))
 
     def check(self, *, evaluation: bool = False) -> None:
         """Opens everything and raises `ConfigError` for whatever would fail later.
@@ -295,14 +329,22 @@ class DataPipeline:
     ) -> Iterator[tuple[Sequence[Example], list[Record]]]:
         """Yields the examples of each batch, filled up, and the records of those that are no filler."""
         first, count = _slice(batch_size, process_index, process_count)
-        stored = Order(tuple(source.manifest.count for source in self._open), None, self.seed, shuffle=False)
-        total = sum(stored.sizes) if limit is None else min(limit, sum(stored.sizes))
+        every_source, every_index = self._stored(limit)
+        total = len(every_source)
         for start in range(0, total, batch_size):
             wanted = np.arange(start + first, start + first + count)
-            sources, indices, _ = stored.places(np.minimum(wanted, total - 1))
+            filled = np.minimum(wanted, total - 1)
+            sources, indices = every_source[filled], every_index[filled]
             records = list(itertools.chain.from_iterable(self._read(sources, list(indices[:, None]))))
             examples = [self._example(record, int(s), epoch=0) for s, record in zip(sources, records, strict=True)]
             yield examples, records[: int((wanted < total).sum())]
+
+    def _stored(self, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns source and index, i64[n] each, of the first `limit` examples in stored order."""
+        stored = Order(tuple(source.manifest.count for source in self._open), None, self.seed, shuffle=False)
+        total = sum(stored.sizes) if limit is None else min(limit, sum(stored.sizes))
+        sources, indices, _ = stored.places(np.arange(total))
+        return sources, indices
 
 
 def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:

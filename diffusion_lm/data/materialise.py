@@ -1,5 +1,6 @@
 """From a SeqIO task to a folder that Grain reads without TensorFlow (SeqIO's own caching needs apache-beam)."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.data.round_trip import Losses
 from diffusion_lm.data.schema import Manifest
 from diffusion_lm.data.store import (
     RECORDS_PER_SHARD,
@@ -16,6 +18,9 @@ from diffusion_lm.data.store import (
     split_folder,
     write_records,
 )
+
+MAX_LOSSY = 0.01
+"""Share of the targets that a vocabulary may fail to write: rare characters of large data sets, not the task itself."""
 
 TASK_MODULES = (
     "diffusion_lm_tasks.embedded",
@@ -39,6 +44,7 @@ def materialise(
     *,
     chunk_length: int | None = None,
     limit: int | None = None,
+    max_lossy: float = MAX_LOSSY,
     modules: Sequence[str] = TASK_MODULES,
     records_per_shard: int = RECORDS_PER_SHARD,
 ) -> Manifest:
@@ -53,15 +59,19 @@ def materialise(
       root: where datasets live; default `default_root()`.
       chunk_length: longest piece, in tokens, into which documents of a task without inputs are cut; None = whole.
       limit: write only the first so many records; None = all.
+      max_lossy: share of the targets that the vocabulary may fail to write whole (`round_trip.unwritten`), 1 = all;
+        what it fails to write is counted in the manifest.
       modules: imported first, because they register tasks.
       records_per_shard: records in each ArrayRecord file.
 
     Raises:
       ConfigError: unknown task or split; the folder holds a dataset made with other options; a token of the data is
-        MASK or lies outside the vocabulary; or chunk_length is given for a task with inputs.
+        MASK or lies outside the vocabulary; more targets are lossy than may be; or chunk_length is given for a task
+        with inputs.
     """
     for name, value in (("chunk_length", chunk_length), ("limit", limit)):
         require(value is None or value > 0, f"{name} = {value} is not positive", fix="Leave it out or give 1 or more.")
+    require(0 <= max_lossy <= 1, f"max_lossy = {max_lossy}", where="GrainSource.max_lossy", fix="Use a share, 0 to 1.")
     folder = split_folder(task, split, root)
     done = _finished(folder, chunk_length, limit)
     if done is not None:
@@ -85,7 +95,15 @@ def materialise(
         modules=tuple(modules),
         code_sha256=code_digest(modules),
     )
-    records = seqio_source.task_records(seqio_task, split, vocabulary=vocabulary, chunk_length=chunk_length)
+    losses = Losses(vocabulary, name=f"{task}/{split}", most=max_lossy)
+    records = seqio_source.task_records(
+        seqio_task, split, vocabulary=vocabulary, chunk_length=chunk_length, losses=losses
+    )
+
+    def finish(manifest: Manifest) -> Manifest:
+        losses.check()
+        return dataclasses.replace(manifest, unwritten=losses.summary(), empty_targets=losses.empty_targets)
+
     try:
         return write_records(
             folder,
@@ -93,6 +111,7 @@ def materialise(
             manifest,
             vocabulary=vocabulary,
             records_per_shard=records_per_shard,
+            finish=finish,
         )
     except ConfigError:
         # Another program may have finished the same split while this one waited for its lock.
@@ -102,10 +121,17 @@ def materialise(
         return done
 
 
-def materialise_command(task: str, split: str, root: PathLike | None = None, chunk_length: int | None = None) -> str:
+def materialise_command(
+    task: str,
+    split: str,
+    root: PathLike | None = None,
+    chunk_length: int | None = None,
+    max_lossy: float = MAX_LOSSY,
+) -> str:
     """Returns the command line that makes the dataset; errors about a missing one quote it."""
     command = f"diffusion-lm materialise --task {task} --split {split} --root {root or default_root()}"
-    return command + (f" --chunk_length {chunk_length}" if chunk_length else "")
+    command += f" --chunk_length {chunk_length}" if chunk_length else ""
+    return command + (f" --max_lossy {max_lossy:g}" if max_lossy != MAX_LOSSY else "")
 
 
 def code_digest(modules: Sequence[str]) -> str:

@@ -98,10 +98,14 @@ class Manifest:
       target_tokens: sum of the lengths of all `targets`.
       chunk_length: longest piece into which documents were cut, or None where they were left whole.
       limit: the number of records asked for, or None for all.
+      empty_targets: number of targets without text, such as those of questions without an answer.
+      unwritten: what the vocabulary could not write, by part (`round_trip.Losses.summary`); empty where it wrote all,
+        and in data from before it was counted.
       shards: file names of the ArrayRecord shards, in order.
       modules: the modules that were imported to register the task.
       code_sha256: hash of their code (`materialise.code_digest`), by which stale data are told. How the data came to be
-        is no part of what they are: manifests and run cards are compared without these two.
+        is no part of what they are: manifests and run cards are compared without these two, and without what only
+        describes the records (`empty_targets`, `unwritten`).
       format_version: version of this layout.
     """
 
@@ -119,6 +123,8 @@ class Manifest:
     target_tokens: int = 0
     chunk_length: int | None = None
     limit: int | None = None
+    empty_targets: int = dataclasses.field(default=0, compare=False)
+    unwritten: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     shards: tuple[str, ...] = ()
     modules: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     code_sha256: str = dataclasses.field(default="", compare=False)

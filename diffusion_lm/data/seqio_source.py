@@ -9,6 +9,7 @@ import seqio
 
 from diffusion_lm.core.errors import ConfigError, near_names
 from diffusion_lm.core.rng import example_number
+from diffusion_lm.data.round_trip import Losses
 from diffusion_lm.data.schema import Record
 from diffusion_lm.data.seqio_vocabulary import LazyVocabulary
 from diffusion_lm.data.vocabulary import Vocabulary
@@ -69,16 +70,22 @@ def metric_paths(task: seqio.Task) -> tuple[str, ...]:
 
 
 def task_records(
-    task: seqio.Task, split: str, *, vocabulary: Vocabulary, chunk_length: int | None = None
+    task: seqio.Task,
+    split: str,
+    *,
+    vocabulary: Vocabulary,
+    chunk_length: int | None = None,
+    losses: Losses | None = None,
 ) -> Iterator[Record]:
     """Yields the records of one split in the task's own order, unshuffled.
 
     An EOS that the task's preprocessors appended is removed; converters put it back where it belongs. Targets of tasks
     without inputs are documents: each one ends with EOS and is cut into pieces of at most `chunk_length` tokens. A
-    feature `suffix` is what stands behind the target.
+    feature `suffix` is what stands behind the target. `losses` counts what the vocabulary cannot write of the texts
+    that the task keeps beside its tokens (`*_pretokenized`).
 
     Raises:
-      ConfigError: the task has no such split, or its preprocessors make no feature `targets`.
+      ConfigError: the task has no such split, its preprocessors make no feature `targets`, or `losses` refuses them.
     """
     if split not in task.splits:
         raise ConfigError(
@@ -90,8 +97,15 @@ def task_records(
     has_inputs = "inputs" in task.output_features
     eos_id = vocabulary.specials.eos_id
     index = 0
+
+    def count(part: str, feature: str, tokens: np.ndarray) -> None:
+        text = example.get(f"{feature}_pretokenized")
+        if losses is not None and isinstance(text, bytes | str):
+            losses.add(part, index, _json(text), tokens.tolist())
+
     for example in _examples(task.get_dataset(sequence_length=None, split=split, shuffle=False)):
         targets = _without_eos(example["targets"], eos_id)
+        count("targets", "targets", targets)
         if not has_inputs:
             document = np.append(targets, eos_id)
             for piece in np.split(document, range(chunk_length or len(document), len(document), chunk_length or 1)):
@@ -99,6 +113,10 @@ def task_records(
                 index += 1
             continue
         inputs = _without_eos(example["inputs"], eos_id)
+        count("inputs", "inputs", inputs)
+        suffix = _without_eos(example["suffix"], eos_id) if "suffix" in task.output_features else targets[:0]
+        if "suffix" in task.output_features:
+            count("suffixes", "suffix", suffix)
         inputs_text = _text(example.get("inputs_pretokenized"), inputs, vocabulary)
         targets_text = _text(example.get("targets_pretokenized"), targets, vocabulary)
         yield Record(
@@ -108,7 +126,7 @@ def task_records(
             inputs_text=inputs_text,
             targets_text=targets_text,
             reference=_json(task.postprocess_fn(targets_text, example=example, is_target=True)),
-            suffix=_without_eos(example["suffix"], eos_id) if "suffix" in task.output_features else targets[:0],
+            suffix=suffix,
         )
         index += 1
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +68,7 @@ def write_records(
     *,
     vocabulary: Vocabulary | None = None,
     records_per_shard: int = RECORDS_PER_SHARD,
+    finish: Callable[[Manifest], Manifest] | None = None,
 ) -> Manifest:
     """Writes one split into the folder `path` and returns its manifest with counts, lengths and shards filled in.
 
@@ -77,6 +78,7 @@ def write_records(
       manifest: task, split, specials, metrics and options; what depends on the records is computed here.
       vocabulary: stored beside the records when given; its specials must be the manifest's.
       records_per_shard: records in each ArrayRecord file.
+      finish: completes the manifest when all records are written, or raises: then no folder appears.
 
     Raises:
       ConfigError: the folder is already complete, a record holds MASK or an id outside the vocabulary, or there is no
@@ -122,6 +124,8 @@ def write_records(
             has_inputs=bool(lengths[:, 0].any()),
             shards=tuple(shards),
         )
+        if finish is not None:
+            manifest = finish(manifest)
         for leftover in [*partial.glob("*.lengths.npy"), partial / "progress.json"]:
             leftover.unlink()
         (partial / MANIFEST).write_text(manifest.to_json())

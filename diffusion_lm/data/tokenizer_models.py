@@ -27,6 +27,9 @@ class TokenModel(Protocol):
     def decode(self, tokens: list[int]) -> str:
         """Returns the text of ids below `size`; special tokens are dropped, incomplete characters become U+FFFD."""
 
+    def normalise(self, text: str) -> str:
+        """Returns `text` as the model changes it before it splits it; spaces may be written as U+2581."""
+
     def find(self, piece: str) -> int | None:
         """Returns the id of a token as the model spells it, or None."""
 
@@ -85,6 +88,10 @@ class SentencePieceModel:
         if self._order is not None:
             tokens = [native for native in map(self._order.__getitem__, tokens) if isinstance(native, int)]
         return self._processor.decode(tokens)
+
+    def normalise(self, text: str) -> str:
+        """See `TokenModel.normalise`."""
+        return self._processor.normalize(text).replace("\u2581", " ")
 
     def find(self, piece: str) -> int | None:
         """See `TokenModel.find`."""
@@ -158,6 +165,11 @@ class TokenizersModel:
     def decode(self, tokens: list[int]) -> str:
         """See `TokenModel.decode`."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def normalise(self, text: str) -> str:
+        """See `TokenModel.normalise`."""
+        own = self._tokenizer.normalizer
+        return text if own is None else own.normalize_str(text).replace("\u2581", " ")
 
     def find(self, piece: str) -> int | None:
         """See `TokenModel.find`."""

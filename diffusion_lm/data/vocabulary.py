@@ -162,6 +162,10 @@ class Vocabulary:
         """Returns the text of each row of tokens."""
         return [self.decode(row) for row in rows]
 
+    def normalise(self, text: str) -> str:
+        """Returns `text` as the tokenizer changes it before it splits it: case, compatibility characters, spaces."""
+        return self._opened.model.normalise(text)
+
     def piece(self, token: int) -> str:
         """Returns one token as SentencePiece would spell it (`"▁the"`); PAD and ids outside of it are empty."""
         if token == self.specials.pad_id or not 0 <= token < self.size:

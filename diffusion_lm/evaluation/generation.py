@@ -13,6 +13,7 @@ from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded
+from diffusion_lm.data.checks import Cut
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
 from diffusion_lm.evaluation.metrics import METRICS, Metric
@@ -55,6 +56,11 @@ class GenerationTask:
         require(
             self.batch_size >= 1, f"batch_size = {self.batch_size}", where="GenerationTask.batch_size", fix="Use >= 1."
         )
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Prompts that the window cuts, and references that it is too short for, of the examples that are used."""
+        return self.data.cuts("prompts", self.limit)
 
     @property
     def oracle(self) -> str | None:
@@ -148,6 +154,9 @@ def generate(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed:
         where="GenerationTask.data",
         fix="Give training and evaluation one vocabulary, and one DataPipeline.vocabulary_map.",
     )
+    # A reference that the metric cannot read is found before anything is decoded, which may take hours.
+    known = list(data.records(task.limit))
+    task.scorer.checked([record.reference for record in known], _names(known))
     records: list[Record] = []
     columns: dict[str, list] = {name: [] for name in ("predictions", "scores", "lengths", "forward_passes")}
     seconds = 0.0
@@ -182,13 +191,19 @@ def target_texts(decoded: Decoded, prompt: Batch, vocabulary: Any) -> list[str]:
     return [vocabulary.decode(tokens[b, starts[b] : starts[b] + lengths[b]].tolist()) for b in range(len(lengths))]
 
 
+def _names(records: Sequence[Record]) -> list[str]:
+    """Returns how errors call the examples."""
+    return [f"example {number} (id {record.example_id})" for number, record in enumerate(records)]
+
+
 def score(task: GenerationTask, generation: Generation) -> tuple[float, np.ndarray, dict[str, float]]:
     """Returns the task's headline value, its per-example statistics (for intervals) and the secondary values."""
     metric = task.scorer
     predictions: Sequence[Any] = generation.predictions
     if not metric.multiple_samples:
         predictions = [samples[0] for samples in generation.predictions]
-    statistics = metric.per_example_batch([record.reference for record in generation.records], predictions)
+    references = [record.reference for record in generation.records]
+    statistics = metric.per_example_batch(references, predictions, _names(generation.records))
     return metric.aggregate(statistics), statistics, metric.secondary(statistics)
 
 
@@ -212,6 +227,11 @@ class GenerationEvaluation:
     def name(self) -> str:
         """Prefix of the values in the log; an oracle is part of it."""
         return f"decode/{self.task.name}" + (f"/oracle_{self.task.oracle}" if self.task.oracle else "")
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """See `GenerationTask.cuts`."""
+        return self.task.cuts
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
+from diffusion_lm.data.checks import Cut
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.objectives.base import Objective
@@ -92,6 +93,11 @@ class BoundEvaluation:
     limit: int | None = None
     batch_size: int = 32
     seed: int = 0
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What the window cuts of the examples that are used."""
+        return self.data.cuts("scoring", self.limit)
 
     def run(self, model: BoundModel, step: int) -> dict[str, float]:
         """Returns the bound's values (`loss`, its standard error, per-real-token metrics)."""

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU
 
-from diffusion_lm.core.errors import require
-from diffusion_lm.evaluation.metrics_answers import contains_rows, exact_rows, number_rows, squad_rows
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.evaluation import metric_references as forms
+from diffusion_lm.evaluation.metric_references import possible_answers as possible_answers
+from diffusion_lm.evaluation.metrics_answers import contains_rows, exact_rows, number_rows, squad_rows, squad_v2_rows
 from diffusion_lm.evaluation.metrics_answers import last_number as last_number
 from diffusion_lm.evaluation.metrics_code import code_rows
 from diffusion_lm.evaluation.metrics_code import pass_at_k_estimate as pass_at_k_estimate
@@ -35,10 +37,12 @@ class Metric:
       name: key in `METRICS`.
       primary_key: the headline among the scores.
       label: how reports call the headline.
-      rows: `(references, predictions) -> f64[N, K]`, one row of statistics per example.
+      rows: `(references, predictions) -> f64[N, K]`, one row of statistics per example; references as `read` returns
+        them.
       values: `f64[K] -> {name: score}` from the summed rows; every score is a percentage.
       multiple_samples: predictions are sequences of samples (pass@k) rather than strings.
       conditions: what a reader needs in order to compare the number with another paper's.
+      read: reads one reference in the forms that data sets have (`metric_references`); refuses every other form.
     """
 
     name: str
@@ -48,16 +52,45 @@ class Metric:
     values: Values
     multiple_samples: bool = False
     conditions: str = ""
+    read: forms.Reader = forms.text
 
-    def per_example_batch(self, references: Sequence[Any], predictions: Sequence[Any]) -> np.ndarray:
-        """Returns the statistics f64[N, K]; raises ConfigError where the two sequences differ in length."""
+    def per_example_batch(
+        self, references: Sequence[Any], predictions: Sequence[Any], names: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Returns the statistics f64[N, K].
+
+        Args:
+          references: what to compare with.
+          predictions: one for each reference: a text, or a sequence of samples with `multiple_samples`.
+          names: how errors call the examples; None = "example 0", ...
+
+        Raises:
+          ConfigError: the two sequences differ in length, or one of their values is of the wrong kind.
+        """
         require(
             len(references) == len(predictions),
             f"{len(references)} references but {len(predictions)} predictions",
             where=f"metric {self.name}",
             fix="Give one prediction for each reference; a missing one is an empty string.",
         )
-        return self.rows(references, predictions)
+        known = self.checked(references, names)
+        return self.rows(
+            known, self._each(forms.samples if self.multiple_samples else forms.prediction, predictions, names)
+        )
+
+    def checked(self, references: Sequence[Any], names: Sequence[str] | None = None) -> list[Any]:
+        """Returns the references as `rows` takes them; raises ConfigError for the first of the wrong kind."""
+        return self._each(self.read, references, names)
+
+    def _each(self, reader: forms.Reader, values: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+        found = []
+        for number, value in enumerate(values):
+            try:
+                found.append(reader(value))
+            except forms.WrongValue as error:
+                name = f"example {number}" if names is None else names[number]
+                raise ConfigError(f"{name} {error.what}", where=f"metric {self.name}", fix=error.fix) from error
+        return found
 
     def per_example(self, reference: Any, prediction: Any) -> np.ndarray:
         """Returns the statistics f64[K] of one example."""
@@ -129,8 +162,36 @@ def _code_values(total: np.ndarray) -> dict[str, float]:
     return {"pass_at_1": _mean(total, 0), "pass_at_k": _mean(total, 1), "k": samples}
 
 
-_SQUAD_VALUES: Values = lambda total: {"f1": _mean(total, 1), "em": _mean(total, 0)}  # noqa: E731
-_OFFICIAL = "official SQuAD v1.1 normalisation; maximum over the gold answers"
+def _squad_values(total: np.ndarray) -> dict[str, float]:
+    """Scores of all questions; where some have no answer, of both kinds apart and how many have none."""
+    exact, f1, abstained, answerable, count = map(float, total)
+    values = {"f1": _percent(f1 + abstained, count), "em": _percent(exact + abstained, count)}
+    if count == answerable:
+        return values
+    return values | {
+        "answerable_f1": _percent(f1, answerable),
+        "answerable_em": _percent(exact, answerable),
+        "unanswerable_em": _percent(abstained, count - answerable),
+        "unanswerable": count - answerable,
+    }
+
+
+def _squad_v2_values(total: np.ndarray) -> dict[str, float]:
+    """Scores under the names of the official script; those of a kind of question that does not occur are left out."""
+    both = total[:3] + total[3:]
+    values = {"exact": _mean(both, 0), "f1": _mean(both, 1), "total": float(both[2])}
+    for name, part in (("HasAns", total[:3]), ("NoAns", total[3:])):
+        if part[2]:
+            values |= {f"{name}_exact": _mean(part, 0), f"{name}_f1": _mean(part, 1), f"{name}_total": float(part[2])}
+    return values
+
+
+def _percent(part: float, whole: float) -> float:
+    return 100.0 * part / whole if whole else 0.0
+
+
+_OFFICIAL = "official SQuAD v1.1 normalisation; maximum over the gold answers; questions without one as in v2.0"
+_OFFICIAL_V2 = "the official evaluate-v2.0.py; an empty prediction abstains, without a threshold on its probability"
 _ESTIMATOR = "unbiased estimator 1 - C(n-c,k)/C(n,k); all tests of a problem must pass"
 
 METRICS: dict[str, Metric] = {
@@ -160,10 +221,14 @@ METRICS: dict[str, Metric] = {
             number_rows,
             lambda total: {"accuracy": _mean(total, 0)},
             conditions="the last number of the text equals the answer",
+            read=forms.numbers,
         ),
-        Metric("squad", "f1", "F1", squad_rows, _SQUAD_VALUES, conditions=_OFFICIAL),
-        Metric("pass_at_1", "pass_at_1", "pass@1", code_rows, _code_values, True, _ESTIMATOR),
-        Metric("pass_at_k", "pass_at_k", "pass@k", code_rows, _code_values, True, _ESTIMATOR),
+        Metric("squad", "f1", "F1", squad_rows, _squad_values, False, _OFFICIAL, forms.possible_answers),
+        Metric(
+            "squad_v2", "f1", "F1 (v2)", squad_v2_rows, _squad_v2_values, False, _OFFICIAL_V2, forms.possible_answers
+        ),
+        Metric("pass_at_1", "pass_at_1", "pass@1", code_rows, _code_values, True, _ESTIMATOR, forms.problem),
+        Metric("pass_at_k", "pass_at_k", "pass@k", code_rows, _code_values, True, _ESTIMATOR, forms.problem),
         Metric(
             "exact_match",
             "exact_match",
@@ -171,6 +236,7 @@ METRICS: dict[str, Metric] = {
             exact_rows,
             lambda total: {"exact_match": _mean(total, 0)},
             conditions="equal after stripping white space",
+            read=forms.answers,
         ),
         Metric(
             "contains",
@@ -179,6 +245,7 @@ METRICS: dict[str, Metric] = {
             contains_rows,
             lambda total: {"contains": _mean(total, 0)},
             conditions="an answer stands in the text, both under SQuAD's normalisation",
+            read=forms.answers,
         ),
         Metric(
             "final_answer",
@@ -187,6 +254,7 @@ METRICS: dict[str, Metric] = {
             answer_rows,
             lambda total: {"accuracy": _mean(total, 0), "answered": _mean(total, 1)},
             conditions="the number behind the last '####' equals the reference's",
+            read=forms.chain_answer,
         ),
         Metric(
             "countdown",
@@ -195,6 +263,7 @@ METRICS: dict[str, Metric] = {
             countdown_rows,
             lambda total: {"solved": _mean(total, 0)},
             conditions="every step is right, all numbers are used once, the goal is left; any solution counts",
+            read=forms.countdown,
         ),
     )
 }
@@ -222,12 +291,23 @@ def number_match(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str
 
 
 def squad(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
-    """F1 and exact match in percent; each target is `{"answers": [str, ...]}`, a list of answers, or one answer."""
+    """F1 and exact match of SQuAD v1.1 in percent; targets in the forms of `metric_references.possible_answers`.
+
+    Where questions have no answer, those with and without are also scored apart, and counted (`unanswerable`).
+    """
     return METRICS["squad"](targets, predictions)
 
 
+def squad_v2(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+    """`exact`, `f1` and `total` of SQuAD v2.0, and the same with `HasAns_` and `NoAns_`, as its script names them."""
+    return METRICS["squad_v2"](targets, predictions)
+
+
 def pass_at_k(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-    """pass@1 and pass@k, k the number of samples; targets `{"setup", "tests"}`, predictions lists of code."""
+    """pass@1 and pass@k, k the number of samples; targets `{"setup", "tests"}`, predictions lists of code.
+
+    Tests that are one text are one test; a target without a test is an error.
+    """
     return METRICS["pass_at_k"](targets, predictions)
 
 

@@ -6,8 +6,7 @@ Normalisation is that of the official evaluate-v1.1.py of SQuAD (Rajpurkar et al
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,25 +27,44 @@ def answer_f1(prediction: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def answers_of(reference: Any) -> list[str]:
-    """Returns the answers of a reference: one text, several, or `{"answers": ...}`."""
-    if isinstance(reference, Mapping):
-        reference = reference["answers"]
-    return [reference] if isinstance(reference, str) else list(reference)
+def squad_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
+    """Returns f64[N, 5]: exact match, F1, both 0 where the question has no answer; its exact match then; has one, 1.
 
-
-def squad_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
-    """Returns f64[N, 3]: exact match, F1, 1; the maximum over the answers."""
+    The rule of v1.1 for questions with answers, the maximum over them. v1.1 has no others: they are scored as v2.0
+    does, 1 for a prediction of which normalisation leaves nothing, else 0.
+    """
     rows = []
-    for reference, prediction in zip(references, predictions, strict=True):
-        answers = answers_of(reference)
-        exact = max((float(normalize_answer(prediction) == normalize_answer(a)) for a in answers), default=0.0)
-        f1 = max((answer_f1(prediction, a) for a in answers), default=0.0)
-        rows.append([exact, f1, 1.0])
-    return np.asarray(rows, np.float64).reshape(-1, 3)
+    for answers, prediction in zip(references, predictions, strict=True):
+        if not answers:
+            rows.append([0.0, 0.0, float(not normalize_answer(prediction)), 0.0, 1.0])
+            continue
+        exact = max(float(normalize_answer(prediction) == normalize_answer(answer)) for answer in answers)
+        rows.append([exact, max(answer_f1(prediction, answer) for answer in answers), 0.0, 1.0, 1.0])
+    return np.asarray(rows, np.float64).reshape(-1, 5)
 
 
-def contains_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+def squad_v2_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
+    """Returns f64[N, 6]: exact match, F1, 1 where the question has answers; the same three where it has none.
+
+    The rules of the official evaluate-v2.0.py (Rajpurkar et al. 2018): answers of which normalisation leaves nothing do
+    not count, and where none is left the prediction must be empty too. Whether a question "has" answers is asked
+    before that.
+    """
+    rows = []
+    for answers, prediction in zip(references, predictions, strict=True):
+        gold = [normalize_answer(answer) for answer in answers if normalize_answer(answer)]
+        found = normalize_answer(prediction)
+        if gold and found:
+            exact = max(float(found == answer) for answer in gold)
+            f1 = max(answer_f1(found, answer) for answer in gold)
+        else:
+            exact = f1 = float(not gold and not found)
+        scores = [exact, f1, 1.0]
+        rows.append([*scores, 0.0, 0.0, 0.0] if answers else [0.0, 0.0, 0.0, *scores])
+    return np.asarray(rows, np.float64).reshape(-1, 6)
+
+
+def contains_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
     """Returns f64[N, 2]: one of the answers, normalised, stands somewhere in the normalised text, 1.
 
     What DiffuLLaMA (arXiv 2410.17891) scores TriviaQA by. An answer of which normalisation leaves nothing counts as in
@@ -54,7 +72,7 @@ def contains_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.n
     """
     rows = []
     for reference, prediction in zip(references, predictions, strict=True):
-        text, answers = normalize_answer(prediction), map(normalize_answer, answers_of(reference))
+        text, answers = normalize_answer(prediction), map(normalize_answer, reference)
         rows.append([float(any(answer and answer in text for answer in answers)), 1.0])
     return np.asarray(rows, np.float64).reshape(-1, 2)
 
@@ -68,19 +86,16 @@ def last_number(text: str) -> str | None:
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 
-def number_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+def number_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
     """Returns f64[N, 2]: the last number is (one of) the answer(s), 1."""
     rows = []
     for reference, prediction in zip(references, predictions, strict=True):
-        answers = {last_number(answer) for answer in answers_of(reference)}
+        answers = {last_number(answer) for answer in reference}
         rows.append([float(last_number(prediction) in answers - {None}), 1.0])
     return np.asarray(rows, np.float64).reshape(-1, 2)
 
 
-def exact_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+def exact_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
     """Returns f64[N, 2]: equal to (one of) the answer(s) without surrounding white space, 1."""
-    rows = [
-        [float(any(p.strip() == a.strip() for a in answers_of(r))), 1.0]
-        for r, p in zip(references, predictions, strict=True)
-    ]
+    rows = [[float(any(p.strip() == a.strip() for a in r)), 1.0] for r, p in zip(references, predictions, strict=True)]
     return np.asarray(rows, np.float64).reshape(-1, 2)

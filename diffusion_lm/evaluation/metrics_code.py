@@ -1,6 +1,5 @@
 """Rows of pass@k (Chen et al. 2021, section 2.1): samples are run with the tests of their problem."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,10 +30,8 @@ def program_with_tests(reference: Mapping[str, Any], solution: str) -> str:
     return "\n".join([solution, reference.get("setup", ""), *reference["tests"]]) + "\n"
 
 
-def code_rows(references: Sequence[Any], predictions: Sequence[Any]) -> np.ndarray:
-    """Returns f64[N, 4]: pass@1, pass@k at k = all samples, samples, 1. References may be JSON text."""
-    references = [json.loads(r) if isinstance(r, str) else r for r in references]
-    samples = [[p] if isinstance(p, str) else list(p) for p in predictions]
+def code_rows(references: Sequence[Mapping[str, Any]], samples: Sequence[Sequence[str]]) -> np.ndarray:
+    """Returns f64[N, 4]: pass@1, pass@k at k = all samples, samples, 1."""
     programs = [program_with_tests(r, s) for r, group in zip(references, samples, strict=True) for s in group]
     results = iter(run_programs(programs))
     rows = []

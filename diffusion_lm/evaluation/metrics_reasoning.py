@@ -35,13 +35,12 @@ def same_answer(answer: str | None, reference: str) -> bool:
         return False
 
 
-def answer_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
-    """Returns f64[N, 3]: right, has an answer, 1. A reference is `{"answer": text}`, or a chain with its own mark."""
+def answer_rows(references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
+    """Returns f64[N, 3]: right, has an answer, 1. A reference is the answer."""
     rows = []
     for reference, prediction in zip(references, predictions, strict=True):
-        wanted = reference["answer"] if isinstance(reference, Mapping) else final_answer(reference)
         found = final_answer(prediction)
-        rows.append([float(same_answer(found, str(wanted))), float(found is not None), 1.0])
+        rows.append([float(same_answer(found, reference)), float(found is not None), 1.0])
     return np.asarray(rows, np.float64).reshape(-1, 3)
 
 
@@ -74,7 +73,7 @@ def _is_right(left: int, operator: str, right: int, result: int) -> bool:
     return {"+": left + right, "-": left - right, "*": left * right}[operator] == result
 
 
-def countdown_rows(references: Sequence[Any], predictions: Sequence[str]) -> np.ndarray:
+def countdown_rows(references: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> np.ndarray:
     """Returns f64[N, 2]: solved, 1. A reference is `{"numbers": [...], "goal": ...}`; any solution counts."""
     rows = [
         [float(solves_countdown(reference["numbers"], reference["goal"], prediction)), 1.0]

@@ -19,8 +19,10 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
+from diffusion_lm.data.checks import Cut
 from diffusion_lm.data.fitting import Example
 from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.data.round_trip import unwritten
 from diffusion_lm.data.schema import Record
 from diffusion_lm.data.target_window import ExactEos, ExactTokens
 from diffusion_lm.evaluation.scoring import Estimator, answers, score
@@ -50,6 +52,7 @@ class ScoredExample:
       draws: draws for each of its rows, on average.
       correct: whether the right choice won, by the name of the rule; empty without choices.
       unsure: whether the winner's lead is within twice its standard error.
+      lossy: choices that the vocabulary cannot write whole.
     """
 
     nll: float
@@ -59,6 +62,7 @@ class ScoredExample:
     draws: float
     correct: dict[str, bool]
     unsure: bool = False
+    lossy: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +109,14 @@ class ScoringEvaluation:
             "unlike_training": self.unlike_training,
             "bytes": "UTF-8 bytes of the target's text; EOS and filler cost nats and have no bytes",
         }
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What the window cuts of the examples that are used; choices are never cut."""
+        found = self.data.cuts("scoring", self.limit)
+        if any(_question(record) for record in self.data.records(1)):
+            return tuple(cut for cut in found if cut.part != "targets")
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -184,10 +196,16 @@ class ScoringEvaluation:
                     draws=float(np.mean(scores.draws[first : first + len(choices)])),
                     correct={"acc": plain_choice.best == answer}
                     | {name: by[owner].best_normalised == answer for name, by in chosen.items()},
+                    lossy=sum(self._lossy(pieces) for pieces in choices),
                     unsure=plain_choice.margin <= 2 * plain_choice.margin_error,
                 )
             )
         return found
+
+    def _lossy(self, pieces: Sequence[str]) -> bool:
+        """Whether the vocabulary cannot write a choice: two choices may then be one to the model."""
+        vocabulary = self.data.vocabulary if self.data.pruned is None else self.data.pruned.full
+        return any(unwritten(vocabulary, piece) for piece in pieces)
 
     def _encoded(self, pieces: Sequence[str]) -> np.ndarray:
         """Returns the tokens of a choice, each piece encoded by itself."""
@@ -225,7 +243,8 @@ def _question(record: Record) -> tuple[list[list[str]], int] | None:
 
 def _is_choice(choice: Any) -> bool:
     pieces = [choice] if isinstance(choice, str) else choice
-    return isinstance(pieces, list) and bool(pieces) and all(isinstance(piece, str) for piece in pieces)
+    texts = isinstance(pieces, list) and all(isinstance(piece, str) for piece in pieces)
+    return texts and any(pieces)  # a choice without a token would be certain, and win
 
 
 def summary(examples: Sequence[ScoredExample], kind: str) -> dict[str, float]:
@@ -235,7 +254,8 @@ def summary(examples: Sequence[ScoredExample], kind: str) -> dict[str, float]:
     or "perplexity_bound"; of what is neither there is `pseudo_nats_per_token` alone. Of nats per token two standard
     errors: `draw_error` from the Monte-Carlo draws for these examples, `example_error` from the choice of examples (and
     their draws). With choices `acc`, `acc_norm`, `acc_bytes`, `acc_tokens`, each with its standard error over examples,
-    and `unsure`, the share of questions whose draws do not tell the winner from the second.
+    `unsure`, the share of questions whose draws do not tell the winner from the second, and `lossy_choices`, the number
+    of choices that the vocabulary cannot write whole, where there are any.
     """
     nll = np.array([example.nll for example in examples])
     tokens = np.array([example.tokens for example in examples], np.float64)
@@ -262,6 +282,8 @@ def summary(examples: Sequence[ScoredExample], kind: str) -> dict[str, float]:
         values[rule] = share
         values[f"{rule}_error"] = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
     if examples[0].correct:
+        if any(example.lossy for example in examples):
+            values["lossy_choices"] = float(sum(example.lossy for example in examples))
         values["unsure"] = float(np.mean([example.unsure for example in examples]))
     return {key: float(value) for key, value in values.items()}
 

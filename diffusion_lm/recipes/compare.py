@@ -25,10 +25,10 @@ from diffusion_lm.data.target_window import TargetWindow
 from diffusion_lm.evaluation import generation, likelihood
 from diffusion_lm.evaluation.generation import GenerationTask
 from diffusion_lm.evaluation.speed import measure
-from diffusion_lm.recipes import report, tables
+from diffusion_lm.recipes import report, summary, tables
 from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.playback import record_playback
-from diffusion_lm.recipes.results import Evaluations, assemble, shown_samples
+from diffusion_lm.recipes.results import Evaluations, assemble, cuts, shown_samples
 from diffusion_lm.recipes.stage import Stage
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.run import fingerprint
@@ -58,6 +58,8 @@ def compare(comparison: Comparison, workdir: str | Path, *, log: Callable[[str],
     """
     workdir = as_path(workdir)
     _claim(comparison, workdir)
+    for sentence in summary.cut_sentences({"cuts": cuts(comparison)}):
+        log(f"warning: {sentence}")
     replicates = [_run_replicate(comparison, index, workdir, log) for index in range(comparison.replicates)]
     timing = _cached(workdir / "speed.json", lambda: _speed(comparison, log)) if comparison.speed else None
     playback = _cached(workdir / "playback.json", lambda: _playback(comparison, workdir, log))

@@ -50,7 +50,8 @@ def write(
         `cells` {arm: {task: {`value`, `low`, `high`, `examples`, `per_example`, `secondary` {name: number},
         `conditions` {name: value}}}};
         `differences` {task: [{`arm`, `against`, `value`, `low`, `high`}]} from `statistics.all_differences`;
-        `bounds` {arm: {task: {`nll_per_real_token`, `kind`, ...}}}.
+        `bounds` {arm: {task: {`nll_per_real_token`, `kind`, ...}}};
+        `cuts` [{`used_by`, `text`, ...}], what rows do not hold whole (`results.cuts`).
       workdir: the comparison's folder.
       curves: for each stage, the rows of its metrics.jsonl.
       speed: `{"device", "rows": [{"label", "family", "length", "seconds", "spread", "batch_size",

@@ -83,8 +83,25 @@ def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[
         "cells": cells,
         "differences": differences,
         "bounds": bounds,
+        "cuts": cuts(comparison),
         "versions": installed_versions(),
     }
+
+
+def cuts(comparison: Comparison) -> list[dict[str, Any]]:
+    """Returns what rows do not hold whole: of each stage's training data, then of each task's examples.
+
+    `used_by` is "stage NAME", "task NAME" or "bound NAME"; the rest is `checks.Cut.plain`.
+    """
+    found = []
+    for stage in comparison.stages:
+        found += [{"used_by": f"stage {stage.name}", **cut.plain()} for cut in stage.run.data.cuts("training")]
+    for task in comparison.tasks:
+        found += [{"used_by": f"task {task.name}", **cut.plain()} for cut in task.cuts]
+        if comparison.bound_limit:
+            bounds = task.data.cuts("scoring", comparison.bound_limit)
+            found += [{"used_by": f"bound {task.name}", **cut.plain()} for cut in bounds]
+    return found
 
 
 def _arm_card(comparison: Comparison, arm: Arm) -> dict[str, Any]:

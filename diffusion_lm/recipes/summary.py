@@ -273,8 +273,16 @@ def _forward_passes(results: Results) -> list[str]:
     return [f"Forward passes per completion behind these scores: {', '.join(parts)}."] if parts else []
 
 
+def cut_sentences(results: Results) -> list[str]:
+    """Returns what rows did not hold whole, one sentence per data set and part, with the stages or tasks concerned."""
+    users: dict[str, list[str]] = {}
+    for cut in results.get("cuts", ()):
+        users.setdefault(cut["text"], []).append(cut["used_by"])
+    return [f"{text}: {', '.join(names)}" for text, names in users.items()]
+
+
 def _caveats(results: Results) -> list[str]:
-    found = []
+    found = [f"{sentence}." for sentence in cut_sentences(results)]
     tokens = [arm["train_tokens"] for arm in results["arms"] if arm.get("family") != "none" and arm.get("train_tokens")]
     if tokens and max(tokens) > 1.01 * min(tokens):
         found.append(

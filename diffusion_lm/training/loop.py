@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -67,7 +67,8 @@ def train(
     """
     run.validate()
     workdir = as_path(workdir)
-    claim_folder(workdir, run.identity(), xla_options=xla_options(run.xla_options, jax.default_backend()))
+    cut = run.cuts()
+    claim_folder(workdir, run.identity(), xla_options=xla_options(run.xla_options, jax.default_backend()), cuts=cut)
     pruned = getattr(run.data, "pruned", None)
     if pruned is not None and jax.process_index() == 0:
         pruned.save(workdir)
@@ -84,7 +85,7 @@ def train(
             Preemption() as preemption,
             Profile(workdir, run.profile) as profile,
         ):
-            for note in (getattr(run.data, "vocabulary_note", None), report):
+            for note in (getattr(run.data, "vocabulary_note", None), report, *map(cut_sentence, cut)):
                 if note is not None:
                     log.note(str(note))
             # DO NOT CHANGE THE ORDER: what happens at `step` sees the state after `step` updates and before batch
@@ -106,6 +107,11 @@ def train(
                         state, stats = program.step(state, batch, root, rate)
                     log.push(step + 1, stats)
     return TrainResult(state.final_params, run.steps, final_metrics(workdir, run.steps), report)
+
+
+def cut_sentence(cut: Mapping[str, Any]) -> str:
+    """Returns one of `TrainRun.cuts` as a line of the log."""
+    return f"{cut['used_by']}  {cut['text']}"
 
 
 def final_metrics(workdir: str | Path, step: int) -> dict[str, float]:

@@ -206,6 +206,17 @@ class TrainRun:
             fix=f"Set it to {length} or more, or shorten the rows of the data.",
         )
 
+    def cuts(self) -> list[dict[str, Any]]:
+        """Returns what the rows of the training data and of the evaluations do not hold whole, as JSON data.
+
+        Each has `used_by` ("training" or the evaluation's name) and the fields of `checks.Cut`.
+        """
+        used: list[tuple[str, Any]] = []
+        if hasattr(self.data, "cuts"):
+            used.append(("training", self.data.cuts("training")))
+        used += [(evaluation.name, getattr(evaluation, "cuts", ())) for evaluation in self.evaluations]
+        return [{"used_by": name, **cut.plain()} for name, cuts in used for cut in cuts]
+
     def identity(self) -> dict[str, Any]:
         """Returns the plain data that determines the run's numbers; what only says how it is executed is left out.
 

@@ -234,6 +234,77 @@ def test_decode_errors(folder, capsys):
     assert "not materialised" in fails(capsys, "decode", "--workdir", "run", "--task", "toys")
 
 
+SHORT = ("--gin.SingleStreamConverter.inputs_length=2", "--gin.SingleStreamConverter.target_length=2")
+
+
+def test_every_verb_says_what_the_windows_cut(folder, capsys):
+    """Prompts of three tokens or more in windows of two; targets of two tokens where EOS needs one of two slots."""
+    prompts = "toy/train: 16 of 16 prompts cut at the left to 2 tokens (SingleStreamConverter.inputs_length)"
+    assert main(["train", "--gin_file", "run.gin", "--workdir", "short", *SHORT, "--json", "short.json"]) == 0
+    assert f"training  {prompts}" in capsys.readouterr().err
+    found = json.loads((folder / "short.json").read_text())["cuts"]
+    assert {(cut["used_by"], cut["part"]) for cut in found} >= {("training", "prompts"), ("decode/toy", "prompts")}
+    card = json.loads((folder / "short" / "run_card.json").read_text())
+    assert card["cuts"] == found
+    assert prompts in [cut["text"] for cut in card["cuts"]]
+
+    for verb in (["explain", "--no_config"], ["materialise"]):
+        assert main([*verb, "--gin_file", "run.gin", *SHORT]) == 0
+        assert prompts in capsys.readouterr().out
+
+    decoded = "toy/validation: 4 of 4 prompts cut at the left to 2 tokens (SingleStreamConverter.inputs_length)"
+    only = ["--only", "decode/toy", "--json", "evaluated.json"]
+    assert main(["evaluate", "--workdir", "short", *only]) == 0
+    captured = capsys.readouterr()
+    assert decoded in captured.err
+    assert f"decode/toy: {decoded}" in captured.out
+    scores = json.loads((folder / "evaluated.json").read_text())["evaluations"]["decode/toy"]
+    assert [cut["text"] for cut in scores["cuts"] if cut["part"] == "prompts"] == [decoded]
+
+
+def test_decode_says_of_each_prompt_what_is_cut(folder, capsys):
+    (folder / "mixed.txt").write_text("10 plus one\n" + "10 plus one " * 9 + "\n")
+    assert main(["decode", "--workdir", "run", "--input", "mixed.txt"]) == 0
+    captured = capsys.readouterr()
+    short, long = [json.loads(line) for line in captured.out.splitlines()]
+    assert "cut_tokens" not in short
+    (sentence,) = [line for line in captured.err.splitlines() if line.startswith("prompt ")]
+    count, total = long["cut_tokens"]["inputs"], int(sentence.split(" of ")[1].split()[0])
+    assert total - count == 12
+    assert sentence == (
+        f"prompt 2: {count} of {total} tokens of its inputs cut at the left (SingleStreamConverter.inputs_length = 12)"
+    )
+    assert "1 of 2 prompts were cut" in captured.err
+
+
+def test_prompts_that_the_vocabulary_cannot_write_are_a_warning(folder, capsys):
+    (folder / "strange.txt").write_text("10 plus one\n10 {plus} one\n", encoding="utf-8")
+    assert main(["decode", "--workdir", "run", "--input", "strange.txt"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: prompt 2: the vocabulary cannot write '{' 1, '}' 1"]
+
+
+def test_what_the_vocabulary_lost_is_shown_by_every_verb(folder, capsys, monkeypatch, tmp_path):
+    manifest_file = folder / "data" / "toy" / "train" / "manifest.json"
+    before = manifest_file.read_text()
+    lost = {"count": 3, "of": 16, "characters": {"\n": 4, "{": 1}, "first": "example 2: '{'"}
+    sentence = "toy/train: the vocabulary cannot write 3 of 16 targets whole: newline 4, '{' 1; first in example 2: '{'"
+    try:
+        manifest_file.write_text(json.dumps(json.loads(before) | {"unwritten": {"targets": lost}}))
+        assert main(["explain", "--gin_file", "run.gin", "--no_config"]) == 0
+        assert sentence in capsys.readouterr().out
+        assert main(["materialise", "--gin_file", "run.gin"]) == 0
+        assert sentence in capsys.readouterr().err
+        assert main(["train", "--gin_file", "run.gin", "--workdir", "lossy"]) == 0
+        assert sentence in capsys.readouterr().err
+        from diffusion_lm.cli import doctor
+
+        monkeypatch.setenv("DIFFUSION_LM_CACHE", str(folder))
+        assert doctor._materialised() == f"2 splits; {sentence}"
+    finally:
+        manifest_file.write_text(before)
+
+
 def test_missing_checkpoint(folder, capsys):
     assert "there is no run in nowhere" in fails(capsys, "evaluate", "--workdir", "nowhere")
     (folder / "empty").mkdir(exist_ok=True)

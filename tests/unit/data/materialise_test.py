@@ -236,3 +236,50 @@ def test_examples_are_those_of_tensorflows_own_iterator(rank):
             assert type(ours[name]) is type(value)
             np.testing.assert_array_equal(ours[name], value)
             assert np.asarray(ours[name]).dtype == np.asarray(value).dtype
+
+
+@pytest.fixture
+def lossy_vocabulary(tmp_path):
+    """T5's normalisation, no bytes: newlines become spaces, and what is not in these words UNK."""
+    import sentencepiece
+
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("the cat 0 1 2 3 4 5 6 7 8 9 def f(x): return\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(sentences), model_prefix=str(tmp_path / "lossy"), vocab_size=60, hard_vocab_limit=False,
+        model_type="char", normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, bos_id=-1, unk_id=2, minloglevel=2,
+    )  # fmt: skip
+    return seqio.SentencePieceVocabulary(str(tmp_path / "lossy.model"))
+
+
+def test_targets_that_the_vocabulary_cannot_write_are_refused_unless_allowed(lossy_vocabulary, tmp_path):
+    add_task("lossy_task", lossy_vocabulary)
+    with pytest.raises(
+        ConfigError, match=r"12 of 12 targets of lossy_task/train whole: newline 12; first"
+    ):
+        materialise("lossy_task", "train", tmp_path, modules=())
+    assert not (tmp_path / "lossy_task/train").exists()
+    with pytest.raises(ConfigError, match=r"max_lossy = 2 \(GrainSource.max_lossy\)"):
+        materialise("lossy_task", "train", tmp_path, modules=(), max_lossy=2)
+    source = GrainSource("lossy_task", "train", str(tmp_path), max_lossy=1.0)
+    assert source == GrainSource("lossy_task", "train", str(tmp_path)), "how data were made is no part of what they are"
+    assert source.command.endswith("--max_lossy 1")
+    manifest = source.materialise(modules=())
+    assert manifest.unwritten["targets"]["count"] == 12
+    assert manifest.unwritten["targets"]["characters"] == {"\n": 12}
+    assert list(manifest.unwritten) == ["targets"]
+    assert Manifest.from_json(manifest.to_json()).unwritten == manifest.unwritten
+    pipeline = DataPipeline((source,), SingleStreamConverter(30, 30))
+    assert pipeline.vocabulary_note == (
+        "lossy_task/train: the vocabulary cannot write 12 of 12 targets whole: newline 12; "
+        "first in example 0: 'def f(x):\\n    return 0'"
+    )
+
+
+def test_lossy_documents_are_refused_and_lossless_data_say_nothing(lossy_vocabulary, vocabulary, tmp_path):
+    add_task("lossy_documents", lossy_vocabulary, inputs=False, append_eos=False)
+    add_task("whole_documents", vocabulary, inputs=False, append_eos=False)
+    with pytest.raises(ConfigError, match="targets of lossy_documents/train"):
+        materialise("lossy_documents", "train", tmp_path, modules=(), chunk_length=4)
+    manifest = materialise("whole_documents", "train", tmp_path, modules=(), chunk_length=4)
+    assert (manifest.unwritten, manifest.empty_targets) == ({}, 0)

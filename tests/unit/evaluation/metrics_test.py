@@ -184,4 +184,6 @@ def test_the_last_number_counts():
     assert [metrics.last_number(text) for text in texts] == ["1234", "18", "-7", None, "2.5"]
     references = [{"answers": ["1234"]}, "18", "7", "4", {"answers": ["2.5"]}]
     assert metrics.number_match(references, texts)["accuracy"] == 60
-    assert metrics.number_match(["nothing"], ["nothing"])["accuracy"] == 0, "no number is no answer"
+    assert metrics.number_match(["1"], ["nothing"])["accuracy"] == 0
+    with pytest.raises(ConfigError, match="'nothing', which has no number"):
+        metrics.number_match(["nothing"], ["nothing"])

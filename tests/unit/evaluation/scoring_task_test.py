@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.data.schema import Record
 from diffusion_lm.evaluation.scoring import Scores, answers
 from diffusion_lm.evaluation.scoring_bounds import BlockNelbo
 from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive, ExactCount, LeftToRight
-from diffusion_lm.evaluation.scoring_task import NORMALISERS, ScoredExample, summary, unlike_training
+from diffusion_lm.evaluation.scoring_task import NORMALISERS, ScoredExample, _question, summary, unlike_training
 from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.objectives.alignment import Shifted
 from diffusion_lm.objectives.autoregressive import Autoregressive
@@ -79,6 +80,20 @@ def test_accuracy_and_its_error():
     values = summary([example(1.0, 1, acc=bool(one)) for one in right], "exact")
     assert values["acc"] == 0.75
     assert values["acc_error"] == pytest.approx(right.std(ddof=1) / 2)
+
+
+def test_choices_that_the_vocabulary_loses_are_counted():
+    kept, lossy = (ScoredExample(1.0, 0.0, 1, 1, 1.0, {"acc": True}, lossy=count) for count in (0, 2))
+    assert "lossy_choices" not in summary([kept, kept], "exact")
+    assert summary([kept, lossy, lossy], "exact")["lossy_choices"] == 4
+
+
+@pytest.mark.parametrize("choices", [["yes", ""], ["yes", []], ["yes", [""]], "ab", ["yes"], [1, 2]])
+def test_a_choice_without_text_is_no_choice(choices):
+    """It would have no tokens, cost nothing and always win; and a text is not a list of its letters."""
+    record = Record([1], [2], 7, reference={"choices": choices, "answer": 0})
+    with pytest.raises(ConfigError, match="the reference of example 7 is no question"):
+        _question(record)
 
 
 def test_what_differs_from_training_is_said_and_foreign_masks_are_refused():

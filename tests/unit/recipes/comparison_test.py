@@ -139,6 +139,30 @@ def test_results_hold_values_intervals_conditions_and_bounds(comparison, undistu
     assert (undisturbed / "report" / "index.html").stat().st_size > 10_000
 
 
+def test_what_windows_cut_is_in_results_table_report_and_log(comparison, undisturbed, tmp_path):
+    """Counted for the examples that are decoded, and for every stage's training data."""
+    assert json.loads((undisturbed / "results.json").read_text())["cuts"] == []
+    stage = Stage("short", dataclasses.replace(comparison.stages[0].run, steps=0))
+    narrow = SingleStreamConverter(4, 2, too_long="truncate")
+    stage = Stage("short", dataclasses.replace(stage.run, data=dataclasses.replace(stage.run.data, converter=narrow)))
+    task = comparison.tasks[0]
+    task = dataclasses.replace(task, data=dataclasses.replace(task.data, converter=narrow), limit=2)
+    arm = Arm("ar", stage, AutoregressiveSampler(), family="ar")
+    lines = []
+    result = compare(dataclasses.replace(comparison, arms=(arm,), tasks=(task,)), tmp_path, log=lines.append)
+    texts = {cut["used_by"]: cut["text"] for cut in result.results["cuts"] if cut["part"] == "prompts"}
+    field = "tokens (SingleStreamConverter.inputs_length)"
+    assert texts == {
+        "stage short": f"repeat/train: 40 of 40 prompts cut at the left to 4 {field}",
+        "task repeat": f"repeat/test: 2 of 2 prompts cut at the left to 4 {field}",
+        "bound repeat": f"repeat/test: 4 of 4 prompts cut at the left to 4 {field}",
+    }
+    for used_by, text in texts.items():
+        assert f"warning: {text}: {used_by}" in lines
+        for written in ((tmp_path / "results.md").read_text(), (tmp_path / "report" / "index.html").read_text()):
+            assert text.partition(" (")[0] in written
+
+
 def test_a_finished_comparison_trains_nothing_again(comparison, undisturbed):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("stages/*/metrics.jsonl")}
     compare(comparison, undisturbed, log=lambda line: None)

@@ -138,8 +138,8 @@ def test_tydiqa_has_shots_of_the_same_language(monkeypatch):
     inputs, targets, references, scores = read("tydiqa", "validation")
     assert inputs[0] == "Passage: Passage 7.\nQuestion: When 7?\nAnswer:"
     assert (targets[0], references[0]) == ("in 1889", {"answers": ["in 1889", "1889"]})
-    assert len(inputs) == 3, "a question without an answer is left out"
-    assert scores == {"f1": 100, "em": 100}
+    assert (len(inputs), targets[3], references[3]) == (4, "", {"answers": []}), "an unanswerable question is counted"
+    assert (scores["f1"], scores["em"], scores["unanswerable"]) == (100, 100, 1)
     inputs, _, _, _ = read("tydiqa_1shot", "validation")
     assert (
         inputs[0]

@@ -19,10 +19,13 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm_tasks import (
     code_synthesis,
+    commonsense,
     embedded,
     embedded_qa,
     extractive_qa,
+    instruction,
     pretraining,
+    reasoning,
     tfds_builders,
     translation,
     vocabularies,
@@ -166,6 +169,67 @@ def test_local_squad_keeps_the_answer_inside_the_window():
         assert len(context) <= extractive_qa.CONTEXT_CHARACTERS
         assert "1889" in context  # at evaluation found by the question's words, not by the answer
         assert (texts, references) == (["1889"], [{"answers": ["1889"]}])
+
+
+def _replace(data_folder, tmp_path, monkeypatch, name, rows):
+    """Makes `tmp_path` the data folder, with one file of its own."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("DIFFUSION_LM_DATA", str(tmp_path))
+
+
+@pytest.mark.usefixtures("mixed")
+def test_local_squad_keeps_unanswerable_questions_and_reads_every_form_of_answers(data_folder, tmp_path, monkeypatch):
+    qas = [
+        {"question": "When?", "answers": ["noon", "at noon"], "answer_starts": [20, 17]},
+        {"question": "Who?", "answers": [], "answer_starts": [], "is_impossible": True},
+        {"question": "When?", "answers": {"text": ["noon"], "answer_start": [20]}},
+        {"question": "When?", "answers": [{"text": "noon", "answer_start": 20}]},
+        {"question": "When?", "answers": "noon", "answer_starts": [20]},
+    ]
+    rows = [{"context": "The train leaves at noon.", "qas": qas}]
+    _replace(data_folder, tmp_path, monkeypatch, "squad/squad_v1.1_dev.jsonl", rows)
+    (tmp_path / "squad/squad_v1.1_train.jsonl").write_text(json.dumps(rows[0]))
+    for split in ("train", "validation"):
+        task, _, texts, references = read("local_squad", split)
+        assert texts == ["noon", "", "noon", "noon", "noon"]
+        assert [len(reference["answers"]) for reference in references] == [2, 0, 1, 1, 1]
+    assert task.metric_fns[0](references, texts)["unanswerable"] == 1
+    qas[0]["answers"] = [3]
+    (tmp_path / "squad/squad_v1.1_train.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(ConfigError, match=r"question 'When\?' of the local SQuAD files .* holds no answers"):
+        list(extractive_qa.read_local("train"))
+
+
+@pytest.mark.usefixtures("mixed")
+def test_tests_of_local_mbpp_are_a_list_of_tests(data_folder, tmp_path, monkeypatch):
+    row = {"task_id": 601, "text": "Add.", "code": "x = 1", "test_setup_code": "", "test_list": "assert x == 1"}
+    _replace(data_folder, tmp_path, monkeypatch, "code_eval/mbpp.jsonl", [row])
+    (example,) = code_synthesis.read_local_mbpp("train")
+    assert json.loads(example["reference"])["tests"] == ["assert x == 1"]
+    for wrong in ([], [""], [1], None):
+        (tmp_path / "code_eval/mbpp.jsonl").write_text(json.dumps(row | {"test_list": wrong}))
+        with pytest.raises(ConfigError, match=r"task_id 601 of code_eval/mbpp\.jsonl has test_list"):
+            list(code_synthesis.read_local_mbpp("train"))
+
+
+@pytest.mark.usefixtures("mixed")
+def test_choices_that_are_one_text_are_refused(data_folder, tmp_path, monkeypatch):
+    row = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": "abcd", "label": "0"}
+    _replace(data_folder, tmp_path, monkeypatch, "evaluation/hellaswag_validation.jsonl", [row])
+    with pytest.raises(ConfigError, match="line 1, is no row of hellaswag"):
+        list(commonsense.reader("hellaswag", commonsense.hellaswag)("validation"))
+    with pytest.raises(ConfigError, match="has choices = 'abcd'"):
+        instruction.mmlu_prompt({"question": "q", "choices": "abcd"})
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_solution_without_an_answer_does_not_vanish(data_folder, tmp_path, monkeypatch):
+    row = {"question": "How many?", "answer": "<<1+1=2>> two"}
+    _replace(data_folder, tmp_path, monkeypatch, "reasoning/gsm8k_test.jsonl", [row])
+    with pytest.raises(ConfigError, match=r"'How many\?' in reasoning/gsm8k_test.jsonl has no answer"):
+        list(reasoning.read_local_gsm8k("test"))
 
 
 def test_squad_window_of_one_endless_sentence_still_holds_the_answer():
