@@ -4,6 +4,7 @@ Everything is checked before the first tensor is read; then the arrays are made 
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +15,14 @@ import jax
 from diffusion_lm.architectures.encoder_decoder import EncoderDecoder
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.core.files import read_json
+from diffusion_lm.core.files import read_text
 from diffusion_lm.core.types import Params
 from diffusion_lm.interop.assemble import Meter, plan_weights
 from diffusion_lm.interop.diffusion import TrainedAs, trained_as
 from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
 from diffusion_lm.interop.name_maps import family_of
-from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family
+from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family, shown
+from diffusion_lm.interop.name_maps.fields import unread_fields
 from diffusion_lm.interop.name_maps.gemma import language_model
 from diffusion_lm.interop.name_maps.kinds import check_kinds
 from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
@@ -28,7 +30,7 @@ from diffusion_lm.interop.reading import read_params
 from diffusion_lm.interop.save import save as save
 from diffusion_lm.interop.t5x_files import INDEX
 from diffusion_lm.interop.tensor_files import LAYOUTS, Checkpoint
-from diffusion_lm.interop.tokenizer_folder import mask_of_tokenizer
+from diffusion_lm.interop.tokenizer_folder import copied_files, mask_of_tokenizer
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -67,6 +69,9 @@ class ImportReport:
       largest_array: bytes of the largest array.
       peak_host: most bytes that the reader held on the host at a time.
       seconds: time that reading took.
+      unread_fields: fields of config.json of which nothing is known here; the classes that they belong to may compute
+        something else with them.
+      notes: what else the user should know of how the files were read.
     """
 
     mapped: tuple[tuple[str, str], ...]
@@ -76,6 +81,8 @@ class ImportReport:
     largest_array: int
     peak_host: int
     seconds: float
+    unread_fields: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +140,10 @@ def load(
     """
     start = time.perf_counter()
     source = _source(path)
-    family, config, checkpoint = _open(source, layout)
-    fields = family.spec(config) | {"dtype": dtype, "param_dtype": param_dtype} | _rows(family, checkpoint)
-    architecture = network_of(TransformerSpec(**fields))
-    plan = plan_weights(family, architecture, checkpoint, fresh_missing=fresh_missing)
+    # Everything that the files say is checked before the first tensor is read.
+    read = describe(source, layout=layout, param_dtype=param_dtype, dtype=dtype)
+    architecture, checkpoint = network_of(read.spec), read.checkpoint
+    plan = plan_weights(read.family, architecture, checkpoint, fresh_missing=fresh_missing)
     meter = Meter()
     params = read_params(plan, architecture, checkpoint, mesh, rules, meter)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
@@ -148,17 +155,69 @@ def load(
         largest_array=max(sizes),
         peak_host=meter.peak,
         seconds=time.perf_counter() - start,
+        unread_fields=read.unread,
+        notes=tuple(read.config.notes),
     )
-    specials = find_specials(config.values, _json(source / GENERATION_CONFIG, optional=True))
+    return Imported(
+        family=read.family.name,
+        architecture=architecture,
+        params=params,
+        specials=read.specials,
+        causal=read.family.causal,
+        report=report,
+        config=read.config.values,
+        diffusion=read.trained,
+        gguf=checkpoint.gguf,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What the files of a checkpoint say, all of it checked, before a tensor is read.
+
+    Attributes:
+      family: whose checkpoint it is.
+      config: the contents of its config.json.
+      checkpoint: the tensors.
+      spec: the network.
+      specials: its special tokens.
+      trained: what a diffusion model was trained as; None for all others.
+      unread: fields of config.json of which nothing is known.
+    """
+
+    family: Family
+    config: Config
+    checkpoint: Checkpoint
+    spec: TransformerSpec
+    specials: Specials
+    trained: TrainedAs | None
+    unread: tuple[str, ...]
+
+
+def describe(source: Path, *, layout: str | None = None, **dtypes: str) -> Described:
+    """Reads all that the files say but the weights.
+
+    Args:
+      source: the folder or the GGUF file.
+      layout: as for `load`.
+      **dtypes: `param_dtype` and `dtype` of the network.
+
+    Raises:
+      ConfigError: as `load`.
+    """
+    family, config, checkpoint = _open(source, layout)
+    spec = TransformerSpec(**(family.spec(config) | dtypes | _rows(family, checkpoint)))
+    specials = find_specials(config.values, _json(source / GENERATION_CONFIG, optional=True), spec.vocab_size)
+    if source.is_dir():
+        copied_files(source)  # a link that leads out of the folder is an error
     trained = None
     if family.diffusion is not None:
         named = specials.mask_id, GENERATION_CONFIG
         if specials.mask_id is None:
             named = mask_of_tokenizer(source), "tokenizer"
-        trained = trained_as(family.diffusion, config, architecture.spec.vocab_size, named)
+        trained = trained_as(family.diffusion, config, spec.vocab_size, named)
         specials = dataclasses.replace(specials, mask_id=trained.mask_id)
-    facts = family.name, architecture, params, specials, family.causal, report, config.values
-    return Imported(*facts, trained, checkpoint.gguf)
+    return Described(family, config, checkpoint, spec, specials, trained, unread_fields(config, family.name))
 
 
 def _rows(family: Family, checkpoint: Checkpoint) -> dict[str, int]:
@@ -173,15 +232,26 @@ def network_of(spec: TransformerSpec) -> Network:
     return EncoderDecoder(spec) if spec.encoder_layers else SingleStream(spec)
 
 
-def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> Specials:
-    """Returns the special tokens; what the generation config says comes first."""
+def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any], rows: int | None = None) -> Specials:
+    """Returns the special tokens; what the generation config says comes first.
+
+    Args:
+      config: the contents of config.json.
+      generation_config: the contents of generation_config.json.
+      rows: size of the vocabulary; None = unknown.
+
+    Raises:
+      ConfigError: a value is not an id of the vocabulary, or a list of them.
+    """
 
     def ids(name: str) -> tuple[int, ...]:
-        for source in (generation_config, config):
+        found: tuple[int, ...] = ()
+        # All files are checked, also where the first one names the token: both are kept and written again.
+        for file, source in ((CONFIG, config), (GENERATION_CONFIG, generation_config)):
             value = source.get(name)
             if value is not None:
-                return tuple(value) if isinstance(value, list) else (value,)
-        return ()
+                found = _ids(name, value, rows, file)
+        return found
 
     def first(name: str) -> int | None:
         return next(iter(ids(name)), None)
@@ -190,12 +260,29 @@ def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any
     return Specials(first("pad_token_id"), bos if start is None else start, ids("eos_token_id"), first("mask_token_id"))
 
 
+def _ids(name: str, value: Any, rows: int | None, file: str) -> tuple[int, ...]:
+    """Returns the ids of one field of a file; raises `ConfigError` where they are not tokens."""
+    if name == "pad_token_id" and value == -1 and type(value) is int:
+        return ()  # files of LLaMA 1 say so where there is no padding
+    many = value if isinstance(value, list) else [value]
+    # Only Python's own int: a bool is one too.
+    if not all(type(one) is int and one >= 0 and (rows is None or one < rows) for one in many):
+        among = "" if rows is None else f" below {rows:,}, the rows of the vocabulary"
+        raise ConfigError(
+            f"{file} says {name} = {shown(value)}, where an id{among} (or a list of ids) belongs",
+            where=name,
+            fix="Correct the file, or remove the field.",
+        )
+    return tuple(many)
+
+
 def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]:
     """Returns the family, what config.json says (or a GGUF file's metadata, or the sizes of T5X), and the tensors."""
     if _is_gguf(folder):
         checkpoint = Checkpoint(folder)
         assert checkpoint.gguf is not None
         config = Config(checkpoint.gguf.config, str(folder), checkpoint.files)
+        check_kinds(config)
         return family_of(config, checkpoint.files, layout), config, checkpoint
     file = folder / CONFIG
     if not _is_t5x(folder):
@@ -242,9 +329,14 @@ def _json(file: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not file.is_file():
         return {}
     try:
-        values = read_json(file)
-    except ValueError as error:
-        raise ConfigError(f"{file.name} is no JSON: {error}", where=str(file), fix="Download it again.") from error
+        # A byte order mark is no part of the text; NaN and infinity are no JSON, though Python reads and writes them.
+        values = json.loads(read_text(file).removeprefix("\ufeff"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file.name} is not JSON: {error}", where=str(file), fix="Download it again.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file.name} holds no JSON object", where=str(file), fix="Download it again.")
+        raise ConfigError(f"{file.name} is not a JSON object", where=str(file), fix="Download it again.")
     return values
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
