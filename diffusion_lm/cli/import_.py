@@ -15,7 +15,7 @@ from typing import Any
 
 from diffusion_lm.cli.output import count, facts, heading, progress, say, size
 from diffusion_lm.core.files import as_path
-from diffusion_lm.core.gin_text import literal
+from diffusion_lm.core.gin_text import literal, one_line
 
 DTYPES = ("float32", "bfloat16")
 
@@ -72,13 +72,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             [
                 ("parameters", count(report.parameters)),
                 ("arrays", f"{len(report.mapped)} mapped, {len(report.missing)} initialised afresh"),
-                ("tensors ignored", ", ".join(report.ignored) or "none"),
+                ("tensors ignored", one_line(", ".join(report.ignored)) or "none"),
+                *([("files not read", one_line(", ".join(report.unread_files)))] if report.unread_files else []),
+                *([("adapter merged", report.adapter)] if report.adapter else []),
+                *([("config not read", one_line(", ".join(report.unread_fields)))] if report.unread_fields else []),
                 ("largest array", size(report.largest_array)),
                 ("trained", _trained(imported)),
                 ("special tokens", ", ".join(f"{name} {value}" for name, value in specials.items()) or "none named"),
                 *own,
             ]
         )
+        for note in report.notes:
+            say(f"  note   {one_line(note)}")
         for name in report.missing:
             say(f"  fresh  {name}")
         say(f"\nTrain on from it, in a gin file: include {literal(str(workdir / MODEL_GIN))}")

@@ -17,6 +17,7 @@ from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import read_text
 from diffusion_lm.core.types import Params
+from diffusion_lm.interop.adapters import ADAPTER_FILES, Adapter, base_is_missing, has_adapter, read_adapter
 from diffusion_lm.interop.assemble import Meter, plan_weights
 from diffusion_lm.interop.diffusion import TrainedAs, trained_as
 from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
@@ -29,7 +30,7 @@ from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
 from diffusion_lm.interop.reading import read_params
 from diffusion_lm.interop.save import save as save
 from diffusion_lm.interop.t5x_files import INDEX
-from diffusion_lm.interop.tensor_files import LAYOUTS, Checkpoint
+from diffusion_lm.interop.tensor_files import Checkpoint, has_weights
 from diffusion_lm.interop.tokenizer_folder import copied_files, mask_of_tokenizer
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
@@ -72,6 +73,9 @@ class ImportReport:
       unread_fields: fields of config.json of which nothing is known here; the classes that they belong to may compute
         something else with them.
       notes: what else the user should know of how the files were read.
+      unread_files: files with tensors in the folder that are not part of the checkpoint.
+      adapter: what was merged into the weights, in words; "" = nothing.
+      adapted: tensors that the adapter changed.
     """
 
     mapped: tuple[tuple[str, str], ...]
@@ -83,6 +87,9 @@ class ImportReport:
     seconds: float
     unread_fields: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unread_files: tuple[str, ...] = ()
+    adapter: str = ""
+    adapted: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +156,7 @@ def load(
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
     report = ImportReport(
         mapped=tuple((name, checkpoint.called(weight.theirs)) for name, weight in plan.weights.items()),
-        ignored=tuple(map(checkpoint.called, plan.ignored)),
+        ignored=(*map(checkpoint.called, plan.ignored), *(f"{name} of {file}" for name, file in checkpoint.unindexed)),
         missing=plan.missing,
         parameters=architecture.count_parameters()["total"],
         largest_array=max(sizes),
@@ -157,6 +164,9 @@ def load(
         seconds=time.perf_counter() - start,
         unread_fields=read.unread,
         notes=tuple(read.config.notes),
+        unread_files=tuple(name for name in checkpoint.unread_files() if name not in ADAPTER_FILES),
+        adapter="" if read.adapter is None else str(read.adapter),
+        adapted=() if read.adapter is None else tuple(sorted(read.adapter.changed)),
     )
     return Imported(
         family=read.family.name,
@@ -183,6 +193,7 @@ class Described:
       specials: its special tokens.
       trained: what a diffusion model was trained as; None for all others.
       unread: fields of config.json of which nothing is known.
+      adapter: what is merged into the tensors as they are read, or None.
     """
 
     family: Family
@@ -192,6 +203,7 @@ class Described:
     specials: Specials
     trained: TrainedAs | None
     unread: tuple[str, ...]
+    adapter: Adapter | None = None
 
 
 def describe(source: Path, *, layout: str | None = None, **dtypes: str) -> Described:
@@ -210,6 +222,9 @@ def describe(source: Path, *, layout: str | None = None, **dtypes: str) -> Descr
     specials = find_specials(config.values, _json(source / GENERATION_CONFIG, optional=True), spec.vocab_size)
     if source.is_dir():
         copied_files(source)  # a link that leads out of the folder is an error
+    adapter = None
+    if source.is_dir() and family is not T5X:
+        adapter = checkpoint.edits = read_adapter(source, family, checkpoint, tied=spec.tied_embeddings)
     trained = None
     if family.diffusion is not None:
         named = specials.mask_id, GENERATION_CONFIG
@@ -217,7 +232,7 @@ def describe(source: Path, *, layout: str | None = None, **dtypes: str) -> Descr
             named = mask_of_tokenizer(source), "tokenizer"
         trained = trained_as(family.diffusion, config, spec.vocab_size, named)
         specials = dataclasses.replace(specials, mask_id=trained.mask_id)
-    return Described(family, config, checkpoint, spec, specials, trained, unread_fields(config, family.name))
+    return Described(family, config, checkpoint, spec, specials, trained, unread_fields(config, family.name), adapter)
 
 
 def _rows(family: Family, checkpoint: Checkpoint) -> dict[str, int]:
@@ -289,6 +304,8 @@ def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]
         config = Config(language_model(_json(file)), str(file))
         check_kinds(config)
         family_of(config, layout=layout)  # before the weights, which may not be there
+        if has_adapter(folder) and not has_weights(folder):
+            raise base_is_missing(folder)
         checkpoint = Checkpoint(folder)
         family = family_of(config, checkpoint.files, layout)
         return family, dataclasses.replace(config, tensors=checkpoint.files), checkpoint
@@ -298,7 +315,7 @@ def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]
 
 
 def _is_t5x(folder: Path) -> bool:
-    return (folder / INDEX).is_file() and not any((folder / name).is_file() for names in LAYOUTS for name in names)
+    return (folder / INDEX).is_file() and not has_weights(folder)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -313,6 +330,8 @@ def _source(path: str | Path) -> Path:
         return folder
     if (folder / CONFIG).is_file() or _is_t5x(folder):
         return folder
+    if has_adapter(folder):
+        raise base_is_missing(folder)
     kind, inside = "checkpoints of T5X", sorted(index.parent.name for index in folder.glob(f"checkpoint_*/{INDEX}"))
     if not inside:
         kind, inside = "GGUF files", sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
