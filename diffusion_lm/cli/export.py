@@ -143,7 +143,7 @@ def _imported(arguments: argparse.Namespace, folder: Path, imported: Any) -> _So
     from diffusion_lm.cli import config
     from diffusion_lm.interop.diffusion import TrainedAs
     from diffusion_lm.interop.run_folder import MODEL_GIN
-    from diffusion_lm.interop.tokenizer_folder import TOKENIZER
+    from diffusion_lm.interop.tokenizer_folder import TOKENIZER, check_inside
 
     if arguments.step not in (None, 0):
         raise ConfigError("an imported checkpoint has step 0 alone", where="--step", fix="Leave --step out.")
@@ -153,6 +153,8 @@ def _imported(arguments: argparse.Namespace, folder: Path, imported: Any) -> _So
     # Of the families of one shape the model type is the narrower name (xlm-roberta), but for those that share it.
     layout = imported["family"] if trained else imported["config"]["model_type"]
     files = sorted((folder / TOKENIZER).glob("*")) if arguments.tokenizer == "auto" else []
+    for file in files:
+        check_inside(file)
     tokenizer = {file.name: file.read_bytes() for file in files}
     return _Source(model, 0, imported["config"], layout, trained, None, (), "", tokenizer)
 

@@ -9,11 +9,13 @@ is wrong, nothing is written."""
 
 import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
 from diffusion_lm.cli.output import count, facts, heading, progress, say, size
 from diffusion_lm.core.files import as_path
+from diffusion_lm.core.gin_text import literal, one_line
 
 DTYPES = ("float32", "bfloat16")
 
@@ -70,24 +72,30 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             [
                 ("parameters", count(report.parameters)),
                 ("arrays", f"{len(report.mapped)} mapped, {len(report.missing)} initialised afresh"),
-                ("tensors ignored", ", ".join(report.ignored) or "none"),
+                ("tensors ignored", one_line(", ".join(report.ignored)) or "none"),
+                *([("files not read", one_line(", ".join(report.unread_files)))] if report.unread_files else []),
+                *([("adapter merged", report.adapter)] if report.adapter else []),
+                *([("config not read", one_line(", ".join(report.unread_fields)))] if report.unread_fields else []),
                 ("largest array", size(report.largest_array)),
                 ("trained", _trained(imported)),
                 ("special tokens", ", ".join(f"{name} {value}" for name, value in specials.items()) or "none named"),
                 *own,
             ]
         )
+        for note in report.notes:
+            say(f"  note   {one_line(note)}")
         for name in report.missing:
             say(f"  fresh  {name}")
-        say(f"\nGo on from it in a gin file: include '{workdir / MODEL_GIN}'")
-        say(f"                             run.TrainRun.initial = '{workdir}'")
+        say(f"\nTrain on from it, in a gin file: include {literal(str(workdir / MODEL_GIN))}")
+        say(f"                                 run.TrainRun.initial = {literal(str(workdir))}")
         if (workdir / OBJECTIVE_GIN).is_file():
-            say(f"with its own objective:      include '{workdir / OBJECTIVE_GIN}'")
-            say(f"Decode with it:              decode --workdir {workdir} --sampler {workdir / SAMPLER_GIN}")
+            say(f"with its own objective:          include {literal(str(workdir / OBJECTIVE_GIN))}")
+            sampler = shlex.quote(str(workdir / SAMPLER_GIN))
+            say(f"Decode with it:                  decode --workdir {shlex.quote(str(workdir))} --sampler {sampler}")
         elif imported.diffusion is not None:
             trained = imported.diffusion
             files = f"objectives/{trained.objective}.gin and samplers/{trained.sampler}.gin"
-            say(f"\nNo file names MASK: bind MASK_ID behind {files}")
+            say(f"\nNo file names MASK: bind MASK_ID after {files}")
     return {
         "workdir": str(workdir),
         "family": imported.family,

@@ -1,5 +1,6 @@
 """Reads the tokenizer files of a Hugging Face folder, without its libraries' Python code."""
 
+import codecs
 import dataclasses
 import json
 import re
@@ -119,7 +120,8 @@ def read_files(
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        # A byte order mark, which some editors write, is no part of any of these files; no model begins with it.
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ConfigError(
             f"cannot read the vocabulary {str(path)!r}",
@@ -198,7 +200,12 @@ def _behind(size: int, extra: Mapping[str, tuple[int, bool]], sentinels: int) ->
 
 def _lines(path: Path) -> list[str]:
     """The lines of a file; only line feeds end one, because tokens may be other separators."""
-    lines = _bytes(path).decode("utf-8").replace("\r\n", "\n").split("\n")
+    try:
+        text = _bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = _bytes(path)[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}, line {line}, is not UTF-8", fix="Download it again.") from error
+    lines = text.replace("\r\n", "\n").split("\n")
     return lines[:-1] if lines and not lines[-1] else lines
 
 

@@ -53,12 +53,28 @@ class Vocabulary:
         Raises:
           ConfigError: there is no tokeniser, or not enough of it, or `mask` is no token of it.
         """
-        folder, names = find_layout(Path(path))
+        try:
+            return cls._load(Path(path), mask)
+        except ConfigError as error:
+            if error.where == "mask" or os.fspath(path) in str(error):
+                raise
+            raise ConfigError(error.what, where=os.fspath(path), fix=error.fix) from error
+        # The files are a stranger's, and what the readers raise about damaged ones is of every kind: `tokenizers` has
+        # the class Exception alone, SentencePiece RuntimeError, and values of another type give TypeError.
+        except Exception as error:
+            raise ConfigError(
+                f"the vocabulary {os.fspath(path)!r} is damaged: {_first_line(error)}",
+                fix="Download its files again.",
+            ) from error
+
+    @classmethod
+    def _load(cls, path: Path, mask: str | int | None) -> "Vocabulary":
+        folder, names = find_layout(path)
         stored = cls((folder / names[0]).read_bytes()) if (folder / names[0]).is_file() else None
         if stored is not None and stored.model.startswith(_PREFIX):
             require(
                 mask is None or stored._opened.roles["mask"] == (mask, "reused"),
-                f"the vocabulary {os.fspath(path)!r} has its MASK already",
+                f"the vocabulary {str(path)!r} has its MASK already",
                 where="mask",
                 fix="Load the tokenizer files that it was made of.",
             )
@@ -197,6 +213,11 @@ class _Opened:
     model: TokenModel
     added: tuple[str, ...]
     roles: Mapping[str, tuple[int, str]]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _open_content(content: Mapping[str, Any]) -> TokenModel:

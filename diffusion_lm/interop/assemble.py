@@ -231,6 +231,11 @@ def _other_files(family: Family, checkpoint: Checkpoint) -> str:
     return "Use a checkpoint whose tensors are all of one network."
 
 
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Returns whether two arrays hold the same numbers; NaN is reported when it is read, not as a difference."""
+    return a.shape == b.shape and bool(np.all((a == b) | ((a != a) & (b != b))))
+
+
 def _check_copy(name: str, original: str, family: Family, checkpoint: Checkpoint) -> None:
     source = original if original in checkpoint.files else original.removeprefix(family.prefix)
     same = source in checkpoint.files and checkpoint.shape(name) == checkpoint.shape(source)
@@ -238,7 +243,7 @@ def _check_copy(name: str, original: str, family: Family, checkpoint: Checkpoint
         rows = checkpoint.shape(name)[0]
         step = max(1, SLICE_BYTES // max(1, 4 * int(np.prod(checkpoint.shape(name)[1:]))))
         parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-        same = all(np.array_equal(checkpoint.read(name, part), checkpoint.read(source, part)) for part in parts)
+        same = all(_equal(checkpoint.read(name, part), checkpoint.read(source, part)) for part in parts)
     if same:
         return
     if any(line.theirs == name for line in family.weights):
@@ -270,7 +275,24 @@ def _fill(into: np.ndarray, weight: Weight, name: str, spec: TransformerSpec, ch
                 tensor = tensor.astype(np.float32) + checkpoint.read(weight.plus_row, slice(0, 1)).astype(np.float32)
             loaded = weight.layout.load(tensor, spec)
             region = (slice(start, start + loaded.shape[0]), *(slice(0, size) for size in loaded.shape[1:]))
-            into[region] = loaded
+            with np.errstate(over="ignore"):
+                into[region] = loaded
+            _check_finite(into[region], loaded, name, checkpoint)
+
+
+def _check_finite(stored: np.ndarray, loaded: np.ndarray, name: str, checkpoint: Checkpoint) -> None:
+    """Raises `ConfigError` about a tensor with NaN or infinity, or with numbers that are infinite in our dtype."""
+    bad = int(stored.size - np.count_nonzero(np.isfinite(stored)))
+    if not bad:
+        return
+    what = f"{bad:,} values that are NaN or infinite"
+    if np.isfinite(loaded).all():
+        what = f"{bad:,} values that are too large for {stored.dtype}"
+    raise ConfigError(
+        f"tensor {checkpoint.called(name)!r} holds {what}",
+        where=str(checkpoint.files[name]),
+        fix="Use another checkpoint of this model: everything that this one computes is NaN.",
+    )
 
 
 def _some(names: list[str]) -> str:

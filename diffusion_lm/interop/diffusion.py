@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import require
+from diffusion_lm.core.gin_text import GinText, Value
 from diffusion_lm.interop.name_maps import FAMILIES
 from diffusion_lm.interop.name_maps.family import Config, Diffusion, Family
 from diffusion_lm.interop.save import differences
@@ -76,8 +77,8 @@ def trained_as(family: Diffusion, config: Config, rows: int, named: tuple[int | 
     if family.block_key is not None:
         block = config.get(family.block_key, family.block_size)
         require(
-            isinstance(block, int) and block > 0,
-            f"{config.file} says {family.block_key} = {block!r}, which is no number of tokens",
+            type(block) is int and block > 0,
+            f"{config.file} says {family.block_key} = {block!r}, which is not a number of tokens",
             where=family.block_key,
             fix="Correct the file.",
         )
@@ -87,7 +88,7 @@ def trained_as(family: Diffusion, config: Config, rows: int, named: tuple[int | 
     if mask is None:
         mask, said_by = dict(family.mask_ids).get(rows), "published checkpoint"
     require(
-        mask is None or 0 <= mask < rows,
+        mask is None or (type(mask) is int and 0 <= mask < rows),
         f"{config.file} says mask_token_id = {mask!r}, and the vocabulary has {rows} rows",
         where="mask_token_id",
         fix="Use the config.json that belongs to these weights.",
@@ -125,27 +126,28 @@ def layout_for(spec: TransformerSpec, trained: TrainedAs | None) -> Family | Non
 
 
 def objective_gin(trained: TrainedAs, eos_id: int | None) -> str:
-    """Returns a gin file to include behind model.gin: the objective to go on with, under the checkpoint's ids."""
-    lines = ["# The objective that such a checkpoint was trained by; include it behind model.gin."]
-    lines += ["from __gin__ import dynamic_registration", ""]
+    """Returns a gin file to include after model.gin: the objective to train on with, under the checkpoint's ids."""
+    text = GinText().comment("The objective that such a checkpoint was trained by; include it after model.gin.")
     if trained.block_size is not None:
-        lines += ["from diffusion_lm.objectives import block_denoising", ""]
-    lines += [f"include 'objectives/{trained.objective}.gin'", "", f"MASK_ID = {trained.mask_id}"]
+        text.imports("diffusion_lm.objectives.block_denoising").blank()
+    text.include(f"objectives/{trained.objective}.gin").blank().bind("MASK_ID", trained.mask_id)
     if trained.names_eos and eos_id is not None:
-        lines.append(f"EOS_ID = {eos_id}")
+        text.bind("EOS_ID", eos_id)
     if trained.block_size is not None:
-        lines.append(f"block_denoising.BlockDenoising.block_size = {trained.block_size}")
-    return "\n".join(lines) + "\n"
+        text.bind("block_denoising.BlockDenoising.block_size", trained.block_size)
+    return text.text()
 
 
 def sampler_gin(trained: TrainedAs, eos_id: int | None, pad_id: int | None) -> str:
     """Returns a gin file for `decode --sampler`: the family's sampler, under the checkpoint's ids."""
     block = trained.block_size
-    lines = ["# The sampler that such a checkpoint is decoded by; its settings are those of the included file."]
-    lines += ["from __gin__ import dynamic_registration", "", "from diffusion_lm.samplers import denoising", ""]
-    lines += [f"include 'samplers/{trained.sampler}.gin'", "", f"MASK_ID = {trained.mask_id}"]
-    fields: dict[str, Any] = {"eos_id": eos_id, "pad_id": pad_id}
+    text = GinText().comment("The sampler of such a checkpoint, with the settings of the included file.")
+    text.imports("diffusion_lm.samplers.denoising").blank()
+    text.include(f"samplers/{trained.sampler}.gin").blank().bind("MASK_ID", trained.mask_id)
+    fields: dict[str, Value] = {"eos_id": eos_id, "pad_id": pad_id}
     if block is not None:
         fields |= {"block": min(trained.sub_block or block, block), "visibility": f"example_blocks:{block}"}
-    lines += [f"denoising.DenoisingSampler.{name} = {value!r}" for name, value in fields.items() if value is not None]
-    return "\n".join(lines) + "\n"
+    for name, value in fields.items():
+        if value is not None:
+            text.bind(f"denoising.DenoisingSampler.{name}", value)
+    return text.text()

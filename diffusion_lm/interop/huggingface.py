@@ -4,6 +4,7 @@ Everything is checked before the first tensor is read; then the arrays are made 
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,21 +15,23 @@ import jax
 from diffusion_lm.architectures.encoder_decoder import EncoderDecoder
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.core.files import read_json
+from diffusion_lm.core.files import read_text
 from diffusion_lm.core.types import Params
+from diffusion_lm.interop.adapters import ADAPTER_FILES, Adapter, base_is_missing, has_adapter, read_adapter
 from diffusion_lm.interop.assemble import Meter, plan_weights
 from diffusion_lm.interop.diffusion import TrainedAs, trained_as
 from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
 from diffusion_lm.interop.name_maps import family_of
-from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family
+from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family, shown
+from diffusion_lm.interop.name_maps.fields import unread_fields
 from diffusion_lm.interop.name_maps.gemma import language_model
 from diffusion_lm.interop.name_maps.kinds import check_kinds
 from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
 from diffusion_lm.interop.reading import read_params
 from diffusion_lm.interop.save import save as save
 from diffusion_lm.interop.t5x_files import INDEX
-from diffusion_lm.interop.tensor_files import LAYOUTS, Checkpoint
-from diffusion_lm.interop.tokenizer_folder import mask_of_tokenizer
+from diffusion_lm.interop.tensor_files import Checkpoint, has_weights
+from diffusion_lm.interop.tokenizer_folder import copied_files, mask_of_tokenizer
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -67,6 +70,12 @@ class ImportReport:
       largest_array: bytes of the largest array.
       peak_host: most bytes that the reader held on the host at a time.
       seconds: time that reading took.
+      unread_fields: fields of config.json of which nothing is known here; the classes that they belong to may compute
+        something else with them.
+      notes: what else the user should know of how the files were read.
+      unread_files: files with tensors in the folder that are not part of the checkpoint.
+      adapter: what was merged into the weights, in words; "" = nothing.
+      adapted: tensors that the adapter changed.
     """
 
     mapped: tuple[tuple[str, str], ...]
@@ -76,6 +85,11 @@ class ImportReport:
     largest_array: int
     peak_host: int
     seconds: float
+    unread_fields: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    unread_files: tuple[str, ...] = ()
+    adapter: str = ""
+    adapted: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,32 +147,92 @@ def load(
     """
     start = time.perf_counter()
     source = _source(path)
-    family, config, checkpoint = _open(source, layout)
-    fields = family.spec(config) | {"dtype": dtype, "param_dtype": param_dtype} | _rows(family, checkpoint)
-    architecture = network_of(TransformerSpec(**fields))
-    plan = plan_weights(family, architecture, checkpoint, fresh_missing=fresh_missing)
+    # Everything that the files say is checked before the first tensor is read.
+    read = describe(source, layout=layout, param_dtype=param_dtype, dtype=dtype)
+    architecture, checkpoint = network_of(read.spec), read.checkpoint
+    plan = plan_weights(read.family, architecture, checkpoint, fresh_missing=fresh_missing)
     meter = Meter()
     params = read_params(plan, architecture, checkpoint, mesh, rules, meter)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
     report = ImportReport(
         mapped=tuple((name, checkpoint.called(weight.theirs)) for name, weight in plan.weights.items()),
-        ignored=tuple(map(checkpoint.called, plan.ignored)),
+        ignored=(*map(checkpoint.called, plan.ignored), *(f"{name} of {file}" for name, file in checkpoint.unindexed)),
         missing=plan.missing,
         parameters=architecture.count_parameters()["total"],
         largest_array=max(sizes),
         peak_host=meter.peak,
         seconds=time.perf_counter() - start,
+        unread_fields=read.unread,
+        notes=tuple(read.config.notes),
+        unread_files=tuple(name for name in checkpoint.unread_files() if name not in ADAPTER_FILES),
+        adapter="" if read.adapter is None else str(read.adapter),
+        adapted=() if read.adapter is None else tuple(sorted(read.adapter.changed)),
     )
-    specials = find_specials(config.values, _json(source / GENERATION_CONFIG, optional=True))
+    return Imported(
+        family=read.family.name,
+        architecture=architecture,
+        params=params,
+        specials=read.specials,
+        causal=read.family.causal,
+        report=report,
+        config=read.config.values,
+        diffusion=read.trained,
+        gguf=checkpoint.gguf,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What the files of a checkpoint say, all of it checked, before a tensor is read.
+
+    Attributes:
+      family: whose checkpoint it is.
+      config: the contents of its config.json.
+      checkpoint: the tensors.
+      spec: the network.
+      specials: its special tokens.
+      trained: what a diffusion model was trained as; None for all others.
+      unread: fields of config.json of which nothing is known.
+      adapter: what is merged into the tensors as they are read, or None.
+    """
+
+    family: Family
+    config: Config
+    checkpoint: Checkpoint
+    spec: TransformerSpec
+    specials: Specials
+    trained: TrainedAs | None
+    unread: tuple[str, ...]
+    adapter: Adapter | None = None
+
+
+def describe(source: Path, *, layout: str | None = None, **dtypes: str) -> Described:
+    """Reads all that the files say but the weights.
+
+    Args:
+      source: the folder or the GGUF file.
+      layout: as for `load`.
+      **dtypes: `param_dtype` and `dtype` of the network.
+
+    Raises:
+      ConfigError: as `load`.
+    """
+    family, config, checkpoint = _open(source, layout)
+    spec = TransformerSpec(**(family.spec(config) | dtypes | _rows(family, checkpoint)))
+    specials = find_specials(config.values, _json(source / GENERATION_CONFIG, optional=True), spec.vocab_size)
+    if source.is_dir():
+        copied_files(source)  # a link that leads out of the folder is an error
+    adapter = None
+    if source.is_dir() and family is not T5X:
+        adapter = checkpoint.edits = read_adapter(source, family, checkpoint, tied=spec.tied_embeddings)
     trained = None
     if family.diffusion is not None:
         named = specials.mask_id, GENERATION_CONFIG
         if specials.mask_id is None:
             named = mask_of_tokenizer(source), "tokenizer"
-        trained = trained_as(family.diffusion, config, architecture.spec.vocab_size, named)
+        trained = trained_as(family.diffusion, config, spec.vocab_size, named)
         specials = dataclasses.replace(specials, mask_id=trained.mask_id)
-    facts = family.name, architecture, params, specials, family.causal, report, config.values
-    return Imported(*facts, trained, checkpoint.gguf)
+    return Described(family, config, checkpoint, spec, specials, trained, unread_fields(config, family.name), adapter)
 
 
 def _rows(family: Family, checkpoint: Checkpoint) -> dict[str, int]:
@@ -173,15 +247,26 @@ def network_of(spec: TransformerSpec) -> Network:
     return EncoderDecoder(spec) if spec.encoder_layers else SingleStream(spec)
 
 
-def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> Specials:
-    """Returns the special tokens; what the generation config says comes first."""
+def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any], rows: int | None = None) -> Specials:
+    """Returns the special tokens; what the generation config says comes first.
+
+    Args:
+      config: the contents of config.json.
+      generation_config: the contents of generation_config.json.
+      rows: size of the vocabulary; None = unknown.
+
+    Raises:
+      ConfigError: a value is not an id of the vocabulary, or a list of them.
+    """
 
     def ids(name: str) -> tuple[int, ...]:
-        for source in (generation_config, config):
+        found: tuple[int, ...] = ()
+        # All files are checked, also where the first one names the token: both are kept and written again.
+        for file, source in ((CONFIG, config), (GENERATION_CONFIG, generation_config)):
             value = source.get(name)
             if value is not None:
-                return tuple(value) if isinstance(value, list) else (value,)
-        return ()
+                found = _ids(name, value, rows, file)
+        return found
 
     def first(name: str) -> int | None:
         return next(iter(ids(name)), None)
@@ -190,18 +275,37 @@ def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any
     return Specials(first("pad_token_id"), bos if start is None else start, ids("eos_token_id"), first("mask_token_id"))
 
 
+def _ids(name: str, value: Any, rows: int | None, file: str) -> tuple[int, ...]:
+    """Returns the ids of one field of a file; raises `ConfigError` where they are not tokens."""
+    if name == "pad_token_id" and value == -1 and type(value) is int:
+        return ()  # files of LLaMA 1 say so where there is no padding
+    many = value if isinstance(value, list) else [value]
+    # Only Python's own int: a bool is one too.
+    if not all(type(one) is int and one >= 0 and (rows is None or one < rows) for one in many):
+        among = "" if rows is None else f" below {rows:,}, the rows of the vocabulary"
+        raise ConfigError(
+            f"{file} says {name} = {shown(value)}, where an id{among} (or a list of ids) belongs",
+            where=name,
+            fix="Correct the file, or remove the field.",
+        )
+    return tuple(many)
+
+
 def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]:
     """Returns the family, what config.json says (or a GGUF file's metadata, or the sizes of T5X), and the tensors."""
     if _is_gguf(folder):
         checkpoint = Checkpoint(folder)
         assert checkpoint.gguf is not None
         config = Config(checkpoint.gguf.config, str(folder), checkpoint.files)
+        check_kinds(config)
         return family_of(config, checkpoint.files, layout), config, checkpoint
     file = folder / CONFIG
     if not _is_t5x(folder):
         config = Config(language_model(_json(file)), str(file))
         check_kinds(config)
         family_of(config, layout=layout)  # before the weights, which may not be there
+        if has_adapter(folder) and not has_weights(folder):
+            raise base_is_missing(folder)
         checkpoint = Checkpoint(folder)
         family = family_of(config, checkpoint.files, layout)
         return family, dataclasses.replace(config, tensors=checkpoint.files), checkpoint
@@ -211,7 +315,7 @@ def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]
 
 
 def _is_t5x(folder: Path) -> bool:
-    return (folder / INDEX).is_file() and not any((folder / name).is_file() for names in LAYOUTS for name in names)
+    return (folder / INDEX).is_file() and not has_weights(folder)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -226,6 +330,8 @@ def _source(path: str | Path) -> Path:
         return folder
     if (folder / CONFIG).is_file() or _is_t5x(folder):
         return folder
+    if has_adapter(folder):
+        raise base_is_missing(folder)
     kind, inside = "checkpoints of T5X", sorted(index.parent.name for index in folder.glob(f"checkpoint_*/{INDEX}"))
     if not inside:
         kind, inside = "GGUF files", sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
@@ -242,9 +348,14 @@ def _json(file: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not file.is_file():
         return {}
     try:
-        values = read_json(file)
-    except ValueError as error:
-        raise ConfigError(f"{file.name} is no JSON: {error}", where=str(file), fix="Download it again.") from error
+        # A byte order mark is no part of the text; NaN and infinity are no JSON, though Python reads and writes them.
+        values = json.loads(read_text(file).removeprefix("\ufeff"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file.name} is not JSON: {error}", where=str(file), fix="Download it again.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file.name} holds no JSON object", where=str(file), fix="Download it again.")
+        raise ConfigError(f"{file.name} is not a JSON object", where=str(file), fix="Download it again.")
     return values
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")

@@ -20,6 +20,7 @@ import jax
 
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import is_bucket, write_json, write_text
+from diffusion_lm.core.gin_text import Built, GinText, Macro, Value
 from diffusion_lm.interop.diffusion import objective_gin, sampler_gin
 from diffusion_lm.interop.gguf_tokenizer import tokenizer_files
 from diffusion_lm.interop.huggingface import Imported
@@ -93,31 +94,23 @@ def model_gin(imported: Imported, source: Path) -> str:
     """Returns the gin file of the network: every field of its spec, so that nothing of earlier files is left."""
     spec, specials = imported.architecture.spec, imported.specials
     kind = type(imported.architecture)
-    module = kind.__module__.rpartition(".")[2]
-    network = f"{module}.{kind.__name__}"
+    network = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
     known = [f"{name} {value}" for name, value in dataclasses.asdict(specials).items() if value not in (None, ())]
     scaling = spec.rope_scaling
-    lines = [
-        f"# {source.name}: a checkpoint of the family {imported.family}, {imported.report.parameters:,} parameters.",
-        f"# Its special tokens: {', '.join(known) if known else 'none are named'}.",
-        "from __gin__ import dynamic_registration",
-        "",
-        f"from diffusion_lm.architectures import {module}",
-        *(["from diffusion_lm.nn import rope"] if scaling else []),
-        "from diffusion_lm.nn import transformer",
-        "",
-        f"MODEL = @{network}()",
-        f"VOCAB_SIZE = {spec.vocab_size}",
-        f"{network}.spec = @transformer.TransformerSpec()",
-        "",
-        "transformer.TransformerSpec:",
-        *(f"  {name} = {text}" for name, text in _bindings(spec)),
-    ]
+    text = GinText()
+    # The folder's name and the ids are a stranger's text; `GinText` escapes what would end the comment.
+    text.comment(
+        f"{source.name!r}: a checkpoint of the family {imported.family}, {imported.report.parameters:,} parameters."
+    )
+    text.comment(f"Its special tokens: {', '.join(known) if known else 'none are named'}.")
+    text.imports(kind.__module__).imports(*(["diffusion_lm.nn.rope"] if scaling else []), "diffusion_lm.nn.transformer")
+    text.blank().bind("MODEL", Built(network)).bind("VOCAB_SIZE", spec.vocab_size)
+    text.bind(f"{network}.spec", Built("transformer.TransformerSpec")).blank()
+    text.block("transformer.TransformerSpec", _bindings(spec))
     if scaling is not None:
-        rope = type(scaling).__name__
         fields = {field.name: getattr(scaling, field.name) for field in dataclasses.fields(scaling)}
-        lines += ["", f"rope.{rope}:", *(f"  {name} = {value!r}" for name, value in fields.items())]
-    return "\n".join(lines) + "\n"
+        text.blank().block(f"rope.{type(scaling).__name__}", fields)
+    return text.text()
 
 
 def _diffusion_files(imported: Imported, source: Path) -> dict[str, str]:
@@ -138,16 +131,17 @@ def _write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def _bindings(spec: TransformerSpec) -> list[tuple[str, str]]:
-    found = []
+def _bindings(spec: TransformerSpec) -> dict[str, Value]:
+    """Returns every field of a spec as a value of gin."""
+    found: dict[str, Value] = {}
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
         if field.name == "vocab_size":
-            found.append((field.name, "%VOCAB_SIZE"))
+            found[field.name] = Macro("VOCAB_SIZE")
         elif dataclasses.is_dataclass(value):
-            found.append((field.name, f"@rope.{type(value).__name__}()"))
+            found[field.name] = Built(f"rope.{type(value).__name__}")
         else:
-            found.append((field.name, repr(value)))
+            found[field.name] = value
     return found
 
 

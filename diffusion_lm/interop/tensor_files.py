@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint folder under one roof, whatever files they lie in; read one at a time."""
+"""The tensors of a checkpoint folder, whatever files they are in; read one at a time."""
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +28,9 @@ _FLOATS = {
 }
 
 
+_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+
+
 class TensorFile(Protocol):
     """One file of tensors."""
 
@@ -42,6 +45,21 @@ class TensorFile(Protocol):
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Returns rows of a tensor."""
+
+
+class Edits(Protocol):
+    """Changes of some tensors that are made as they are read; `adapters.Adapter` is one."""
+
+    changed: frozenset[str]
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of a changed tensor, given that of the base."""
+
+    def replaces(self, name: str) -> bool:
+        """Returns whether nothing is read of the base's tensor."""
+
+    def read(self, name: str, rows: slice, base: np.ndarray | None) -> np.ndarray:
+        """Returns rows of a changed tensor, given those of the base (None where they are replaced)."""
 
 
 class SafeTensorFile:
@@ -81,12 +99,30 @@ class SafeTensorFile:
         return self._file.get_slice(name)[rows]
 
 
+def has_weights(folder: Path) -> bool:
+    """Returns whether a folder has the weights of a checkpoint of Hugging Face, in one file or in shards."""
+    return any((folder / name).is_file() for names in LAYOUTS for name in names)
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Returns one file of tensors by its name: safetensors, torch's, or the index of a T5X checkpoint.
+
+    Raises:
+      ConfigError: the file is cut off or damaged.
+    """
+    if path.name == INDEX:
+        return T5xFile(path)
+    return SafeTensorFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
 class Checkpoint:
     """All tensors of a folder, or of one GGUF file.
 
     Attributes:
       files: the file of each tensor, by the tensor's name.
       gguf: the GGUF file, or None.
+      edits: changes of some tensors, or None.
+      unindexed: (tensor, file) that are in a shard and that the index does not assign to it; they are not read.
 
     Args:
       folder: the folder or the file.
@@ -98,6 +134,8 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self._folder = folder
         self.files: dict[str, Path] = {}
+        self.edits: Edits | None = None
+        self.unindexed: list[tuple[str, str]] = []
         self._open: dict[Path, TensorFile] = {}
         self.gguf: GgufFile | None = None
         if folder.suffix == SUFFIX:
@@ -123,9 +161,10 @@ class Checkpoint:
 
     def _add_shards(self, index: Path) -> None:
         try:
-            places: Mapping[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            shards = sorted({str(place) for place in places.values()})
-        except (ValueError, KeyError, TypeError) as error:
+            told = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            places = {str(name): str(place) for name, place in dict(told).items()}
+            shards = sorted(set(places.values()))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"{index.name} is no index of shards", where=str(index), fix="Download the file again."
             ) from error
@@ -139,7 +178,8 @@ class Checkpoint:
                     where=str(self._folder),
                     fix="Download the missing file.",
                 )
-            self._add(self._folder / shard)
+            # The index is the list of what is read: another shard may hold an older copy.
+            self._add(self._folder / shard, {name for name, place in places.items() if place == shard})
         for name, shard in places.items():
             if self.files.get(name) != self._folder / shard:
                 raise ConfigError(
@@ -148,29 +188,30 @@ class Checkpoint:
                     fix="Download the checkpoint again: its files are of different versions.",
                 )
 
-    def _add(self, path: Path) -> None:
-        file: TensorFile
-        if path.name == INDEX:
-            file = T5xFile(path)
-        else:
-            file = SafeTensorFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-        self._open[path] = file
+    def _add(self, path: Path, named: Collection[str] | None = None) -> None:
+        """Adds the tensors of a file; with `named`, these alone."""
+        file = self._open[path] = open_tensors(path)
         for name in file.names():
-            if name in self.files:
-                raise ConfigError(
-                    f"tensor {name!r} is both in {self.files[name].name} and in {path.name}",
-                    where=str(path),
-                    fix="Remove the files that are not part of the checkpoint.",
-                )
+            if named is not None and name not in named:
+                self.unindexed.append((name, path.name))
+                continue
             self.files[name] = path
+
+    def unread_files(self) -> list[str]:
+        """Returns the names of files in the folder that look like tensors and were not opened, in order."""
+        if self.gguf is not None:
+            return []
+        files = (file for file in self._folder.iterdir() if file.suffix in _TENSORS and file.is_file())
+        return sorted(file.name for file in files if file not in self._open)
 
     def called(self, name: str) -> str:
         """Returns what the file calls a tensor, present or not: a GGUF file has names of its own."""
         return name if self.gguf is None else self.gguf.called(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor."""
-        return self._open[self.files[name]].shape(name)
+        """Returns the shape of a tensor, as it is read."""
+        shape = self._open[self.files[name]].shape(name)
+        return shape if self.edits is None or name not in self.edits.changed else self.edits.shape(name, shape)
 
     def check_dtype(self, name: str) -> None:
         """Raises `ConfigError` where a tensor is quantised or no weight at all."""
@@ -184,13 +225,16 @@ class Checkpoint:
             )
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Returns rows of a tensor as it is stored.
+        """Returns rows of a tensor as it is stored, or as `edits` change it.
 
         Raises:
           ConfigError: the file cannot be read.
         """
         try:
-            return self._open[self.files[name]].read(name, rows)
+            file = self._open[self.files[name]]
+            if self.edits is None or name not in self.edits.changed:
+                return file.read(name, rows)
+            return self.edits.read(name, rows, None if self.edits.replaces(name) else file.read(name, rows))
         except (OSError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise

@@ -15,11 +15,37 @@ _TEMPLATE = "chat_template.jinja"
 
 
 def copied_files(folder: Path) -> tuple[Path, ...]:
-    """Returns the tokenizer files of `folder`: every layout's, and what says which token is which."""
+    """Returns the tokenizer files of `folder`: every layout's, and what says which token is which.
+
+    Raises:
+      ConfigError: one of them is a link to a file outside of the folder.
+    """
     names = dict.fromkeys([*(name for layout in LAYOUTS for name in layout), *_BESIDE, _TEMPLATE])
     found = [folder / name for name in names if (folder / name).is_file()]
+    for file in found:
+        check_inside(file)
     own = [file for file in found if file.name not in (*_BESIDE, _TEMPLATE)]
     return tuple(found) if own else ()
+
+
+def check_inside(file: Path) -> None:
+    """Raises `ConfigError` where a file that is to be copied is a link that leads out of its folder.
+
+    A stranger's folder could name any file of this machine so, and the copy would be published with an export. The
+    cache of the Hugging Face Hub is made of links, `models--ORG--NAME/snapshots/HASH/FILE` to `../../blobs/HASH`.
+    """
+    if not file.is_symlink():
+        return
+    folder, target = file.parent.resolve(), file.resolve()
+    repository = folder.parent.parent
+    in_cache = folder.parent.name == "snapshots" and repository.name.startswith("models--")
+    if target.is_relative_to(folder) or (in_cache and target.parent == repository / "blobs"):
+        return
+    raise ConfigError(
+        f"{file.name} is a link to a file outside of its folder, {target}",
+        where=str(file),
+        fix="Replace the link by a copy of the file if it belongs to the checkpoint, else remove it.",
+    )
 
 
 def read_vocabulary(folder: Path, mask: int | None = None) -> Vocabulary | None:

@@ -1,13 +1,19 @@
 """What a family of released checkpoints is: a table of weights, and how config.json says the network's shape."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.nn.transformer import TransformerSpec
 
 CONFIG = "config.json"
+
+
+def shown(value: Any) -> str:
+    """Returns a value of a stranger's file for an error message: on one line, and not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,21 +109,39 @@ class Config:
     Attributes:
       values: the JSON object.
       file: its path, for errors.
-      tensors: names of the tensors beside it, for families whose config.json does not say which there are.
+      tensors: names of the tensors of the checkpoint, for families whose config.json does not say which there are.
+      asked: names of the fields that were read, absent ones included; shared with what `replaced` returns.
+      notes: what the user should know of how the file was read; shared likewise.
     """
 
     values: Mapping[str, Any]
     file: str = CONFIG
     tensors: Collection[str] = ()
+    asked: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)
+    notes: list[str] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Returns a value; `default` where it is absent or null."""
+        self.asked.add(name)
         value = self.values.get(name)
         return default if value is None else value
 
+    def given(self, name: str, default: Any) -> Any:
+        """Returns a value, None where it is null; `default` where it is absent, as the class of transformers does."""
+        self.asked.add(name)
+        return self.values.get(name, default)
+
+    def replaced(self, **values: Any) -> "Config":
+        """Returns the contents with other values for some fields; what is read of it counts as read here."""
+        return dataclasses.replace(self, values={**self.values, **values})
+
+    def note(self, text: str) -> None:
+        """Adds a line for the user."""
+        self.notes.append(text)
+
     def need(self, name: str) -> Any:
         """Returns a value; raises `ConfigError` where it is absent or null."""
-        value = self.values.get(name)
+        value = self.get(name)
         if value is None:
             raise ConfigError(f"{self.file} does not say {name!r}", where=name, fix="Complete the file.")
         return value
@@ -125,7 +149,8 @@ class Config:
     def choose(self, name: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
         """Returns `choices[value]`; raises `ConfigError` for any other value."""
         value = self.get(name, default)
-        if value not in choices:
+        # A list or an object of a damaged file cannot be looked up.
+        if not isinstance(value, Hashable) or value not in choices:
             raise self.unsupported(name, f"supported: {', '.join(map(repr, choices))}")
         return choices[value]
 
@@ -138,7 +163,7 @@ class Config:
     def unsupported(self, name: str, why: str) -> ConfigError:
         """Returns the error about a value that the network cannot have."""
         return ConfigError(
-            f"{self.file} says {name} = {self.values.get(name)!r}, which this network cannot do ({why})",
+            f"{self.file} says {name} = {shown(self.values.get(name))}, which this network cannot do ({why})",
             where=name,
             fix="Use a checkpoint without it.",
         )

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.interop.name_maps import llama
 from diffusion_lm.interop.name_maps.family import Config, Family, Weight
+from diffusion_lm.interop.name_maps.rope_fields import fields_of, layered_rope
 from diffusion_lm.nn.transformer import TransformerSpec
 
 _TANH = {"gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
@@ -30,8 +30,8 @@ def language_model(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def _spec(config: Config) -> dict[str, Any]:
     config.refuse(use_bidirectional_attention=False)
     bias = config.get("attention_bias", False)
-    own = ("hidden_act", "hidden_activation")
-    fields = llama.decoder_spec(Config({k: v for k, v in config.values.items() if k not in own}, config.file))
+    # The families choose their activation before; a LLaMA's would be SiLU.
+    fields = llama.decoder_spec(config.replaced(hidden_act=None))
     return fields | dict(
         head_dim=config.get("head_dim", 256),
         mlp="geglu",
@@ -53,14 +53,16 @@ def _gemma_spec(config: Config) -> dict[str, Any]:
 
 def _gemma2_spec(config: Config) -> dict[str, Any]:
     config.choose("hidden_activation", _TANH, "gelu_pytorch_tanh")
+    config.refuse(sliding_window_pattern=2)
     return (
         _spec(config)
         | _windows(config, "gemma2")
         | dict(
             norm_placement="both",
             attention_scale_size=config.get("query_pre_attn_scalar", 256),
-            attention_softcap=config.get("attn_logit_softcapping"),
-            logit_softcap=config.get("final_logit_softcapping"),
+            # Absent, they are those of the class; null, they are off.
+            attention_softcap=config.given("attn_logit_softcapping", 50.0),
+            logit_softcap=config.given("final_logit_softcapping", 30.0),
         )
     )
 
@@ -69,24 +71,14 @@ def _gemma3_spec(config: Config) -> dict[str, Any]:
     config.choose("hidden_activation", _TANH, "gelu_pytorch_tanh")
     if config.get("attn_logit_softcapping") is not None:
         raise config.unsupported("attn_logit_softcapping", "Gemma 3 caps no scores")
-    parameters = config.get("rope_parameters") or {}
-    if "full_attention" in parameters:
-        far, near = parameters["full_attention"], parameters.get("sliding_attention") or {}
-    else:
-        far = {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
-        near = {"rope_theta": config.get("rope_local_base_freq", 1e4)}
-    if near.get("rope_type", "default") != "default":
-        raise ConfigError(
-            f"{config.file} scales RoPE in the layers with a window, which this network cannot do",
-            where="rope_parameters",
-            fix="Use a checkpoint without it.",
-        )
-    plain = Config({**config.values, "rope_parameters": far, "rope_scaling": None}, config.file)
+    far, near = layered_rope(config, far=("rope_theta", 1e6), near=("rope_local_base_freq", 1e4), scales_near=False)
     windows = _windows(config, "gemma3_text")
+    chosen = far
     if windows.get("window_layers") is not None:
-        windows["window_rope_theta"] = float(near.get("rope_theta", 1e4))
+        windows["window_rope_theta"] = fields_of(config, near)["rope_theta"]
     elif windows:
-        plain = Config({**plain.values, "rope_parameters": near}, config.file)
+        chosen = near
+    plain = config.replaced(rope_parameters=chosen, rope_scaling=None)
     return (
         _spec(plain)
         | windows
@@ -101,14 +93,8 @@ def _gemma3_spec(config: Config) -> dict[str, Any]:
 
 def _windows(config: Config, kind: str) -> dict[str, Any]:
     """Returns the window and its layers; files without `layer_types` leave out every second or every sixth layer."""
-    layers = config.need("num_hidden_layers")
-    every = config.get("sliding_window_pattern", _PATTERNS[kind])
-    types = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
-    return llama.layer_windows(Config({"layer_types": types, "sliding_window": 4096} | _given(config)), layers)
-
-
-def _given(config: Config) -> dict[str, Any]:
-    return {name: config.get(name) for name in ("layer_types", "sliding_window") if config.get(name) is not None}
+    every, window = config.get("sliding_window_pattern", _PATTERNS[kind]), config.given("sliding_window", 4096)
+    return llama.layer_windows(config, config.need("num_hidden_layers"), window, lambda layer: (layer + 1) % every != 0)
 
 
 def _gemma_config(spec: TransformerSpec) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """LLaMA 1 to 3, and what has its weights under the same names: SmolLM, Mistral, Qwen 2 and 3."""
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
@@ -12,10 +13,14 @@ from diffusion_lm.interop.name_maps.family import (
     Config,
     Family,
     Weight,
+    shown,
 )
-from diffusion_lm.nn.rope import DynamicRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
+from diffusion_lm.interop.name_maps.rope_fields import rope_fields
+from diffusion_lm.nn.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope
 from diffusion_lm.nn.transformer import TransformerSpec
 
+# Whether a layer of this kind has a window; "attention" is what early files call a full one.
+_LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}
 _ATTENTION, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
 
 WEIGHTS = (
@@ -67,85 +72,57 @@ def decoder_spec(config: Config) -> dict[str, Any]:
         tied_logit_scale=False,
         attention_scale="inverse_sqrt",
         embedding_std=0.02,
-        **rope(config),
+        **rope_fields(config),
     )
 
 
-def rope(config: Config) -> dict[str, Any]:
-    """Returns `rope_theta` and `rope_scaling`, from `rope_parameters` or from the fields of older files."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = parameters.get("rope_theta") or config.get("rope_theta", 10000.0)
-    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise config.unsupported("rope_parameters", "one set for all layers")
-    share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor", 1.0)
-    if share != 1.0:
-        raise config.unsupported("partial_rotary_factor", "whole heads are rotated")
-    return {"rope_theta": float(theta), "rope_scaling": _scaling(config, kind, parameters)}
+def layer_windows(
+    config: Config, layers: int, window: int | None, inside: Callable[[int], bool] = lambda layer: True
+) -> dict[str, Any]:
+    """Returns `window` and `window_layers`.
 
+    Args:
+      config: which may say in `layer_types` what each layer sees.
+      layers: their number.
+      window: how far a token sees in the layers with a window; None = there is none.
+      inside: whether a layer has the window, where `layer_types` is absent.
 
-def _scaling(config: Config, kind: str, parameters: dict[str, Any]) -> RopeScaling | None:
-    known = ("default", "linear", "dynamic", "llama3", "yarn")
-    if kind == "default":
-        return None
-    if kind not in known:
-        raise ConfigError(
-            f"{config.file} says rope_type = {kind!r}, which this network cannot do (supported: {', '.join(known)})",
-            where="rope_parameters",
-            fix="Use a checkpoint without it.",
-        )
-
-    def number(name: str, default: Any = None) -> Any:
-        value = parameters.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise ConfigError(f"{config.file} does not say {name!r}", where="rope_parameters", fix="Complete the file.")
-        return value
-
-    longest = config.get("max_position_embeddings")
-    original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    if kind == "linear":
-        return LinearRope(float(number("factor")))
-    if kind == "dynamic":
-        config.need("max_position_embeddings")
-        return DynamicRope(float(number("factor")))
-    if kind == "llama3":
-        return Llama3Rope(
-            float(number("factor")),
-            original_max_positions=number("original_max_position_embeddings", original or longest),
-            low_freq_factor=float(number("low_freq_factor")),
-            high_freq_factor=float(number("high_freq_factor")),
-        )
-    factor = float(number("factor", longest / original if longest and original else None))
-    attention_factor = parameters.get("attention_factor")
-    scale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    if attention_factor is None and scale and all_dim:
-        plain = YarnRope(factor).magnitude - 1.0
-        attention_factor = (scale * plain + 1.0) / (all_dim * plain + 1.0)
-    return YarnRope(
-        factor,
-        original_max_positions=number("original_max_position_embeddings", original or longest),
-        beta_fast=float(number("beta_fast", 32.0)),
-        beta_slow=float(number("beta_slow", 1.0)),
-        attention_factor=attention_factor,
-        truncate=parameters.get("truncate", True),
-    )
-
-
-def layer_windows(config: Config, layers: int) -> dict[str, Any]:
-    """Returns `window` and `window_layers` from `sliding_window`, `layer_types` and what older files say instead."""
-    window = config.get("sliding_window")
-    if window is None or not config.get("use_sliding_window", True):
-        return {}
+    Raises:
+      ConfigError: `layer_types` names other kinds of layers, has another length, or needs a window that is absent.
+    """
     types = config.get("layer_types")
-    if types is not None:
-        chosen = tuple(number for number, kind in enumerate(types) if kind == "sliding_attention")
+    if types is None:
+        chosen = tuple(layer for layer in range(layers) if window is not None and inside(layer))
     else:
-        first = config.get("max_window_layers", 0)
-        chosen = tuple(range(first, layers))
+        chosen = tuple(layer for layer, kind in enumerate(check_layer_types(config, types, layers)) if kind)
     if not chosen:
         return {}
+    if window is None:
+        raise ConfigError(
+            f"{config.file} gives layer {chosen[0]} a sliding window in layer_types, and no sliding_window is in use",
+            where="layer_types",
+            fix="Use the config.json that belongs to these weights.",
+        )
     return {"window": window, "window_layers": None if len(chosen) == layers else chosen}
+
+
+def check_layer_types(config: Config, types: list[str], layers: int) -> list[bool]:
+    """Returns whether each layer has a window; raises `ConfigError` about kinds that this network has not."""
+    if len(types) != layers:
+        raise ConfigError(
+            f"{config.file} lists {len(types)} layer_types for {layers} layers",
+            where="layer_types",
+            fix="Use the config.json that belongs to these weights.",
+        )
+    for layer, kind in enumerate(types):
+        if kind not in _LAYER_TYPES:
+            raise ConfigError(
+                f"{config.file} says layer_types = {shown(kind)} of layer {layer}, which this network cannot do "
+                "(supported: full_attention, sliding_attention)",
+                where="layer_types",
+                fix="Use a checkpoint without it.",
+            )
+    return [_LAYER_TYPES[kind] for kind in types]
 
 
 def decoder_config(spec: TransformerSpec) -> dict[str, Any]:
@@ -206,6 +183,9 @@ def window_config(spec: TransformerSpec) -> dict[str, Any]:
 
 def _llama_spec(config: Config) -> dict[str, Any]:
     attention_bias = config.get("attention_bias", False)
+    layers = config.need("num_hidden_layers")
+    if any(check_layer_types(config, config.get("layer_types", ["full_attention"] * layers), layers)):
+        raise config.unsupported("layer_types", "LLaMA has no window")
     return decoder_spec(config) | dict(
         qkv_bias=attention_bias, attention_output_bias=attention_bias, mlp_bias=config.get("mlp_bias", False)
     )
@@ -216,7 +196,11 @@ def _llama_config(spec: TransformerSpec) -> dict[str, Any]:
 
 
 def _mistral_spec(config: Config) -> dict[str, Any]:
-    return decoder_spec(config) | {"window": config.get("sliding_window")}
+    window, layers = config.given("sliding_window", 4096), config.need("num_hidden_layers")
+    windows = layer_windows(config, layers, window)
+    if windows.get("window") != window or windows.get("window_layers") is not None:
+        raise config.unsupported("layer_types", "Mistral has its window in every layer or in none")
+    return decoder_spec(config) | windows
 
 
 def _mistral_config(spec: TransformerSpec) -> dict[str, Any]:

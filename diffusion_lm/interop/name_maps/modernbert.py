@@ -13,6 +13,7 @@ from diffusion_lm.interop.name_maps.family import (
     Family,
     Weight,
 )
+from diffusion_lm.interop.name_maps.rope_fields import fields_of, layered_rope
 from diffusion_lm.nn.transformer import TransformerSpec
 
 _LAYER, _QKV, _WI = "model.layers.{i}.", "model.layers.{i}.attn.Wqkv.", "model.layers.{i}.mlp.Wi."
@@ -59,24 +60,17 @@ def _spec(config: Config) -> dict[str, Any]:
 def _layers(config: Config, layers: int) -> dict[str, Any]:
     """Returns windows and RoPE, from `layer_types` and `rope_parameters` or from what older files say instead."""
     every = config.get("global_attn_every_n_layers", _EVERY)
-    kinds = config.get("layer_types", ["sliding_attention" if i % every else "full_attention" for i in range(layers)])
     # `local_attention` counts both sides; a token sees half of it ahead, half of it back, and itself.
-    seen = {"layer_types": kinds, "sliding_window": config.get("local_attention", 128) // 2 + 1}
-    windows = llama.layer_windows(Config(seen, config.file), layers)
-    told = config.get("rope_parameters") or {}
-    far = {"rope_theta": config.get("global_rope_theta", _FAR)} | (told.get("full_attention") or {})
-    near = {"rope_theta": config.get("local_rope_theta", _NEAR)} | (told.get("sliding_attention") or {})
-    if near.get("rope_type", "default") != "default":
-        raise config.unsupported("rope_parameters", "no scaling in the layers with a window")
+    reach = config.get("local_attention", 128) // 2 + 1
+    windows = llama.layer_windows(config, layers, reach, lambda layer: layer % every != 0)
+    far, near = layered_rope(
+        config, far=("global_rope_theta", _FAR), near=("local_rope_theta", _NEAR), scales_near=True
+    )
     if not windows:
-        return _rope(config, far)
+        return fields_of(config, far)
     if windows["window_layers"] is None:
-        return windows | _rope(config, near)
-    return windows | _rope(config, far) | {"window_rope_theta": float(near["rope_theta"])}
-
-
-def _rope(config: Config, parameters: dict[str, Any]) -> dict[str, Any]:
-    return llama.rope(Config({**config.values, "rope_parameters": parameters, "rope_scaling": None}, config.file))
+        return windows | fields_of(config, near)
+    return windows | fields_of(config, far) | {"window_rope_theta": fields_of(config, near)["rope_theta"]}
 
 
 def _config(spec: TransformerSpec) -> dict[str, Any]:

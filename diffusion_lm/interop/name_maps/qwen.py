@@ -31,7 +31,10 @@ def _qwen3_config(spec: TransformerSpec) -> dict[str, Any]:
 
 def _windows(config: Config, layers: int) -> dict[str, Any]:
     """Returns the window; Qwen's files name one that is off unless `use_sliding_window` says otherwise."""
-    return llama.layer_windows(config, layers) if config.get("use_sliding_window", False) else {}
+    window, first = config.given("sliding_window", 4096), config.get("max_window_layers", 28)
+    if not config.get("use_sliding_window", False):
+        window = None
+    return llama.layer_windows(config, layers, window, lambda layer: layer >= first)
 
 
 QWEN2 = Family(

@@ -113,7 +113,10 @@ def encoder_config(spec: TransformerSpec) -> dict[str, Any]:
 
 def _roberta_spec(config: Config) -> dict[str, Any]:
     fields = encoder_spec(config)
-    offset = config.get("pad_token_id", 1) + 1
+    padding = config.get("pad_token_id", 1)
+    if type(padding) is not int or padding < 0:
+        raise config.unsupported("pad_token_id", "positions are counted from the id of the padding")
+    offset = padding + 1
     return fields | {"position_offset": offset, "max_positions": fields["max_positions"] - offset}
 
 
@@ -122,7 +125,8 @@ def _roberta_config(spec: TransformerSpec) -> dict[str, Any]:
 
 
 def _xl_spec(config: Config) -> dict[str, Any]:
-    return _roberta_spec(config) | {"norm_placement": "pre", "embedding_norm": False}
+    own = {"norm_placement": "pre", "embedding_norm": False, "norm_eps": config.get("layer_norm_eps", 1e-5)}
+    return _roberta_spec(config) | own
 
 
 ROBERTA = Family(

@@ -59,7 +59,7 @@ def _error(path, **options) -> str:
 def test_no_checkpoint_at_all(tmp_path):
     assert "there is no config.json" in _error(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is no JSON" in _error(tmp_path)
+    assert "config.json is not JSON" in _error(tmp_path)
 
 
 def test_no_weights(folder):
