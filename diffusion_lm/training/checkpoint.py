@@ -8,6 +8,7 @@ as a checkpoint once Orbax has written its `commit_success.txt`; anything else i
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from diffusion_lm.training.state import TrainState
 
 FOLDER = "checkpoints"
 _COMMITTED = "commit_success.txt"
+_ITEMS = ("params", "opt_state", "ema", "meta")
+_SAVED = {*_ITEMS, "_CHECKPOINT_METADATA"}
+_TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
+_TEMPORARY = re.compile(r"[0-9]+" + re.escape(_TEMPORARY_SUFFIX) + r"(-[0-9]+)?")
+_STEP = re.compile("[0-9]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +101,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             _remove_unfinished(self._folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=policy.keep, keep_period=policy.keep_every)
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_names=("params", "opt_state", "ema", "meta")
-        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -217,7 +221,7 @@ def finished_steps(path: str | Path) -> list[int]:
     folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
     if not folder.is_dir():
         return []
-    whole = (entry for entry in folder.iterdir() if entry.name.isdigit() and (entry / _COMMITTED).exists())
+    whole = (entry for entry in folder.iterdir() if _STEP.fullmatch(entry.name) and (entry / _COMMITTED).exists())
     return sorted(int(entry.name) for entry in whole)
 
 
@@ -256,10 +260,28 @@ def _require_storage(folder: Path) -> None:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Removes what a killed save left behind: Orbax would count it as a checkpoint and refuse to write that step."""
+    """Removes what a killed save left: Orbax would count it as a checkpoint and refuse to write that step.
+
+    Nothing else is removed. A folder is from a killed save if it has Orbax's temporary name, or, in a bucket, where
+    Orbax writes in place, if it has the name of a step, no commit mark, and only items that a save writes.
+
+    Raises:
+      ConfigError: a folder has the name of a step and other content; Orbax would count it as a checkpoint.
+    """
     for entry in folder.iterdir() if folder.is_dir() else ():  # a bucket has no empty folders
-        head = entry.name.split(".", 1)[0]
-        if entry.is_dir() and head.isdigit() and not (entry / _COMMITTED).exists():
+        # A link is the user's: Orbax makes none, and what it points to is outside of this folder.
+        if not entry.is_dir() or (not is_bucket(entry) and entry.is_symlink()):
+            continue
+        if _TEMPORARY.fullmatch(entry.name):
+            remove_folder(entry)
+        elif _STEP.fullmatch(entry.name) and not (entry / _COMMITTED).exists():
+            items = [item.name.split(_TEMPORARY_SUFFIX, 1)[0] for item in entry.iterdir()]
+            if not items or not _SAVED.issuperset(items):
+                raise ConfigError(
+                    f"{entry} is not a checkpoint and has the name of one",
+                    where="--workdir",
+                    fix="Move it to another place, or give it a name that is not a number.",
+                )
             remove_folder(entry)
 
 
