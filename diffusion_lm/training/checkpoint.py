@@ -20,6 +20,7 @@ from jax.sharding import Sharding
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import absolute, is_bucket, remove_folder
 from diffusion_lm.core.types import Params
+from diffusion_lm.training.finite import require_finite
 from diffusion_lm.training.metrics import Window
 from diffusion_lm.training.state import TrainState
 
@@ -144,7 +145,7 @@ class Checkpointer:
         """Returns the newest checkpoint, with the shardings of `abstract`, whatever mesh it was saved from.
 
         Raises:
-          ConfigError: there is none, or it does not fit.
+          ConfigError: there is none, it does not fit, or its parameters hold NaN or Inf.
         """
         step = self.latest_step
         if step is None:
@@ -164,6 +165,8 @@ class Checkpointer:
                 where=str(self._folder),
                 fix="Use the configuration that wrote it, or another run folder.",
             ) from error
+        for item in ("params", "ema"):
+            _require_finite(found.get(item), self._folder / str(step))
         meta = found["meta"]
         progress = Progress(meta["step"], meta["seed"], meta["evaluated"], Window(**meta["window"]))
         counter = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
@@ -180,7 +183,7 @@ def restore_params(path: str | Path, *, step: int | None = None, like: Params | 
         that sharding, the rest onto the first device.
 
     Raises:
-      ConfigError: there is no such checkpoint.
+      ConfigError: there is no such checkpoint, or its parameters hold NaN or Inf.
     """
     folder = _step_folder(absolute(path), step)
     item = folder / ("ema" if (folder / "ema").exists() else "params")
@@ -195,7 +198,9 @@ def restore_params(path: str | Path, *, step: int | None = None, like: Params | 
     # The handler, because the checkpointer's own `metadata` warns that items of a step have no file of their own.
     stored: Any = ocp.StandardCheckpointHandler().metadata(item)
     with ocp.StandardCheckpointer() as reader:
-        return reader.restore(item, jax.tree_util.tree_map_with_path(abstract, stored.tree))
+        params = reader.restore(item, jax.tree_util.tree_map_with_path(abstract, stored.tree))
+    _require_finite(params, folder)
+    return params
 
 
 def save_params(workdir: str | Path, params: Params) -> None:
@@ -204,8 +209,10 @@ def save_params(workdir: str | Path, params: Params) -> None:
     It can be read by `restore_params`; having no optimizer, it cannot be resumed.
 
     Raises:
+      ConfigError: they hold NaN or Inf.
       RuntimeError: Orbax declined to save.
     """
+    require_finite(params, "the network holds", fix="The checkpoint that it was read from is damaged: get it again.")
     folder = absolute(workdir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(dataclasses.asdict(Progress()))}
@@ -238,6 +245,14 @@ def _step_folder(path: Path, step: int | None) -> Path:
         )
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     return folder / str(steps[-1] if step is None else step)
+
+
+def _require_finite(params: Any, folder: Path) -> None:
+    require_finite(
+        params,
+        f"the checkpoint {folder} holds",
+        fix="Use an earlier checkpoint, or train again with a lower learning rate.",
+    )
 
 
 def _missing(path: Path) -> ConfigError:

@@ -22,6 +22,7 @@ from diffusion_lm.parallel.xla_options import xla_options
 from diffusion_lm.training import metrics, writers
 from diffusion_lm.training.card import claim_folder
 from diffusion_lm.training.checkpoint import Checkpointer, Progress, restore_params
+from diffusion_lm.training.finite import require_finite
 from diffusion_lm.training.hooks import Log, Preempted, Preemption, evaluation_due
 from diffusion_lm.training.profile import Profile
 from diffusion_lm.training.program import run_program
@@ -62,7 +63,7 @@ def train(
         folder of a run or checkpoint; a function that returns one of them is only called if they are needed.
 
     Raises:
-      ConfigError: the run does not fit its data, its devices or its folder, or its loss is no longer finite.
+      ConfigError: the run does not fit its data, its devices or its folder, or its loss or its network is not finite.
       Preempted: SIGTERM came; the state is saved and the process exits with `hooks.RESTART_EXIT_CODE`.
     """
     run.validate()
@@ -141,6 +142,8 @@ def _start(
         folder = as_path(source)
         rows = _vocabulary_rows(run, folder)
         source = restore_params(folder, like=program.abstract_state.params)
+    elif source is not None:
+        require_finite(source, "the initial parameters hold", where="init_params", fix="Start from other parameters.")
     state = program.init(key)
     if source is None:
         return state, fresh, None
@@ -206,6 +209,7 @@ def _evaluate(run: TrainRun, program: Program, state: TrainState, step: int, log
     if stop and step < run.steps:
         return False
     log.drain()
+    _require_finite(state, step)
     model = BoundModel(run.model, state.final_params, Placement(program.mesh, run.rules))
     with log.pause():
         for evaluation in due:
@@ -218,5 +222,17 @@ def _evaluate(run: TrainRun, program: Program, state: TrainState, step: int, log
 def _save(run: TrainRun, state: TrainState, step: int, log: Log, evaluated: bool, checkpoints: Checkpointer) -> None:
     log.drain()
     with log.pause(saving=True):
+        _require_finite(state, step)
         log.flush()
         checkpoints.save(state, Progress(step, run.seed, evaluated, log.window))
+
+
+def _require_finite(state: TrainState, step: int) -> None:
+    """Refuses to measure or save what an update broke; the loss of that update's own step was still finite."""
+    for params in (state.params, state.ema):
+        require_finite(
+            params,
+            f"the network after step {step} holds",
+            where="TrainRun.optimizer",
+            fix="Lower the learning rate or lengthen its warmup; earlier checkpoints of the run are intact.",
+        )

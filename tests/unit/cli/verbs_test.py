@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -232,6 +233,15 @@ def test_decode_errors(folder, capsys):
     (folder / "broken.txt").write_text('{"prompt": "x"}\n')
     assert "has no field 'inputs'" in fails(capsys, "decode", "--workdir", "run", "--input", "broken.txt")
     assert "not materialised" in fails(capsys, "decode", "--workdir", "run", "--task", "toys")
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["decode", "--limit", "1"]])
+def test_a_network_that_holds_nan_is_neither_scored_nor_decoded(folder, capsys, break_checkpoint, tmp_path, verb):
+    shutil.copytree(folder / "run", tmp_path / "broken")
+    break_checkpoint(tmp_path / "broken", 4)
+    message = fails(capsys, *verb, "--workdir", str(tmp_path / "broken"))
+    assert "checkpoints/4 holds NaN or Inf in 1 of" in message
+    assert "final_norm/scale" in message
 
 
 def test_missing_checkpoint(folder, capsys):

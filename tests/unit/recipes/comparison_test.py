@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -158,6 +159,14 @@ def test_an_interrupted_comparison_ends_with_the_same_results(comparison, undist
         compare(comparison, tmp_path, log=stop)
     compare(comparison, tmp_path, log=lambda line: None)
     assert (tmp_path / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+
+
+def test_a_network_that_holds_nan_is_not_published(comparison, undisturbed, tmp_path, break_checkpoint):
+    shutil.copytree(undisturbed / "stages", tmp_path / "stages")
+    break_checkpoint(tmp_path / "stages" / "tune_ar", 3)
+    with pytest.raises(ConfigError, match=r"stages/tune_ar/checkpoints/3 holds NaN or Inf .*final_norm/scale"):
+        compare(comparison, tmp_path, log=lambda line: None)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_replicates_repeat_all_with_other_seeds_and_are_averaged(comparison, undisturbed, tmp_path):
