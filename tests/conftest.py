@@ -26,7 +26,7 @@ def programs_do_not_pile_up():
 
 @pytest.fixture
 def break_checkpoint():
-    """Returns `f(workdir, step)`, which puts a NaN into `final_norm/scale` of a checkpoint; only its parameters stay."""
+    """Returns `f(workdir, step)`, which puts a NaN into a checkpoint; of its items only the parameters stay."""
 
     def damage(workdir, step):
         import orbax.checkpoint as ocp

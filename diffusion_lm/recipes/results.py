@@ -138,7 +138,9 @@ def _mean(values: Sequence[Any]) -> Any:
         return first
     if isinstance(first, Mapping):
         return {key: _mean([one[key] for one in values]) for key in first}
-    return first if isinstance(first, str | bool | None) else float(np.mean(values))
+    if any(value is None for value in values):  # one of them was not finite, and so is their mean
+        return None
+    return first if isinstance(first, str | bool) else float(np.mean(values))
 
 
 def _plain(value: Any) -> Any:

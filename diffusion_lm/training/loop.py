@@ -1,6 +1,7 @@
 """The training loop. `train` reads as one screen; what each part does is in the module it comes from."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path, PurePath
@@ -114,7 +115,9 @@ def final_metrics(workdir: str | Path, step: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in writers.read_rows(as_path(workdir) / "metrics.jsonl"):
         if row["kind"] == "train" or row["step"] == step:
-            found |= {key: value for key, value in row.items() if key not in ("step", "kind", "timing")}
+            # The log has null for a value that was not finite.
+            values = {key: math.nan if value is None else value for key, value in row.items()}
+            found |= {key: value for key, value in values.items() if key not in ("step", "kind", "timing")}
     return found
 
 

@@ -1,4 +1,4 @@
-"""A network that holds NaN or Inf is never trained on, resumed, saved, evaluated or handed on: one sentence names it."""
+"""A network that holds NaN or Inf is never resumed, trained further, saved or read: one sentence names the tensors."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 from training_stubs import AUTOREGRESSIVE, RaggedRows, SumOfParameters, small_run
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.training import finite
+from diffusion_lm.training import card, finite
 from diffusion_lm.training.checkpoint import Checkpointer, CheckpointPolicy, finished_steps, restore_params, save_params
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.program import run_program
@@ -114,3 +114,14 @@ def test_many_tensors_are_counted_and_the_first_are_named():
     tree = {f"w{number}": jnp.full(2, np.nan) for number in range(5)} | {"ok": jnp.ones(2)}
     with pytest.raises(ConfigError, match=r"NaN or Inf in 5 of 6 tensors: w0, w1, w2 and 2 more \(here\)\. Do this\."):
         finite.require_finite(tree, "it holds", where="here", fix="Do this.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    at: float
+
+
+def test_a_card_keeps_numbers_that_json_does_not_have():
+    """Two configurations that differ in them differ, and the card is JSON."""
+    assert [card.plain(Clip(value))["at"] for value in (np.inf, -np.inf, np.nan, 1.0)] == ["inf", "-inf", "nan", 1.0]
+    assert len({card.fingerprint(Clip(value)) for value in (np.inf, -np.inf, np.nan, 1.0)}) == 4
