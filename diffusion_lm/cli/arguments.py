@@ -58,7 +58,12 @@ def add_run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="run folder, or WORKDIR/stages/STAGE of a comparison"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the newest)")
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="checkpoint to use (default: the one that the run selected, else the newest)",
+    )
 
 
 def split_gin_flags(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -214,6 +214,11 @@ class GenerationEvaluation:
         return f"decode/{self.task.name}" + (f"/oracle_{self.task.oracle}" if self.task.oracle else "")
 
     @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of the values that `run` returns."""
+        return self.task.scorer.value_names
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Plain data that, with the model, determines the numbers; what stands in the data's files is part of it."""
         task = dataclasses.replace(self.task, label="", batch_size=1)

@@ -74,3 +74,35 @@ def test_speed_is_studied_to_4000_tokens_with_the_samplers_of_the_figure():
     assert [arm.family for arm in study.arms] == ["ar"] + ["diffusion"] * 4
     single = [arm.sampler for arm in study.arms if getattr(arm.sampler, "candidates", 0) == 1]
     assert [sampler.steps for sampler in single] == [10, 20, 50]
+
+
+@pytest.mark.parametrize("recipe", ["ar2diff_base.gin", "ar2diff_large.gin", "ar2diff_xl.gin", *ARCHITECTURES[:1]])
+def test_the_paper_scores_the_best_checkpoint_on_squad_and_mbpp(recipe):
+    """Every 1,000 and every 50 steps (arXiv 2401.17181), on data that neither training nor the tables read."""
+    comparison = build(recipe)
+    found = {"qa": set(), "code": set(), "translation": set()}
+    for arm in comparison.arms:
+        for task in comparison.tasks:
+            run = arm.stage_for(task.name).run
+            best = run.checkpoint.best
+            if best is None:
+                found[task.name].add(None)
+                continue
+            evaluation = best.evaluation(run.evaluations)
+            found[task.name].add((best.metric, best.mode, evaluation.every))
+            (source,) = evaluation.task.data.sources
+            assert source.folder not in {one.folder for one in (*run.data.sources, *task.data.sources)}
+            assert dataclasses.replace(evaluation.task.data.converter) == task.data.converter
+            sampler = arm.sampler_for(task.name)
+            assert evaluation.sampler == sampler, "the sampler of the table"
+    untrained = {None} if "untrained" in {arm.name for arm in comparison.arms} else set()
+    assert found == {
+        "qa": {("decode/qa_selection/f1", "max", 1000)} | untrained,
+        "code": {("decode/code_selection/pass_at_k", "max", 50)} | untrained,
+        "translation": {None},
+    }
+
+
+@pytest.mark.parametrize("recipe", ["quickstart.gin", "local_data.gin"])
+def test_recipes_at_laptop_scale_score_the_last_checkpoint(recipe):
+    assert not any(stage.run.checkpoint.best for stage in build(recipe).stages)

@@ -235,6 +235,38 @@ def test_decode_errors(folder, capsys):
     assert "not materialised" in fails(capsys, "decode", "--workdir", "run", "--task", "toys")
 
 
+BEST = """
+from __gin__ import dynamic_registration
+from diffusion_lm.evaluation import generation
+from diffusion_lm.training import checkpoint
+from diffusion_lm.training import selection
+include 'run.gin'
+checkpoint.CheckpointPolicy.best = @selection.BestCheckpoint()
+selection.BestCheckpoint.metric = 'decode/toy/exact_match'
+generation.GenerationEvaluation.every = 2
+"""
+
+
+def test_the_checkpoint_that_a_run_selected_is_what_the_verbs_use(folder, capsys):
+    """Nothing matches at steps 2 and 4: the first of equals is selected."""
+    (folder / "best.gin").write_text(BEST)
+    assert main(["explain", "--gin_file", "best.gin", "--no_config"]) == 0
+    assert (
+        "its best checkpoint: maximum of decode/toy/exact_match on toy/validation, every 2" in capsys.readouterr().out
+    )
+    assert main(["train", "--gin_file", "best.gin", "--workdir", "best", "--json", "best.json"]) == 0
+    assert "handed on: step 2: decode/toy/exact_match 0 is the maximum" in capsys.readouterr().out
+    assert json.loads((folder / "best.json").read_text())["selected"]["step"] == 2
+    for flags, step, by in (([], 2, "decode/toy/exact_match"), (["--step", "4"], 4, None)):
+        assert main(["evaluate", "--workdir", "best", "--only", "bound", "--json", "best.json", *flags]) == 0
+        result = json.loads((folder / "best.json").read_text())
+        assert (result["step"], result.get("selected_by")) == (step, by)
+    assert main(["decode", "--workdir", "best", "--limit", "1"]) == 0
+    assert "step 2 of best" in capsys.readouterr().err
+    message = fails(capsys, "explain", "--gin_file", "best.gin", "--gin.BestCheckpoint.metric='decode/toy/em'")
+    assert "measures 'decode/toy/em'" in message
+
+
 @pytest.mark.parametrize("verb", [["evaluate"], ["decode", "--limit", "1"]])
 def test_a_network_that_holds_nan_is_neither_scored_nor_decoded(folder, capsys, break_checkpoint, tmp_path, verb):
     shutil.copytree(folder / "run", tmp_path / "broken")
