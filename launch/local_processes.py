@@ -8,6 +8,7 @@ failure's.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -90,8 +91,10 @@ def _free_port() -> int:
 def _forward(stream: IO[bytes] | None, number: int) -> None:
     assert stream is not None
     for line in stream:
-        sys.stdout.write(f"[{number}] {line.decode(errors='replace')}")
-        sys.stdout.flush()
+        # Read on without a reader of our own output: a worker whose pipe is full would wait for ever.
+        with contextlib.suppress(OSError):
+            sys.stdout.write(f"[{number}] {line.decode(errors='replace')}")
+            sys.stdout.flush()
 
 
 def _wait(workers: Sequence[subprocess.Popen]) -> int:

@@ -11,7 +11,7 @@ one that shares most words with the question; an answer outside it counts as mis
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import seqio
@@ -22,6 +22,8 @@ from diffusion_lm.evaluation import metrics
 from diffusion_lm_tasks import local_files, preprocessors, vocabularies
 
 CONTEXT_CHARACTERS = 1200
+SELECTION_BUCKETS = 50
+"""One article in so many of the training set is held out, to select checkpoints by."""
 
 
 def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -36,6 +38,21 @@ def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
         }
 
     return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def of_articles(held_out: bool) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """Returns a preprocessor that keeps one article in `SELECTION_BUCKETS`, by its title, or all the others.
+
+    By title, because the paragraphs and questions of an article share its facts.
+    """
+
+    def keep(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        def wanted(example):
+            return tf.equal(tf.strings.to_hash_bucket_fast(example["title"], SELECTION_BUCKETS) == 0, held_out)
+
+        return dataset.filter(wanted)
+
+    return keep
 
 
 def answers_reference(text: str, example=None, is_target: bool = False):
@@ -123,6 +140,16 @@ preprocessors.add(
     postprocess_fn=answers_reference,
     metric_fns=(metrics.squad,),
 )
+# SQuAD's dev set is what is scored; checkpoints are selected on a part of the training set that is not trained on.
+for name, held_out in (("squad_v1_1_tuning", False), ("squad_v1_1_selection", True)):
+    preprocessors.add(
+        name,
+        source=seqio.TfdsDataSource("squad/v1.1:3.0.0", splits=("train",)),
+        preprocessors=(of_articles(held_out), prompts),
+        features=preprocessors.paired_features(VOCABULARY),
+        postprocess_fn=answers_reference,
+        metric_fns=(metrics.squad,),
+    )
 preprocessors.add(
     "local_squad",
     source=preprocessors.python_source(read_local, ("inputs", "targets", "reference"), ("train", "validation")),

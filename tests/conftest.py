@@ -1,7 +1,11 @@
-"""Keeps compiled programs from piling up: each holds memory maps, and a process that runs out of them crashes."""
+"""Keeps compiled programs from piling up: each holds memory maps, and a process that runs out of them crashes.
+
+And `break_checkpoint`, which puts a NaN into a run folder.
+"""
 
 import gc
 import pathlib
+import shutil
 
 import jax
 import pytest
@@ -18,3 +22,23 @@ def programs_do_not_pile_up():
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def break_checkpoint():
+    """Returns `f(workdir, step)`, which puts a NaN into a checkpoint; of its items only the parameters stay."""
+
+    def damage(workdir, step):
+        import orbax.checkpoint as ocp
+
+        from diffusion_lm.training.checkpoint import FOLDER, restore_params
+
+        params = restore_params(workdir, step=step)
+        params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(float("nan"))
+        folder = pathlib.Path(workdir).absolute() / FOLDER
+        shutil.rmtree(folder / str(step))
+        with ocp.CheckpointManager(folder, item_names=("params",)) as manager:
+            assert manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)), force=True)
+            manager.wait_until_finished()
+
+    return damage

@@ -203,6 +203,29 @@ def test_nothing_above_the_objectives_tells_them_apart(path):
     assert not _switches(path.read_text(), classes)
 
 
+def _loose_json(source):
+    """Lines that may write NaN or Infinity, which are not JSON."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [
+        call.lineno
+        for call in calls
+        if getattr(call.func, "attr", "") in ("dumps", "dump")
+        and getattr(getattr(call.func, "value", None), "id", "") == "json"
+        and not any(word.arg == "allow_nan" and ast.unparse(word.value) == "False" for word in call.keywords)
+    ]
+
+
+@pytest.mark.parametrize("source", ["json.dumps(x)", "json.dump(x, file, allow_nan=True)"])
+def test_loose_json_is_seen(source):
+    assert _loose_json(source)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_nothing_that_is_written_as_json_can_hold_nan(path):
+    """Results go through `core.files.json_text`, where such numbers become null."""
+    assert not _loose_json(path.read_text())
+
+
 def test_files_are_small_rooms():
     lengths = {_name(path): len(path.read_text().splitlines()) for path in ALL_CODE}
     assert not {name: length for name, length in lengths.items() if length > 500}, "over 500 lines a file is two files"

@@ -26,7 +26,7 @@ def main() -> None:
                 answer = _answer(side, question)
         except ConfigError as error:
             answer = {"error": error.what, "where": error.where, "fix": error.fix}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps(answer, allow_nan=False) + "\n")
 
 
 def _answer(side: Side, question: dict[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class ChildSide:
         assert pipe is not None
         assert answers is not None
         try:
-            pipe.write(json.dumps(question).encode() + b"\n")
+            pipe.write(json.dumps(question, allow_nan=False).encode() + b"\n")
             pipe.flush()
             line = answers.readline()
         except BrokenPipeError:

@@ -113,7 +113,7 @@ def main():
     model: Any = None
 
     def reply(**answer):
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps(answer, allow_nan=False) + "\n")
 
     for line in sys.stdin:
         question = json.loads(line)

@@ -17,7 +17,9 @@ RESOLVED = "resolved.gin"
 GIN_HELP = """\
 --gin.NAME=VALUE sets a macro (--gin.TRAIN_STEPS=100) or a parameter (--gin.TrainRun.steps=100,
 --gin.scope/Class.parameter=...). Strings may be quoted as in T5X: --gin.TASK="'wmt14_en_fr'".
-Exit codes: 0 done, 2 wrong input, 75 stopped by SIGTERM and saved (run again), 130 stopped by Ctrl-C."""
+Exit codes: 0 done, 2 wrong input, 75 stopped by SIGTERM and saved (run again), 130 stopped by Ctrl-C, 141 the reader
+of stdout went away. A closed stderr is no error; train, compare, import, export and materialise also finish without
+a reader of stdout, and so does every verb with --json PATH."""
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +58,12 @@ def add_run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="run folder, or WORKDIR/stages/STAGE of a comparison"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the newest)")
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="checkpoint to use (default: the one that the run selected, else the newest)",
+    )
 
 
 def split_gin_flags(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -7,12 +7,12 @@ or the SAMPLER of --sampler FILE; --gin flags then set the sampler's parameters.
 
 import argparse
 import dataclasses
-import json
 from typing import Any
 
 from diffusion_lm.cli import arguments as common
 from diffusion_lm.cli.output import progress, say
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.files import json_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     "score": float(one.scores[row]),
                     "forward_passes": int(one.forward_passes[row]),
                 }
-                say(json.dumps(result, ensure_ascii=False))
+                say(json_text(result))
                 results.append(result)
     cuts.conclude()
     given = f", given the oracle {oracle}" if oracle else ""

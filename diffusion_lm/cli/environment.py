@@ -25,6 +25,8 @@ EXIT_PREEMPTED = 75
 """SIGTERM (`EX_TEMPFAIL`): what was done is saved; the same command goes on. Launchers restart on it."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C; the same command goes on from the last checkpoint."""
+EXIT_OUTPUT_CLOSED = 141
+"""The reader of stdout went away before all results were written: the code of a process that SIGPIPE ended."""
 
 
 _STDERR = 2

@@ -1,7 +1,8 @@
 """Scores the model of a run folder: the teacher-forced bound and the metrics of decoded completions.
 
 What is scored is what the run's configuration evaluates (TrainRun.evaluations), or, for a stage of a comparison, the
-comparison's tasks; the checkpoint is the newest. Settings can be overridden with --gin flags.
+comparison's tasks; the checkpoint is the one that the run selected, else the newest. Settings can be overridden with
+--gin flags.
 
 With --suite FILE (`diffusion-lm list suites`) it is what a published protocol evaluates: tasks with their prompts,
 lengths, estimators and samplers, whatever the run itself was evaluated on. --gin flags then set the suite's parameters.
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs the verb and returns `{"workdir", "step", "evaluations": {name: values}}`."""
+    """Runs the verb and returns `{"workdir", "step", "evaluations": {name: values}}`, and `selected_by` if it was."""
     from diffusion_lm.cli import estimator, scores, suite
     from diffusion_lm.cli.run_folder import open_run
 
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         if kept:
             results[evaluation.name] |= scores.record(evaluation, opened, results[evaluation.name])
-    heading(f"{opened.folder}, step {opened.step:,}")
+    heading(f"{opened.folder}, step {opened.step:,}" + (f" ({opened.selected.metric})" if opened.selected else ""))
     rows = [
         ("" if number else name, metric, f"{value:.6g}")
         for name, result in results.items()
@@ -89,7 +90,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             say(f"  {name}: {cut['text']}")
     if kept:
         estimator.show(results)
-    return {"workdir": str(opened.folder), "step": opened.step, "evaluations": results}
+    return {"workdir": str(opened.folder), "step": opened.step, **_selection(opened), "evaluations": results}
+
+
+def _selection(opened: Any) -> dict[str, Any]:
+    """Returns what selected the checkpoint, where something did."""
+    return {} if opened.selected is None else {"selected_by": opened.selected.metric}
 
 
 def _choose(evaluations: tuple[Any, ...], names: list[str]) -> list[Any]:

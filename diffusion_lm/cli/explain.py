@@ -84,6 +84,7 @@ def _explain_comparison(comparison: Any) -> dict[str, Any]:
                 "steps": stage.run.steps,
                 "tokens": stage.train_tokens,
                 "flops": _stage_flops(stage.run),
+                "selection": _selection(stage.run),
                 "arms": users[stage.name],
             }
         )
@@ -105,6 +106,9 @@ def _explain_comparison(comparison: Any) -> dict[str, Any]:
         fold=[],
     )
     output.say("  An indented stage starts from the parameters of the one above it; arms: how many share it.")
+    for selection in dict.fromkeys(stage["selection"] for stage in stages if stage["selection"]):
+        names = ", ".join(stage["name"] for stage in stages if stage["selection"] == selection)
+        output.say(f"  Handed on is the best checkpoint, {selection}, of {names}.")
     arms = [_arm(comparison, arm) for arm in comparison.arms]
     output.heading("arms")
     output.table(
@@ -136,6 +140,17 @@ def _explain_comparison(comparison: Any) -> dict[str, Any]:
     apart = sum(arm["flops"] for arm in arms)
     output.say(f"\n  all stages: {output.flops(once)}; without sharing stages it would be {output.flops(apart)}")
     return {"name": comparison.name, "stages": stages, "arms": arms, "tasks": tasks, "flops": once}
+
+
+def _selection(run: Any) -> str | None:
+    """Returns what selects a run's checkpoint, on what and how often; None where it hands on the last one."""
+    best = run.checkpoint.best
+    if best is None:
+        return None
+    evaluation = best.evaluation(run.evaluations)
+    sources = getattr(getattr(getattr(evaluation, "task", evaluation), "data", None), "sources", ())
+    data = "".join(f" on {source.task}/{source.split}" for source in sources)
+    return f"{best.mode}imum of {best.metric}{data}, every {evaluation.every:,} steps"
 
 
 def _tree(stages: list[dict[str, Any]], parent: str | None, depth: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -241,6 +256,7 @@ def _print_step(name: str, run: Any, cost: Any) -> None:
             ("", f"{output.flops(cost.train_flops_per_token)} forward and backward, all passes"),
             ("FLOPs per step", output.flops(cost.flops_per_step)),
             ("whole run", f"{run.steps:,} steps, {output.flops(cost.flops_per_step * run.steps)}"),
+            *([("hands on", f"its best checkpoint: {_selection(run)}")] if _selection(run) else []),
             ("memory", f"of each of {_where(cost.layout)}"),
             ("  parameters", output.size(memory.parameters)),
             *([("  moving average", output.size(memory.ema))] if memory.ema else []),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import diffusion_lm
-from diffusion_lm.cli import arguments, environment
+from diffusion_lm.cli import arguments, environment, streams
 from diffusion_lm.cli.output import progress, write_result
 from diffusion_lm.core.errors import ConfigError, near_names
 
@@ -27,6 +27,9 @@ VERBS = {
     "materialise": "write tasks to files that training reads without TensorFlow",
     "doctor": "check that this machine can run all of it",
 }
+
+PRINTED = ("evaluate", "decode", "explain", "plan", "bench", "list", "doctor")
+"""Verbs whose product is what they print; the others leave a folder."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,10 +68,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code (`environment.py` lists them)."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    with streams.guarded() as stdout:
+        try:
+            code = _checked(list(sys.argv[1:] if argv is None else argv), stdout)
+            stdout.flush()
+        except streams.OutputClosed:
+            return environment.EXIT_OUTPUT_CLOSED
+    return code
+
+
+def _checked(given: list[str], stdout: streams.GuardedStream) -> int:
+    """Runs the command line; errors become one line and an exit code."""
     debug = "--debug" in given
     try:
-        return _run(given)
+        return _run(given, stdout)
     except ConfigError as error:
         if debug:
             traceback.print_exc()
@@ -84,12 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.code == environment.EXIT_PREEMPTED:
             progress("terminated; the same command goes on from what is saved")
         return error.code if isinstance(error.code, int) else environment.EXIT_OK
-    except BrokenPipeError:
-        sys.stderr.close()
-        return environment.EXIT_OK
 
 
-def _run(given: list[str]) -> int:
+def _run(given: list[str], stdout: streams.GuardedStream) -> int:
     rest, bindings = arguments.split_gin_flags(given)
     if rest and not rest[0].startswith("-") and rest[0] not in VERBS:
         raise ConfigError(
@@ -105,11 +115,14 @@ def _run(given: list[str]) -> int:
     if bindings and not hasattr(parsed, "gin_file"):
         raise ConfigError(f"{parsed.verb} takes no --gin flags", where=f"--gin.{bindings[0]}", fix="Remove them.")
     parsed.gin = bindings
+    # What else has the result keeps the verb going without a reader: a run folder, a --json file.
+    stdout.needed = parsed.verb in PRINTED and parsed.json in (None, "-")
     environment.prepare()
     with environment.sigterm_raises():
         environment.import_modules(parsed.module)
         outcome = parsed.run(parsed)
     result, code = outcome if isinstance(outcome, tuple) else (outcome, environment.EXIT_OK)
+    stdout.needed = stdout.needed or parsed.json == "-"
     write_result(parsed.json, result)
     return code
 

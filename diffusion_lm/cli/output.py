@@ -1,12 +1,11 @@
 """Results on stdout, progress on stderr; tables that are pretty on a terminal and plain in a pipe."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from diffusion_lm.core.files import write_text
+from diffusion_lm.core.files import json_text, write_text
 
 MAX_WIDTH = 100
 _GAP = 3
@@ -83,7 +82,7 @@ def write_result(path: str | None, result: Any) -> None:
     """Writes the machine-readable result of a verb to `path` ("-" is stdout); nothing where no path is given."""
     if path is None:
         return
-    text = json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n"
+    text = json_text(plain(result), indent=1) + "\n"
     if path == "-":
         sys.stdout.write(text)
     else:

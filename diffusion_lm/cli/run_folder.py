@@ -15,8 +15,9 @@ from diffusion_lm.core.files import as_path
 from diffusion_lm.evaluation.generation import GenerationEvaluation
 from diffusion_lm.evaluation.likelihood import BoundEvaluation
 from diffusion_lm.recipes.comparison import Comparison
-from diffusion_lm.training.checkpoint import finished_steps
+from diffusion_lm.training.checkpoint import chosen_step, finished_steps, selected
 from diffusion_lm.training.run import TrainRun
+from diffusion_lm.training.selection import Selected
 from diffusion_lm.training.trained import trained_model
 
 
@@ -29,6 +30,7 @@ class OpenRun:
       run: how it was trained.
       evaluations: what it is scored on: the run's own evaluations, or those of the comparison that it is a stage of.
       step: the checkpoint that is used.
+      selected: what selected it; None where it was named or is the newest.
       lineage: what the run's parameters began as: stages of its comparison from the first on, or `TrainRun.initial`.
     """
 
@@ -37,6 +39,7 @@ class OpenRun:
     evaluations: tuple[Any, ...]
     step: int
     lineage: tuple[str, ...] = ()
+    selected: Selected | None = None
 
     def load(self) -> BoundModel:
         """Returns the model with its parameters on the run's mesh."""
@@ -65,10 +68,14 @@ def open_run(arguments: argparse.Namespace, *, bindings: Sequence[str]) -> OpenR
             where="--step" if steps else "--workdir",
             fix=f"Choose one of {', '.join(map(str, steps))}." if steps else "Train first, or name another run folder.",
         )
-    step = steps[-1] if arguments.step is None else arguments.step
+    if arguments.step is None:
+        step, best = chosen_step(folder), selected(folder)
+    else:
+        step, best = arguments.step, None
+    assert step is not None, "there are checkpoints"
     if isinstance(root, Comparison):
-        return _stage(root, folder, step)
-    return OpenRun(folder, root, root.evaluations, step, () if root.initial is None else (root.initial,))
+        return dataclasses.replace(_stage(root, folder, step), selected=best)
+    return OpenRun(folder, root, root.evaluations, step, () if root.initial is None else (root.initial,), best)
 
 
 def _resolved_file(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 from diffusion_lm.cli.output import plain
 from diffusion_lm.cli.run_folder import OpenRun
 from diffusion_lm.core.errors import require
-from diffusion_lm.core.files import as_path, read_json, write_text
+from diffusion_lm.core.files import as_path, json_text, read_json, write_text
 from diffusion_lm.evaluation.generation import GenerationEvaluation
 from diffusion_lm.evaluation.scoring_task import ScoringEvaluation
 from diffusion_lm.training.card import first_difference
@@ -25,7 +25,7 @@ def refuse_another(path: str | None, chosen: Sequence[Scored], opened: OpenRun) 
         return
     there = read_json(path)
     found = there.get("evaluations", {}) if isinstance(there, dict) else {"": {}}
-    here = {one.name: json.loads(json.dumps(_configuration(one, opened))) for one in chosen}
+    here = {one.name: json.loads(json_text(_configuration(one, opened))) for one in chosen}
     before = {name: result.get("configuration") for name, result in found.items()}
     difference = first_difference(before, here, "evaluations")
     require(
@@ -42,12 +42,12 @@ def record(evaluation: Scored, opened: OpenRun, result: Mapping[str, Any]) -> di
     The file's name holds a hash of the configuration, so no other configuration's file is ever replaced.
     """
     configuration = _configuration(evaluation, opened)
-    mark = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:10]
+    mark = hashlib.sha256(json.dumps(configuration, sort_keys=True, allow_nan=False).encode()).hexdigest()[:10]
     by = type(evaluation.estimator if isinstance(evaluation, ScoringEvaluation) else evaluation.sampler).__name__
     name = f"{evaluation.name.split('/', 1)[-1].replace('/', '.')}.{by}.{mark}.json"
     path = opened.folder / FOLDER / name
     kept = {"workdir": str(opened.folder), "name": evaluation.name, **result, "configuration": configuration}
-    write_text(path, json.dumps(plain(kept), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(plain(kept), indent=1) + "\n")
     return {"configuration": configuration, "file": str(path)}
 
 

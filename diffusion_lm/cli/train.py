@@ -3,11 +3,12 @@
 The run folder gets checkpoints, metrics.jsonl, run_card.json and resolved.gin: one file that says all that was set."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 from diffusion_lm.cli.arguments import RESOLVED, add_gin, load_config, record_config
 from diffusion_lm.cli.materialise import ensure
-from diffusion_lm.cli.output import heading, table
+from diffusion_lm.cli.output import heading, say, table
 from diffusion_lm.core.files import as_path, write_text
 
 
@@ -35,11 +36,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         # A folder of another configuration was refused above, so this is the same run, perhaps executed differently.
         write_text(workdir / RESOLVED, loaded.resolved())
         heading(f"{result.step:,} steps, in {workdir}")
+        if result.selected is not None:
+            say(f"handed on: {result.selected}")
         table(["metric", "value"], [(name, f"{value:.6g}") for name, value in result.metrics.items()], right=[1])
     return {
         "workdir": str(workdir),
         "step": result.step,
         "metrics": result.metrics,
         "cuts": configured.cuts(),
+        **({} if result.selected is None else {"selected": dataclasses.asdict(result.selected)}),
         "initial": None if result.report is None else str(result.report),
     }

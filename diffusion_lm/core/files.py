@@ -5,9 +5,11 @@ itself; buckets are reached through `etils.epath`, which Orbax uses too.
 """
 
 import json
+import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
@@ -77,7 +79,26 @@ def remove_folder(path: str | os.PathLike) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as JSON with sorted keys, atomically: equal values give equal bytes."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=1, sort_keys=True) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Returns `value` as JSON, in which NaN and infinite numbers are null.
+
+    JSON has no literals for them; Python's `NaN` and `Infinity` are refused by other parsers. A result such as a
+    perplexity beyond the floats must not end an evaluation, so it is written as what has no number.
+    """
+    return json.dumps(_finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def read_json(path: str | os.PathLike) -> Any:

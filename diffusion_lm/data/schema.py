@@ -137,7 +137,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Returns the text of `manifest.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = "manifest.json") -> "Manifest":

@@ -137,7 +137,7 @@ def write_records(
 
 def _open_partial(partial: Path, manifest: Manifest, records_per_shard: int) -> None:
     """Makes `partial` a folder that holds complete shards of this very dataset, or nothing."""
-    progress = json.dumps([json.loads(manifest.to_json()), records_per_shard])
+    progress = json.dumps([json.loads(manifest.to_json()), records_per_shard], allow_nan=False)
     path = partial / "progress.json"
     if not (path.is_file() and path.read_text() == progress):
         shutil.rmtree(partial, ignore_errors=True)

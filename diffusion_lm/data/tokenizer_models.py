@@ -133,7 +133,7 @@ class TokenizersModel:
 
         wrong = dict(where="tokenizer.json", fix="Give the file that its model was published with.")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content, allow_nan=False))
         except Exception as error:  # the library raises nothing narrower
             raise ConfigError(f"the tokenizers library cannot read the vocabulary: {error}", **wrong) from error
         self._tokenizer.no_truncation()
@@ -148,7 +148,7 @@ class TokenizersModel:
             )
         self._added = {token["id"]: token["content"] for token in added}
         self._special = {token["id"] for token in added if token["special"]}
-        model, decoder = content["model"], json.dumps(content.get("decoder"))
+        model, decoder = content["model"], json.dumps(content.get("decoder"), allow_nan=False)
         self.kind = str(model.get("type", "tokenizers"))
         self._byte_level = '"ByteLevel"' in decoder
         self._prefix = (model.get("continuing_subword_prefix") or "") if self.kind == "WordPiece" else ""

@@ -93,7 +93,7 @@ class Vocabulary:
         content: dict[str, Any] = {"format": _FORMAT, **files.content, "added": added, "roles": roles}
         if model:
             content["sentencepiece"] = base64.b64encode(model).decode()
-        return cls(json.dumps(content).encode())
+        return cls(json.dumps(content, allow_nan=False).encode())
 
     @functools.cached_property
     def _opened(self) -> "_Opened":

@@ -144,11 +144,11 @@ class _Worker:
     """One forking interpreter; restarted when it dies."""
 
     def __init__(self, limits: dict):
-        self._arguments = [sys.executable, "-I", "-S", "-c", _WORKER, json.dumps(limits)]
+        self._arguments = [sys.executable, "-I", "-S", "-c", _WORKER, json.dumps(limits, allow_nan=False)]
         self._process: subprocess.Popen | None = None
 
     def run(self, program: str, timeout_s: float) -> RunResult:
-        request = json.dumps({"program": program, "timeout_s": timeout_s}).encode()
+        request = json.dumps({"program": program, "timeout_s": timeout_s}, allow_nan=False).encode()
         try:
             process = self._started()
             assert process.stdin is not None

@@ -234,6 +234,11 @@ class GenerationEvaluation:
         return self.task.cuts
 
     @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of the values that `run` returns."""
+        return self.task.scorer.value_names
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Plain data that, with the model, determines the numbers; what stands in the data's files is part of it."""
         task = dataclasses.replace(self.task, label="", batch_size=1)

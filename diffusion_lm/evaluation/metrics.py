@@ -27,6 +27,8 @@ from diffusion_lm.evaluation.metrics_reasoning import final_answer as final_answ
 from diffusion_lm.evaluation.metrics_rouge import ROUGE_NAMES, rouge_rows
 
 Values = Callable[[np.ndarray], dict[str, float]]
+_MOST_STATISTICS = 16
+"""No metric has more columns; names of scores do not depend on the numbers in them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,11 @@ class Metric:
     def secondary(self, statistics: np.ndarray) -> dict[str, float]:
         """Returns the scores beside the headline."""
         return {name: value for name, value in self.all_values(statistics).items() if name != self.primary_key}
+
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of the scores."""
+        return tuple(self.values(np.zeros(_MOST_STATISTICS)))
 
     def __call__(self, references: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
         """Returns every score of a corpus."""

@@ -63,7 +63,7 @@ def _role(values: Mapping[str, Any], name: str) -> int | None:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _byte_level_bpe(values: Mapping[str, Any], tokens: list[str], pre: str) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def _write_weights(
         os.replace(folder / f"shard-{number:05d}.safetensors", folder / file)
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def _tensors(

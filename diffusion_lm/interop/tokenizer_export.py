@@ -59,7 +59,7 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
         if role.how == "found" and role.token not in known and role.token < base:
             whole["added_tokens"].append(_added(role.token, role.piece))
     whole["added_tokens"].sort(key=lambda token: token["id"])
-    text = json.dumps(whole, ensure_ascii=False)
+    text = json.dumps(whole, ensure_ascii=False, allow_nan=False)
     _try(text, vocabulary)
     named = {f"{name}_token": role.piece for name, role in roles.items() if role.how != "reused" or name == "mask"}
     config = {
@@ -71,7 +71,9 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
         **named,
     }
     files[TOKENIZER_JSON] = text.encode()
-    files[TOKENIZER_CONFIG] = (json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    files[TOKENIZER_CONFIG] = (
+        json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    ).encode()
     return files
 
 

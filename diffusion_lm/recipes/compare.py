@@ -30,6 +30,7 @@ from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.playback import record_playback
 from diffusion_lm.recipes.results import Evaluations, assemble, cuts, shown_samples
 from diffusion_lm.recipes.stage import Stage
+from diffusion_lm.training.checkpoint import selected
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.run import fingerprint
 from diffusion_lm.training.trained import trained_model
@@ -124,6 +125,7 @@ def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: P
         if getattr(task.data, "vocabulary_note", None):
             log(str(task.data.vocabulary_note))
         stage, sampler = arm.stage_for(task.name), arm.sampler_for(task.name)
+        best = selected(stage_folder(stage, workdir)) if stage.run.checkpoint.best else None
         model = trained_model(stage.run, stage_folder(stage, workdir))
         result = generation.generate(model, sampler, task, seed=comparison.seed)
         value, per_example, secondary = generation.score(task, result)
@@ -142,6 +144,7 @@ def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: P
             "statistics": np.asarray(per_example, np.float64).tolist(),
             "secondary": secondary,
             "bound": bound,
+            **({} if best is None else {"selected_step": best.step, "selected_by": best.metric}),
             "forward_passes": float(result.forward_passes.mean()),
             "generated_tokens": float(result.lengths.mean()),
             "predictions": [list(samples) for samples in result.predictions],

@@ -88,6 +88,7 @@ class Comparison:
             require(bool(names), f"a comparison needs {field}", where=f"Comparison.{field}", fix="Give at least one.")
             twice = sorted({name for name in names if names.count(name) > 1})
             require(not twice, f"{field} named twice: {', '.join(twice)}", where=f"Comparison.{field}", fix="Rename.")
+        _check_selection(self)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -118,6 +119,30 @@ class Comparison:
             for arm in self.arms
         )
         return dataclasses.replace(self, arms=arms, seed=self.seed + shift)
+
+
+def _check_selection(comparison: Comparison) -> None:
+    """Refuses stages that select their checkpoint on data which a task scores: such a score is no held-out result."""
+    scored = {_place(source): task for task in comparison.tasks for source in getattr(task.data, "sources", ())}
+    for stage in comparison.stages:
+        best = stage.run.checkpoint.best
+        if best is None:
+            continue
+        evaluation: Any = best.evaluation(stage.run.evaluations)
+        data = getattr(evaluation, "task", evaluation)
+        for source in getattr(getattr(data, "data", None), "sources", ()):
+            task = scored.get(_place(source))
+            require(
+                task is None,
+                f"{stage.name} selects its checkpoint by {best.metric} on {source.task}/{source.split}, "
+                f"which the task '{task and task.name}' scores",
+                where="CheckpointPolicy.best",
+                fix="Select on another split, which no task of the comparison scores.",
+            )
+
+
+def _place(source: Any) -> tuple[str, str, str]:
+    return source.task, source.split, str(source.folder)
 
 
 _SEED_STRIDE = 1000

@@ -48,7 +48,8 @@ def write(
         [{`name`, `initial`, `steps`, `tokens`, `objective`}]}];
         `tasks` [{`name`, `label`, `metric`, `metric_label`, `higher_is_better`, `examples`}];
         `cells` {arm: {task: {`value`, `low`, `high`, `examples`, `per_example`, `secondary` {name: number},
-        `conditions` {name: value}}}};
+        `conditions` {name: value}, and `selected_step`, `selected_of`, `selected_by` where the scored checkpoint was
+        selected}}};
         `differences` {task: [{`arm`, `against`, `value`, `low`, `high`}]} from `statistics.all_differences`;
         `bounds` {arm: {task: {`nll_per_real_token`, `kind`, ...}}};
         `cuts` [{`used_by`, `text`, ...}], what rows do not hold whole (`results.cuts`).
@@ -112,6 +113,7 @@ def render(
         headings=[tables.task_heading(task) for task in tasks],
         intervals=tables.intervals(results),
         forest=(forest := stage_forest(arms)),
+        selections=tables.selections(results),
         stage_chart=_stage_chart(results, forest, styles),
         curve_panels=curve_panels(arms, curves, styles),
         speed=_speed(speed),

@@ -39,6 +39,7 @@ def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[
                 "high": high,
                 **({"replicates": [one["value"] for one in found]} if len(found) > 1 else {}),
                 "examples": rows.shape[1],
+                **_selection(found, arm.stage_for(task.name)),
                 "secondary": _mean([one["secondary"] for one in found]),
                 "conditions": {
                     "sampler": type(sampler).__name__,
@@ -120,9 +121,22 @@ def _arm_card(comparison: Comparison, arm: Arm) -> dict[str, Any]:
                 "steps": stage.run.steps,
                 "tokens": stage.train_tokens,
                 "objective": type(stage.run.objective).__name__,
+                **({} if stage.run.checkpoint.best is None else {"selected_by": stage.run.checkpoint.best.metric}),
             }
             for stage in stages
         ],
+    }
+
+
+def _selection(found: Sequence[Mapping[str, Any]], stage: Stage) -> dict[str, Any]:
+    """Returns which checkpoint was scored (in each replicate) and what selected it; nothing where it was the last."""
+    if "selected_step" not in found[0]:
+        return {}
+    steps = [one["selected_step"] for one in found]
+    return {
+        "selected_step": steps if len(steps) > 1 else steps[0],
+        "selected_of": stage.run.steps,
+        "selected_by": found[0]["selected_by"],
     }
 
 
@@ -155,7 +169,9 @@ def _mean(values: Sequence[Any]) -> Any:
         return first
     if isinstance(first, Mapping):
         return {key: _mean([one[key] for one in values]) for key in first}
-    return first if isinstance(first, str | bool | None) else float(np.mean(values))
+    if any(value is None for value in values):  # one of them was not finite, and so is their mean
+        return None
+    return first if isinstance(first, str | bool) else float(np.mean(values))
 
 
 def _mean_bound(bounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

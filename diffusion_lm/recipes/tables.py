@@ -80,6 +80,8 @@ def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None)
     if said.findings:
         parts.append("\n".join(f"- {_escaped(finding)}" for finding in said.findings))
     parts += [quality_markdown(results), intervals(results)]
+    if chosen := selections(results):
+        parts.append("\n".join(f"- {_escaped(sentence)}" for sentence in chosen))
     if likelihood_table.has_bounds(results):
         parts.append(likelihood_table.markdown(results))
     notes = list(results.get("notes") or ())
@@ -88,6 +90,23 @@ def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None)
     if results.get("fingerprint"):
         parts.append(f"Configuration `{results['fingerprint']}`.")
     return "\n\n".join(parts) + "\n"
+
+
+def selections(results: Mapping[str, Any]) -> list[str]:
+    """Returns, for each cell whose checkpoint was selected, which one was scored and by what."""
+    sentences = []
+    for arm in results["arms"]:
+        for task in results["tasks"]:
+            found = results.get("cells", {}).get(arm["name"], {}).get(task["name"]) or {}
+            if "selected_step" not in found:
+                continue
+            steps = found["selected_step"]
+            shown = f"steps {', '.join(f'{one:,}' for one in steps)}" if isinstance(steps, list) else f"step {steps:,}"
+            sentences.append(
+                f"{arm['label']} on {task['label']}: the checkpoint of {shown} of {found['selected_of']:,}, "
+                f"the best by {found['selected_by']}."
+            )
+    return sentences
 
 
 def intervals(results: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -21,6 +22,8 @@ _REPORTED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffusion-lm
 def plain(value: Any) -> Any:
     """Returns a configured object as JSON data: dataclasses as `{"class": ..., fields...}`, everything else as it is.
 
+    Numbers that are not finite become text: "inf", "-inf", "nan".
+
     Raises:
       TypeError: the value (or a part of it) is neither a dataclass nor plain data.
     """
@@ -34,6 +37,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, PurePath):
         return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such numbers, and two configurations that differ in them must differ
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if callable(value) and hasattr(value, "__qualname__"):
@@ -43,7 +48,7 @@ def plain(value: Any) -> Any:
 
 def fingerprint(value: Any) -> str:
     """Returns the SHA-256 of a configured object's plain form; equal configurations have equal fingerprints."""
-    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) -> None:
@@ -60,7 +65,7 @@ def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) 
     path = workdir / CARD
     if path.exists():
         found = read_json(path)["identity"]
-        difference = first_difference(found, json.loads(json.dumps(identity)))
+        difference = first_difference(found, json.loads(json.dumps(identity, allow_nan=False)))
         if difference is not None:
             raise ConfigError(
                 f"{workdir} is the run folder of another configuration: {difference}",
@@ -74,7 +79,9 @@ def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) 
             path,
             {
                 "identity": identity,
-                "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+                "fingerprint": hashlib.sha256(
+                    json.dumps(identity, sort_keys=True, allow_nan=False).encode()
+                ).hexdigest(),
                 "versions": installed_versions(),
                 "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
                 **conditions,

@@ -1,6 +1,7 @@
 """The training loop. `train` reads as one screen; what each part does is in the module it comes from."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.architectures.surgery import vocabulary_rows
@@ -21,11 +23,13 @@ from diffusion_lm.parallel.shardings import Placement, place_batch
 from diffusion_lm.parallel.xla_options import xla_options
 from diffusion_lm.training import metrics, writers
 from diffusion_lm.training.card import claim_folder
-from diffusion_lm.training.checkpoint import Checkpointer, Progress, restore_params
+from diffusion_lm.training.checkpoint import Checkpointer, Progress, restore_params, selected
+from diffusion_lm.training.finite import require_finite
 from diffusion_lm.training.hooks import Log, Preempted, Preemption, evaluation_due
 from diffusion_lm.training.profile import Profile
 from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
+from diffusion_lm.training.selection import Selected
 from diffusion_lm.training.state import TrainState
 from diffusion_lm.training.step import Program
 from diffusion_lm.training.transfer import TransferReport, transfer
@@ -36,16 +40,18 @@ class TrainResult:
     """What a finished run leaves.
 
     Attributes:
-      params: the final parameters; the moving average where the run keeps one.
+      params: the final parameters, or those of the selected checkpoint; the moving average where the run keeps one.
       step: updates made, equal to `TrainRun.steps`.
       metrics: the last row of the log without times, and every evaluation's last values as `name/value`.
       report: how the initial parameters were taken over, if this call took any over; else None.
+      selected: the checkpoint that `CheckpointPolicy.best` selected; None where it is the last one.
     """
 
     params: Params
     step: int
     metrics: dict[str, float]
     report: TransferReport | None = None
+    selected: Selected | None = None
 
 
 def train(
@@ -62,7 +68,7 @@ def train(
         folder of a run or checkpoint; a function that returns one of them is only called if they are needed.
 
     Raises:
-      ConfigError: the run does not fit its data, its devices or its folder, or its loss is no longer finite.
+      ConfigError: the run does not fit its data, its devices or its folder, or its loss or its network is not finite.
       Preempted: SIGTERM came; the state is saved and the process exits with `hooks.RESTART_EXIT_CODE`.
     """
     run.validate()
@@ -75,10 +81,9 @@ def train(
     program = run_program(run)
     with Checkpointer(workdir, run.checkpoint) as checkpoints:
         if _is_finished(run, checkpoints, workdir):
-            params = restore_params(workdir, step=run.steps, like=program.abstract_state.params)
-            return TrainResult(params, run.steps, final_metrics(workdir, run.steps))
+            return _result(run, workdir, program)
         state, start, report = _start(run, program, checkpoints, init_params)
-        resumed, root = checkpoints.latest_step, jax.random.key(run.seed)
+        resumed, root, best = checkpoints.latest_step, jax.random.key(run.seed), start.best
         with (
             _log(run, workdir, start, resumed) as log,
             _batches(run, start.step) as batches,
@@ -93,9 +98,12 @@ def train(
             for step in range(start.step, run.steps + 1):
                 stop = preemption.reached(step)
                 profile.before(step, state)
-                evaluated = _evaluate(run, program, state, step, log, stop, start.evaluated and step == resumed)
-                if step != resumed and (step == run.steps or stop or checkpoints.due(step)):
-                    _save(run, state, step, log, evaluated, checkpoints)
+                evaluated, values = _evaluate(run, program, state, step, log, stop, start.evaluated and step == resumed)
+                best = run.checkpoint.best.update(best, step, values) if run.checkpoint.best else None
+                better = best is not None and best.step == step
+                if step != resumed and (step == run.steps or stop or better or checkpoints.due(step)):
+                    log.drain()  # the window of the checkpoint has all updates before it
+                    _save(state, Progress(step, run.seed, evaluated, log.window, best), log, checkpoints)
                 if stop and step < run.steps:
                     checkpoints.wait()
                     raise Preempted(step)
@@ -106,7 +114,7 @@ def train(
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
                         state, stats = program.step(state, batch, root, rate)
                     log.push(step + 1, stats)
-    return TrainResult(state.final_params, run.steps, final_metrics(workdir, run.steps), report)
+    return _result(run, workdir, program, state, report)
 
 
 def cut_sentence(cut: Mapping[str, Any]) -> str:
@@ -119,8 +127,33 @@ def final_metrics(workdir: str | Path, step: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in writers.read_rows(as_path(workdir) / "metrics.jsonl"):
         if row["kind"] == "train" or row["step"] == step:
-            found |= {key: value for key, value in row.items() if key not in ("step", "kind", "timing")}
+            # The log has null for a value that was not finite.
+            values = {key: math.nan if value is None else value for key, value in row.items()}
+            found |= {key: value for key, value in values.items() if key not in ("step", "kind", "timing")}
     return found
+
+
+def _result(
+    run: TrainRun,
+    workdir: Path,
+    program: Program,
+    state: TrainState | None = None,
+    report: TransferReport | None = None,
+) -> TrainResult:
+    """Returns what a finished run hands on, from its folder or, where the last state is it, from memory."""
+    best = selected(workdir) if run.checkpoint.best else None
+    require(
+        best is not None or run.checkpoint.best is None,
+        f"{run.checkpoint.best and run.checkpoint.best.metric!r} was never a finite number: no checkpoint is selected",
+        where="BestCheckpoint.metric",
+        fix="Select by another metric; the last checkpoint of the run is there.",
+    )
+    step = run.steps if best is None else best.step
+    if state is not None and step == run.steps:
+        params = state.final_params
+    else:
+        params = restore_params(workdir, step=step, like=program.abstract_state.params)
+    return TrainResult(params, run.steps, final_metrics(workdir, run.steps), report, best)
 
 
 def _is_finished(run: TrainRun, checkpoints: Checkpointer, workdir: Path) -> bool:
@@ -147,6 +180,8 @@ def _start(
         folder = as_path(source)
         rows = _vocabulary_rows(run, folder)
         source = restore_params(folder, like=program.abstract_state.params)
+    elif source is not None:
+        require_finite(source, "the initial parameters hold", where="init_params", fix="Start from other parameters.")
     state = program.init(key)
     if source is None:
         return state, fresh, None
@@ -201,28 +236,49 @@ def _log(run: TrainRun, workdir: Path, start: Progress, resumed: int | None) -> 
     )
 
 
-def _evaluate(run: TrainRun, program: Program, state: TrainState, step: int, log: Log, stop: bool, done: bool) -> bool:
-    """Runs the evaluations that are due at `step` and returns whether none is left to do.
+def _evaluate(
+    run: TrainRun, program: Program, state: TrainState, step: int, log: Log, stop: bool, done: bool
+) -> tuple[bool, dict[str, float]]:
+    """Runs the evaluations that are due at `step`; returns whether none is left to do, and what they measured.
 
     A preempted run has no time for them: they are left to the run that continues it.
     """
     due = [evaluation for evaluation in run.evaluations if evaluation_due(evaluation, step, run.steps)]
+    measured: dict[str, float] = {}
     if done or not due:
-        return True
+        return True, measured
     if stop and step < run.steps:
-        return False
+        return False, measured
     log.drain()
+    _require_finite(state, step)
     model = BoundModel(run.model, state.final_params, Placement(program.mesh, run.rules))
     with log.pause():
         for evaluation in due:
             start = time.perf_counter()
             values = {name: float(value) for name, value in evaluation.run(model, step).items()}
             log.evaluation(evaluation.name, step, values, time.perf_counter() - start)
-    return True
+            measured |= {f"{evaluation.name}/{name}": value for name, value in values.items()}
+    best = run.checkpoint.best
+    if best is not None and best.metric in measured and jax.process_count() > 1:
+        # A metric that runs programs can time out on one host only, and all of them must save the same steps.
+        value = multihost_utils.broadcast_one_to_all(np.float32(measured[best.metric]))
+        measured[best.metric] = float(value)
+    return True, measured
 
 
-def _save(run: TrainRun, state: TrainState, step: int, log: Log, evaluated: bool, checkpoints: Checkpointer) -> None:
-    log.drain()
+def _save(state: TrainState, progress: Progress, log: Log, checkpoints: Checkpointer) -> None:
     with log.pause(saving=True):
+        _require_finite(state, progress.step)
         log.flush()
-        checkpoints.save(state, Progress(step, run.seed, evaluated, log.window))
+        checkpoints.save(state, progress)
+
+
+def _require_finite(state: TrainState, step: int) -> None:
+    """Refuses to measure or save what an update broke; the loss of that update's own step was still finite."""
+    for params in (state.params, state.ema):
+        require_finite(
+            params,
+            f"the network after step {step} holds",
+            where="TrainRun.optimizer",
+            fix="Lower the learning rate or lengthen its warmup; earlier checkpoints of the run are intact.",
+        )

@@ -51,7 +51,7 @@ class TrainRun:
       rules: which mesh axes each logical axis is split over.
       evaluations: what is measured during training, e.g. `BoundEvaluation` and `GenerationEvaluation`; each has its own
         period `every` (0 = only after the last step) and always runs after the last step.
-      checkpoint: when to save and what to keep.
+      checkpoint: when to save, what to keep, and whether the last or the best checkpoint is handed on.
       log_every: steps per row of the log and per progress line; a row is the mean over its steps.
       ema_decay: decay of the moving average of the parameters that is evaluated and handed on; None keeps none. Update
         n (from 0) uses min(ema_decay, (1 + n)/(10 + n)).
@@ -122,6 +122,8 @@ class TrainRun:
             where="TrainRun.evaluations",
             fix="Name them apart.",
         )
+        if self.checkpoint.best is not None:
+            self.checkpoint.best.evaluation(self.evaluations)
 
     def validate(self) -> None:
         """Checks what needs the devices and the data: that batch, vocabulary, rows and objective fit the rest.
@@ -220,8 +222,8 @@ class TrainRun:
     def identity(self) -> dict[str, Any]:
         """Returns the plain data that determines the run's numbers; what only says how it is executed is left out.
 
-        What stands in the data's files is part of it. The number of steps is not where the schedule does not depend on
-        it: such a run may be prolonged.
+        What is in the data's files is part of it, and so is what selects the checkpoint that is handed on. The number
+        of steps is not where the schedule does not depend on it: such a run may be prolonged.
         """
         data = _without_execution(plain(self))
         data["manifests"] = plain(getattr(self.data, "manifests", ()))
@@ -230,6 +232,8 @@ class TrainRun:
             data["vocabulary_sha256"] = pruned.sha256
         if not self.optimizer.schedule.needs_total:
             del data["steps"]
+        if self.checkpoint.best is not None:
+            data["best"] = self.checkpoint.best.identity(self.evaluations)
         return data
 
 

@@ -17,7 +17,7 @@ def trained_model(run: TrainRun, folder: str | Path, *, step: int | None = None)
     Args:
       run: what was trained.
       folder: its folder.
-      step: which checkpoint; None = the newest.
+      step: which checkpoint; None = the one that the run hands on (`checkpoint.chosen_step`).
 
     Raises:
       ConfigError: there is no such checkpoint, or it is that of another network.

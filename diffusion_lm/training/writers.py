@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from diffusion_lm.core.files import GrowingFile, as_path, read_text
+from diffusion_lm.core.files import GrowingFile, as_path, json_text, read_text
 
 Row = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ class JsonlWriter:
 
 
 def _line(row: Row) -> bytes:
-    return (json.dumps(row, allow_nan=False) + "\n").encode()
+    return (json_text(row) + "\n").encode()
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -90,3 +90,35 @@ def test_adaptation_restarts_the_schedule_of_pretraining_or_continues_it(size):
         continued = schedule(name, ["ADAPT_STEPS_BEFORE=1000000"])
         assert continued.value(0, 1) == pytest.approx(1e-3)
     assert schedule("pretrain_ar", ["ADAPT_STEPS_BEFORE=1000000"]).steps_before == 0
+
+
+@pytest.mark.parametrize("recipe", ["ar2diff_base.gin", "ar2diff_large.gin", "ar2diff_xl.gin", *ARCHITECTURES[:1]])
+def test_the_paper_scores_the_best_checkpoint_on_squad_and_mbpp(recipe):
+    """Every 1,000 and every 50 steps (arXiv 2401.17181), on data that neither training nor the tables read."""
+    comparison = build(recipe)
+    found = {"qa": set(), "code": set(), "translation": set()}
+    for arm in comparison.arms:
+        for task in comparison.tasks:
+            run = arm.stage_for(task.name).run
+            best = run.checkpoint.best
+            if best is None:
+                found[task.name].add(None)
+                continue
+            evaluation = best.evaluation(run.evaluations)
+            found[task.name].add((best.metric, best.mode, evaluation.every))
+            (source,) = evaluation.task.data.sources
+            assert source.folder not in {one.folder for one in (*run.data.sources, *task.data.sources)}
+            assert dataclasses.replace(evaluation.task.data.converter) == task.data.converter
+            sampler = arm.sampler_for(task.name)
+            assert evaluation.sampler == sampler, "the sampler of the table"
+    untrained = {None} if "untrained" in {arm.name for arm in comparison.arms} else set()
+    assert found == {
+        "qa": {("decode/qa_selection/f1", "max", 1000)} | untrained,
+        "code": {("decode/code_selection/pass_at_k", "max", 50)} | untrained,
+        "translation": {None},
+    }
+
+
+@pytest.mark.parametrize("recipe", ["quickstart.gin", "local_data.gin"])
+def test_recipes_at_laptop_scale_score_the_last_checkpoint(recipe):
+    assert not any(stage.run.checkpoint.best for stage in build(recipe).stages)

@@ -2,10 +2,12 @@
 
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import sentencepiece
 import tokenizers
 
@@ -170,6 +172,26 @@ def test_what_was_imported_goes_back_as_it_came(folder):
     assert "Imported from `checkpoint`" in card
     assert "license: unknown" in card
     assert not list((folder / "back").glob("*.py"))
+
+
+def test_a_network_that_holds_nan_is_not_exported(folder, tmp_path, break_checkpoint, capsys):
+    shutil.copytree(folder / "tuned", tmp_path / "tuned")
+    break_checkpoint(tmp_path / "tuned", 1)
+    assert main(["export", str(tmp_path / "tuned"), "--to", str(tmp_path / "out")]) == 2
+    assert "NaN or Inf in 1 of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_holds_nan_is_not_imported(folder, tmp_path, capsys):
+    shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = next(name for name in tensors if "norm" in name)
+    tensors[name] = np.full_like(tensors[name], np.nan)
+    safetensors.numpy.save_file(tensors, file)
+    assert main(["import", str(tmp_path / "checkpoint"), "--workdir", str(tmp_path / "imported")]) == 2
+    assert "the network holds NaN or Inf in 1 of" in capsys.readouterr().err
+    assert not (tmp_path / "imported").exists()
 
 
 def test_a_trained_model_gets_the_public_layout_card_and_tokenizer(folder):

@@ -98,6 +98,15 @@ def test_json(verb, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["value"] == 1.5
 
 
+def test_json_has_no_literals_that_other_parsers_refuse(verb, tmp_path, capsys):
+    verb(lambda arguments: {"perplexity": float("inf"), "scores": (float("nan"), 1.0)})
+    assert main(["doctor", "--json", str(tmp_path / "result.json")]) == 0
+    assert main(["doctor", "--json", "-"]) == 0
+    for text in ((tmp_path / "result.json").read_text(), capsys.readouterr().out):
+        found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert found == {"perplexity": None, "scores": [None, 1.0]}
+
+
 def test_control_c(verb, capsys):
     def run(arguments):
         raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -303,6 +304,47 @@ def test_what_the_vocabulary_lost_is_shown_by_every_verb(folder, capsys, monkeyp
         assert doctor._materialised() == f"2 splits; {sentence}"
     finally:
         manifest_file.write_text(before)
+
+
+BEST = """
+from __gin__ import dynamic_registration
+from diffusion_lm.evaluation import generation
+from diffusion_lm.training import checkpoint
+from diffusion_lm.training import selection
+include 'run.gin'
+checkpoint.CheckpointPolicy.best = @selection.BestCheckpoint()
+selection.BestCheckpoint.metric = 'decode/toy/exact_match'
+generation.GenerationEvaluation.every = 2
+"""
+
+
+def test_the_checkpoint_that_a_run_selected_is_what_the_verbs_use(folder, capsys):
+    """Nothing matches at steps 2 and 4: the first of equals is selected."""
+    (folder / "best.gin").write_text(BEST)
+    assert main(["explain", "--gin_file", "best.gin", "--no_config"]) == 0
+    assert (
+        "its best checkpoint: maximum of decode/toy/exact_match on toy/validation, every 2" in capsys.readouterr().out
+    )
+    assert main(["train", "--gin_file", "best.gin", "--workdir", "best", "--json", "best.json"]) == 0
+    assert "handed on: step 2: decode/toy/exact_match 0 is the maximum" in capsys.readouterr().out
+    assert json.loads((folder / "best.json").read_text())["selected"]["step"] == 2
+    for flags, step, by in (([], 2, "decode/toy/exact_match"), (["--step", "4"], 4, None)):
+        assert main(["evaluate", "--workdir", "best", "--only", "bound", "--json", "best.json", *flags]) == 0
+        result = json.loads((folder / "best.json").read_text())
+        assert (result["step"], result.get("selected_by")) == (step, by)
+    assert main(["decode", "--workdir", "best", "--limit", "1"]) == 0
+    assert "step 2 of best" in capsys.readouterr().err
+    message = fails(capsys, "explain", "--gin_file", "best.gin", "--gin.BestCheckpoint.metric='decode/toy/em'")
+    assert "measures 'decode/toy/em'" in message
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["decode", "--limit", "1"]])
+def test_a_network_that_holds_nan_is_neither_scored_nor_decoded(folder, capsys, break_checkpoint, tmp_path, verb):
+    shutil.copytree(folder / "run", tmp_path / "broken")
+    break_checkpoint(tmp_path / "broken", 4)
+    message = fails(capsys, *verb, "--workdir", str(tmp_path / "broken"))
+    assert "checkpoints/4 holds NaN or Inf in 1 of" in message
+    assert "final_norm/scale" in message
 
 
 def test_missing_checkpoint(folder, capsys):

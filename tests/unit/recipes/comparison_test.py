@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.store import split_folder, write_records
 from diffusion_lm.data.target_window import OracleLength, PadFilled
 from diffusion_lm.data.vocabulary import Vocabulary
-from diffusion_lm.evaluation.generation import GenerationTask, generate
+from diffusion_lm.evaluation.generation import GenerationEvaluation, GenerationTask, generate
 from diffusion_lm.evaluation.speed import SpeedArm, SpeedStudy, measure
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.objectives.autoregressive import Autoregressive
@@ -30,14 +31,17 @@ from diffusion_lm.recipes.results import assemble
 from diffusion_lm.recipes.stage import Stage, stage_graph
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.training.checkpoint import CheckpointPolicy
 from diffusion_lm.training.run import TrainRun
+from diffusion_lm.training.selection import BestCheckpoint
+from diffusion_lm.training.trained import trained_model
 
 COLOURS = ("red", "green", "blue", "black", "white")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Two splits of a tiny task, `repeat: COLOUR` -> COLOUR."""
+    """Three splits of a tiny task, `repeat: COLOUR` -> COLOUR."""
     folder = tmp_path_factory.mktemp("data")
     lines = folder / "lines.txt"
     lines.write_text("".join(f"repeat: {colour}\n{colour}\n" for colour in COLOURS) * 20)
@@ -46,7 +50,7 @@ def root(tmp_path_factory):
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=["<mask>"], minloglevel=2,
     )  # fmt: skip
     vocabulary = Vocabulary.load(folder / "tiny.model")
-    for split, count in (("train", 40), ("test", 6)):
+    for split, count in (("train", 40), ("validation", 4), ("test", 6)):
         records = [
             Record(
                 inputs=np.asarray(vocabulary.encode(f"repeat: {COLOURS[i % 5]}"), np.int32),
@@ -182,6 +186,58 @@ def test_an_interrupted_comparison_ends_with_the_same_results(comparison, undist
         compare(comparison, tmp_path, log=stop)
     compare(comparison, tmp_path, log=lambda line: None)
     assert (tmp_path / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+
+
+@pytest.fixture
+def selecting(comparison):
+    """Returns `f(split)`: the comparison whose AR arm hands on its best checkpoint on that split of the task."""
+
+    def make(split):
+        stage, (task,) = comparison.arms[0].stage, comparison.tasks
+        source = dataclasses.replace(task.data.sources[0], split=split)
+        held_out = dataclasses.replace(task, name="held_out", data=dataclasses.replace(task.data, sources=(source,)))
+        evaluation = GenerationEvaluation(held_out, AutoregressiveSampler(), every=1)
+        policy = CheckpointPolicy(best=BestCheckpoint("decode/held_out/exact_match"))
+        run = dataclasses.replace(stage.run, evaluations=(evaluation,), checkpoint=policy)
+        arm = dataclasses.replace(comparison.arms[0], stage=dataclasses.replace(stage, run=run))
+        return dataclasses.replace(comparison, arms=(arm, comparison.arms[1]))
+
+    return make
+
+
+def test_the_best_checkpoint_is_scored_and_results_and_report_say_so(selecting, undisturbed, tmp_path):
+    """Untrained networks match nothing, so all steps tie and the first is selected."""
+    shutil.copytree(undisturbed / "stages" / "pretrain", tmp_path / "stages" / "pretrain")
+    comparison = dataclasses.replace(selecting("validation"), replicates=2)
+    result = compare(comparison, tmp_path, log=lambda line: None)
+    cell, other = (result.results["cells"][name]["repeat"] for name in ("ar", "ar2diff_0"))
+    assert (cell["selected_step"], cell["selected_by"]) == ([1, 1], "decode/held_out/exact_match")
+    assert "selected_step" not in other
+    one = json.loads((tmp_path / "evaluations" / "ar" / "repeat.json").read_text())
+    assert one["selected_step"] == 1
+    (task,), stage = comparison.tasks, comparison.arms[0].stage
+    model = trained_model(stage.run, tmp_path / "stages" / "tune_ar", step=1)
+    assert [list(texts) for texts in generate(model, AutoregressiveSampler(), task).predictions] == one["predictions"]
+    card = next(arm for arm in result.results["arms"] if arm["name"] == "ar")
+    assert [stage.get("selected_by") for stage in card["stages"]] == [None, "decode/held_out/exact_match"]
+    sentence = "ar on repeat: the checkpoint of steps 1, 1 of 3, the best by decode/held_out/exact_match."
+    assert sentence in result.table.read_text().replace("\\_", "_")
+    assert sentence in result.report.read_text()
+
+
+def test_checkpoints_are_never_selected_on_what_the_comparison_scores(selecting):
+    with pytest.raises(
+        ConfigError, match=r"tune_ar selects .* on repeat/test, which the task 'repeat' scores.*another split"
+    ):
+        selecting("test")
+
+
+def test_a_network_that_holds_nan_is_not_published(comparison, undisturbed, tmp_path, break_checkpoint):
+    shutil.copytree(undisturbed / "stages", tmp_path / "stages")
+    break_checkpoint(tmp_path / "stages" / "tune_ar", 3)
+    with pytest.raises(ConfigError, match=r"stages/tune_ar/checkpoints/3 holds NaN or Inf .*final_norm/scale"):
+        compare(comparison, tmp_path, log=lambda line: None)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_replicates_repeat_all_with_other_seeds_and_are_averaged(comparison, undisturbed, tmp_path):

@@ -12,6 +12,7 @@ pytest.importorskip("tensorflow")
 pytest.importorskip("seqio")
 
 import seqio
+import tensorflow as tf
 import tensorflow_datasets as tfds
 import tokenizer_folders as folders
 
@@ -319,6 +320,7 @@ def test_a_missing_data_folder_is_one_sentence(monkeypatch):
     [
         ("wmt14_en_fr", "validation"),
         ("squad_v1_1", "train"),
+        ("squad_v1_1_tuning", "train"),
         ("mbpp", "test"),
         ("c4", "train"),
         ("mc4_fr", "train"),
@@ -340,6 +342,18 @@ def test_tfds_tasks_on_mock_data(name, split, monkeypatch):
             assert set(reference) == {"setup", "tests"}
             assert row["inputs_pretokenized"].endswith(b"\n[BEGIN]\n")
         json.dumps(reference)
+
+
+def test_articles_that_select_checkpoints_are_not_trained_on():
+    titles = [f"article {number // 3}" for number in range(6000)]
+    whole = tf.data.Dataset.from_tensor_slices({"title": titles})
+    kept = {
+        held_out: [row["title"].decode() for row in extractive_qa.of_articles(held_out)(whole).as_numpy_iterator()]
+        for held_out in (False, True)
+    }
+    assert sorted(kept[False] + kept[True]) == sorted(titles)
+    assert not set(kept[False]) & set(kept[True])
+    assert 0.01 < len(kept[True]) / len(titles) < 0.03
 
 
 def test_mbpp_builder_refuses_another_file(tmp_path):

@@ -1,6 +1,7 @@
 """Rows, windows, the progress line, speed, and files that a kill has cut off."""
 
 import json
+import math
 import re
 import struct
 import sys
@@ -13,6 +14,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.types import LossTerms, WeightedMean
 from diffusion_lm.training import metrics
 from diffusion_lm.training.hooks import Log
+from diffusion_lm.training.loop import final_metrics
 from diffusion_lm.training.metrics import Clock, Window, clock_time, row_summary, short_number
 from diffusion_lm.training.step import StepStats
 from diffusion_lm.training.writers import JsonlWriter, TensorBoardWriter, read_rows
@@ -84,10 +86,14 @@ def test_cut_off_and_later_lines_are_dropped_on_resume(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 6]
 
 
-def test_rows_must_be_json(tmp_path):
+def test_a_value_that_is_not_finite_is_null_in_the_log_and_nan_in_the_result(tmp_path):
+    """A perplexity beyond the floats ended a run with a traceback."""
     writer = JsonlWriter(tmp_path / "metrics.jsonl", keep=lambda row: True)
-    with pytest.raises(ValueError, match="JSON"):
-        writer.write({"step": 1, "loss": float("nan")})
+    writer.write({"step": 1, "kind": "evaluation", "bound/perplexity": math.inf, "bound/loss": 800.0, "timing": {}})
+    writer.close()
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
+    assert read_rows(tmp_path / "metrics.jsonl")[0]["bound/perplexity"] is None
+    assert final_metrics(tmp_path, 1) == pytest.approx({"bound/perplexity": math.nan, "bound/loss": 800.0}, nan_ok=True)
 
 
 def test_T55_tokens_per_second_of_a_known_duration(monkeypatch):
