@@ -12,6 +12,7 @@ from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.named_masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility, named_visibility
 from diffusion_lm.nn.time_conditioning import told_time
+from diffusion_lm.noise.process import Process
 from diffusion_lm.noise.weighting import BoundKind
 
 Model = Any
@@ -32,6 +33,9 @@ class Needs:
       one_example_a_row: whether rows must not be packed.
       self_conditioning: whether the network must be able to read its own previous prediction.
       token_schedules: whether the network must have an exponent a token (`architectures.exponents`).
+      processes: what the network is trained for, which a sampler must undo (`noise.process.unlike_training`); none
+        where the objective does not train the network.
+      joint_tail: the filler that is noised as a whole; the target window must end with it, or lengths leak.
     """
 
     visibility: str
@@ -43,6 +47,8 @@ class Needs:
     one_example_a_row: bool = False
     self_conditioning: bool = False
     token_schedules: bool = False
+    processes: tuple[Process, ...] = ()
+    joint_tail: int | None = None
 
     @property
     def forward_passes_worth(self) -> float:

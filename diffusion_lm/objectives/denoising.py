@@ -15,6 +15,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.noise.corruption import AbsorbingCorruption, Corrupted, ExactCount, UniformCorruption
+from diffusion_lm.noise.process import Process, kind_of
 from diffusion_lm.noise.schedules import Linear
 from diffusion_lm.noise.time_sampling import FixedGrid, UniformTime
 from diffusion_lm.noise.weighting import BoundKind, Flat, Nelbo
@@ -177,6 +178,8 @@ class Denoising:
             self_conditioning=self.self_conditioning > 0,
             mask_token=self.corruption.needs_mask_token,
             mask_id=self._mask_id,
+            processes=(self._process,),
+            joint_tail=getattr(getattr(self.corruption, "choice", None), "joint_tail", None),
         )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
@@ -235,6 +238,12 @@ class Denoising:
             normaliser="scored",
             unrolls=0,
         )
+
+    @property
+    def _process(self) -> Process:
+        noise = kind_of(self._mask_id, uniform=not self._absorbing)
+        closed = self.eos_id in self.protected
+        return Process(noise, self.visibility, self.alignment, self._mask_id, closed=closed)
 
     @property
     def _passes_per_view(self) -> int:
