@@ -11,7 +11,7 @@ one that shares most words with the question; an answer outside it counts as mis
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import seqio

@@ -245,6 +245,7 @@ class BoundModel:
         unconditional: Hidden | None = None,
         guidance: float = 0.0,
         noised: cross_entropy.Noised | None = None,
+        ratios: cross_entropy.Ratios | None = None,
         expected: bool = False,
     ) -> TokenStats:
         """Returns argmax, draw, log-probabilities and `summaries` a token; see `cross_entropy.chunked_token_stats`.
@@ -266,6 +267,7 @@ class BoundModel:
             unconditional_BTD=None if unconditional is None else unconditional.values_BTD,
             guidance=guidance,
             noised=noised,
+            ratios=ratios,
             embedding_VD=self._embedding() if expected else None,
         )
 

@@ -141,6 +141,8 @@ class TokenStats:
       margin: f32[B,T], probability of the most likely token minus that of the second; None where not asked for.
       expected: [B,T,P,D] in the compute dtype, mean embedding of the next token under each of the P passes (the second
         is that without conditioning, under guidance); None where not asked for.
+      change: f32[B,T], the probability that the token changes, where logits are ratios (`nn.cross_entropy.Ratios`).
+      proposal_log_prob: f32[B,T], log-probability of `sample` under the proposal itself; None where not asked for.
     """
 
     argmax: jax.Array
@@ -150,6 +152,8 @@ class TokenStats:
     entropy: jax.Array | None = None
     margin: jax.Array | None = None
     expected: jax.Array | None = None
+    change: jax.Array | None = None
+    proposal_log_prob: jax.Array | None = None
 
 
 @flax.struct.dataclass

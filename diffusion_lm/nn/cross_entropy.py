@@ -29,15 +29,50 @@ class NllTerms:
 
 
 class Noised(flax.struct.PyTreeNode):
-    """A mixture of predictions p with uniform noise: signal p + (1 - signal) / V.
+    """A mixture of predictions p with noise: signal p + uniform tokens + MASK, whose masses sum to 1.
 
     Attributes:
       signal_BT: f32[B,T] in [0, 1].
-      vocab_size: V, static; the noise is spread over the ids below it that are not forbidden.
+      vocab_size: V, static; uniform noise is spread over the V ids below it, without MASK where there is a `mask_id`,
+        and loses the share of forbidden ids.
+      mask_BT: f32[B,T], the mass of MASK, or None where the noise has no MASK.
+      uniform_BT: f32[B,T], the mass of uniform noise; None = 1 - signal.
+      mask_id: the id of MASK, static; the noise may hold it although predictions may not.
     """
 
     signal_BT: jax.Array
     vocab_size: int = flax.struct.field(pytree_node=False)
+    mask_BT: jax.Array | None = None
+    uniform_BT: jax.Array | None = None
+    mask_id: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+class Ratios(flax.struct.PyTreeNode):
+    """The law of a denoising step of score entropy, from predicted ratios r_j = exp(logit_j + log_scale) (2310.16834).
+
+    With z the slot's own token, whose ratio is 1 by definition, and S = sum_{j != z} r_j, the next token is
+
+        j != z with weight max(0, gain r_j - loss (1 + S)),    z with weight max(0, own - own_loss S).
+
+    Negative weights occur where the ratios are not those of a distribution; the released code draws as if they were 0.
+
+    Attributes:
+      tokens_BT: i32[B,T], z.
+      log_scale_BT: f32[B,T], what the network's outputs lack of the logarithm of a ratio.
+      gain_BT: f32[B,T].
+      loss_BT: f32[B,T].
+      own_BT: f32[B,T].
+      own_loss_BT: f32[B,T].
+      last_BT: bool[B,T], where a forbidden token may not stay.
+    """
+
+    tokens_BT: jax.Array
+    log_scale_BT: jax.Array
+    gain_BT: jax.Array
+    loss_BT: jax.Array
+    own_BT: jax.Array
+    own_loss_BT: jax.Array
+    last_BT: jax.Array
 
 
 def chunked_nll(
@@ -113,6 +148,7 @@ def chunked_token_stats(
     unconditional_BTD: jax.Array | None = None,
     guidance: float = 0.0,
     noised: Noised | None = None,
+    ratios: Ratios | None = None,
     embedding_VD: jax.Array | None = None,
 ) -> TokenStats:
     """Returns per-token summaries of the distribution.
@@ -131,12 +167,17 @@ def chunked_token_stats(
       forbidden: ids that are never emitted (MASK, for one). Log-probabilities are renormalised without them, but not
         tempered and not filtered.
       summaries: which of "entropy", "margin" and "tempered_entropy" to compute too; static. The last fills `entropy`
-        with that of the distribution at `temperature`, which must not be 0.
+        with that of the distribution at `temperature`, which must not be 0. "proposal_confidence", "proposal_margin"
+        and "proposal_entropy" fill `proposal_log_prob`, `margin` and `entropy` with those of the distribution that is
+        drawn from, after temperature, top_k and top_p (Dream's ranks); at temperature 0 that is the model's.
       unconditional_BTD: the states of a pass that did not see the conditioning; every summary and draw is then of the
         guided logits c + guidance (c - u), where c are the logits of `hidden_BTD` and u those of these.
       guidance: strength of the guidance; 0 gives c back, bit for bit.
-      noised: mixes the proposals (after temperature, top_k and top_p) with uniform noise; what is guided, drawn and
+      noised: mixes the proposals (after temperature, top_k and top_p) with noise; what is guided, drawn and
         summarised is then the mixture, f32 logarithms of probabilities.
+      ratios: the logits, after guidance, are logarithms of ratios. Draws are then of tokens that the slot changes to,
+        `sample_log_prob` is their log-probability given a change, `target_log_prob` that of no change, and `change` is
+        the probability of a change. Temperature, top_k and top_p are not defined for them.
       embedding_VD: [padded V,D], asks for `expected`, under the distributions of the passes themselves, at the
         temperature of the draws, or 1 where that is 0; without guidance, top_k, top_p and noise.
 
@@ -150,7 +191,7 @@ def chunked_token_stats(
         temperature = temperature[:, None, None]
     embedding_VD = None if embedding_VD is None else embedding_VD.astype(hidden_BTD.dtype)
 
-    def chunk(head, hidden_BTD, keys_BT, score_BT, unconditional_BTD, signal_BT, kept=None):
+    def chunk(head, hidden_BTD, keys_BT, score_BT, unconditional_BTD, noised, ratios, kept=None):
         del kept
         passes = [logits(x, head, forbidden) for x in (hidden_BTD, unconditional_BTD) if x is not None]
         expected = None
@@ -159,19 +200,28 @@ def chunked_token_stats(
             expected = jnp.stack([p.astype(embedding_VD.dtype) @ embedding_VD for p in soft], axis=2)
         if noised is not None:
             filtered = [sampling.filter_logits(x, temperature, top_k, top_p) if draws else x for x in passes]
-            passes = [_with_noise(x, signal_BT, noised.vocab_size, passes[0] > 0.5 * NEVER) for x in filtered]
+            passes = [_with_noise(x, noised, passes[0] > 0.5 * NEVER) for x in filtered]
         logits_BTV = passes[0] if len(passes) == 1 else passes[0] + guidance * (passes[0] - passes[1])
+        change = stay_log_prob = None
+        if ratios is not None:
+            logits_BTV, change, stay_log_prob = _changes(logits_BTV, ratios)
         log_z = jax.nn.logsumexp(logits_BTV, axis=-1)
         argmax = sampling.most_likely(logits_BTV)
-        if draws:
-            proposal = (
-                logits_BTV if noised is not None else sampling.filter_logits(logits_BTV, temperature, top_k, top_p)
-            )
-            sample = sampling.draw(keys_BT, proposal)
-        else:
-            sample = argmax
+        proposal = logits_BTV
+        if draws and noised is None and ratios is None:
+            proposal = sampling.filter_logits(logits_BTV, temperature, top_k, top_p)
+        sample = sampling.draw(keys_BT, proposal) if draws else argmax
         target_log_prob = jnp.zeros_like(log_z) if score_BT is None else _pick(logits_BTV, score_BT) - log_z
-        entropy = margin = None
+        if stay_log_prob is not None:
+            target_log_prob = stay_log_prob
+        entropy = margin = proposal_log_prob = None
+        if any(name.startswith("proposal_") for name in summaries):
+            log_q = jnp.maximum(jax.nn.log_softmax(proposal, axis=-1), NEVER)
+            proposal_log_prob = _pick(log_q, sample) if "proposal_confidence" in summaries else None
+            entropy = -jnp.sum(jnp.exp(log_q) * log_q, axis=-1) if "proposal_entropy" in summaries else None
+            if "proposal_margin" in summaries:
+                top = jnp.exp(jax.lax.top_k(log_q, 2)[0])
+                margin = top[..., 0] - top[..., 1]
         if "entropy" in summaries:
             log_p = logits_BTV - log_z[..., None]
             entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, NEVER), axis=-1)
@@ -182,10 +232,10 @@ def chunked_token_stats(
             top = jnp.exp(jax.lax.top_k(logits_BTV, 2)[0] - log_z[..., None])
             margin = top[..., 0] - top[..., 1]
         log_prob = _pick(logits_BTV, sample) - log_z
-        return TokenStats(argmax, sample, log_prob, target_log_prob, entropy, margin, expected), ()
+        stats = TokenStats(argmax, sample, log_prob, target_log_prob, entropy, margin, expected)
+        return stats.replace(change=change, proposal_log_prob=proposal_log_prob), ()
 
-    signal = None if noised is None else noised.signal_BT
-    inputs = (hidden_BTD, keys_BT if draws else None, score, unconditional_BTD, signal)
+    inputs = (hidden_BTD, keys_BT if draws else None, score, unconditional_BTD, noised, ratios)
     return over_chunks(chunk, head, inputs, chunk_tokens, where_BT)
 
 
@@ -222,12 +272,46 @@ def chunked_map(
     return over_chunks(chunk, head, (hidden_BTD, *inputs), chunk_tokens, where_BT, hidden_BTD.shape[-1] // 2)
 
 
-def _with_noise(logits_BTV: jax.Array, signal_BT: jax.Array, vocab_size: int, allowed_BTV: jax.Array) -> jax.Array:
-    """Returns log(signal p + (1 - signal) / V) for the p of these logits; `NEVER` where that is 0."""
-    log_p = jax.nn.log_softmax(logits_BTV, axis=-1) + jnp.log(signal_BT)[..., None]
-    is_noise = (jnp.arange(log_p.shape[-1]) < vocab_size) & allowed_BTV
-    log_noise = jnp.where(is_noise, (jnp.log1p(-signal_BT) - math.log(vocab_size))[..., None], NEVER)
+def _with_noise(logits_BTV: jax.Array, noised: Noised, allowed_BTV: jax.Array) -> jax.Array:
+    """Returns log(signal p + noise) for the p of these logits; `NEVER` where that is 0."""
+    log_p = jax.nn.log_softmax(logits_BTV, axis=-1) + jnp.log(noised.signal_BT)[..., None]
+    ids = jnp.arange(log_p.shape[-1])
+    uniform = jnp.log1p(-noised.signal_BT) if noised.uniform_BT is None else jnp.log(noised.uniform_BT)
+    kinds = noised.vocab_size if noised.mask_id is None else noised.vocab_size - 1
+    is_noise = (ids < noised.vocab_size) & allowed_BTV
+    log_noise = jnp.where(is_noise, (uniform - math.log(kinds))[..., None], NEVER)
+    if noised.mask_BT is not None:
+        log_noise = jnp.where(ids == noised.mask_id, jnp.log(noised.mask_BT)[..., None], log_noise)
     return jnp.maximum(jnp.logaddexp(jnp.maximum(log_p, NEVER), jnp.maximum(log_noise, NEVER)), NEVER)
+
+
+MOST_LOG_RATIO = 60.0
+"""Log ratios are cut here, so that their exponentials and sums of them stay finite in float32."""
+
+
+def _changes(logits_BTV: jax.Array, ratios: Ratios) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns log weights of tokens to change to (`NEVER` for z), the probability of a change, and log that of none.
+
+    The change is a coin of its own: one draw over all tokens, z included, would put what matters at probabilities of
+    the order of a step over V, and float32 would lose it.
+    """
+    elsewhere = jnp.arange(logits_BTV.shape[-1]) != ratios.tokens_BT[..., None]
+    log_ratio = jnp.minimum(logits_BTV + ratios.log_scale_BT[..., None], MOST_LOG_RATIO)
+    # The output at z is never trained: its ratio is 1.
+    ratio = jnp.where(elsewhere, jnp.exp(log_ratio), 0.0)
+    total = jnp.sum(ratio, axis=-1, keepdims=True)
+    weights = ratios.gain_BT[..., None] * ratio - ratios.loss_BT[..., None] * (1.0 + total)
+    weights = jnp.where(elsewhere & (logits_BTV > 0.5 * NEVER), jnp.maximum(weights, 0.0), 0.0)
+    mass = jnp.sum(weights, axis=-1)
+    own = jnp.maximum(ratios.own_BT - ratios.own_loss_BT * total[..., 0], 0.0)
+    forbidden = _pick(logits_BTV, ratios.tokens_BT) <= 0.5 * NEVER
+    own = jnp.where(ratios.last_BT & forbidden, 0.0, own)
+    # Ratios for which nothing has a weight, and a token that may not stay: draw by the ratios themselves.
+    weights = jnp.where((mass > 0)[..., None], weights, ratio)
+    both = jnp.maximum(mass + own, jnp.finfo(jnp.float32).tiny)
+    log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), NEVER)
+    change = jnp.where(own > 0, mass / both, 1.0)
+    return log_weights, change, jnp.maximum(jnp.log(own / both), NEVER)
 
 
 def _flat(x_BT: jax.Array) -> jax.Array:

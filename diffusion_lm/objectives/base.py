@@ -13,6 +13,7 @@ from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.named_masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility, named_visibility
 from diffusion_lm.nn.time_conditioning import told_time
+from diffusion_lm.noise.process import Process
 from diffusion_lm.noise.weighting import BoundKind
 
 Model = Any
@@ -34,6 +35,9 @@ class Needs:
       self_conditioning: whether the network must be able to read its own previous prediction.
       token_schedules: whether the network must have an exponent per token (`architectures.exponents`).
       several_weights: whether its loss has parts that are divided by weights of their own (`LossTerms.others`).
+      processes: what the network is trained for, which a sampler must undo (`noise.process.unlike_training`); none
+        where the objective does not train the network.
+      joint_tail: the filler that is noised as a whole; the target window must end with it, or lengths leak.
     """
 
     visibility: str
@@ -46,6 +50,8 @@ class Needs:
     self_conditioning: bool = False
     token_schedules: bool = False
     several_weights: bool = False
+    processes: tuple[Process, ...] = ()
+    joint_tail: int | None = None
 
     @property
     def forward_passes_worth(self) -> float:

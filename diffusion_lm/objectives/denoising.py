@@ -15,8 +15,9 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.segments import segment_sum
-from diffusion_lm.core.types import Batch, LossTerms
+from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.noise.corruption import AbsorbingCorruption, Corrupted, ExactCount, UniformCorruption
+from diffusion_lm.noise.process import Process, kind_of
 from diffusion_lm.noise.schedules import Linear
 from diffusion_lm.noise.time_sampling import TIME_STREAM, UniformTime
 from diffusion_lm.noise.weighting import BoundKind, Flat, InverseShare, Nelbo
@@ -181,6 +182,8 @@ class Denoising:
             several_weights=self._auxiliary_is_apart,
             mask_token=self.corruption.needs_mask_token,
             mask_id=self._mask_id,
+            processes=(self._process,),
+            joint_tail=getattr(getattr(self.corruption, "choice", None), "joint_tail", None),
         )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
@@ -236,6 +239,12 @@ class Denoising:
             normaliser="scored",
             unrolls=0,
         )
+
+    @property
+    def _process(self) -> Process:
+        noise = kind_of(self._mask_id, uniform=not self._absorbing)
+        closed = self.eos_id in self.protected
+        return Process(noise, self.visibility, self.alignment, self._mask_id, closed=closed)
 
     @property
     def _passes_per_view(self) -> int:

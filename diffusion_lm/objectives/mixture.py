@@ -145,6 +145,8 @@ class Mixture:
             several_weights=len(self.parts) > 1 or any(one.several_weights for one in needs),
             self_conditioning=any(one.self_conditioning for one in needs),
             token_schedules=any(one.token_schedules for one in needs),
+            processes=tuple(process for one in needs for process in one.processes),
+            joint_tail=next((one.joint_tail for one in needs if one.joint_tail is not None), None),
         )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:

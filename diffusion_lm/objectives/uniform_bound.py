@@ -15,7 +15,7 @@ from diffusion_lm.core.alignment import SamePosition
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
-from diffusion_lm.noise.interpolation import SMALLEST, HybridNoise, Level, UniformNoise, corrupt, noise_at
+from diffusion_lm.noise.interpolation import SMALLEST, HybridNoise, Level, UniformNoise, corrupt, noise_at, process_of
 from diffusion_lm.noise.time_sampling import TIME_STREAM, UniformTime
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import (
@@ -199,7 +199,8 @@ class UniformNelbo:
 
     def needs(self) -> Needs:
         """One pass; a MASK token where the noise has one."""
-        return Needs(visibility=self.visibility, mask_token=self.noise.mask_id is not None)
+        process = process_of(self.noise, self.visibility, self.alignment)
+        return Needs(visibility=self.visibility, mask_token=self.noise.mask_id is not None, processes=(process,))
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the summed loss; `weight` counts each scored token once.

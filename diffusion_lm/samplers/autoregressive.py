@@ -7,8 +7,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded, Trace
+from diffusion_lm.noise.process import NO_NOISE, Process
 from diffusion_lm.samplers.base import (
     Model,
     Window,
@@ -69,6 +71,11 @@ class AutoregressiveSampler:
         object.__setattr__(self, "forbidden", tuple(self.forbidden))
         check_choice(self.visibility, AUTOREGRESSIVE_VISIBILITIES, "AutoregressiveSampler.visibility")
         check_draw(self.temperature, self.top_k, self.top_p, "AutoregressiveSampler")
+
+    @property
+    def process(self) -> Process:
+        """Next tokens."""
+        return Process(NO_NOISE, self.visibility, Shifted())
 
     def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.base.Sampler`."""

@@ -7,9 +7,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded
+from diffusion_lm.noise.process import NO_NOISE, Process
 from diffusion_lm.samplers.autoregressive import AUTOREGRESSIVE_VISIBILITIES, left_to_right_trace
 from diffusion_lm.samplers.base import Model, Window, check_choice, cut_at_end, emptied, target_lengths
 from diffusion_lm.samplers.candidates import repeat_rows, row_indices
@@ -74,6 +76,11 @@ class BeamSearch:
             where="BeamSearch.length_penalty",
             fix="0.0 turns it off, 0.6 is GNMT's choice.",
         )
+
+    @property
+    def process(self) -> Process:
+        """Next tokens."""
+        return Process(NO_NOISE, self.visibility, Shifted())
 
     def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.base.Sampler`. Beam search draws nothing: `keys` are unused."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
+from diffusion_lm.nn.cross_entropy import Noised, Ratios
+from diffusion_lm.noise.process import PROBABILITIES
 from diffusion_lm.noise.schedules import Linear
 from diffusion_lm.samplers.base import check_choice
 from diffusion_lm.samplers.counts import Even, Fixed
@@ -34,11 +36,30 @@ class CommitRule(Protocol):
         """Whether a written token may turn back into noise."""
         ...
 
-    def signal(self, view: View) -> jax.Array | None:
-        """Returns the share f32[R,1] that the prediction has in what the step draws; the rest is uniform noise.
+    @property
+    def rewrites(self) -> bool:
+        """Whether the rule may write slots that do not hold MASK, where the noise has one."""
+        ...
 
-        None = all. The log-probabilities of the draws and of the canvas are then those of the mixture.
+    @property
+    def output(self) -> str:
+        """What the rule takes the network's outputs for, one of `noise.process.OUTPUTS`."""
+        ...
+
+    @property
+    def noise_kind(self) -> str | None:
+        """The noise that the rule undoes, one of `noise.process.NOISES`; None = that of the start canvas."""
+        ...
+
+    def transition(self, view: View) -> Noised | Ratios | None:
+        """Returns what the step makes of the network's outputs, arrays f32[R,T]; None draws from the prediction.
+
+        The log-probabilities of the draws and of the canvas are then those of the mixture (`nn.cross_entropy`).
         """
+        ...
+
+    def temperature(self, view: View, given: float | jax.Array) -> float | jax.Array:
+        """Returns the temperature of this step's draws, where the sampler's is `given`; f32[R] where rows differ."""
         ...
 
     def noise_rate(self, view: View) -> jax.Array | None:
@@ -78,10 +99,30 @@ class Rule:
         """False: what is written stands."""
         return False
 
-    def signal(self, view: View) -> jax.Array | None:
+    @property
+    def rewrites(self) -> bool:
+        """False: where the noise has MASK, slots that hold another token are never drawn again in place."""
+        return False
+
+    @property
+    def output(self) -> str:
+        """What the rule takes the network's outputs for (`noise.process.OUTPUTS`): logarithms of probabilities."""
+        return PROBABILITIES
+
+    @property
+    def noise_kind(self) -> str | None:
+        """The noise that the rule undoes (`noise.process.NOISES`); None = that of the start canvas."""
+        return None
+
+    def transition(self, view: View) -> Noised | Ratios | None:
         """None: the network's prediction is drawn from."""
         del view
         return None
+
+    def temperature(self, view: View, given: float | jax.Array) -> float | jax.Array:
+        """Returns `given`."""
+        del view
+        return given
 
     def noise_rate(self, view: View) -> jax.Array | None:
         """None: the rule counts slots or steps."""
@@ -164,15 +205,18 @@ class Ranked(Rule):
 
     Attributes:
       rank: "confidence", the draw's probability; "margin", that of the most likely token minus the second's;
-        "entropy", the lowest first; or "random". All of the model at temperature 1, unfiltered.
+        "entropy", the lowest first; or "random". Of the model at temperature 1, unfiltered, unless `tempered`.
       count: how many a step (`samplers.counts`).
       order_temperature: above 0 the slots are drawn without replacement from softmax(rank value / order_temperature)
         instead of taken in order (`alg_temp` of Dream). "confidence" enters as a probability, "entropy" as -H.
+      tempered: take the ranks of the distributions that the tokens are drawn from, after temperature, top-k and top-p,
+        as Dream's released code does, and not of the model's own. At temperature 0 both are the same.
     """
 
     rank: str = "confidence"
     count: Any = Even()
     order_temperature: float = 0.0
+    tempered: bool = False
 
     def __post_init__(self):
         check_choice(self.rank, RANKS, "Ranked.rank")
@@ -186,7 +230,7 @@ class Ranked(Rule):
     @property
     def summaries(self) -> tuple[str, ...]:
         """The rank's own."""
-        return summaries_of(self.rank)
+        return (f"proposal_{self.rank}",) if self.tempered and not self.blind else summaries_of(self.rank)
 
     @property
     def blind(self) -> bool:
@@ -195,7 +239,7 @@ class Ranked(Rule):
 
     def decide(self, view: View) -> Decision:
         """Writes the best slots."""
-        key = rank_key(view, self.rank)
+        key = rank_key(view, self.rank, self.tempered)
         if self.order_temperature > 0 and not self.blind:
             value = jnp.exp(key) if self.rank == "confidence" else key
             key = value / self.order_temperature + view.gumbel("order")
@@ -301,8 +345,11 @@ def summaries_of(rank: str) -> tuple[str, ...]:
     return (rank,) if rank in ("margin", "entropy") else ()
 
 
-def rank_key(view: View, rank: str) -> jax.Array:
-    """Returns f32[R,T], higher is better. Confidence stays a logarithm: probabilities near 1 would tie (trap T04)."""
+def rank_key(view: View, rank: str, tempered: bool = False) -> jax.Array:
+    """Returns f32[R,T], higher is better. Confidence stays a logarithm: probabilities near 1 would tie (trap T04).
+
+    With `tempered` the statistics are those of the proposals (`Ranked.summaries` asks for them).
+    """
     match rank:
         case "margin":
             return view.stats.margin
@@ -310,7 +357,7 @@ def rank_key(view: View, rank: str) -> jax.Array:
             return -view.stats.entropy
         case "random":
             return view.uniform("rank")
-    return view.stats.sample_log_prob
+    return view.stats.proposal_log_prob if tempered else view.stats.sample_log_prob
 
 
 def _check_share(value: float, where: str, fix: str) -> None:

@@ -12,6 +12,7 @@ from diffusion_lm.core.rng import StreamKeys, stream_number
 from diffusion_lm.core.types import Batch, Decoded, Trace
 from diffusion_lm.nn.named_masks import named_blocks
 from diffusion_lm.noise.corruption import UniformCorruption
+from diffusion_lm.noise.process import PROBABILITIES, Process, kind_of
 from diffusion_lm.samplers.base import (
     Model,
     check_choice,
@@ -173,6 +174,33 @@ class DenoisingSampler:
             where="DenoisingSampler.start",
             fix="Use UniformCorruption, or the rule Ancestral.",
         )
+        wanted = self.mask_id if self.commit.noise_kind is None else self.commit.noise.mask_id
+        require(
+            wanted == self.mask_id,
+            f"{type(self.commit).__name__} undoes noise with MASK = {wanted}, and the start canvas has {self.mask_id}",
+            where="DenoisingSampler.start",
+            fix="Use AbsorbingCorruption with the mask_id of the rule's noise, or UniformCorruption where it has none.",
+        )
+        plain = self.temperature == 1 and self.final_temperature is None and self.top_k == 0 and self.top_p == 1
+        require(
+            self.commit.output == PROBABILITIES or plain,
+            f"temperature={self.temperature}, final_temperature={self.final_temperature}, top_k={self.top_k}, "
+            f"top_p={self.top_p}: {type(self.commit).__name__} reads ratios, for which these are not defined",
+            where="DenoisingSampler.temperature",
+            fix="Use temperature = 1.0, top_k = 0, top_p = 1.0.",
+        )
+        require(
+            self.temperature > 0 or not getattr(self.commit, "needs_draws", False),
+            f"temperature={self.temperature}: {type(self.commit).__name__} draws its tokens",
+            where="DenoisingSampler.temperature",
+            fix="Use temperature = 1.0.",
+        )
+        require(
+            self.end != "defer" or not self.commit.rewrites,
+            f"end = 'defer' opens slots that hold MASK, and {type(self.commit).__name__} writes others too",
+            where="DenoisingSampler.end",
+            fix="Use end = 'free'.",
+        )
         require(
             self.guidance == 0 or not uniform or (self.top_k == 0 and self.top_p == 1),
             "a guided posterior is not defined where top_k or top_p leave one of the two passes without a token",
@@ -221,6 +249,20 @@ class DenoisingSampler:
     def mask_id(self) -> int | None:
         """MASK of the start noise, or None where it is made of ordinary tokens."""
         return self.start.mask_id if self.start.needs_mask_token else None
+
+    @property
+    def process(self) -> Process:
+        """What it decodes."""
+        return Process(
+            noise=self.commit.noise_kind or kind_of(self.mask_id, uniform=False),
+            visibility=self.visibility,
+            alignment=self.alignment,
+            mask_id=self.mask_id,
+            output=self.commit.output,
+            causal_context=self.causal_context,
+            # With a cache and no blocks of the network, seeds are an order of the sampler's own.
+            seeds=self.seeds and named_blocks(self.visibility) is not None,
+        )
 
     @property
     def _never(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.rng import StreamKeys, stream_number
 from diffusion_lm.core.types import Batch, TokenStats
-from diffusion_lm.nn.cross_entropy import Noised
+from diffusion_lm.nn.cross_entropy import Noised, Ratios
 from diffusion_lm.nn.masks import Causal, Queries, Visibility
 from diffusion_lm.nn.named_masks import named_blocks, named_visibility
 from diffusion_lm.nn.time_conditioning import told_time
@@ -149,13 +149,14 @@ class Proposal:
         *,
         temperature: float | jax.Array,
         summaries: tuple[str, ...],
-        noised: Noised | None = None,
+        transition: Noised | Ratios | None = None,
     ) -> TokenStats:
         """Returns the draws at the tokens `where` (bool[R,T]), and the log-probability of the tokens `score` there.
 
-        `noised` has its share of signal at the tokens, too.
+        `transition` says what a step makes of the logits, and has its values at the tokens, too; None draws from them.
         """
         hidden, unconditional = passes
+        moved = jax.tree.map(self.alignment.to_slots, transition)
         stats = self.model.token_stats(
             hidden,
             where=self.alignment.to_slots(where),
@@ -165,7 +166,8 @@ class Proposal:
             summaries=summaries,
             unconditional=unconditional,
             guidance=self.guidance,
-            noised=None if noised is None else noised.replace(signal_BT=self.alignment.to_slots(noised.signal_BT)),
+            noised=moved if isinstance(moved, Noised) else None,
+            ratios=moved if isinstance(moved, Ratios) else None,
             expected=self.feeds_back,
             **self.draw,
         )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
+from diffusion_lm.nn.cross_entropy import Noised
 from diffusion_lm.noise.schedules import Cosine, Linear
 from diffusion_lm.samplers.commit import TINY, EntropyBound, Rule
 from diffusion_lm.samplers.counts import Scheduled
@@ -222,9 +223,10 @@ class UniformAncestral(Rule):
         """Returns 1 - alpha_t."""
         return 1.0 - self.schedule.alpha(view.times()[0])
 
-    def signal(self, view: View) -> jax.Array:
-        """Returns alpha_s."""
-        return jnp.clip(self.schedule.alpha(view.times()[1]), 0.0, 1.0)
+    def transition(self, view: View) -> Noised:
+        """Mixes the prediction with uniform noise of share 1 - alpha_s."""
+        alpha_s = jnp.clip(self.schedule.alpha(view.times()[1]), 0.0, 1.0)
+        return Noised(jnp.broadcast_to(alpha_s, view.canvas.shape), view.noise_size)
 
     def decide(self, view: View) -> Decision:
         """Redraws the slots whose coin says so."""

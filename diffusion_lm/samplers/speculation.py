@@ -12,6 +12,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded, TokenStats, Trace
 from diffusion_lm.nn.masks import Causal, Conditioning, Queries, Visibility
+from diffusion_lm.noise.process import NO_NOISE, Process
 from diffusion_lm.samplers.base import Model, Window, check_choice, check_draw, cut_at_end, emptied, target_lengths
 from diffusion_lm.samplers.incremental import LeftToRight
 
@@ -93,6 +94,11 @@ class SelfSpeculation:
             where="SelfSpeculation.draft",
             fix="Give the block size of the training, 2 or more.",
         )
+
+    @property
+    def process(self) -> Process:
+        """Next tokens: drafts cost passes where they are wrong and never change the text."""
+        return Process(NO_NOISE, "causal", Shifted())
 
     def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.base.Sampler`."""

@@ -12,7 +12,6 @@ from diffusion_lm.architectures.exponents import token_exponents
 from diffusion_lm.core.real_tokens import filler
 from diffusion_lm.core.rng import fold_in_each
 from diffusion_lm.core.types import TokenStats
-from diffusion_lm.nn.cross_entropy import Noised
 from diffusion_lm.nn.named_masks import named_blocks, noise_share
 from diffusion_lm.samplers.base import ended_before
 from diffusion_lm.samplers.blockwise import Blocks
@@ -165,7 +164,10 @@ class Step:
         if self.settings.mask_id is None and decision.erase is None:
             return decision
         erase = None if decision.erase is None else decision.erase & ~view.is_last
-        return Decision(jnp.where(view.is_last, self._noise_in(view.active, view.canvas), decision.write), erase)
+        left = self._noise_in(view.active, view.canvas)
+        if self.settings.commit.rewrites:
+            left |= decision.write
+        return Decision(jnp.where(view.is_last, left, decision.write), erase)
 
     def _decide(self, view: View, token_keys: jax.Array | None, state: State) -> tuple[View, Decision, Any]:
         """Runs the network and the commit rule; returns the view with statistics, the decision, and what is kept."""
@@ -189,10 +191,9 @@ class Step:
             left = 1.0 - view.clock / view.steps
             temperature = settings.final_temperature + (temperature - settings.final_temperature) * left
 
+        temperature = commit.temperature(view, temperature)
+
         def stats(where: jax.Array, summaries: tuple[str, ...]) -> TokenStats:
-            signal = commit.signal(view)
-            if signal is not None:
-                signal = Noised(jnp.broadcast_to(signal, view.canvas.shape), view.noise_size)
             return self.proposal.stats(
                 passes,
                 where if prediction is None else where | noisy,
@@ -200,7 +201,7 @@ class Step:
                 view.canvas,
                 temperature=temperature,
                 summaries=summaries,
-                noised=signal,
+                transition=commit.transition(view),
             )
 
         if self._decides_first:
