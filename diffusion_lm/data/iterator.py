@@ -213,6 +213,11 @@ class DataPipeline:
         for examples, records in self._evaluation(batch_size, limit, process_index, process_count):
             yield self.converter.prompts(examples, self.specials), records
 
+    def records(self, limit: int | None = None) -> Iterator[Record]:
+        """Yields the first `limit` records in stored order, whole, under the ids of the vocabulary map."""
+        for _, records in self._evaluation(64, limit, 0, 1):
+            yield from records
+
     def check(self, *, evaluation: bool = False) -> None:
         """Opens everything and raises `ConfigError` for whatever would fail later.
 
