@@ -54,7 +54,7 @@ class Diversity:
             grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
             shares.append(len(set(grams)) / len(grams) if grams else 0.0)
         lengths = np.array([len(text) for text in texts])
-        return cls(float(np.mean(entropies)), tuple(shares), float(lengths.mean()), float((lengths == 0).mean()))
+        return cls(float(np.mean(entropies)) + 0.0, tuple(shares), float(lengths.mean()), float((lengths == 0).mean()))
 
 
 @dataclasses.dataclass(frozen=True)

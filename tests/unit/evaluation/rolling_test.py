@@ -98,5 +98,6 @@ def test_bounds_roll_too_with_noise_of_their_own_for_each_window():
 
 
 def test_an_encoder_decoder_is_refused():
+    network = stubs.BoundModel(dataclasses.replace(stubs.TableArchitecture(np.zeros((2, 2))), needs_encoder=True), {})
     with pytest.raises(ConfigError, match="encoder"):
-        RollingEvaluation(Documents([[7, stubs.EOS]]), ExactAutoregressive()).run(stubs.nano_encoder_decoder(), 0)
+        RollingEvaluation(Documents([[7, stubs.EOS]]), ExactAutoregressive()).run(network, 0)
