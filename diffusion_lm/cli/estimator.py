@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusion_lm.cli.search_path import split_search_path
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.evaluation.rolling import RollingEvaluation
 from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, unlike_training
 
 
@@ -27,12 +29,13 @@ def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Scoring
     unlike = unlike_training(estimator, opened.run.objective)
     for difference in unlike:
         progress(f"warning: {difference}")
+    kind = functools.partial(RollingEvaluation, context=arguments.context) if arguments.rolling else ScoringEvaluation
     return tuple(
-        ScoringEvaluation(
+        kind(
             data=data,
             estimator=estimator,
             unlike_training=unlike,
-            name=f"score/{data.sources[0].task}/{data.sources[0].split}",
+            name=f"{'rolling' if arguments.rolling else 'score'}/{data.sources[0].task}/{data.sources[0].split}",
             limit=arguments.limit,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
@@ -56,9 +59,14 @@ def show(results: Mapping[str, Any]) -> None:
                 ("estimator", type(conditions["estimator"]).__name__),
                 ("tokeniser", f"{tokeniser['size']} pieces, sha256 {tokeniser['sha256'][:12]}"),
                 ("bytes", conditions["bytes"]),
+                *([("windows", _windows(conditions))] if "window" in conditions else []),
                 ("file", result["file"]),
             ]
         )
+
+
+def _windows(conditions: Mapping[str, Any]) -> str:
+    return f"{conditions['window']} tokens a row, of which {conditions['context']} or more are context after the first"
 
 
 def _data(arguments: argparse.Namespace, opened: OpenRun) -> list[DataPipeline]:

@@ -9,7 +9,11 @@ lengths, estimators and samplers, whatever the run itself was evaluated on. --gi
 
 With --estimator FILE (`diffusion-lm list scoring`) the likelihood of targets is estimated, or, for a task whose
 examples have choices, which of them the model prefers; on the data of those evaluations, or of --task. --gin flags then
-set the estimator's parameters. The numbers of suites and estimators are also written to WORKDIR/scores/."""
+set the estimator's parameters. With --rolling whole documents are
+scored, in windows, each token once.
+
+With --judge DIR what the run generates is scored by the likelihood of an autoregressive run, next to its entropy and
+distinct n-grams. The numbers of suites, estimators and judges are also written to WORKDIR/scores/."""
 
 import argparse
 import dataclasses
@@ -31,6 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimator", metavar="FILE", help="gin file that defines ESTIMATOR, e.g. gin/scoring/llada_exact_count.gin"
     )
+    parser.add_argument(
+        "--rolling", action="store_true", help="with --estimator, score whole documents in windows, each token once"
+    )
+    parser.add_argument(
+        "--context", type=int, default=1, metavar="N", help="tokens of context of a window with --rolling (default: 1)"
+    )
+    parser.add_argument(
+        "--judge", metavar="DIR", help="autoregressive run whose likelihood scores what this run generates"
+    )
     parser.add_argument("--task", metavar="NAME", help="materialised task to score with --estimator")
     parser.add_argument("--split", default="validation", metavar="NAME", help="its split (default: validation)")
     parser.add_argument("--root", metavar="DIR", help="where it was materialised")
@@ -40,22 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb and returns `{"workdir", "step", "evaluations": {name: values}}`, and `selected_by` if it was."""
-    from diffusion_lm.cli import estimator, scores, suite
+    from diffusion_lm.cli import estimator, judge, scores, suite
     from diffusion_lm.cli.run_folder import open_run
 
-    if arguments.suite and arguments.estimator:
-        raise ConfigError(
-            "a suite has estimators of its own",
-            where="--estimator",
-            fix="Give --suite or --estimator, one or the other.",
-        )
-    kept = bool(arguments.estimator or arguments.suite)
-    opened = open_run(arguments, bindings=() if kept else arguments.gin)
+    _check_flags(arguments)
+    kept = bool(arguments.estimator or arguments.suite or arguments.judge)
+    opened = open_run(arguments, bindings=() if arguments.estimator or arguments.suite else arguments.gin)
     evaluations = opened.evaluations
     if arguments.estimator:
         evaluations = estimator.evaluations(arguments, opened)
     elif arguments.suite:
         evaluations = suite.evaluations(arguments, opened)
+    elif arguments.judge:
+        evaluations = judge.evaluations(arguments, opened)
     chosen = [_limited(one, arguments.limit) for one in _choose(evaluations, arguments.only)]
     if kept:
         scores.refuse_another(arguments.json, chosen, opened)
@@ -96,6 +106,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _selection(opened: Any) -> dict[str, Any]:
     """Returns what selected the checkpoint, where something did."""
     return {} if opened.selected is None else {"selected_by": opened.selected.metric}
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` for flags that exclude each other, or that say nothing alone."""
+    given = [name for name in ("suite", "estimator", "judge") if getattr(arguments, name)]
+    if len(given) > 1:
+        raise ConfigError(
+            f"--{given[0]} and --{given[1]} are evaluations of their own",
+            where=f"--{given[1]}",
+            fix=f"Give --{given[0]} or --{given[1]}, one or the other.",
+        )
+    if arguments.rolling and not arguments.estimator:
+        raise ConfigError(
+            "rolling likelihood needs an estimator",
+            where="--rolling",
+            fix="Add --estimator, e.g. --estimator gin/scoring/autoregressive.gin.",
+        )
 
 
 def _choose(evaluations: tuple[Any, ...], names: list[str]) -> list[Any]:

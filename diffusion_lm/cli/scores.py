@@ -1,4 +1,4 @@
-"""Files that keep the numbers of `evaluate --estimator` and `--suite`, each with the configuration it came from."""
+"""Files that keep the numbers of `evaluate --estimator`, `--suite` and `--judge`, each with its configuration."""
 
 import hashlib
 import json
@@ -10,10 +10,11 @@ from diffusion_lm.cli.run_folder import OpenRun
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.files import as_path, json_text, read_json, write_text
 from diffusion_lm.evaluation.generation import GenerationEvaluation
+from diffusion_lm.evaluation.generative import GenerativeEvaluation
 from diffusion_lm.evaluation.scoring_task import ScoringEvaluation
 from diffusion_lm.training.card import first_difference
 
-Scored = ScoringEvaluation | GenerationEvaluation
+Scored = ScoringEvaluation | GenerationEvaluation | GenerativeEvaluation
 
 FOLDER = "scores"
 """Where a run folder keeps scores, one file a configuration."""

@@ -127,7 +127,13 @@ class ScoringEvaluation:
     def run(self, model: BoundModel, step: int) -> dict[str, float]:
         """Returns the values of `summary`; those that cannot be told (an error from one draw) are left out."""
         del step
-        keys = StreamKeys.create(self.seed)
+        examples = self.examples(model, StreamKeys.create(self.seed))
+        require(bool(examples), "the split holds no examples", where="ScoringEvaluation.data", fix="Fill it.")
+        values = summary(examples, self.estimator.bound_kind)
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def examples(self, model: BoundModel, keys: StreamKeys) -> list[ScoredExample]:
+        """Returns the scored examples in stored order."""
         examples: list[ScoredExample] = []
         for batch, records in self.data.eval_batches(self.batch_size, limit=self.limit):
             questions = [_question(record) for record in records]
@@ -136,9 +142,7 @@ class ScoringEvaluation:
             else:
                 rows = jax.tree.map(lambda x, count=len(records): x[:count], batch)
                 examples += self._targets(model, rows, records, keys)
-        require(bool(examples), "the split holds no examples", where="ScoringEvaluation.data", fix="Fill it.")
-        values = summary(examples, self.estimator.bound_kind)
-        return {name: value for name, value in values.items() if math.isfinite(value)}
+        return examples
 
     def _targets(
         self, model: BoundModel, batch: Batch, records: Sequence[Record], keys: StreamKeys

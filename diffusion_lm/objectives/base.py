@@ -78,7 +78,11 @@ class Objective(Protocol):
         ...
 
     def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
-        """Returns the evaluation sums: no dropout, fixed noise levels, and the same noise at every training step."""
+        """Returns the evaluation sums: no dropout, and the same noise at every training step.
+
+        One estimate: draws are averaged (`draws.mean_over_draws`), so that `loss_sum / weight` and `weight` do not
+        depend on their number.
+        """
         ...
 
 

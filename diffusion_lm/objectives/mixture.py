@@ -164,7 +164,7 @@ class Mixture:
         """Returns the primary part's bound with the metrics of all parts' bounds."""
         terms = [part.bound(model, batch, _apart(keys, number)) for number, part in enumerate(self.parts)]
         primary = self._named(terms)[self.primary]
-        return primary.replace(metrics=self._metrics(terms))
+        return dataclasses.replace(primary, metrics=self._metrics(terms))
 
     @property
     def _primary(self) -> Any:

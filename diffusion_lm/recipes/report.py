@@ -250,8 +250,8 @@ def _bounds(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tu
 def _nats(bound: Mapping[str, Any]) -> str:
     """Returns nats per real token: of the whole loss where that is a likelihood or bound, with its standard error."""
     bits, error = bound.get("bits_per_real_token"), bound.get("bits_per_real_token_error")
-    if is_number(bits):
-        return f"{bits * math.log(2):.3f}" + (f" ± {error * math.log(2):.3f}" if is_number(error) else "")
+    if bits is not None:
+        return f"{bits * math.log(2):.3f}" + (f" ± {error * math.log(2):.3f}" if error is not None else "")
     value = bound.get("nll_per_real_token", bound.get("loss"))
     return f"{value:.3f}" if is_number(value) else MISSING
 

@@ -1,4 +1,4 @@
-"""The gradient of every objective is the derivative of its loss, through chunked losses with their own backward pass."""
+"""The gradient of every objective is the derivative of its loss, through losses with their own backward pass."""
 
 import dataclasses
 
@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.noise.weighting import Nelbo
-from diffusion_lm.objectives.denoising import Denoising
+
+pytestmark = pytest.mark.thorough
 
 KEYS = StreamKeys.create(7, 11)
 BATCH = stubs.make_batch([2, 5, 3, 4], [9, 3, 8, 5], 12, filler=1)
@@ -22,7 +21,7 @@ OWN_IDENTITY = {"diffusion_gemma", "genmd4", "introspective", "sundae", "sundae_
 
 
 def check_gradient(objective):
-    """Along the gradient itself, central differences of a step that changes the loss by about one per cent."""
+    """Along the gradient itself, central differences of a step that changes the loss by about 0.3 %."""
     model = stubs.nano_for(objective, **stubs.QUICK)
 
     @jax.jit
@@ -31,7 +30,7 @@ def check_gradient(objective):
 
     value, gradient = jax.value_and_grad(loss)(model.params)
     length = float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))))
-    step = 0.01 * float(value) / length**2
+    step = 0.003 * float(value) / length**2
 
     def moved(by):
         return float(loss(jax.tree.map(lambda p, g: p + by * g, model.params, gradient)))
@@ -40,18 +39,12 @@ def check_gradient(objective):
     np.testing.assert_allclose(slope, length, rtol=0.02)
 
 
-def test_the_gradient_of_masked_diffusion_is_its_finite_difference():
-    check_gradient(Denoising(corruption=AbsorbingCorruption(4), weighting=Nelbo(), unrolls=0))
-
-
-@pytest.mark.thorough
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem not in OWN_IDENTITY], ids=lambda path: path.stem)
 def test_the_gradient_of_every_objective_file_is_its_finite_difference(path):
     check_gradient(gin_objects.build(path, "OBJECTIVE"))
     stubs.forget()
 
 
-@pytest.mark.thorough
 def test_the_balance_of_two_losses_is_a_constant_of_the_gradient():
     """`balanced`: the gradient is that of diffusion plus ratio x autoregression, the ratio held fixed, row by row."""
     balanced = gin_objects.build(gin_objects.GIN / "objectives" / "introspective.gin", "OBJECTIVE")

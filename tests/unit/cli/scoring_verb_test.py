@@ -89,6 +89,30 @@ gaps/generation.GenerationEvaluation:
   task = @gaps/generation.GenerationTask()
   sampler = %SAMPLER
 """
+DECODING = """
+from diffusion_lm.data import converters
+from diffusion_lm.data import iterator
+from diffusion_lm.evaluation import generation
+from diffusion_lm.training import run
+include 'samplers/mdlm_ancestral.gin'
+toy/grain_source.GrainSource.task = 'toy'
+toy/grain_source.GrainSource.split = 'validation'
+toy/converters.SingleStreamConverter:
+  inputs_length = 12
+  target_length = 9
+  target_window = @target_window.PadFilled()
+toy/iterator.DataPipeline:
+  sources = (@toy/grain_source.GrainSource(),)
+  converter = @toy/converters.SingleStreamConverter()
+generation.GenerationTask:
+  name = 'toy'
+  data = @toy/iterator.DataPipeline()
+  metric = 'exact_match'
+generation.GenerationEvaluation:
+  task = @generation.GenerationTask()
+  sampler = %SAMPLER
+run.TrainRun.evaluations = (@generation.GenerationEvaluation(),)
+"""
 QUESTIONS = [(number, [str(number + 1), "seven", str(number + 2)]) for number in (12, 20, 31)]
 
 
@@ -173,6 +197,43 @@ def test_exact_scores_are_the_training_bound(folder, capsys):
     kept = json.loads((folder / result["file"]).read_text())
     assert kept["values"] == values
     assert kept["configuration"]["step"] == 2
+
+
+def test_rolling_scores_the_stored_targets_without_a_window(folder, capsys):
+    """Targets that fit one row: the tokens as they are stored, no EOS, each scored once after the whole prompt."""
+    name, result = evaluate("exact", "autoregressive", "--rolling", "--context", "3", path="rolling.json")
+    assert "3 or more are context" in capsys.readouterr().out
+    assert name == "rolling/toy/validation"
+    assert result["conditions"]["window"] == 21
+    opened = opened_run("exact")
+    vocabulary, nats, tokens = opened.run.data.vocabulary, 0.0, 0
+    for number in range(10, 15):
+        target = vocabulary.encode(str(number + 1))
+        row = continuation_batch([vocabulary.encode(f"{number} plus one")], [target], 22, bos_id=2)
+        nats -= score(ExactAutoregressive(), opened.load(), row, StreamKeys.create(0)).log_likelihood[0]
+        tokens += len(target)
+    assert result["values"]["tokens"] == tokens
+    assert result["values"]["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_an_autoregressive_run_judges_what_a_masked_run_writes(folder, capsys):
+    (folder / "judged.gin").write_text(RUN % ("llada", "PadFilled") + DECODING)
+    command = ["evaluate", "--workdir", "masked", "--gin_file", "judged.gin", "--limit", "3", "--json", "judged.json"]
+    assert main([*command, "--judge", "exact"]) == 0
+    assert "unigram_entropy" in capsys.readouterr().out
+    (result,) = json.loads((folder / "judged.json").read_text())["evaluations"].values()
+    values = result["values"]
+    assert values["texts"] == 3
+    assert 1.0 < values["generative_perplexity"] == pytest.approx(math.exp(values["generative_nats_per_token"]))
+    assert {"unigram_entropy", "distinct_1", "distinct_4", "mean_length", "empty"} <= set(values)
+    assert result["conditions"]["sampler"]["temperature"] == 1.0
+    assert result["conditions"]["judge"]["step"] == 2
+    assert json.loads((folder / result["file"]).read_text())["values"] == values
+    assert "no exact likelihood" in fails(capsys, *command[:-2], "--judge", "masked")
+    assert "decodes nothing" in fails(capsys, "evaluate", "--workdir", "masked", "--judge", "exact")
+    both = ["--judge", "exact", "--estimator", "gin/scoring/autoregressive.gin"]
+    assert "--judge are evaluations of their own" in fails(capsys, *command[:-2], *both)
+    assert "needs an estimator" in fails(capsys, "evaluate", "--workdir", "masked", "--rolling")
 
 
 def test_bounds_of_a_masked_run_agree_with_their_own_errors(folder, capsys):
