@@ -70,12 +70,14 @@ class Progress:
       seed: the run's seed; with `step` it determines all noise to come.
       evaluated: whether the evaluations due at `step` are in the log already.
       window: the sums of the log row that is still open.
+      adjustments: evaluation -> its values by which the objective was last adjusted (`hooks.Adjusting`).
     """
 
     step: int = 0
     seed: int = 0
     evaluated: bool = False
     window: Window = dataclasses.field(default_factory=Window)
+    adjustments: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 class Checkpointer:
@@ -161,7 +163,9 @@ class Checkpointer:
                 fix="Use the configuration that wrote it, or another run folder.",
             ) from error
         meta = found["meta"]
-        progress = Progress(meta["step"], meta["seed"], meta["evaluated"], Window(**meta["window"]))
+        # Older checkpoints have no adjustments.
+        adjustments = meta.get("adjustments", {})
+        progress = Progress(meta["step"], meta["seed"], meta["evaluated"], Window(**meta["window"]), adjustments)
         counter = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
         return TrainState(counter, found["params"], found["opt_state"], found.get("ema")), progress
 

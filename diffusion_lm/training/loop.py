@@ -22,7 +22,7 @@ from diffusion_lm.parallel.xla_options import xla_options
 from diffusion_lm.training import metrics, writers
 from diffusion_lm.training.card import claim_folder
 from diffusion_lm.training.checkpoint import Checkpointer, Progress, restore_params
-from diffusion_lm.training.hooks import Log, Preempted, Preemption, evaluation_due
+from diffusion_lm.training.hooks import Adjusting, Log, Preempted, Preemption, evaluation_due
 from diffusion_lm.training.profile import Profile
 from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
@@ -77,6 +77,8 @@ def train(
             params = restore_params(workdir, step=run.steps, like=program.abstract_state.params)
             return TrainResult(params, run.steps, final_metrics(workdir, run.steps))
         state, start, report = _start(run, program, checkpoints, init_params)
+        adjustments = start.adjustments
+        program = run_program(_adjusted(run, adjustments))
         resumed, root = checkpoints.latest_step, jax.random.key(run.seed)
         with (
             _log(run, workdir, start, resumed) as log,
@@ -92,9 +94,12 @@ def train(
             for step in range(start.step, run.steps + 1):
                 stop = preemption.reached(step)
                 profile.before(step, state)
-                evaluated = _evaluate(run, program, state, step, log, stop, start.evaluated and step == resumed)
+                evaluated, found = _evaluate(run, program, state, step, log, stop, start.evaluated and step == resumed)
+                if found:
+                    adjustments = adjustments | found
+                    program = run_program(_adjusted(run, adjustments))
                 if step != resumed and (step == run.steps or stop or checkpoints.due(step)):
-                    _save(run, state, step, log, evaluated, checkpoints)
+                    _save(run, state, step, log, evaluated, adjustments, checkpoints)
                 if stop and step < run.steps:
                     checkpoints.wait()
                     raise Preempted(step)
@@ -195,16 +200,28 @@ def _log(run: TrainRun, workdir: Path, start: Progress, resumed: int | None) -> 
     )
 
 
-def _evaluate(run: TrainRun, program: Program, state: TrainState, step: int, log: Log, stop: bool, done: bool) -> bool:
-    """Runs the evaluations that are due at `step` and returns whether none is left to do.
+def _adjusted(run: TrainRun, adjustments: dict[str, dict[str, float]]) -> TrainRun:
+    """Returns the run with the objective that its evaluations have set."""
+    objective = run.objective
+    for evaluation in run.evaluations:
+        if isinstance(evaluation, Adjusting) and evaluation.name in adjustments:
+            objective = evaluation.adjusted(objective, adjustments[evaluation.name])
+    return run if objective is run.objective else dataclasses.replace(run, objective=objective)
+
+
+def _evaluate(
+    run: TrainRun, program: Program, state: TrainState, step: int, log: Log, stop: bool, done: bool
+) -> tuple[bool, dict[str, dict[str, float]]]:
+    """Runs the evaluations that are due at `step` and returns whether none is left to do, and new adjustments.
 
     A preempted run has no time for them: they are left to the run that continues it.
     """
     due = [evaluation for evaluation in run.evaluations if evaluation_due(evaluation, step, run.steps)]
+    adjustments: dict[str, dict[str, float]] = {}
     if done or not due:
-        return True
+        return True, adjustments
     if stop and step < run.steps:
-        return False
+        return False, adjustments
     log.drain()
     model = BoundModel(run.model, state.final_params, Placement(program.mesh, run.rules))
     with log.pause():
@@ -212,11 +229,22 @@ def _evaluate(run: TrainRun, program: Program, state: TrainState, step: int, log
             start = time.perf_counter()
             values = {name: float(value) for name, value in evaluation.run(model, step).items()}
             log.evaluation(evaluation.name, step, values, time.perf_counter() - start)
-    return True
+            # What runs only because the run ends here would not have run in a longer one, which must be the same run.
+            if isinstance(evaluation, Adjusting) and evaluation.every > 0 and step % evaluation.every == 0:
+                adjustments[evaluation.name] = values
+    return True, adjustments
 
 
-def _save(run: TrainRun, state: TrainState, step: int, log: Log, evaluated: bool, checkpoints: Checkpointer) -> None:
+def _save(
+    run: TrainRun,
+    state: TrainState,
+    step: int,
+    log: Log,
+    evaluated: bool,
+    adjustments: dict[str, dict[str, float]],
+    checkpoints: Checkpointer,
+) -> None:
     log.drain()
     with log.pause(saving=True):
         log.flush()
-        checkpoints.save(state, Progress(step, run.seed, evaluated, log.window))
+        checkpoints.save(state, Progress(step, run.seed, evaluated, log.window, adjustments))
