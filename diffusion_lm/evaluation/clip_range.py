@@ -31,9 +31,12 @@ from diffusion_lm.objectives.block_layout import blocks_of, sum_by_run
 SMALLEST_RATE = 1e-3
 """Low end of the whole range, as in the release: 1/r has no finite variance down to 0."""
 
+Sum = jax.Array | np.ndarray
+"""A number on the devices, or on the host once batches are added up."""
+
 
 class Moments(NamedTuple):
-    """Sums over blocks; all f32[] (f64 once added up on the host).
+    """Sums over blocks; all f32[], or f64[] on the host, where each may have an axis of candidates.
 
     Attributes:
       blocks: number of blocks.
@@ -41,17 +44,17 @@ class Moments(NamedTuple):
       squares: sum of the squares.
     """
 
-    blocks: jax.Array
-    total: jax.Array
-    squares: jax.Array
+    blocks: Sum
+    total: Sum
+    squares: Sum
 
     @property
-    def mean(self) -> jax.Array:
+    def mean(self) -> Sum:
         """Mean loss of a block, in nats per token."""
         return self.total / self.blocks
 
     @property
-    def variance(self) -> jax.Array:
+    def variance(self) -> Sum:
         """Variance over blocks, in nats^2 per token^2."""
         return self.squares / self.blocks - self.mean**2
 
