@@ -227,6 +227,10 @@ class BlockDenoising:
         """Returns bool[B,T]: the target without seeds."""
         return batch.target_mask & ~blocks.is_start if self._has_seeds else batch.target_mask
 
+    def with_range(self, low: float, high: float) -> "BlockDenoising":
+        """Returns the objective with another range of training rates; `bound` does not depend on it."""
+        return dataclasses.replace(self, low=low, high=high)
+
     def rates(self, keys: StreamKeys, batch: Batch, blocks: Blocks) -> jax.Array:
         """Returns f32[B,T] mask rates in (low, high], one per block."""
         return self.low + (self.high - self.low) * (1.0 - self._level_uniform(keys, batch, blocks))

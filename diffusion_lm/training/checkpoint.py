@@ -83,6 +83,7 @@ class Progress:
       evaluated: whether the evaluations due at `step` are in the log already.
       window: the sums of the log row that is still open.
       best: the checkpoint that is selected so far; None where nothing selects one.
+      adjustments: evaluation -> its values by which the objective was last adjusted (`hooks.Adjusting`).
     """
 
     step: int = 0
@@ -90,6 +91,7 @@ class Progress:
     evaluated: bool = False
     window: Window = dataclasses.field(default_factory=Window)
     best: Selected | None = None
+    adjustments: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 class _Kept(ocp.checkpoint_managers.PreservationPolicy):
@@ -197,7 +199,9 @@ class Checkpointer:
             _require_finite(found.get(item), self._folder / str(step))
         meta = found["meta"]
         window, best = Window(**meta["window"]), _selected(meta)
-        progress = Progress(meta["step"], meta["seed"], meta["evaluated"], window, best)
+        # Older checkpoints have no adjustments.
+        adjustments = meta.get("adjustments", {})
+        progress = Progress(meta["step"], meta["seed"], meta["evaluated"], window, best, adjustments)
         counter = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
         return TrainState(counter, found["params"], found["opt_state"], found.get("ema")), progress
 

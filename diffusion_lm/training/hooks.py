@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,6 +16,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.objectives.base import Objective
 from diffusion_lm.training.metrics import Clock, Window, row_summary
 from diffusion_lm.training.step import StepStats
 from diffusion_lm.training.writers import Row, open_writers
@@ -76,6 +77,14 @@ class Evaluation(Protocol):
 
     def run(self, model: BoundModel, step: int) -> Mapping[str, float]:
         """Returns named numbers about the parameters after `step` updates."""
+
+
+@runtime_checkable
+class Adjusting(Protocol):
+    """An evaluation by whose values the objective of the following steps is set."""
+
+    def adjusted(self, objective: Objective, values: Mapping[str, float]) -> Objective:
+        """Returns the objective after an evaluation; it differs in settings that change no shape and no parameter."""
 
 
 def evaluation_due(evaluation: Evaluation, step: int, steps: int) -> bool:

@@ -25,7 +25,7 @@ from diffusion_lm.training import metrics, writers
 from diffusion_lm.training.card import claim_folder
 from diffusion_lm.training.checkpoint import Checkpointer, Progress, restore_params, selected
 from diffusion_lm.training.finite import require_finite
-from diffusion_lm.training.hooks import Log, Preempted, Preemption, evaluation_due
+from diffusion_lm.training.hooks import Adjusting, Log, Preempted, Preemption, evaluation_due
 from diffusion_lm.training.profile import Profile
 from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
@@ -83,7 +83,9 @@ def train(
         if _is_finished(run, checkpoints, workdir):
             return _result(run, workdir, program)
         state, start, report = _start(run, program, checkpoints, init_params)
-        resumed, root, best = checkpoints.latest_step, jax.random.key(run.seed), start.best
+        best, adjustments = start.best, start.adjustments
+        program = run_program(_adjusted(run, adjustments))
+        resumed, root = checkpoints.latest_step, jax.random.key(run.seed)
         with (
             _log(run, workdir, start, resumed) as log,
             _batches(run, start.step) as batches,
@@ -98,12 +100,18 @@ def train(
             for step in range(start.step, run.steps + 1):
                 stop = preemption.reached(step)
                 profile.before(step, state)
-                evaluated, values = _evaluate(run, program, state, step, log, stop, start.evaluated and step == resumed)
-                best = run.checkpoint.best.update(best, step, values) if run.checkpoint.best else None
+                evaluated, measured = _evaluate(
+                    run, program, state, step, log, stop, start.evaluated and step == resumed
+                )
+                if found := _adjustments(run, step, measured):
+                    adjustments = adjustments | found
+                    program = run_program(_adjusted(run, adjustments))
+                best = _best(run, best, step, measured)
                 better = best is not None and best.step == step
                 if step != resumed and (step == run.steps or stop or better or checkpoints.due(step)):
                     log.drain()  # the window of the checkpoint has all updates before it
-                    _save(state, Progress(step, run.seed, evaluated, log.window, best), log, checkpoints)
+                    progress = Progress(step, run.seed, evaluated, log.window, best, adjustments)
+                    _save(state, progress, log, checkpoints)
                 if stop and step < run.steps:
                     checkpoints.wait()
                     raise Preempted(step)
@@ -236,15 +244,50 @@ def _log(run: TrainRun, workdir: Path, start: Progress, resumed: int | None) -> 
     )
 
 
+def _adjusted(run: TrainRun, adjustments: dict[str, dict[str, float]]) -> TrainRun:
+    """Returns the run with the objective that its evaluations have set."""
+    objective = run.objective
+    for evaluation in run.evaluations:
+        if isinstance(evaluation, Adjusting) and evaluation.name in adjustments:
+            objective = evaluation.adjusted(objective, adjustments[evaluation.name])
+    return run if objective is run.objective else dataclasses.replace(run, objective=objective)
+
+
+def _adjustments(run: TrainRun, step: int, measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Returns what was measured at `step` by which the objective is adjusted from here on."""
+    # What runs only because the run ends here would not have run in a longer one, which must be the same run.
+    return {
+        evaluation.name: measured[evaluation.name]
+        for evaluation in run.evaluations
+        if isinstance(evaluation, Adjusting)
+        and evaluation.name in measured
+        and evaluation.every > 0
+        and step % evaluation.every == 0
+    }
+
+
+def _best(run: TrainRun, best: Selected | None, step: int, measured: dict[str, dict[str, float]]) -> Selected | None:
+    """Returns the checkpoint that is selected after the evaluations of `step`."""
+    selection = run.checkpoint.best
+    if selection is None:
+        return None
+    values = {f"{name}/{metric}": value for name, row in measured.items() for metric, value in row.items()}
+    if selection.metric in values and jax.process_count() > 1:
+        # A metric that runs programs can time out on one host only, and all of them must save the same steps.
+        value = multihost_utils.broadcast_one_to_all(np.float32(values[selection.metric]))
+        values[selection.metric] = float(value)
+    return selection.update(best, step, values)
+
+
 def _evaluate(
     run: TrainRun, program: Program, state: TrainState, step: int, log: Log, stop: bool, done: bool
-) -> tuple[bool, dict[str, float]]:
-    """Runs the evaluations that are due at `step`; returns whether none is left to do, and what they measured.
+) -> tuple[bool, dict[str, dict[str, float]]]:
+    """Runs the evaluations that are due at `step`; returns whether none is left to do, and what each measured.
 
     A preempted run has no time for them: they are left to the run that continues it.
     """
     due = [evaluation for evaluation in run.evaluations if evaluation_due(evaluation, step, run.steps)]
-    measured: dict[str, float] = {}
+    measured: dict[str, dict[str, float]] = {}
     if done or not due:
         return True, measured
     if stop and step < run.steps:
@@ -257,12 +300,7 @@ def _evaluate(
             start = time.perf_counter()
             values = {name: float(value) for name, value in evaluation.run(model, step).items()}
             log.evaluation(evaluation.name, step, values, time.perf_counter() - start)
-            measured |= {f"{evaluation.name}/{name}": value for name, value in values.items()}
-    best = run.checkpoint.best
-    if best is not None and best.metric in measured and jax.process_count() > 1:
-        # A metric that runs programs can time out on one host only, and all of them must save the same steps.
-        value = multihost_utils.broadcast_one_to_all(np.float32(measured[best.metric]))
-        measured[best.metric] = float(value)
+            measured[evaluation.name] = values
     return True, measured
 
 

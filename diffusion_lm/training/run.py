@@ -16,7 +16,7 @@ from diffusion_lm.parallel.xla_options import check_sets
 from diffusion_lm.training.card import fingerprint as fingerprint
 from diffusion_lm.training.card import plain
 from diffusion_lm.training.checkpoint import CheckpointPolicy
-from diffusion_lm.training.hooks import Evaluation
+from diffusion_lm.training.hooks import Adjusting, Evaluation
 from diffusion_lm.training.optimizers import AdamW, Optimizer
 from diffusion_lm.training.profile import check_profile
 
@@ -226,6 +226,9 @@ class TrainRun:
         of steps is not where the schedule does not depend on it: such a run may be prolonged.
         """
         data = _without_execution(plain(self))
+        adjusting = [plain(one) for one in self.evaluations if isinstance(one, Adjusting)]
+        if adjusting:
+            data["adjusting"] = _without_execution(adjusting)
         data["manifests"] = plain(getattr(self.data, "manifests", ()))
         pruned = getattr(self.data, "pruned", None)
         if pruned is not None:

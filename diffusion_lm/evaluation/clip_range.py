@@ -1,0 +1,204 @@
+"""BD3-LM's search for the range of mask rates of training (arXiv 2503.09573, section 5 and algorithm 1).
+
+The loss of a block at mask rate r is weighted by 1/r, so its variance depends on the range [low, high] from which r is
+drawn. At every evaluation the variance of the loss over blocks of held-out text is measured for each candidate range,
+
+    (low*, high*) = argmin Var[ 1/r x mean over the block's tokens of (masked x cross-entropy) ],   r ~ U(low, high)
+
+and training continues with the range of least variance.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_lm.architectures.base import Architecture, BoundModel
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.types import Batch
+from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.nn.constrain import Constrain, no_constraint
+from diffusion_lm.noise.corruption import CHOICE_STREAM
+from diffusion_lm.objectives.base import Model, Objective, frozen
+from diffusion_lm.objectives.block_denoising import BlockDenoising
+from diffusion_lm.objectives.block_layout import blocks_of, sum_by_run
+
+SMALLEST_RATE = 1e-3
+"""Low end of the whole range, as in the release: 1/r has no finite variance down to 0."""
+
+Sum = jax.Array | np.ndarray
+"""A number on the devices, or on the host once batches are added up."""
+
+
+class Moments(NamedTuple):
+    """Sums over blocks; all f32[], or f64[] on the host, where each may have an axis of candidates.
+
+    Attributes:
+      blocks: number of blocks.
+      total: sum of their losses per scored token.
+      squares: sum of the squares.
+    """
+
+    blocks: Sum
+    total: Sum
+    squares: Sum
+
+    @property
+    def mean(self) -> Sum:
+        """Mean loss of a block, in nats per token."""
+        return self.total / self.blocks
+
+    @property
+    def variance(self) -> Sum:
+        """Variance over blocks, in nats^2 per token^2."""
+        return self.squares / self.blocks - self.mean**2
+
+
+def block_moments(
+    objective: BlockDenoising,
+    model: Model,
+    batch: Batch,
+    keys: StreamKeys,
+    low: jax.Array | float,
+    high: jax.Array | float,
+) -> Moments:
+    """Returns the moments of the blocks' losses with rates drawn from [low, high], without dropout.
+
+    The noise is that of the evaluation and the same for every range, so ranges are compared on equal draws.
+    """
+    keys = frozen(keys)
+    blocks = blocks_of(batch, objective.block_size, objective.first_block)
+    unit_BT = objective.with_range(0.0, 1.0).rates(keys, batch, blocks)
+    rate_BT = low + (high - low) * unit_BT
+    uniform = keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
+    masked = (uniform < rate_BT) & objective.maskable(batch, blocks)
+    losses = objective.token_losses(model, batch, blocks, masked, 1.0 / rate_BT, None)
+    scored = (batch.loss_weights > 0).astype(jnp.float32)
+    # Each token carries its block's mean; one over the block's tokens makes every block count once.
+    tokens = jnp.maximum(sum_by_run(scored, blocks.runs), 1.0)
+    mean = sum_by_run(losses.diffusion * scored, blocks.runs) / tokens
+    once = scored / tokens
+    return Moments(jnp.sum(once), jnp.sum(once * mean), jnp.sum(once * mean**2))
+
+
+@functools.cache
+def _compiled(
+    architecture: Architecture,
+    objective: BlockDenoising,
+    ranges: tuple[tuple[float, float], ...],
+    constrain: Constrain = no_constraint,
+):
+    """Returns the jitted `(params, batch, keys) -> Moments` with one entry per range, one program for all of them."""
+
+    def run(params, batch: Batch, keys: StreamKeys) -> Moments:
+        model = BoundModel(architecture, params, constrain)
+
+        def one(ends):
+            return block_moments(objective, model, batch, keys, ends[0], ends[1])
+
+        return constrain.whole(jax.lax.map(one, jnp.asarray(ranges, jnp.float32)))
+
+    return jax.jit(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipRangeSearch:
+    """Chooses the range of mask rates at every evaluation; training continues with it (`adjusted`).
+
+    The chosen range is kept in checkpoints, so that a resumed run is that of an undisturbed one. A change of range
+    compiles the training step again. Values in the log: `low`, `high`, and `variance/LOW-HIGH` of every candidate.
+
+    Attributes:
+      data: held-out examples.
+      objective: that of the run; its own `low` and `high` are those of the steps before the first evaluation.
+      name: prefix of the values in the log.
+      every: period in steps.
+      limit: number of examples; None = all.
+      batch_size: examples per forward pass.
+      seed: root of the frozen noise.
+      widths: widths of the candidate ranges (the release: 0.5 to 0.9).
+      spacing: distance between the low ends of two candidates of one width.
+    """
+
+    data: DataPipeline
+    objective: BlockDenoising
+    name: str = "clip_range"
+    every: int = 0
+    limit: int | None = None
+    batch_size: int = 32
+    seed: int = 0
+    widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    spacing: float = 0.05
+
+    def __post_init__(self):
+        object.__setattr__(self, "widths", tuple(self.widths))
+        require(
+            all(0 < width < 1 for width in self.widths),
+            f"widths = {self.widths}: each must be in (0, 1)",
+            where="ClipRangeSearch.widths",
+            fix="The release uses (0.5, 0.6, 0.7, 0.8, 0.9); the whole range is a candidate in any case.",
+        )
+        require(
+            0 < self.spacing < 1,
+            f"spacing = {self.spacing}: must be in (0, 1)",
+            where="ClipRangeSearch.spacing",
+            fix="The release uses 0.05.",
+        )
+        objective = self.objective
+        _check_range(objective)
+        require(
+            objective.weighting == "nelbo" and objective.half_life is None,
+            "the variance that is searched is that of weights 1/rate with one rate per block, and weighting = "
+            f"{objective.weighting!r} with half_life = {objective.half_life} has others",
+            where="ClipRangeSearch.objective",
+            fix="Set BlockDenoising.weighting = 'nelbo' and half_life = None, or leave the search out.",
+        )
+
+    @property
+    def ranges(self) -> tuple[tuple[float, float], ...]:
+        """(low, high) of every candidate, the whole range first."""
+        found = [(SMALLEST_RATE, 1.0)]
+        for width in self.widths:
+            count = int(np.floor((1.0 - width) / self.spacing + 1e-6)) + 1
+            lows = np.round(self.spacing * np.arange(count), 9)
+            found += [(max(float(low), SMALLEST_RATE), min(round(float(low) + width, 9), 1.0)) for low in lows]
+        return tuple(found)
+
+    def run(self, model: BoundModel, step: int) -> dict[str, float]:
+        """Returns the variance of every candidate and the range of the least one."""
+        del step
+        architecture, constrain = model.architecture, model.constrain
+        moments = _compiled(architecture, self.objective, self.ranges, constrain)
+        keys, sums = StreamKeys.create(self.seed), None
+        for batch, _ in self.data.with_encoder(architecture.needs_encoder).eval_batches(
+            self.batch_size, limit=self.limit
+        ):
+            found = jax.device_get(moments(model.params, constrain.rows(batch), keys))
+            found = Moments(*(np.asarray(part, np.float64) for part in found))
+            sums = found if sums is None else Moments(*map(np.add, sums, found))
+        if sums is None:
+            raise ConfigError("the evaluation split holds no examples", where="ClipRangeSearch.data", fix="Fill it.")
+        variances = np.asarray(sums.variance)
+        low, high = self.ranges[int(np.argmin(variances))]
+        named = {f"variance/{a:g}-{b:g}": float(v) for (a, b), v in zip(self.ranges, variances, strict=True)}
+        return {"low": low, "high": high, **named}
+
+    def adjusted(self, objective: Objective, values: Mapping[str, float]) -> Objective:
+        """Returns the objective of the steps that follow."""
+        _check_range(objective)
+        adjustable: Any = objective
+        return adjustable.with_range(values["low"], values["high"])
+
+
+def _check_range(objective: Objective) -> None:
+    require(
+        hasattr(objective, "with_range"),
+        f"{type(objective).__name__} has no range of mask rates",
+        where="ClipRangeSearch.objective",
+        fix="Use BlockDenoising, or leave the search out.",
+    )
