@@ -6,11 +6,11 @@ import scipy.stats
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.samplers.view import View
 
-ROWS, SLOTS, TAIL = 64, 8192, 1e-3
+ROWS, SLOTS, TAIL = 32, 8192, 1e-3
 
 
 def noise():
-    """What rules add to their ranks, half a million draws of it."""
+    """What rules add to their ranks, a quarter of a million draws of it."""
     ids = jnp.broadcast_to(jnp.arange(ROWS, dtype=jnp.uint32)[:, None], (ROWS, SLOTS))
     keys = StreamKeys.create(0).per_token("t", ids, jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS)))
     every, clock = jnp.ones((ROWS, SLOTS), bool), jnp.zeros(ROWS, jnp.int32)
