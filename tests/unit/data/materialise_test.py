@@ -254,9 +254,7 @@ def lossy_vocabulary(tmp_path):
 
 def test_targets_that_the_vocabulary_cannot_write_are_refused_unless_allowed(lossy_vocabulary, tmp_path):
     add_task("lossy_task", lossy_vocabulary)
-    with pytest.raises(
-        ConfigError, match=r"12 of 12 targets of lossy_task/train whole: newline 12; first"
-    ):
+    with pytest.raises(ConfigError, match=r"12 of 12 targets of lossy_task/train whole: newline 12; first"):
         materialise("lossy_task", "train", tmp_path, modules=())
     assert not (tmp_path / "lossy_task/train").exists()
     with pytest.raises(ConfigError, match=r"max_lossy = 2 \(GrainSource.max_lossy\)"):
