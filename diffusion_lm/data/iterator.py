@@ -92,6 +92,11 @@ class DataPipeline:
         return self.pruned or self._open[0].vocabulary
 
     @property
+    def full_vocabulary(self) -> Vocabulary:
+        """The vocabulary of the sources, whatever part of it the vocabulary map keeps."""
+        return self._open[0].vocabulary
+
+    @property
     def specials(self) -> SpecialTokens:
         """The special tokens of `vocabulary`."""
         return self.pruned.specials if self.pruned is not None else self._open[0].manifest.specials
