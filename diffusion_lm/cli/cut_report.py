@@ -18,13 +18,14 @@ def cut_sentences(root: Any) -> list[str]:
     Data that are not materialised are passed over.
     """
     found: list[str] = []
-    for user in (*parts(root, TrainRun), *parts(root, GenerationTask)):
-        use, limit = ("training", None) if isinstance(user, TrainRun) else ("prompts", user.limit)
-        if _are_there(user.data):
-            found += map(str, user.data.cuts(use, limit))  # type: ignore[arg-type]
-    for evaluation in (*parts(root, BoundEvaluation), *parts(root, ScoringEvaluation)):
-        if _are_there(evaluation.data):
-            found += map(str, evaluation.cuts)
+    for run in parts(root, TrainRun):
+        if _are_there(run.data):
+            found += map(str, run.data.cuts("training"))
+    for kind in (GenerationTask, BoundEvaluation, ScoringEvaluation):
+        evaluation: Any
+        for evaluation in parts(root, kind):
+            if _are_there(evaluation.data):
+                found += map(str, evaluation.cuts)
     return list(dict.fromkeys(found))
 
 

@@ -83,9 +83,8 @@ def given_prompts(
         tokens = [token for one in prompts for token in (*full(one.inputs), *full(one.suffix))]
         cut = int(data.pruned.outside(tokens).sum())
         progress(f"{cut} of {len(tokens)} tokens of the prompts are UNK: the run's vocabulary map leaves them out")
-    full_vocabulary = data.vocabulary if data.pruned is None else data.pruned.full
     for number, one in enumerate(prompts, 1):
-        lost = unwritten(full_vocabulary, one.inputs) + unwritten(full_vocabulary, one.suffix)
+        lost = unwritten(data.full_vocabulary, one.inputs) + unwritten(data.full_vocabulary, one.suffix)
         if lost:
             progress(f"warning: prompt {number}: the vocabulary cannot write {characters(lost)}")
     require(bool(prompts), f"there is no prompt in {path}", where="--input", fix="Write one a line.")

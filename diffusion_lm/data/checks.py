@@ -9,48 +9,7 @@ import numpy as np
 from diffusion_lm.core.errors import require
 from diffusion_lm.data.fitting import Converter, too_long_error
 from diffusion_lm.data.grain_source import OpenSource
-from diffusion_lm.data.packing import PackingPlan
 from diffusion_lm.data.pretraining import Pretraining
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """What the converter's lengths do to one source in one epoch.
-
-    Attributes:
-      task: name of the task.
-      split: its split.
-      examples: number of examples.
-      cut_inputs: examples whose conditioning is cut, before the target or behind it.
-      cut_targets: examples whose target (or piece of text) is cut.
-      rows: rows of a batch that the examples fill.
-      filled: part of the rows' slots of the main stream that hold a token or scored filler.
-    """
-
-    task: str
-    split: str
-    examples: int
-    cut_inputs: int
-    cut_targets: int
-    rows: int
-    filled: float
-
-
-def fit(converter: Converter, source: OpenSource, plan: PackingPlan, part: Pretraining | None) -> Fit:
-    """Returns how the examples of a source fit the rows of a converter, packed as `plan` has it."""
-    cut = {name: lengths > room for name, lengths, room in _rooms(converter, source, part)}
-    nothing = np.zeros(source.manifest.count, np.bool_)
-    used = int(converter.costs(source.lengths, part)[:, 0].sum())
-    return Fit(
-        task=source.manifest.task,
-        split=source.manifest.split,
-        examples=source.manifest.count,
-        cut_inputs=int((cut.get("conditioning", nothing) | cut.get("suffix", nothing)).sum()),
-        cut_targets=int(cut["target"].sum()),
-        rows=plan.rows,
-        filled=used / (plan.rows * converter.row_length),
-    )
-
 
 Use = Literal["training", "scoring", "prompts"]
 """What batches are made for: `DataPipeline.batch`, `eval_batches` or `prompt_batches`."""
@@ -119,6 +78,7 @@ def cuts(
         generated = what == "target" and use == "prompts"
         refused = what == "target" and use == "scoring" and converter.too_long != "truncate" and part is None
         count = int((lengths > room).sum())
+        refused = refused or (what == "suffix" and room == 0)
         if not count or refused:
             continue
         words, field = _WORDS[what]

@@ -49,7 +49,7 @@ class SingleStreamConverter:
       target_window: what stands behind a target.
       too_long: what happens to an example that does not fit. "truncate_inputs" cuts conditioning on its left (BOS
         stays) and, in training only, targets at their end; "truncate" cuts targets in evaluation too; "error" cuts
-        nothing. `DataPipeline.fit` counts what is cut.
+        nothing. `DataPipeline.cuts` counts what is cut.
       separator_id: a token that closes the conditioning of examples with inputs of their own, as DiffuSeq and
         DiffuLLaMA's fine-tuning have it; None = the target follows the inputs at once. Never noised, never scored.
       suffix_length: most conditioning tokens behind the target window (infilling); what is too long loses its end. 0 =

@@ -16,7 +16,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data import counted
-from diffusion_lm.data.checks import Cut, Fit, Use, check_lengths, check_sources, cuts, fit
+from diffusion_lm.data.checks import Cut, Use, check_lengths, check_sources, cuts
 from diffusion_lm.data.converters import with_encoder
 from diffusion_lm.data.fitting import Converter, Example
 from diffusion_lm.data.grain_source import GrainSource, OpenSource
@@ -92,6 +92,11 @@ class DataPipeline:
         return self.pruned or self._open[0].vocabulary
 
     @property
+    def full_vocabulary(self) -> Vocabulary:
+        """The vocabulary of the sources, whatever part of it the vocabulary map keeps."""
+        return self._open[0].vocabulary
+
+    @property
     def specials(self) -> SpecialTokens:
         """The special tokens of `vocabulary`."""
         return self.pruned.specials if self.pruned is not None else self._open[0].manifest.specials
@@ -143,13 +148,6 @@ class DataPipeline:
     def epoch_rows(self) -> int:
         """Rows of one epoch: every row of every source once."""
         return sum(plan.rows for plan in self._plans)
-
-    def fit(self) -> tuple[Fit, ...]:
-        """Returns, for each source, how its examples fit the rows; what `too_long` cuts is counted here."""
-        return tuple(
-            fit(self.converter, source, plan, part)
-            for source, plan, part in zip(self._open, self._plans, self._parts, strict=True)
-        )
 
     def cuts(self, use: Use, limit: int | None = None) -> tuple[Cut, ...]:
         """Returns what the rows do not hold whole of the examples that are used, for each source and part.

@@ -175,9 +175,9 @@ def _squad_values(total: np.ndarray) -> dict[str, float]:
     values = {"f1": _percent(f1 + abstained, count), "em": _percent(exact + abstained, count)}
     if count == answerable:
         return values
+    if answerable:
+        values |= {"answerable_f1": _percent(f1, answerable), "answerable_em": _percent(exact, answerable)}
     return values | {
-        "answerable_f1": _percent(f1, answerable),
-        "answerable_em": _percent(exact, answerable),
         "unanswerable_em": _percent(abstained, count - answerable),
         "unanswerable": count - answerable,
     }

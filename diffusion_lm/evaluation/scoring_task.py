@@ -208,8 +208,7 @@ class ScoringEvaluation:
 
     def _lossy(self, pieces: Sequence[str]) -> bool:
         """Whether the vocabulary cannot write a choice: two choices may then be one to the model."""
-        vocabulary = self.data.vocabulary if self.data.pruned is None else self.data.pruned.full
-        return any(unwritten(vocabulary, piece) for piece in pieces)
+        return any(unwritten(self.data.full_vocabulary, piece) for piece in pieces)
 
     def _encoded(self, pieces: Sequence[str]) -> np.ndarray:
         """Returns the tokens of a choice, each piece encoded by itself."""

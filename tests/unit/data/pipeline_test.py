@@ -140,9 +140,6 @@ def test_packed_rows_hold_what_unpacked_rows_hold(make_source, converter):
     everything = contents(packed.batch(0, packed.epoch_rows))
     assert len(everything) == 40
     assert everything == contents(plain.batch(0, plain.epoch_rows))
-    (fit,) = packed.fit()
-    assert fit.rows == packed.epoch_rows
-    assert fit.filled == pytest.approx((packed.batch(0, fit.rows).segment_ids > 0).mean())
 
 
 @pytest.mark.parametrize("part", [PrefixSplit(), CausalLM()])
@@ -224,8 +221,8 @@ def test_different_vocabularies_do_not_mix(make_source):
 
 def test_what_is_cut_is_counted(make_source):
     source = make_source("a", [(3, 2), (9, 2), (1, 30), (9, 30)])
-    (fit,) = DataPipeline((source,), CONVERTER).fit()
-    assert (fit.cut_inputs, fit.cut_targets, fit.examples) == (2, 2, 4)
+    cuts = DataPipeline((source,), CONVERTER).cuts("training")
+    assert [(cut.part, cut.count, cut.of) for cut in cuts] == [("prompts", 2, 4), ("targets", 2, 4)]
     strict = DataPipeline((source,), SingleStreamConverter(5, 8, too_long="error"))
     with pytest.raises(ConfigError, match="conditioning has 9 tokens, the row has room for 5"):
         strict.iterator(2)
@@ -233,7 +230,7 @@ def test_what_is_cut_is_counted(make_source):
     with pytest.raises(ConfigError, match="target has 30 tokens, the row has room for 7"):
         DataPipeline((source,), CONVERTER).check(evaluation=True)
     text = make_source("t", [(0, 30), (0, 5)])
-    assert DataPipeline((text,), CONVERTER, pretraining=CausalLM()).fit()[0].cut_targets == 1
+    assert DataPipeline((text,), CONVERTER, pretraining=CausalLM()).cuts("training")[0].count == 1
 
 
 def test_mistakes_are_one_sentence(make_source, tmp_path):

@@ -108,8 +108,8 @@ def test_records_keep_their_suffix_and_old_files_have_none(tmp_path):
     ((batch, read),) = pipeline.prompt_batches(3)
     assert [one.suffix.tolist() for one in read] == [[30], [], [31, 32, 33, 34]]
     assert batch.tokens[2, :6].tolist() == [2, 0, 31, 32, 33, 0]
-    (fit,) = pipeline.fit()
-    assert (fit.cut_inputs, fit.cut_targets) == (1, 0)
+    assert [(cut.part, cut.count, cut.side) for cut in pipeline.cuts("prompts")] == [("suffixes", 1, "right")]
+    assert DataPipeline((source,), SingleStreamConverter(3, 4), shuffle=False).cuts("prompts") == ()
     with pytest.raises(ConfigError, match="suffix has 4 tokens, the row has room for 0"):
         DataPipeline((source,), SingleStreamConverter(3, 4), shuffle=False).check()
 
