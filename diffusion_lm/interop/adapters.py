@@ -154,11 +154,11 @@ def read_adapter(folder: Path, family: Family, checkpoint: Checkpoint, *, tied: 
         else:
             whole[_in_checkpoint(_WRAPPERS.sub("", short), family, checkpoint, path)] = name
     updates = {}
-    for (module, embedding), parts in halves.items():
+    for (module, is_embedding), parts in halves.items():
         target = _in_checkpoint(f"{module}.weight", family, checkpoint, path)
         if set(parts) != {"A", "B"}:
             raise _refused(path, f"one of the two matrices of {module} alone")
-        transposed = embedding or _is_conv(target, family)
+        transposed = is_embedding or _is_conv(target, family)
         update = _Update(parts["A"], parts["B"], _scale(config, module, folder), transposed)
         _check_shapes(update, _rank(config, module, folder), checkpoint.shape(target), file, module, path)
         updates[target] = update
