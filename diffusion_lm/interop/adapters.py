@@ -34,7 +34,7 @@ _HARMLESS = (
     # Where the adapter comes from, and which modules it was put on: the names of its tensors say the latter.
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    # How it was trained. Which way a matrix lies is known of each family, as PEFT goes by the class of the module.
+    # How it was trained. The family gives the order of the axes, as in PEFT the class of the module does.
     *("lora_dropout", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 )
