@@ -177,13 +177,14 @@ def _trained(arguments: argparse.Namespace) -> _Source:
 def _named(start: str) -> str:
     """Returns what parameters began as in words: a stage or a folder, and what that was imported from."""
     from diffusion_lm.core.files import as_path, read_json
+    from diffusion_lm.core.gin_text import one_line
     from diffusion_lm.interop.run_folder import IMPORT_CARD
 
     folder = as_path(start)
     if not (folder / IMPORT_CARD).is_file():
         return f"`{folder.name}`"
     card = read_json(folder / IMPORT_CARD)
-    return f"`{folder.name}` (imported from `{Path(card['source']).name}`, family {card['family']})"
+    return f"`{folder.name}` (imported from `{one_line(Path(card['source']).name)}`, family {card['family']})"
 
 
 def _tokens(data: Any, wanted: bool) -> tuple[dict[str, Any], dict[str, bytes]]:

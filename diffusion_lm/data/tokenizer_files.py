@@ -120,7 +120,7 @@ def read_files(
 
 def _bytes(path: Path) -> bytes:
     try:
-        # A byte order mark, which some editors write, is no part of any of these files; no model begins with it.
+        # A byte order mark, which some editors write, belongs to none of these files; no model begins with it.
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ConfigError(

@@ -34,7 +34,7 @@ _HARMLESS = (
     # Where the adapter comes from, and which modules it was put on: the names of its tensors say the latter.
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    # How it was trained. Which way a matrix lies is known of each family, as PEFT goes by the class of the module.
+    # How it was trained. The family gives the order of the axes, as in PEFT the class of the module does.
     *("lora_dropout", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 )
@@ -154,11 +154,11 @@ def read_adapter(folder: Path, family: Family, checkpoint: Checkpoint, *, tied: 
         else:
             whole[_in_checkpoint(_WRAPPERS.sub("", short), family, checkpoint, path)] = name
     updates = {}
-    for (module, embedding), parts in halves.items():
+    for (module, is_embedding), parts in halves.items():
         target = _in_checkpoint(f"{module}.weight", family, checkpoint, path)
         if set(parts) != {"A", "B"}:
             raise _refused(path, f"one of the two matrices of {module} alone")
-        transposed = embedding or _is_conv(target, family)
+        transposed = is_embedding or _is_conv(target, family)
         update = _Update(parts["A"], parts["B"], _scale(config, module, folder), transposed)
         _check_shapes(update, _rank(config, module, folder), checkpoint.shape(target), file, module, path)
         updates[target] = update

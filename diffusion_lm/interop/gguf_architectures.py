@@ -12,6 +12,7 @@ import numpy as np
 
 from diffusion_lm.core.errors import ConfigError, near_names
 from diffusion_lm.interop.gguf_metadata import Metadata
+from diffusion_lm.interop.name_maps.family import shown
 from diffusion_lm.nn.rope import Llama3Rope, base_frequencies
 
 _LAYER, _SELF, _MLP = "model.layers.{i}.", "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
@@ -232,13 +233,14 @@ def architecture_of(name: str, file: str) -> GgufArchitecture:
     """
     if "moe" in name:
         raise ConfigError(
-            f"the file says general.architecture = {name!r}, a mixture of experts, and this network has none",
+            f"the file says general.architecture = {shown(name)}, a mixture of experts, and this network has none",
             where=file,
             fix="Use a dense checkpoint.",
         )
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"the file says general.architecture = {name!r}, which is no known family{near_names(name, ARCHITECTURES)}",
+            f"the file says general.architecture = {shown(name)}, which is no known family"
+            f"{near_names(name, ARCHITECTURES)}",
             where=file,
             fix=f"Known in GGUF files are {', '.join(ARCHITECTURES)}; other families are read as Hugging Face folders.",
         )

@@ -1,14 +1,21 @@
 """What a GGUF file says about its network, read strictly: a key that nobody asked for may change the network."""
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.interop.name_maps.family import shown
 
 ARCHITECTURE = "general.architecture"
 _HARMLESS = {"vocab_size", "tensor_data_layout"}
+_TEXTS = {"rope.scaling.type"}
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 class Metadata:
@@ -42,7 +49,10 @@ class Metadata:
     def get(self, name: str, default: Any = None) -> Any:
         """Returns a value; `default` where the file does not say it."""
         self._asked.add(name)
-        return self._values.get(self._prefix + name, default)
+        value = self._values.get(self._prefix + name, default)
+        if name not in _TEXTS and not all(map(_is_number, value if isinstance(value, list) else [value])):
+            raise self._unsupported(name, "numbers belong here")
+        return value
 
     def one(self, name: str, default: Any = None) -> Any:
         """Returns one number, `default` where the file says none; `ConfigError` where it says one for each layer."""
@@ -62,6 +72,8 @@ class Metadata:
                 where=self.file,
                 fix="Convert the checkpoint again, or import its Hugging Face folder.",
             )
+        if not value > 0:
+            raise self._unsupported(name, "a number above 0 belongs here")
         return value
 
     def same(self, name: str, value: Any) -> None:
@@ -83,7 +95,7 @@ class Metadata:
     def _unsupported(self, name: str, why: str) -> ConfigError:
         key = self._prefix + name
         return ConfigError(
-            f"the file says {key} = {self._values[key]!r}, which this network cannot do ({why})",
+            f"the file says {key} = {shown(self._values[key])}, which this network cannot do ({why})",
             where=self.file,
             fix="Use a checkpoint without it, or import the Hugging Face folder.",
         )

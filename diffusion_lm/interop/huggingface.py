@@ -348,7 +348,7 @@ def _json(file: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not file.is_file():
         return {}
     try:
-        # A byte order mark is no part of the text; NaN and infinity are no JSON, though Python reads and writes them.
+        # A byte order mark is not text. NaN and infinity are not JSON, though Python reads and writes them.
         values = json.loads(read_text(file).removeprefix("\ufeff"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file.name} is not JSON: {error}", where=str(file), fix="Download it again.") from error

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from diffusion_lm.core.gin_text import one_line
 from diffusion_lm.interop.diffusion import TrainedAs
 from diffusion_lm.interop.name_maps.family import Family
 from diffusion_lm.training.card import installed_versions
@@ -86,8 +87,10 @@ def model_card(facts: CardFacts) -> str:
 
 def _origin(facts: CardFacts) -> list[str]:
     if facts.imported is not None:
-        source = PurePath(facts.imported["source"]).name
-        return [f"Imported from `{source}` (family {facts.imported['family']}) and written back; not trained further."]
+        source = one_line(PurePath(facts.imported["source"]).name)
+        lines = [f"Imported from `{source}` (family {facts.imported['family']}) and written back; not trained further."]
+        adapter = (facts.imported.get("report") or {}).get("adapter")
+        return lines + ([f"An adapter was merged into the weights: {one_line(adapter)}."] if adapter else [])
     identity = _identity(facts)
     if not identity:
         return ["The run folder has no run_card.json, so that nothing is known of the training."]

@@ -147,7 +147,8 @@ def _bindings(spec: TransformerSpec) -> dict[str, Value]:
 
 def _facts(imported: Imported, source: Path) -> dict[str, Any]:
     return {
-        "source": str(source.absolute()),
+        # Names that are not UTF-8 have characters that no file can hold.
+        "source": str(source.absolute()).encode("utf-8", "backslashreplace").decode(),
         "family": imported.family,
         "specials": dataclasses.asdict(imported.specials),
         "report": dataclasses.asdict(imported.report),

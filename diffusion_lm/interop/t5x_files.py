@@ -95,7 +95,8 @@ class T5xFile:
         import tensorstore
 
         # Wherever it was written, the path is relative to the index; older versions of TensorStore put it outside.
-        told = str(spec["kvstore"].get("path") or spec.get("path") or "").rstrip("/")
+        store = spec["kvstore"] if isinstance(spec["kvstore"], dict) else {}
+        told = str(store.get("path") or spec.get("path") or "").rstrip("/")
         folder = self._path.parent / told
         if not told or Path(told).name != told or not folder.is_dir():
             raise ConfigError(
@@ -103,9 +104,9 @@ class T5xFile:
                 where=str(self._path.parent),
                 fix="Download the checkpoint with all of its folders.",
             )
-        store = {"driver": "file", "path": str(folder)}
+        place = {"driver": "file", "path": str(folder)}
         try:
-            return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+            return tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
         except (ValueError, OSError) as error:
             raise ConfigError(
                 f"cannot read {told}: {error}", where=str(folder), fix="Download the folder again."

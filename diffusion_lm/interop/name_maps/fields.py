@@ -18,11 +18,11 @@ _HARMLESS = (
     r"torchscript|model_name|model_id|license|tokenizer_class|tokenizer_config|use_bfloat16|use_auth_token|precision",
     r"_attn_implementation.*|attn_implementation|use_flash_attention.*|flash_attention|flash_attn.*|.*_flash_attn|attn_impl",
     r"use_cache|cache_implementation|return_dict|return_dict_in_generate|output_.*|gradient_checkpointing|use_return_dict",
-    r"reference_compile|fused_.*|fuse_cross_entropy|unsloth_.*|.*_version|pruned_heads|tp_degree|base_model_.*_plan",
+    r"is_llama_config|transformers\.js_config|repad_logits_with_grad|reference_compile|fused_.*|fuse_cross_entropy|unsloth_.*|.*_version|pruned_heads|tp_degree|base_model_.*_plan",
     # Training: initial values, dropout, losses, labels and heads that are not the language model.
     r"init_.*|initializer_.*|.*dropout.*|.*_pdrop|dropout|label_smoothing.*|z_loss.*|router_aux_loss_coef",
     r"id2label|label2id|num_labels|problem_type|finetuning_task|classifier_.*|summary_.*|pooler_.*|directionality",
-    r"sparse_prediction|sparse_pred_ignore_index|deterministic_flash_attn|chunk_size_feed_forward|n_ctx|embd_layer",
+    r"sparse_prediction|sparse_pred_ignore_index|deterministic_flash_attn|chunk_size_feed_forward|n_ctx|n_positions|embd_layer",
     r"task_specific_params|prefix|keys_to_ignore_at_inference|reorder_and_upcast_attn|rope_full_precision|is_composition",
     # Special tokens are read by `find_specials`; their number is that of the rows.
     r".*_token_id|.*_token_ids|.*_token_index|.*_token_indices|.*_token|extra_ids",

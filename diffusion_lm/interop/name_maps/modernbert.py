@@ -23,6 +23,7 @@ _FAR, _NEAR, _EVERY = 160000.0, 10000.0, 3
 
 def _spec(config: Config) -> dict[str, Any]:
     config.refuse(norm_bias=False)
+    config.asked.add("layer_norm_eps")  # of the published files; the class reads `norm_eps`
     gelu = config.choose("hidden_activation", _ACTIVATIONS, "gelu")
     if config.choose("classifier_activation", _ACTIVATIONS, "gelu") != gelu:
         raise config.unsupported("classifier_activation", "the head has the GELU of the layers")

@@ -28,12 +28,12 @@ _FAR, _NEAR = "full_attention", "sliding_attention"
 
 def rope_fields(config: Config) -> dict[str, Any]:
     """Returns `rope_theta` and `rope_scaling` of a network with one RoPE for all layers."""
-    told = {name: config.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
-    chosen = told["rope_scaling"] or told["rope_parameters"]
+    given = {name: config.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
+    chosen = given["rope_scaling"] or given["rope_parameters"]
     fields = fields_of(config, chosen)
-    if told["rope_scaling"] and told["rope_parameters"] and fields != fields_of(config, told["rope_parameters"]):
+    if given["rope_scaling"] and given["rope_parameters"] and fields != fields_of(config, given["rope_parameters"]):
         config.note(
-            f"rope_scaling {shown(told['rope_scaling'])} with rope_theta {fields['rope_theta']:g} is used, and "
+            f"rope_scaling {shown(given['rope_scaling'])} with rope_theta {fields['rope_theta']:g} is used, and "
             "rope_parameters, which differs, is not (as in transformers)"
         )
     return fields

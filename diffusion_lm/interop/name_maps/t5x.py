@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.gin_text import one_line
 from diffusion_lm.interop.name_maps.family import (
     CONV_HEADS_IN,
     CONV_HEADS_OUT,
@@ -121,16 +122,17 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
 def _activation(folder: Path) -> str | None:
     """Returns what the run's gin file says about the feed-forward layers; None where there is none."""
     for file in (folder / OPERATIVE, folder.parent / OPERATIVE):
-        told = _ACTIVATIONS.findall(file.read_text(encoding="utf-8")) if file.is_file() else []
+        told = _ACTIVATIONS.findall(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else []
         if not told:
             continue
         try:
             names = tuple(ast.literal_eval(told[-1]))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             names = (told[-1],)
-        if names not in _FEED_FORWARD:
+        # What is in the file is compared, never evaluated or written.
+        if not all(isinstance(name, str) for name in names) or names not in _FEED_FORWARD:
             raise ConfigError(
-                f"{file.name} says mlp_activations = {told[-1]}, which this network cannot do "
+                f"{file.name} says mlp_activations = {one_line(told[-1])[:80]}, which this network cannot do "
                 f"(supported: {', '.join(map(str, _FEED_FORWARD))})",
                 where=str(file),
                 fix="Use another checkpoint.",

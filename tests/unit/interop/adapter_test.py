@@ -238,3 +238,6 @@ def test_the_verb_says_what_it_merged_and_which_files_it_did_not_read(tmp_path, 
     report = json.loads((tmp_path / "run" / "import.json").read_text())["report"]
     assert report["adapted"] == ["model.layers.0.self_attn.q_proj.weight"]
     assert report["unread_files"] == ["training_args.bin"]
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "An adapter was merged into the weights: LoRA on 1 tensors, of the base 'some/base'." in card

@@ -37,7 +37,7 @@ def _refusal(*args, **changes) -> str:
 
 
 def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(tmp_path):
-    """`self.rope_parameters = rope_scaling or self.rope_parameters`; theta comes from beside it, or is 10,000."""
+    """`self.rope_parameters = rope_scaling or self.rope_parameters`; without a theta, the top-level one or 10,000."""
     parameters = {"rope_type": "default", "rope_theta": 300.0}
     read = describe(_folder(tmp_path, "llama", rope_parameters=parameters, rope_scaling=LINEAR))
     assert (read.spec.rope_theta, read.spec.rope_scaling) == (10000.0, LinearRope(2.0))

@@ -12,6 +12,7 @@ from diffusion_lm.cli import config as gin_files
 from diffusion_lm.cli.main import main
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.interop.huggingface import Specials, describe, find_specials, load
+from diffusion_lm.interop.name_maps.t5x import _activation
 from diffusion_lm.interop.run_folder import model_gin, write_run_folder
 
 FAMILIES = {
@@ -26,6 +27,7 @@ NAMES = (
     "include 'other.gin' as x",
     "back\\slash\\",
     "\u2028b\rMODEL = 3",
+    "not UTF-8 \udcff",
 )
 IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "mask_token_id")
 
@@ -85,19 +87,26 @@ def test_the_name_of_the_folder_is_text(name, tmp_path, imported):
 
 def test_a_run_folder_of_a_folder_with_such_a_name(tmp_path):
     """All of its gin files bind what those of a plain name bind."""
-    for name, run in ((NAMES[0].replace("/", ""), "run"), ("plain", "other")):
+    for name, run in ((NAMES[0] + NAMES[-1], "run"), ("plain", "other")):
         folder = _copy(FAMILIES["sdar"], tmp_path / name)
         write_run_folder(load(folder), folder, tmp_path / run)
     for file in ("objective.gin", "sampler.gin"):
         assert (tmp_path / "run" / file).read_text() == (tmp_path / "other" / file).read_text()
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
     macros = ["MODEL"]
     read = [gin_files.load([str(tmp_path / run / "model.gin")], macros=macros).bindings for run in ("run", "other")]
     assert [str(b.value) for b in read[0]] == [str(b.value) for b in read[1]]
 
 
-@pytest.mark.parametrize("field", ["eos_token_id", "bos_token_id", "pad_token_id", "mask_token_id", "block_size"])
-def test_import_of_a_diffusion_model_writes_nothing_where_an_id_is_text(field, tmp_path, capsys):
-    folder = _copy(FAMILIES["sdar"], tmp_path / "in", **{field: CODE})
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        *(("sdar", field) for field in ("eos_token_id", "bos_token_id", "pad_token_id", "mask_token_id", "block_size")),
+        ("dream", "eos_token_id"),  # its objective.gin names EOS
+    ],
+)
+def test_import_of_a_diffusion_model_writes_nothing_where_an_id_is_text(family, field, tmp_path, capsys):
+    folder = _copy(FAMILIES[family], tmp_path / "in", **{field: CODE})
     assert main(["import", str(folder), "--workdir", str(tmp_path / "run")]) == 2
     assert field in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -139,3 +148,45 @@ def test_export_does_not_follow_links_out_of_a_run_folder(tmp_path, capsys):
     (tmp_path / "run" / "tokenizer" / "vocab.txt").symlink_to(tmp_path / "secret")
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 2
     assert "is a link to a file outside" in capsys.readouterr().err
+
+
+def test_ids_and_texts_of_a_gguf_file(tmp_path):
+    pytest.importorskip("gguf")
+    from gguf_writing import write_gguf
+
+    path = tmp_path / "a.gguf"
+    for key, value in (
+        ("tokenizer.ggml.eos_token_id", CODE),
+        ("tokenizer.ggml.bos_token_id", 43),
+        ("llama.block_count", CODE),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.layer_norm_rms_epsilon", CODE),
+        ("llama.rope.freq_base", CODE),
+        ("llama.rope.scaling.type", CODE),
+        ("general.architecture", CODE),
+    ):
+        write_gguf(FAMILIES["llama"], path, metadata={key: value})
+        with pytest.raises(ConfigError) as caught:
+            describe(path)
+        assert "\n" not in str(caught.value), key
+
+
+def test_a_gguf_file_whose_name_is_code(tmp_path):
+    pytest.importorskip("gguf")
+    from gguf_writing import write_gguf
+
+    path = tmp_path / (NAMES[0] + ".gguf")
+    write_gguf(FAMILIES["llama"], path)
+    (tmp_path / "a.gin").write_text(model_gin(load(path), path))
+    found = gin_files.load([str(tmp_path / "a.gin")], macros=["MODEL"])
+    assert found.build_macro("MODEL").spec.vocab_size == 43
+
+
+@pytest.mark.parametrize(
+    "text", ["(@os.system('x'),)", "(['a'],)", "(1, 2)", "(" * 5000 + ")", "('gelu\nimport os', 'linear')"]
+)
+def test_the_gin_file_of_a_t5x_checkpoint_is_not_run(text, tmp_path):
+    (tmp_path / "config.gin").write_text(f"network.T5Config.mlp_activations = {text}\n")
+    with pytest.raises(ConfigError, match="mlp_activations") as caught:
+        _activation(tmp_path)
+    assert "\n" not in str(caught.value)
