@@ -47,8 +47,8 @@ def check_window(needs: Trains, window: Any, *, where: str) -> None:
         return
     if needs.processes and all(process.closed for process in needs.processes):
         raise ConfigError(
-            f"the objective keeps EOS clean and {name} fills the window after it: EOS shows the length in training, and "
-            "a sampler does not know it",
+            f"the objective keeps EOS clean and {name} fills the window after it: EOS shows the length in training, "
+            "and a sampler does not know it",
             where=where,
             fix="Use ExactEos, and predict lengths (gin/runs/length_head.gin, gin/samplers/length_beam.gin).",
         )

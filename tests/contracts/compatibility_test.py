@@ -13,7 +13,15 @@ from diffusion_lm.noise.process import MASK_NOISE, Process, unlike_training
 
 LEFT_TO_RIGHT = ("greedy", "beam", "temperature", "top_p", "self_speculation", "introspective")
 MASKED = (
-    *("mdlm_ancestral", "md4_ancestral", "first_hitting", "remdm_cap", "llada_low_confidence", "llada_random", "infilling"),
+    *(
+        "mdlm_ancestral",
+        "md4_ancestral",
+        "first_hitting",
+        "remdm_cap",
+        "llada_low_confidence",
+        "llada_random",
+        "infilling",
+    ),
     *("threshold", "factor", "entropy_bounded", "guided", "eos_stop", "fast_dllm_dual_cache"),
     "rdm_uncond_deterministic_cosine",
 )

@@ -116,8 +116,9 @@ def test_T52_score_entropy_law(kind, masked, scaled):
     world = LOW if masked and not scaled else WORLD
     counts = worlds.histogram(world, decode(world, rule, ROWS, steps=STEPS))
     assert worlds.follows(counts, ratio_law(kind, masked, scaled, world=world))
-    other = "euler" if kind == "tweedie" else "tweedie"
-    assert not worlds.follows(counts, ratio_law(other, masked, scaled, world=world))
+    # With their scale, large ratios leave little between the two rules under MASK noise.
+    other = kind if masked and scaled else {"tweedie": "euler", "euler": "tweedie"}[kind]
+    assert not worlds.follows(counts, ratio_law(other, masked, scaled and not masked, world=world))
     if not masked:
         assert not worlds.follows(counts, ratio_law(kind, masked, scaled, "softmax", world))
 
