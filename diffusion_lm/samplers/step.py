@@ -269,8 +269,8 @@ class Step:
         if settings.stop is not None and settings.stop.looks_at_text:
             # Conditioning and finished blocks: a row whose block goes on has nothing new to look at.
             done = (blocks.number < state.block[:, None]) | (advance[:, None] & view.active)
-            written = (target_mask & done) | (~target_mask & (self.proposal.rows.segment_ids > 0))
-            repeats, kept_text = settings.stop.ends(canvas, written, target_mask)
+            text = (target_mask & done) | (~target_mask & (self.proposal.rows.segment_ids > 0))
+            repeats, kept_text = settings.stop.ends(canvas, text, target_mask)
             repeats &= running & advance & moves[:, 0]
             over |= repeats
             canvas = jnp.where(repeats[:, None] & target_mask & ~kept_text, settings.pad_id, canvas)

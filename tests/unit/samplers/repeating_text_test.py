@@ -57,6 +57,7 @@ def test_a_row_ends_after_the_block_in_which_its_text_repeats_itself(drop):
     np.testing.assert_array_equal(tokens[0, 2:end], SAID[2:end])
     assert (tokens[0, end:] == stubs.PAD).all()
     assert decoded.lengths[0] == end - 2
+    np.testing.assert_allclose(decoded.scores, 0.0, atol=1e-4)
     # Row 1 (slots 4 to 9) does not repeat itself.
     whole = decode()
     np.testing.assert_array_equal(tokens[1], np.asarray(whole.tokens)[1])
