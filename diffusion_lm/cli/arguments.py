@@ -66,6 +66,15 @@ def add_run_folder(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that decodes with a sampler which does not fit the training."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="decode although the sampler does not fit the training; the results say in what (unlike_training)",
+    )
+
+
 def split_gin_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Returns the arguments without their `--gin.NAME=VALUE` flags, and those flags as `NAME=VALUE`."""
     rest, bindings = [], []

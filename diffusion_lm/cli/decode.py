@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="prompts decoded at once (default: 8)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions of each prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="root of the decoding noise (default: 0)")
+    common.add_force(parser)
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -41,6 +42,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     opened = open_run(arguments, bindings=() if arguments.sampler else arguments.gin)
     sampler = _sampler(arguments, opened)
+    unlike = opened.unlike_training(sampler, force=arguments.force)
+    for difference in unlike:
+        progress(f"warning: {difference}")
     data = _data(arguments, opened)
     data.specials.check(sampler)
     oracle = data.converter.target_window.oracle
@@ -73,6 +77,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     **({"sample": sample} if arguments.samples > 1 else {}),
                     **({"oracle": oracle} if oracle else {}),
                     **({"cut_tokens": cut[row]} if cut[row] else {}),
+                    **({"unlike_training": list(unlike)} if unlike else {}),
                     "tokens": int(one.lengths[row]),
                     "score": float(one.scores[row]),
                     "forward_passes": int(one.forward_passes[row]),

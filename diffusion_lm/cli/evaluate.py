@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", metavar="DIR", help="where it was materialised")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows a pass with --estimator")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="root of the noise with --estimator")
+    common.add_force(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     elif arguments.judge:
         evaluations = judge.evaluations(arguments, opened)
     chosen = [_limited(one, arguments.limit) for one in _choose(evaluations, arguments.only)]
+    # All samplers are looked at before the first of them decodes.
+    unlike = {one.name: opened.unlike_training(getattr(one, "sampler", None), force=arguments.force) for one in chosen}
     if kept:
         scores.refuse_another(arguments.json, chosen, opened)
     model = opened.load()
@@ -80,10 +83,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if line is not None:
                 progress(str(line))
         values = {name: float(value) for name, value in evaluation.run(model, opened.step).items()}
+        for difference in unlike[evaluation.name]:
+            progress(f"warning: {difference}")
         results[evaluation.name] = {
             "values": values,
             "seconds": time.perf_counter() - started,
-            **_conditions(evaluation),
+            **_conditions(evaluation, unlike[evaluation.name]),
             "cuts": [cut.plain() for cut in cuts],
         }
         if kept:
@@ -151,7 +156,7 @@ def _limited(evaluation: Any, limit: int | None) -> Any:
     return dataclasses.replace(evaluation, limit=limit)
 
 
-def _conditions(evaluation: Any) -> dict[str, Any]:
+def _conditions(evaluation: Any, unlike: tuple[str, ...]) -> dict[str, Any]:
     """Returns what a reader of a number must know about how it came about."""
     found = {"sampler": getattr(evaluation, "sampler", None), "seed": getattr(evaluation, "seed", None)}
     found["oracle"] = getattr(getattr(evaluation, "task", None), "oracle", None)
@@ -159,4 +164,6 @@ def _conditions(evaluation: Any) -> dict[str, Any]:
     if objective is not None:
         found["bound"] = objective.bound_kind
     found |= getattr(evaluation, "conditions", {})
+    if unlike:
+        found["unlike_training"] = list(unlike)
     return {"conditions": {name: value for name, value in found.items() if value is not None}}

@@ -12,8 +12,10 @@ from diffusion_lm.cli.arguments import RESOLVED, build_root
 from diffusion_lm.cli.search_path import split_search_path
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import as_path
+from diffusion_lm.evaluation.compatibility import check_sampler, sampler_differences
 from diffusion_lm.evaluation.generation import GenerationEvaluation
 from diffusion_lm.evaluation.likelihood import BoundEvaluation
+from diffusion_lm.noise.process import Process
 from diffusion_lm.recipes.comparison import Comparison
 from diffusion_lm.training.checkpoint import chosen_step, finished_steps, selected
 from diffusion_lm.training.run import TrainRun
@@ -31,6 +33,7 @@ class OpenRun:
       evaluations: what it is scored on: the run's own evaluations, or those of the comparison that it is a stage of.
       step: the checkpoint that is used.
       selected: what selected it; None where it was named or is the newest.
+      trained: what the network was trained for; none where that is not known.
       lineage: what the run's parameters began as: stages of its comparison from the first on, or `TrainRun.initial`.
     """
 
@@ -38,12 +41,29 @@ class OpenRun:
     run: TrainRun
     evaluations: tuple[Any, ...]
     step: int
+    trained: tuple[Process, ...] = ()
     lineage: tuple[str, ...] = ()
     selected: Selected | None = None
 
     def load(self) -> BoundModel:
         """Returns the model with its parameters on the run's mesh."""
         return trained_model(self.run, self.folder, step=self.step)
+
+    def unlike_training(self, sampler: Any, *, force: bool) -> tuple[str, ...]:
+        """Returns in words what a sampler takes otherwise than the training.
+
+        Raises:
+          ConfigError: it takes something otherwise, and `force` is not set.
+        """
+        if not force:
+            check_sampler(
+                self.trained,
+                sampler,
+                where=f"--workdir {self.folder}",
+                fix="Name a sampler for that training with --sampler (diffusion-lm list samplers); --force decodes all "
+                "the same, and the results say so.",
+            )
+        return sampler_differences(self.trained, sampler)
 
     @property
     def generation(self) -> tuple[GenerationEvaluation, ...]:
@@ -75,7 +95,8 @@ def open_run(arguments: argparse.Namespace, *, bindings: Sequence[str]) -> OpenR
     assert step is not None, "there are checkpoints"
     if isinstance(root, Comparison):
         return dataclasses.replace(_stage(root, folder, step), selected=best)
-    return OpenRun(folder, root, root.evaluations, step, () if root.initial is None else (root.initial,), best)
+    lineage = () if root.initial is None else (root.initial,)
+    return OpenRun(folder, root, root.evaluations, step, root.objective.needs().processes, lineage, best)
 
 
 def _resolved_file(folder: Path) -> Path:
@@ -106,6 +127,7 @@ def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
             fix=f"Its stages are {', '.join(stages)}.",
         )
     run, path = stages[folder.name].run, stages[folder.name].path
+    network = stages[folder.name].network_stage.run
     given = (path[0].initial,) if isinstance(path[0].initial, str) else ()
     evaluations: list[Any] = []
     for arm in comparison.arms:
@@ -116,12 +138,13 @@ def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
             if comparison.bound_limit:
                 evaluations.append(
                     BoundEvaluation(
-                        data=dataclasses.replace(task.data, converter=run.data.converter),
-                        objective=run.objective,
+                        data=dataclasses.replace(task.data, converter=network.data.converter),
+                        objective=network.objective,
                         name=f"bound/{task.name}",
                         limit=comparison.bound_limit,
                         batch_size=task.batch_size,
                         seed=comparison.seed,
                     )
                 )
-    return OpenRun(folder, run, tuple(evaluations), step, (*given, *(stage.name for stage in path[:-1])))
+    trained = network.objective.needs().processes
+    return OpenRun(folder, run, tuple(evaluations), step, trained, (*given, *(stage.name for stage in path[:-1])))

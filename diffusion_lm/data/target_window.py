@@ -16,6 +16,11 @@ class TargetWindow(Protocol):
     """A rule that turns the tokens of a target into the slots that a model generates (`docs/length.md`)."""
 
     @property
+    def filler(self) -> str | None:
+        """What fills the window after a target and is scored, "pad" or "eos"; None where nothing is."""
+        ...
+
+    @property
     def oracle(self) -> str | None:
         """What prompts give away of the reference ("length"), or None; every result of such prompts says so."""
         ...
@@ -41,6 +46,7 @@ class TargetWindow(Protocol):
 class ExactTokens:
     """The target's own tokens and nothing else: pieces of documents, which do not end where the row does."""
 
+    filler: ClassVar[str | None] = None
     oracle: ClassVar[str | None] = None
 
     def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -67,6 +73,7 @@ class ExactTokens:
 class ExactEos:
     """The target, then EOS, all scored; nothing behind it. The window of autoregressive models."""
 
+    filler: ClassVar[str | None] = None
     oracle: ClassVar[str | None] = None
 
     def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -97,6 +104,7 @@ class PadFilled:
     """
 
     window: int | None = None
+    filler: ClassVar[str | None] = "pad"
     oracle: ClassVar[str | None] = None
 
     def __post_init__(self):
@@ -144,6 +152,8 @@ class EosFilled(PadFilled):
     `DenoisingSampler.end = "defer"`.
     """
 
+    filler: ClassVar[str | None] = "eos"
+
     def _filler(self, specials: SpecialTokens) -> int:
         return specials.eos_id
 
@@ -162,6 +172,7 @@ class OracleLength:
 
     closing: bool = True
     extra: int = 0
+    filler: ClassVar[str | None] = None
     oracle: ClassVar[str | None] = "length"
 
     def __post_init__(self):

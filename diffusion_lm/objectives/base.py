@@ -37,7 +37,7 @@ class Needs:
       several_weights: whether its loss has parts that are divided by weights of their own (`LossTerms.others`).
       processes: what the network is trained for, which a sampler must undo (`noise.process.unlike_training`); none
         where the objective does not train the network.
-      joint_tail: the filler that is noised as a whole; the target window must end with it, or lengths leak.
+      tail: the filler that is noised as a whole ("eos", "pad"), which the target window must have, or lengths leak.
     """
 
     visibility: str
@@ -51,7 +51,7 @@ class Needs:
     token_schedules: bool = False
     several_weights: bool = False
     processes: tuple[Process, ...] = ()
-    joint_tail: int | None = None
+    tail: str | None = None
 
     @property
     def forward_passes_worth(self) -> float:

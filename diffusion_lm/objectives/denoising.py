@@ -174,6 +174,7 @@ class Denoising:
     def needs(self) -> Needs:
         """One pass a view and one more for each unroll or a prediction; MASK where the corruption writes one."""
         views = 1 if self.views == "one" else 2
+        choice = getattr(self.corruption, "choice", None)
         return Needs(
             visibility=self.visibility,
             passes=views * self._passes_per_view,
@@ -183,7 +184,7 @@ class Denoising:
             mask_token=self.corruption.needs_mask_token,
             mask_id=self._mask_id,
             processes=(self._process,),
-            joint_tail=getattr(getattr(self.corruption, "choice", None), "joint_tail", None),
+            tail={self.eos_id: "eos", self.pad_id: "pad"}.get(getattr(choice, "joint_tail", None)),
         )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:

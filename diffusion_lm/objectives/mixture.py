@@ -146,7 +146,7 @@ class Mixture:
             self_conditioning=any(one.self_conditioning for one in needs),
             token_schedules=any(one.token_schedules for one in needs),
             processes=tuple(process for one in needs for process in one.processes),
-            joint_tail=next((one.joint_tail for one in needs if one.joint_tail is not None), None),
+            tail=next((one.tail for one in needs if one.tail is not None), None),
         )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:

@@ -131,10 +131,11 @@ def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: P
         value, per_example, secondary = generation.score(task, result)
         bound = None
         if comparison.bound_limit:
+            network = stage.network_stage.run  # a length head's own loss is no bound on the text
             bound = likelihood.evaluate_bound(
                 model,
-                stage.run.objective,
-                _teacher_forced(task.data, stage.run.data.converter.target_window),
+                network.objective,
+                _teacher_forced(task.data, network.data.converter.target_window),
                 batch_size=task.batch_size,
                 limit=comparison.bound_limit,
                 seed=comparison.seed,

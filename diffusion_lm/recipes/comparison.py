@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_lm.core.errors import require
+from diffusion_lm.evaluation.compatibility import check_sampler, sampler_differences
 from diffusion_lm.evaluation.generation import GenerationTask
 from diffusion_lm.evaluation.speed import SpeedStudy
 from diffusion_lm.recipes.stage import Stage, stage_graph
@@ -23,6 +24,8 @@ class Arm:
       sampler: how its completions are decoded; or one per task.
       label: how reports call the arm.
       family: "ar", "diffusion", or "none" (untrained).
+      force: decode although the sampler or the target window does not fit the training; the results then say in what
+        (`unlike_training`).
     """
 
     name: str
@@ -30,6 +33,7 @@ class Arm:
     sampler: Sampler | Mapping[str, Sampler]
     label: str = ""
     family: str = "diffusion"
+    force: bool = False
 
     def __post_init__(self):
         require(self.family in FAMILIES, f"family '{self.family}'", where="Arm.family", fix=f"Use one of {FAMILIES}.")
@@ -41,6 +45,24 @@ class Arm:
     def sampler_for(self, task: str) -> Sampler:
         """Returns the sampler that decodes `task`."""
         return _per_task(self.sampler, task, f"Arm.sampler of '{self.name}'")
+
+    def unlike_training(self, task: str) -> tuple[str, ...]:
+        """Returns in words what the sampler of `task` takes otherwise than the training of the network."""
+        trained = self.stage_for(task).network_stage.run.objective.needs().processes
+        return sampler_differences(trained, self.sampler_for(task))
+
+    def check(self, task: str) -> None:
+        """Raises `ConfigError` where the network, its target windows and the sampler do not belong together."""
+        if self.force or self.family == "none":
+            return
+        run = self.stage_for(task).network_stage.run
+        check_sampler(
+            run.objective.needs().processes,
+            self.sampler_for(task),
+            where=f"Arm.sampler of '{self.name}'",
+            fix="Use a sampler for that training (diffusion-lm list samplers); Arm.force = True decodes all the same.",
+        )
+        run.check_window()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +111,9 @@ class Comparison:
             twice = sorted({name for name in names if names.count(name) > 1})
             require(not twice, f"{field} named twice: {', '.join(twice)}", where=f"Comparison.{field}", fix="Rename.")
         _check_selection(self)
+        for arm in self.arms:
+            for task in self.tasks:
+                arm.check(task.name)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

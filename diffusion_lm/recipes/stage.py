@@ -38,6 +38,11 @@ class Stage:
         return (*before, self)
 
     @property
+    def network_stage(self) -> "Stage":
+        """The last stage of the path that trains the network; heads on a frozen one say nothing about its noise."""
+        return next((one for one in reversed(self.path) if one.run.objective.needs().processes), self)
+
+    @property
     def train_tokens(self) -> int:
         """Token slots that this stage alone trains on (steps x batch x slots of both streams, filler included)."""
         slots = self.run.data.row_length + (self.run.data.encoder_length or 0)

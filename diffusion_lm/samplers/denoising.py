@@ -87,7 +87,7 @@ class DenoisingSampler:
         without a MASK, with a rule that takes nothing back and without predictions that are fed back; other rows end by
         themselves.
       exit_tolerance: bound on the probability that a frozen candidate would have changed after all.
-      stop: a rule that ends rows (`samplers.stopping.StopRule`), or None.
+      stop: a rule that ends blocks or rows (`samplers.stopping.StopRule`), or None.
       end: "free" treats EOS and PAD as tokens; "ban" gives them no probability, so that the whole window is text;
         "defer" opens a slot whose draw is one of them only when no other slot is left or the block's last step has
         come; "stop" finishes a row when it holds one of them and everything to its left is committed.

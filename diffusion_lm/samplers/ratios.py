@@ -113,7 +113,8 @@ class ScoreTweedie(_RatioRule):
         """Returns the law of the step, a function of the ratios."""
         t, s = self._times(view)
         now, before = self.noise.level(t), self.noise.level(s)
-        kept = jnp.clip(now.signal / before.signal, 1e-30, 1.0)  # 1 / E
+        # 1 / E. Schedules may begin with a little noise (`Geometric`), of which the last step takes away all.
+        kept = jnp.clip(now.signal / jnp.where(view.is_last, 1.0, before.signal), 1e-30, 1.0)
         zero, one = jnp.zeros_like(kept), jnp.ones_like(kept)
         if self.noise.mask_id is not None:
             gain = 1.0 / kept - 1.0

@@ -100,7 +100,8 @@ class Step:
     def _knows_bounds(self) -> bool:
         """Whether nothing but the commit rule decides about slots: what it says before the logits are known holds."""
         settings = self.settings
-        return settings.mask_id is not None and settings.end != "defer" and not settings.stop
+        reads_step = settings.stop is not None and not settings.stop.looks_at_text
+        return settings.mask_id is not None and settings.end != "defer" and not reads_step
 
     def _view(self, state: State) -> View:
         active = self.blocks.active(state.block)
@@ -211,7 +212,7 @@ class Step:
         where = self._noise_in(view.active, view.canvas)
         if not masked:
             where = target_mask  # the score of the whole input is wanted
-        elif commit.revises or stop is not None:
+        elif commit.revises or (stop is not None and not stop.looks_at_text):
             where = view.active
         summaries = commit.summaries + (() if stop is None else stop.summaries)
         view = view.replace(stats=stats(where, tuple(dict.fromkeys(summaries))))
@@ -243,7 +244,7 @@ class Step:
         settings, blocks, target_mask = self.settings, self.blocks, self.proposal.rows.target_mask
         running = state.block < blocks.counts
         advance, over, scores = view.is_last[:, 0], jnp.zeros_like(running), state.scores
-        if settings.stop is not None:
+        if settings.stop is not None and not settings.stop.looks_at_text:
             stopped = settings.stop.stops(view)
             canvas = jnp.where(stopped[:, None] & view.active, view.stats.argmax, canvas)
             advance |= stopped
@@ -266,6 +267,14 @@ class Step:
             over = ended(canvas, target_mask, settings.mask_id, settings.eos_id, settings.pad_id)
             holes = target_mask & (canvas == settings.mask_id)
             canvas = jnp.where(over[:, None] & holes, settings.pad_id, canvas)
+        if settings.stop is not None and settings.stop.looks_at_text:
+            # Conditioning and finished blocks: a row whose block goes on has nothing new to look at.
+            done = (blocks.number < state.block[:, None]) | (advance[:, None] & view.active)
+            text = (target_mask & done) | (~target_mask & (self.proposal.rows.segment_ids > 0))
+            repeats, kept_text = settings.stop.ends(canvas, text, target_mask)
+            repeats &= running & advance & moves[:, 0]
+            over |= repeats
+            canvas = jnp.where(repeats[:, None] & target_mask & ~kept_text, settings.pad_id, canvas)
         trace = None
         if settings.keep_trace:
             later = jnp.arange(state.trace.shape[0])[:, None, None] >= state.turn[:, None]
@@ -307,10 +316,11 @@ def input_scores(settings: Any, canvas: jax.Array, stats: TokenStats, target_mas
 def commit_scores(settings: Any, final: State, target_mask: jax.Array) -> jax.Array:
     """Returns f32[R], the mean log-probability that the tokens had when they were written.
 
-    Rows that stopped at their end have slots that were never written, so with `end = "stop"` the text alone counts.
+    Rows that stopped at their end have slots that were never written, so the text alone counts.
     """
     scored = target_mask
-    if settings.score_over == "real" or settings.end == "stop":
+    ends = settings.stop is not None and settings.stop.looks_at_text
+    if settings.score_over == "real" or settings.end == "stop" or ends:
         scored &= ended_before(final.canvas, target_mask, settings.eos_id, settings.pad_id) == 0
     return _mean(final.log_prob, scored)
 

@@ -1,6 +1,7 @@
 """When a row may be called finished before its last step."""
 
 import dataclasses
+import math
 from typing import Protocol
 
 import jax
@@ -62,8 +63,23 @@ class StopRule(Protocol):
         """What `token_stats` must compute for the rule."""
         ...
 
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether the rule looks at finished blocks alone, and not at the network's predictions in a step."""
+        ...
+
     def stops(self, view: View) -> jax.Array:
-        """Returns bool[R], the rows that are finished; their target becomes the step's argmax."""
+        """Returns bool[R], the rows whose block is finished; it becomes the step's argmax."""
+        ...
+
+    def ends(self, canvas: jax.Array, written: jax.Array, target_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns which rows end although blocks are left, bool[R], and what of their target is kept, bool[R,T].
+
+        Args:
+          canvas: i32[R,T].
+          written: bool[R,T], the tokens of the conditioning and of the blocks up to the one that was just finished.
+          target_mask: bool[R,T].
+        """
         ...
 
 
@@ -76,6 +92,8 @@ class StableAndSure:
     """
 
     max_entropy: float = 0.005
+
+    looks_at_text = False
 
     def __post_init__(self):
         require(
@@ -95,6 +113,71 @@ class StableAndSure:
         same = jnp.all((view.stats.argmax == view.canvas) | ~view.active, axis=1)
         total = jnp.sum(jnp.where(view.active, view.stats.entropy, 0.0), axis=1)
         return same & (total <= self.max_entropy * view.active_count[:, 0])
+
+    def ends(self, canvas: jax.Array, written: jax.Array, target_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """No row ends before its last block."""
+        return jnp.zeros(canvas.shape[0], bool), target_mask & written
+
+
+@dataclasses.dataclass(frozen=True)
+class LowEntropy:
+    """Generation ends after a block when the text has begun to repeat itself (BD3-LM, arXiv 2503.09573, appendix).
+
+    H is the unigram entropy of the last `window` tokens, prompt included, -sum_v c_v/n log(c_v/n). Where a row has more
+    than `window` tokens and H < `min_entropy`, it ends, and these tokens are dropped, as far as they are generated
+    ones, as in the released code's sampling of texts of any length.
+
+    Attributes:
+      min_entropy: in nats; 4.0 in the released code.
+      window: tokens; 256 in the released code. A text of n tokens has at most log n nats, 5.5 for 256.
+      drop: leave the tokens of the window out of the target; False keeps them.
+    """
+
+    min_entropy: float = 4.0
+    window: int = 256
+    drop: bool = True
+
+    looks_at_text = True
+
+    def __post_init__(self):
+        require(
+            isinstance(self.window, int) and self.window >= 2,
+            f"window={self.window!r}: must be a whole number >= 2",
+            where="LowEntropy.window",
+            fix="BD3-LM uses 256.",
+        )
+        require(
+            0 <= self.min_entropy <= math.log(self.window),
+            f"min_entropy={self.min_entropy}: must be in [0, {math.log(self.window):.2f}], the range of the entropy of "
+            f"{self.window} tokens",
+            where="LowEntropy.min_entropy",
+            fix="BD3-LM uses 4.0 with 256 tokens.",
+        )
+
+    @property
+    def summaries(self) -> tuple[str, ...]:
+        """Nothing: it reads tokens."""
+        return ()
+
+    def stops(self, view: View) -> jax.Array:
+        """False: a block is decoded to its end."""
+        return jnp.zeros(view.canvas.shape[0], bool)
+
+    def ends(self, canvas: jax.Array, written: jax.Array, target_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `StopRule.ends`."""
+        count = jnp.sum(written, axis=1, keepdims=True)
+        behind = count - jnp.cumsum(written, axis=1)
+        last = written & (behind < self.window)
+        repeats = count[:, 0] > self.window
+        # -sum_v c_v/n log(c_v/n) is the mean over tokens of -log(c/n); ranks in sorted order give the counts.
+        tokens = jnp.sort(jnp.where(last, canvas, -1), axis=1)
+        first = jax.vmap(lambda row: jnp.searchsorted(row, row, side="left"))(tokens)
+        after = jax.vmap(lambda row: jnp.searchsorted(row, row, side="right"))(tokens)
+        log_share = jnp.log((after - first).astype(jnp.float32)) - math.log(self.window)
+        entropy = -jnp.sum(jnp.where(tokens >= 0, log_share, 0.0), axis=1) / self.window
+        over = repeats & (entropy < self.min_entropy)
+        kept = target_mask & written & ~(last & self.drop)
+        return over, kept
 
 
 def ended(canvas: jax.Array, target_mask: jax.Array, mask_id: int, eos_id: int, pad_id: int) -> jax.Array:

@@ -8,6 +8,7 @@ from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.architectures.extended import layer_with
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.data.iterator import DataPipeline
+from diffusion_lm.evaluation.compatibility import check_sampler, check_window
 from diffusion_lm.objectives.base import Objective
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -133,6 +134,8 @@ class TrainRun:
         """
         self.check_mesh()
         self._check_data()
+        self.check_window()
+        self._check_samplers()
         needs = self.objective.needs()
         require(
             not needs.encoder or self.model.needs_encoder,
@@ -158,6 +161,23 @@ class TrainRun:
             where="TrainRun.model",
             fix="Use gin/runs/token_schedules.gin, which wraps it in exponents.WithTokenSchedules.",
         )
+
+    def check_window(self) -> None:
+        """Raises `ConfigError` where the target window does not fit the objective's length model."""
+        converter = getattr(self.data, "converter", None)
+        if getattr(self.data, "pretraining", None) is None:
+            window = getattr(converter, "target_window", None)
+            check_window(self.objective.needs(), window, where=f"{type(converter).__name__}.target_window")
+
+    def _check_samplers(self) -> None:
+        """Raises `ConfigError` where an evaluation decodes another process than the one that is trained."""
+        for evaluation in self.evaluations:
+            check_sampler(
+                self.objective.needs().processes,
+                getattr(evaluation, "sampler", None),
+                where=f"TrainRun.evaluations, {evaluation.name}",
+                fix="Use a sampler for this objective (diffusion-lm list samplers).",
+            )
 
     def check_mesh(self, devices: Sequence[Any] | None = None) -> None:
         """Checks what needs the devices alone: that they (None = those of all processes) share a batch's rows evenly.

@@ -502,3 +502,23 @@ def test_failed_start_leaves_no_stale_configuration(tmp_path):
     (tmp_path / "run_card.json").write_text("{}")
     record_config(loaded("another"), tmp_path, claimed_by="run_card.json")
     assert (tmp_path / RESOLVED).read_text() == "right"
+
+
+def test_a_sampler_of_another_process_is_refused_and_recorded_where_forced(folder, capsys):
+    """An autoregressive run under a masked sampler gives plausible garbage: its special ids agree, its process not."""
+    masked = ["decode", "--workdir", "run", "--task", "toy", "--limit", "1"]
+    masked += ["--sampler", "gin/samplers/llada_low_confidence.gin"]
+    message = fails(capsys, *masked)
+    for part in ("no noise (next tokens", "MASK noise", "'causal' in training and 'full'", "--force"):
+        assert part in message
+    assert main([*masked, "--force"]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert any("MASK noise" in one for one in line["unlike_training"])
+    prefix = ["evaluate", "--workdir", "run", "--only", "decode/toy", "--gin.AutoregressiveSampler.visibility='prefix'"]
+    # The training of the same configuration is refused before its first step.
+    train = ["train", "--gin_file", "run.gin", "--workdir", "prefixed", prefix[-1]]
+    for command in (prefix, train):
+        assert "visibility is 'causal' in training and 'prefix' in the sampler" in fails(capsys, *command)
+    assert main([*prefix, "--force", "--json", str(folder / "forced.json")]) == 0
+    conditions = json.loads((folder / "forced.json").read_text())["evaluations"]["decode/toy"]["conditions"]
+    assert conditions["unlike_training"] == ["visibility is 'causal' in training and 'prefix' in the sampler"]

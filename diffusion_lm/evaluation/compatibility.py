@@ -1,0 +1,61 @@
+"""Whether what a network was trained for, the windows that it saw and the sampler that decodes it belong together.
+
+A sampler that undoes another noise than the training's, or that reads another attention mask, alignment or output, runs
+without complaint and gives text that looks plausible. Objectives say what they train (`Needs.processes`), samplers what
+they decode (`Sampler.process`); here both are compared, before anything is trained or decoded.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.noise.process import Process, unlike_training
+
+
+class Trains(Protocol):
+    """`objectives.base.Needs`."""
+
+    processes: tuple[Process, ...]
+    tail: str | None
+
+
+def sampler_differences(trained: Sequence[Process], sampler: Any) -> tuple[str, ...]:
+    """Returns in words what `sampler` takes otherwise than the training; nothing where either does not say."""
+    process = getattr(sampler, "process", None)
+    return () if process is None else unlike_training(trained, process)
+
+
+def check_sampler(trained: Sequence[Process], sampler: Any, *, where: str, fix: str) -> None:
+    """Raises `ConfigError` where the sampler decodes another process than the network was trained for."""
+    found = sampler_differences(trained, sampler)
+    if found:
+        raise ConfigError(
+            f"{type(sampler).__name__} does not fit the training: {'; '.join(found)}", where=where, fix=fix
+        )
+
+
+def check_window(needs: Trains, window: Any, *, where: str) -> None:
+    """Raises `ConfigError` where the target window gives away, or never shows, what the objective learns length from.
+
+    Args:
+      needs: what the objective says.
+      window: a `data.target_window.TargetWindow`.
+      where: gin parameter of the window.
+    """
+    filler, name = getattr(window, "filler", None), type(window).__name__
+    if filler is None:
+        return
+    if needs.processes and all(process.closed for process in needs.processes):
+        raise ConfigError(
+            f"the objective keeps EOS clean and {name} fills the window after it: EOS shows the length in training, "
+            "and a sampler does not know it",
+            where=where,
+            fix="Use ExactEos, and predict lengths (gin/runs/length_head.gin, gin/samplers/length_beam.gin).",
+        )
+    if needs.tail is not None and needs.tail != filler:
+        raise ConfigError(
+            f"the objective noises a tail of {needs.tail} as a whole, and {name} fills the window with {filler}: what "
+            "is left of the filler shows the length",
+            where=where,
+            fix="Use EosFilled for a tail of EOS, PadFilled for one of PAD.",
+        )
