@@ -6,17 +6,11 @@ they decode (`Sampler.process`); here both are compared, before anything is trai
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.noise.process import Process, unlike_training
-
-
-class Trains(Protocol):
-    """`objectives.base.Needs`."""
-
-    processes: tuple[Process, ...]
-    tail: str | None
+from diffusion_lm.objectives.base import Needs
 
 
 def sampler_differences(trained: Sequence[Process], sampler: Any) -> tuple[str, ...]:
@@ -34,7 +28,7 @@ def check_sampler(trained: Sequence[Process], sampler: Any, *, where: str, fix: 
         )
 
 
-def check_window(needs: Trains, window: Any, *, where: str) -> None:
+def check_window(needs: Needs, window: Any, *, where: str) -> None:
     """Raises `ConfigError` where the target window gives away, or never shows, what the objective learns length from.
 
     Args:

@@ -175,6 +175,7 @@ class Denoising:
         """One pass a view and one more for each unroll or a prediction; MASK where the corruption writes one."""
         views = 1 if self.views == "one" else 2
         choice = getattr(self.corruption, "choice", None)
+        fillers: dict[int | None, str] = {self.eos_id: "eos", self.pad_id: "pad"}
         return Needs(
             visibility=self.visibility,
             passes=views * self._passes_per_view,
@@ -184,7 +185,7 @@ class Denoising:
             mask_token=self.corruption.needs_mask_token,
             mask_id=self._mask_id,
             processes=(self._process,),
-            tail={self.eos_id: "eos", self.pad_id: "pad"}.get(getattr(choice, "joint_tail", None)),
+            tail=fillers.get(getattr(choice, "joint_tail", None)),
         )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
