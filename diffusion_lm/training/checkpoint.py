@@ -100,7 +100,8 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
     """
 
     def __init__(self, policy: CheckpointPolicy):
-        self._policy, self.best = policy, None
+        self._policy = policy
+        self.best: int | None = None
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Returns whether each of the checkpoints, oldest first, is kept. The newest is the one just written."""
