@@ -4,11 +4,14 @@ And `break_checkpoint`, which puts a NaN into a run folder.
 """
 
 import gc
+import os
 import pathlib
 import shutil
 
 import jax
 import pytest
+
+os.environ.pop("WANDB_PROJECT", None)  # or every run of the tests would be logged there
 
 MOST_MAPS = 25_000
 """Linux allows 65,530 a process, no file adds more than 15,000; programs that files share stay compiled below this."""

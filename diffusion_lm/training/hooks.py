@@ -108,6 +108,7 @@ class Log:
       step: updates made before this log opens.
       window: the open window of a restored run.
       keep: which rows of an earlier part of this run stay in the log.
+      identity: the run's configuration as plain data, for writers that show it.
     """
 
     def __init__(
@@ -123,13 +124,14 @@ class Log:
         step: int,
         window: Window,
         keep: Callable[[Row], bool],
+        identity: Mapping[str, Any] | None = None,
     ):
         self._steps, self._batch_size, self._every = steps, batch_size, every
         self._learning_rate = learning_rate
         self._flops, self._peak = flops_per_token, peak_flops
         self.window = window
         primary = jax.process_index() == 0
-        self._writers = open_writers(workdir, keep, step) if primary else []
+        self._writers = open_writers(workdir, keep, step, identity) if primary else []
         self._display = _display(steps, step) if primary else _Silent()
         self._clock = Clock(step, window.tokens)
         self._pending: tuple[int, StepStats] | None = None

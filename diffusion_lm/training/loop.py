@@ -241,6 +241,7 @@ def _log(run: TrainRun, workdir: Path, start: Progress, resumed: int | None) -> 
         step=start.step,
         window=start.window,
         keep=keep,
+        identity=run.identity(),
     )
 
 

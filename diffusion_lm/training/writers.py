@@ -1,4 +1,4 @@
-"""Where the log goes: `metrics.jsonl` always, TensorBoard where it is installed.
+"""Where the log goes: `metrics.jsonl` always, TensorBoard if it is installed, Weights & Biases if a project is named.
 
 A row is flat except for `timing`: everything outside it is reproduced bit for bit by the same configuration.
 """
@@ -6,15 +6,20 @@ A row is flat except for `timing`: everything outside it is reproduced bit for b
 import importlib.util
 import json
 import os
+import secrets
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from diffusion_lm.core.files import GrowingFile, as_path, json_text, read_text
+from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.files import GrowingFile, as_path, is_bucket, json_text, read_json, read_text, write_json
 
 Row = Mapping[str, Any]
+PROJECT = "WANDB_PROJECT"
+"""The variable that names a project of Weights & Biases, and with it turns that writer on."""
 
 
 class Writer(Protocol):
@@ -94,13 +99,7 @@ class TensorBoardWriter:
 
     def write(self, row: Row) -> None:
         """Writes every number of the row, those of training under `train/`."""
-        prefix = "train/" if row["kind"] == "train" else ""
-        numbers = {**row, **{f"timing/{name}": value for name, value in row["timing"].items()}}
-        values = [
-            self._summary.Value(tag=prefix + name, simple_value=value)
-            for name, value in numbers.items()
-            if name != "step" and isinstance(value, int | float)
-        ]
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in _numbers(row).items()]
         self._record(self._event(wall_time=time.time(), step=row["step"], summary=self._summary(value=values)))
 
     def flush(self) -> None:
@@ -118,9 +117,92 @@ class TensorBoardWriter:
         self._file.close()
 
 
-def open_writers(workdir: Path, keep: Callable[[Row], bool], step: int) -> list[Writer]:
-    """Returns the writers of a run folder in which the run has made `step` updates; `keep` as for `JsonlWriter`."""
+class WandbWriter:
+    """Logs to Weights & Biases. The package's own variables (`WANDB_MODE`, `WANDB_ENTITY`, ...) configure it.
+
+    A run folder is one run there, however often it is started: its id is in `wandb.json`. Rows that a resumed run
+    takes again are logged again, with the same values; `step` is the axis of all charts. The files of an offline run
+    (`WANDB_MODE=offline`) are below `wandb/` of the run folder, or in a temporary folder where that is in a bucket.
+
+    Args:
+      workdir: the run folder.
+      identity: the run's configuration as plain data.
+
+    Raises:
+      ConfigError: the package is not installed, or it cannot start a run.
+    """
+
+    def __init__(self, workdir: Path, identity: Mapping[str, Any] | None = None):
+        try:
+            wandb: Any = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                "a project of Weights & Biases is named and the package wandb is not installed",
+                where=PROJECT,
+                fix="Install it: pip install 'diffusion-lm[tracking]'; or unset the variable.",
+            ) from error
+        place = workdir / "wandb.json"
+        if not place.exists():
+            write_json(place, {"id": secrets.token_hex(4)})
+        # A stage of a comparison is one run of a group. Arguments would win over the package's variables.
+        comparison = workdir.parent.parent.name if workdir.parent.name == "stages" else None
+        try:
+            self._run = wandb.init(
+                project=os.environ[PROJECT],
+                id=read_json(place)["id"],
+                resume="allow",
+                name=None if "WANDB_NAME" in os.environ else workdir.name,
+                group=None if "WANDB_RUN_GROUP" in os.environ else comparison,
+                dir=tempfile.mkdtemp(prefix="wandb-") if is_bucket(workdir) else str(workdir),
+                config=dict(identity or {}),
+                settings=wandb.Settings(console="off"),  # stdout and stderr stay ours
+            )
+        except Exception as error:  # its errors have no common class
+            raise ConfigError(
+                f"Weights & Biases cannot start a run: {str(error).strip().splitlines()[0]}",
+                where=PROJECT,
+                fix="Log in (wandb login), set WANDB_MODE=offline, or unset the variable.",
+            ) from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, row: Row) -> None:
+        """Logs every number of the row, those of training under `train/`."""
+        # As a value and not by `log(step=...)`, which drops rows of steps that were logged before a restart.
+        self._run.log({"step": row["step"], **_numbers(row)})
+
+    def flush(self) -> None:
+        """Does nothing: rows are written by a process of the package."""
+
+    def close(self) -> None:
+        """Waits until all rows are written or sent."""
+        self._run.finish()
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    """Returns the numbers of a row by their names in charts, without the step."""
+    prefix = "train/" if row["kind"] == "train" else ""
+    numbers = {**row, **{f"timing/{name}": value for name, value in row["timing"].items()}}
+    return {
+        prefix + name: value for name, value in numbers.items() if name != "step" and isinstance(value, int | float)
+    }
+
+
+def open_writers(
+    workdir: Path, keep: Callable[[Row], bool], step: int, identity: Mapping[str, Any] | None = None
+) -> list[Writer]:
+    """Returns the writers of a run folder.
+
+    Args:
+      workdir: the run folder.
+      keep: as for `JsonlWriter`.
+      step: updates that the run has made.
+      identity: the run's configuration as plain data.
+    """
     writers: list[Writer] = [JsonlWriter(workdir / "metrics.jsonl", keep)]
     if importlib.util.find_spec("tensorboard") is not None:
         writers.append(TensorBoardWriter(workdir / "tensorboard", step + 1))
+    # Never by being installed: it would send the log of every run elsewhere.
+    if os.environ.get(PROJECT):
+        writers.append(WandbWriter(workdir, identity))
     return writers

@@ -109,7 +109,7 @@ def test_without_selection_the_last_checkpoint_is_handed_on(tmp_path):
 
 
 @pytest.mark.parametrize("fail_at", [3, 5, 7])
-@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize("every", [0, pytest.param(3, marks=pytest.mark.thorough)])
 def test_a_run_that_was_killed_selects_the_same(undisturbed, tmp_path, fail_at, every):
     _, result = undisturbed
     with pytest.raises(OSError, match="disk"):
@@ -120,7 +120,7 @@ def test_a_run_that_was_killed_selects_the_same(undisturbed, tmp_path, fail_at, 
     assert equal(again.params, result.params)
 
 
-@pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.parametrize("step", [4, *(pytest.param(step, marks=pytest.mark.thorough) for step in (2, 6))])
 def test_a_preempted_run_selects_the_same(undisturbed, tmp_path, step):
     """SIGTERM inside an evaluation; at the next step the run stops."""
     _, result = undisturbed
