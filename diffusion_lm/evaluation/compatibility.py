@@ -15,8 +15,15 @@ from diffusion_lm.noise.process import Process, unlike_training
 class Trains(Protocol):
     """`objectives.base.Needs`."""
 
-    processes: tuple[Process, ...]
-    tail: str | None
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """What the network is trained for."""
+        ...
+
+    @property
+    def tail(self) -> str | None:
+        """The filler that is noised as a whole."""
+        ...
 
 
 def sampler_differences(trained: Sequence[Process], sampler: Any) -> tuple[str, ...]:

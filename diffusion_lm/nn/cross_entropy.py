@@ -232,8 +232,8 @@ def chunked_token_stats(
             top = jnp.exp(jax.lax.top_k(logits_BTV, 2)[0] - log_z[..., None])
             margin = top[..., 0] - top[..., 1]
         log_prob = _pick(logits_BTV, sample) - log_z
-        stats = TokenStats(argmax, sample, log_prob, target_log_prob, entropy, margin, expected)
-        return stats.replace(change=change, proposal_log_prob=proposal_log_prob), ()
+        summarised = (entropy, margin, expected, change, proposal_log_prob)
+        return TokenStats(argmax, sample, log_prob, target_log_prob, *summarised), ()
 
     inputs = (hidden_BTD, keys_BT if draws else None, score, unconditional_BTD, noised, ratios)
     return over_chunks(chunk, head, inputs, chunk_tokens, where_BT)

@@ -180,7 +180,7 @@ class Denoising:
             mask_token=self.corruption.needs_mask_token,
             mask_id=self._mask_id,
             processes=(self._process,),
-            tail={self.eos_id: "eos", self.pad_id: "pad"}.get(getattr(choice, "joint_tail", None)),
+            tail={None: None, self.eos_id: "eos", self.pad_id: "pad"}.get(getattr(choice, "joint_tail", None)),
         )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:

@@ -124,6 +124,8 @@ class SelfCorrected(Rule):
     def transition(self, view: View) -> Noised:
         """Mixes the prediction with noise as `rule` does; in the correction nothing is mixed in."""
         filling, corrects = self.rule.transition(self._filling(view)), self._corrects(view)
+        assert filling.mask_BT is not None
+        assert filling.uniform_BT is not None
         return filling.replace(
             signal_BT=jnp.where(corrects, 1.0, filling.signal_BT),
             mask_BT=jnp.where(corrects, 0.0, filling.mask_BT),
