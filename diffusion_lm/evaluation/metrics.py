@@ -27,8 +27,6 @@ from diffusion_lm.evaluation.metrics_reasoning import final_answer as final_answ
 from diffusion_lm.evaluation.metrics_rouge import ROUGE_NAMES, rouge_rows
 
 Values = Callable[[np.ndarray], dict[str, float]]
-_MOST_STATISTICS = 16
-"""No metric has more columns; names of scores do not depend on the numbers in them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +111,8 @@ class Metric:
 
     @property
     def value_names(self) -> tuple[str, ...]:
-        """Names of the scores."""
-        return tuple(self.values(np.zeros(_MOST_STATISTICS)))
+        """Names of the scores that every corpus has: those of an empty one."""
+        return tuple(self.all_values(self.per_example_batch([], [])))
 
     def __call__(self, references: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
         """Returns every score of a corpus."""

@@ -190,7 +190,7 @@ def test_a_network_that_holds_nan_is_not_imported(folder, tmp_path, capsys):
     tensors[name] = np.full_like(tensors[name], np.nan)
     safetensors.numpy.save_file(tensors, file)
     assert main(["import", str(tmp_path / "checkpoint"), "--workdir", str(tmp_path / "imported")]) == 2
-    assert "the network holds NaN or Inf in 1 of" in capsys.readouterr().err
+    assert f"tensor '{name}' holds" in capsys.readouterr().err
     assert not (tmp_path / "imported").exists()
 
 

@@ -457,37 +457,6 @@ def test_train_writes_missing_data_in_a_process_of_its_own(capsys, monkeypatch):
     assert options["env"]["JAX_PLATFORMS"] == "cpu"
 
 
-def test_materialise_without_tensorflow(capsys, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "seqio", None)
-    monkeypatch.delitem(sys.modules, "diffusion_lm.data.seqio_source", raising=False)
-    message = fails_after_progress(capsys, "materialise", "--task", "unheard_of", "--root", "elsewhere")
-    assert "needs the package seqio, which is not installed" in message
-
-
-def test_unknown_task_names_near_ones_and_the_module_flag(folder, capsys, monkeypatch):
-    pytest.importorskip("seqio")
-    (folder / "my_seqio_tasks.py").write_text(
-        "import seqio\n"
-        "source = seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: None, splits=['train'])\n"
-        "seqio.TaskRegistry.add('my_cli_task', source, output_features={}, preprocessors=[], metric_fns=[])\n"
-    )
-    message = fails_after_progress(
-        capsys, "materialise", "--task", "my_cli_tusk", "--root", "elsewhere", "--module", "my_seqio_tasks"
-    )
-    assert "did you mean my_cli_task" in message
-    assert "--module" in message
-
-
-def fails_after_progress(capsys, *argv):
-    capsys.readouterr()
-    assert main(list(argv)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return next(line for line in captured.err.splitlines() if line.startswith("error: "))
-
-
 def test_failed_start_leaves_no_stale_configuration(tmp_path):
     import types
 
