@@ -3,28 +3,22 @@
 And `break_checkpoint`, which puts a NaN into a run folder.
 """
 
-import gc
 import os
 import pathlib
 import shutil
 
-import jax
 import pytest
 
-os.environ.pop("WANDB_PROJECT", None)  # or every run of the tests would be logged there
+from diffusion_lm.core.memory_maps import free_programs
 
-MOST_MAPS = 25_000
-"""Linux allows 65,530 a process, no file adds more than 15,000; programs that files share stay compiled below this."""
+os.environ.pop("WANDB_PROJECT", None)  # or every run of the tests would be logged there
 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_do_not_pile_up():
     """Frees what this process has compiled once it holds many maps, between one test file and the next."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
-        jax.clear_caches()
-        gc.collect()
+    free_programs()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import numpy as np
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import as_path, read_json, write_json, write_text
+from diffusion_lm.core.memory_maps import free_programs
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.target_window import TargetWindow
 from diffusion_lm.evaluation import generation, likelihood
@@ -103,6 +104,7 @@ def stage_folder(stage: Stage, workdir: Path) -> Path:
 
 def run_stage(stage: Stage, workdir: Path) -> Any:
     """Trains a stage (or finds it finished) and returns its final parameters. Its ancestors must be finished."""
+    free_programs()
     initial = stage_folder(stage.initial, workdir) if isinstance(stage.initial, Stage) else stage.initial
     return train(stage.run, stage_folder(stage, workdir), init_params=initial).params
 
@@ -121,6 +123,8 @@ def _claim(comparison: Comparison, workdir: Path) -> None:
 
 def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: Path, log) -> dict[str, Any]:
     def run() -> dict[str, Any]:
+        # Every arm compiles programs of its own, for training before and for decoding from here on.
+        free_programs()
         log(f"evaluate  {arm.name} on {task.name}")
         if getattr(task.data, "vocabulary_note", None):
             log(str(task.data.vocabulary_note))
