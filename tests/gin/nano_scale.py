@@ -85,7 +85,12 @@ def _write(source, vocabulary, metric, *, text_only):
         reference = {"answers": [phrase]} if metric == "squad" else phrase
         if metric in ("pass_at_1", "pass_at_k"):
             reference = {"setup": "", "tests": ["assert x == 1"]}
-        reference = {"final_answer": {"answer": "2"}, "countdown": {"numbers": [1], "goal": 1}}.get(metric, reference)
+        of_metric = {
+            "final_answer": {"answer": "2"},
+            "countdown": {"numbers": [1], "goal": 1},
+            "number_match": "2",
+        }
+        reference = of_metric.get(metric, reference)
         records.append(
             Record(
                 inputs=[] if text_only else vocabulary.encode(f"say {phrase}"),
