@@ -18,7 +18,7 @@ GIN_HELP = """\
 --gin.NAME=VALUE sets a macro (--gin.TRAIN_STEPS=100) or a parameter (--gin.TrainRun.steps=100,
 --gin.scope/Class.parameter=...). Strings may be quoted as in T5X: --gin.TASK="'wmt14_en_fr'".
 Exit codes: 0 done, 2 wrong input, 75 stopped by SIGTERM and saved (run again), 130 stopped by Ctrl-C, 141 the reader
-of stdout went away. A closed stderr is no error; train, compare, import, export and materialise also finish without
+of stdout went away. A closed stderr is not an error; train, compare, import, export and materialise also finish without
 a reader of stdout, and so does every verb with --json PATH."""
 
 

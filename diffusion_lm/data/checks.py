@@ -68,7 +68,7 @@ def cuts(
 ) -> tuple[Cut, ...]:
     """Returns what the rows of a converter do not hold whole of the examples at `indices`, i64[n]; None = of all.
 
-    Reads the length index only. What the converter refuses to cut is no cut but an error of the batch.
+    Reads the length index only. What the converter refuses to cut is not counted: the batch is an error.
     """
     if converter.too_long == "error":
         return ()

@@ -81,8 +81,8 @@ def task_records(
 
     An EOS that the task's preprocessors appended is removed; converters put it back where it belongs. Targets of tasks
     without inputs are documents: each one ends with EOS and is cut into pieces of at most `chunk_length` tokens. A
-    feature `suffix` is what stands behind the target. `losses` counts what the vocabulary cannot write of the texts
-    that the task keeps beside its tokens (`*_pretokenized`).
+    feature `suffix` is the text after the target. `losses` counts what the vocabulary cannot write of the texts
+    that the task keeps with its tokens (`*_pretokenized`).
 
     Raises:
       ConfigError: the task has no such split, its preprocessors make no feature `targets`, or `losses` refuses them.

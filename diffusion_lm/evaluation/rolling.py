@@ -115,7 +115,7 @@ def documents(records: Iterator[Record], vocabulary: Any, specials: SpecialToken
     pieces: list[Record] = []
     for record in records:
         pieces.append(record)
-        # Records with inputs are whole; a piece of a document goes on in the next one until EOS.
+        # Records with inputs are whole; a document continues in the next piece until EOS.
         if len(record.inputs) or record.targets_text or record.targets[-1:].tolist() == [specials.eos_id]:
             yield _joined(pieces, vocabulary, specials)
             pieces = []

@@ -135,7 +135,7 @@ def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: P
         value, per_example, secondary = generation.score(task, result)
         bound = None
         if comparison.bound_limit:
-            network = stage.network_stage.run  # a length head's own loss is no bound on the text
+            network = stage.network_stage.run  # the loss of a length head does not bound the text's likelihood
             bound = likelihood.evaluate_bound(
                 model,
                 network.objective,

@@ -268,7 +268,7 @@ class Step:
             holes = target_mask & (canvas == settings.mask_id)
             canvas = jnp.where(over[:, None] & holes, settings.pad_id, canvas)
         if settings.stop is not None and settings.stop.looks_at_text:
-            # Conditioning and finished blocks: a row whose block goes on has nothing new to look at.
+            # Conditioning and finished blocks: a row whose block continues has nothing new to check.
             done = (blocks.number < state.block[:, None]) | (advance[:, None] & view.active)
             text = (target_mask & done) | (~target_mask & (self.proposal.rows.segment_ids > 0))
             repeats, kept_text = settings.stop.ends(canvas, text, target_mask)
