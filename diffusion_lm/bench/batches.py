@@ -31,6 +31,7 @@ def synthetic_batch(run: TrainRun, number: int = 0) -> Batch:
         segment_ids=segments,
         positions=positions,
         example_ids=example_ids[:, None].repeat(length, axis=1),
+        special=shapes.special,
         encoder=encoder,
         strata=strata(segments, 0, rows),
     )

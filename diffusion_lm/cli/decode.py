@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     opened = open_run(arguments, bindings=() if arguments.sampler else arguments.gin)
     sampler = _sampler(arguments, opened)
-    unlike = opened.unlike_training(sampler, force=arguments.force)
+    unlike = opened.mismatches(sampler, force=arguments.force)
     for difference in unlike:
         progress(f"warning: {difference}")
     data = _data(arguments, opened)
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     **({"sample": sample} if arguments.samples > 1 else {}),
                     **({"oracle": oracle} if oracle else {}),
                     **({"cut_tokens": cut[row]} if cut[row] else {}),
-                    **({"unlike_training": list(unlike)} if unlike else {}),
+                    **({"mismatches": list(unlike)} if unlike else {}),
                     "tokens": int(one.lengths[row]),
                     "score": float(one.scores[row]),
                     "forward_passes": int(one.forward_passes[row]),

@@ -185,6 +185,7 @@ def _one_step() -> str:
     import numpy as np
 
     from diffusion_lm.architectures.single_stream import SingleStream
+    from diffusion_lm.core.special import SpecialTokens
     from diffusion_lm.core.types import Batch
     from diffusion_lm.nn.transformer import TransformerSpec
     from diffusion_lm.objectives.autoregressive import Autoregressive
@@ -205,6 +206,7 @@ def _one_step() -> str:
         segment_ids=np.ones(shape, np.int32),
         positions=slots,
         example_ids=np.repeat(np.arange(shape[0], dtype=np.uint32)[:, None], shape[1], axis=1),
+        special=SpecialTokens(spec.vocab_size),
     )
     key = jax.random.key(0)
     placed = place_batch(Batch(**arrays), LogicalRules(), program.mesh)

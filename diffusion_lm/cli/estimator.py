@@ -14,7 +14,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.evaluation.rolling import RollingEvaluation
-from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, unlike_training
+from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, mismatches
 
 
 def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[ScoringEvaluation, ...]:
@@ -26,7 +26,7 @@ def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Scoring
     search_path = split_search_path(arguments.gin_search_path)
     loaded = config.load([arguments.estimator], arguments.gin, search_path, macros=["ESTIMATOR"])
     estimator = loaded.build_macro("ESTIMATOR")
-    unlike = unlike_training(estimator, opened.run.objective)
+    unlike = mismatches(estimator, opened.run.objective)
     for difference in unlike:
         progress(f"warning: {difference}")
     kind = functools.partial(RollingEvaluation, context=arguments.context) if arguments.rolling else ScoringEvaluation
@@ -34,7 +34,7 @@ def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Scoring
         kind(
             data=data,
             estimator=estimator,
-            unlike_training=unlike,
+            mismatches=unlike,
             name=f"{'rolling' if arguments.rolling else 'score'}/{data.sources[0].task}/{data.sources[0].split}",
             limit=arguments.limit,
             batch_size=arguments.batch_size,

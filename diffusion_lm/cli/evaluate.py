@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         evaluations = judge.evaluations(arguments, opened)
     chosen = [_limited(one, arguments.limit) for one in _choose(evaluations, arguments.only)]
     # All samplers are looked at before the first of them decodes.
-    unlike = {one.name: opened.unlike_training(getattr(one, "sampler", None), force=arguments.force) for one in chosen}
+    unlike = {one.name: opened.mismatches(getattr(one, "sampler", None), force=arguments.force) for one in chosen}
     if kept:
         scores.refuse_another(arguments.json, chosen, opened)
     model = opened.load()
@@ -165,5 +165,5 @@ def _conditions(evaluation: Any, unlike: tuple[str, ...]) -> dict[str, Any]:
         found["bound"] = objective.bound_kind
     found |= getattr(evaluation, "conditions", {})
     if unlike:
-        found["unlike_training"] = list(unlike)
+        found["mismatches"] = list(unlike)
     return {"conditions": {name: value for name, value in found.items() if value is not None}}

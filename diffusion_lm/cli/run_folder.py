@@ -15,7 +15,7 @@ from diffusion_lm.core.files import as_path
 from diffusion_lm.evaluation.compatibility import check_sampler, sampler_differences
 from diffusion_lm.evaluation.generation import GenerationEvaluation
 from diffusion_lm.evaluation.likelihood import BoundEvaluation
-from diffusion_lm.noise.process import Process
+from diffusion_lm.noise.contract import Contract
 from diffusion_lm.recipes.comparison import Comparison
 from diffusion_lm.training.checkpoint import chosen_step, finished_steps, selected
 from diffusion_lm.training.run import TrainRun
@@ -41,7 +41,7 @@ class OpenRun:
     run: TrainRun
     evaluations: tuple[Any, ...]
     step: int
-    trained: tuple[Process, ...] = ()
+    trained: tuple[Contract, ...] = ()
     lineage: tuple[str, ...] = ()
     selected: Selected | None = None
 
@@ -49,7 +49,7 @@ class OpenRun:
         """Returns the model with its parameters on the run's mesh."""
         return trained_model(self.run, self.folder, step=self.step)
 
-    def unlike_training(self, sampler: Any, *, force: bool) -> tuple[str, ...]:
+    def mismatches(self, sampler: Any, *, force: bool) -> tuple[str, ...]:
         """Returns in words what a sampler takes otherwise than the training.
 
         Raises:
@@ -96,7 +96,7 @@ def open_run(arguments: argparse.Namespace, *, bindings: Sequence[str]) -> OpenR
     if isinstance(root, Comparison):
         return dataclasses.replace(_stage(root, folder, step), selected=best)
     lineage = () if root.initial is None else (root.initial,)
-    return OpenRun(folder, root, root.evaluations, step, root.objective.needs().processes, lineage, best)
+    return OpenRun(folder, root, root.evaluations, step, root.objective.needs().contracts, lineage, best)
 
 
 def _resolved_file(folder: Path) -> Path:
@@ -146,5 +146,5 @@ def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
                         seed=comparison.seed,
                     )
                 )
-    trained = network.objective.needs().processes
+    trained = network.objective.needs().contracts
     return OpenRun(folder, run, tuple(evaluations), step, trained, (*given, *(stage.name for stage in path[:-1])))

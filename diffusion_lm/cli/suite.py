@@ -10,7 +10,7 @@ from diffusion_lm.cli.run_folder import OpenRun
 from diffusion_lm.cli.search_path import split_search_path
 from diffusion_lm.core.errors import require
 from diffusion_lm.evaluation.generation import GenerationEvaluation
-from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, unlike_training
+from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, mismatches
 
 
 def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Any, ...]:
@@ -36,7 +36,7 @@ def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Any, ..
 def _compared(evaluation: Any, opened: OpenRun) -> Any:
     if not isinstance(evaluation, ScoringEvaluation):
         return evaluation
-    unlike = unlike_training(evaluation.estimator, opened.run.objective)
+    unlike = mismatches(evaluation.estimator, opened.run.objective)
     for difference in unlike:
         progress(f"warning: {evaluation.name}: {difference}")
-    return dataclasses.replace(evaluation, unlike_training=unlike)
+    return dataclasses.replace(evaluation, mismatches=unlike)

@@ -7,6 +7,7 @@ how the model learns length; it costs nats, and it is not text. The end of the t
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 
 
@@ -39,3 +40,33 @@ def real_tokens(batch: Batch, pad_id: int, eos_id: int) -> jax.Array:
 def text_tokens(tokens: jax.Array, target_mask: jax.Array, pad_id: int, eos_id: int) -> jax.Array:
     """Returns bool[B,T], the target tokens that are text: neither filler nor EOS. Their number is a target's length."""
     return target_mask & (tokens != eos_id) & ~filler(tokens, target_mask, pad_id, eos_id)
+
+
+def is_filler(tokens: jax.Array, target_mask: jax.Array, special: SpecialTokens) -> jax.Array:
+    """Returns bool[B,T], the target tokens that only fill a window: PAD, and each EOS right after another EOS.
+
+    An EOS that separates two documents of one target follows text, so it is real, as is the text after it.
+
+    Args:
+      tokens: i32[B,T].
+      target_mask: bool[B,T]; the first slot of every packed example is conditioning, as in `Batch`.
+      special: the special tokens of the vocabulary.
+    """
+    ends = target_mask & special.is_eos(tokens)
+    after_end = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
+    return target_mask & ((tokens == special.pad_id) | (ends & after_end))
+
+
+def is_real(batch: Batch) -> jax.Array:
+    """Returns bool[B,T], the scored target tokens that are not filler.
+
+    A diffusion model that learns length from scored filler has an easy loss on it. Only the loss per *real* token can
+    be compared with that of an autoregressive model.
+    """
+    unreal = is_filler(batch.tokens, batch.target_mask, batch.special)
+    return batch.target_mask & (batch.loss_weights > 0) & ~unreal
+
+
+def is_text(tokens: jax.Array, target_mask: jax.Array, special: SpecialTokens) -> jax.Array:
+    """Returns bool[B,T], the target tokens that are text: neither filler nor EOS. Their number is a target's length."""
+    return target_mask & ~special.is_eos(tokens) & ~is_filler(tokens, target_mask, special)

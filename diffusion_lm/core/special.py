@@ -1,24 +1,31 @@
-"""The tokens with a meaning of their own."""
+"""Special tokens by role: PAD, EOS, BOS and MASK of the vocabulary of a run.
+
+Every `Batch` carries the special tokens of its data, so objectives, samplers and estimators ask for a role
+(`batch.special.mask`) and no configuration has to name an id.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jax
 
 from diffusion_lm.core.errors import ConfigError, require
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the special tokens of one vocabulary.
+    """The ids of the special tokens of one vocabulary.
 
     Attributes:
-      vocab_size: number of real tokens; ids from here on are padding rows of the embedding and are never emitted.
-      pad_id: fills what no example uses. In a scored target window it is also how diffusion models learn length
+      vocab_size: number of tokens; ids from here on are padding rows of the embedding and are never emitted.
+      pad_id: fills unused slots. In a scored target window it is also how diffusion models learn the length of a target
         (AR2Diff, arXiv 2401.17181).
-      eos_id: ends a target.
-      bos_id: opens every stream as a conditioning token, so that the first target token is predicted from something.
-        T5 vocabularies have none and open the decoder with `pad_id`.
+      eos_id: ends a target; the one that the data writes.
+      bos_id: the conditioning token at the start of every stream, from which the first target token is predicted.
+        T5 vocabularies have none and start the decoder with `pad_id`.
       mask_id: the absorbing token of masked diffusion; None where the vocabulary has none.
+      other_eos_ids: further ids that end a target when a model generates them, such as a chat template's end of turn.
     """
 
     vocab_size: int
@@ -26,16 +33,49 @@ class SpecialTokens:
     eos_id: int = 1
     bos_id: int = 0
     mask_id: int | None = None
+    other_eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("pad_id", "eos_id", "bos_id", "mask_id"):
-            token = getattr(self, name)
+        object.__setattr__(self, "other_eos_ids", tuple(self.other_eos_ids))
+        named = [(name, getattr(self, name)) for name in ("pad_id", "eos_id", "bos_id", "mask_id")]
+        for name, token in (*named, *(("other_eos_ids", token) for token in self.other_eos_ids)):
             require(
                 token is None or 0 <= token < self.vocab_size,
-                f"{name} = {token} lies outside a vocabulary of {self.vocab_size} tokens",
+                f"{name}={token}: not an id of a vocabulary of {self.vocab_size} tokens",
                 where=f"SpecialTokens.{name}",
-                fix="Give an id of the vocabulary.",
+                fix=f"Use an id from 0 to {self.vocab_size - 1}.",
             )
+
+    @property
+    def mask(self) -> int:
+        """The id of MASK.
+
+        Raises:
+          ConfigError: the vocabulary has no MASK token.
+        """
+        if self.mask_id is None:
+            raise ConfigError(
+                "the vocabulary of the data has no MASK token, which masked noise needs",
+                where="SpecialTokens.mask_id",
+                fix="Materialise the data with a vocabulary that has one, or use uniform noise.",
+            )
+        return self.mask_id
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a generated target: every EOS, and PAD."""
+        return tuple(dict.fromkeys((self.eos_id, *self.other_eos_ids, self.pad_id)))
+
+    def is_eos(self, tokens: jax.Array) -> jax.Array:
+        """Returns a bool array in the shape of `tokens`, True at every EOS."""
+        found = tokens == self.eos_id
+        for token in self.other_eos_ids:
+            found |= tokens == token
+        return found
+
+    def is_end(self, tokens: jax.Array) -> jax.Array:
+        """Returns a bool array in the shape of `tokens`, True at every EOS and PAD."""
+        return self.is_eos(tokens) | (tokens == self.pad_id)
 
     def check(self, part: Any) -> None:
         """Checks that an objective or sampler, and all that it is made of, means these tokens by its ids.

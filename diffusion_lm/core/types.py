@@ -8,6 +8,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.special import SpecialTokens
+
 Params = Mapping[str, Any]
 """A plain nested dict of arrays; no module and no box crosses the floor of the architectures."""
 
@@ -39,6 +41,7 @@ class Batch(flax.struct.PyTreeNode):
       segment_ids: i32[B,T], 0 = padding that nothing may see, >0 = number of the packed example.
       positions: i32[B,T], restarting in every packed example.
       example_ids: u32[B,T], stable id of the source example of each token: the root of its noise.
+      special: the special tokens of the data's vocabulary; static, not an array.
       encoder: the encoder's stream, or None for single-stream architectures.
       strata: f32[B,T], place in [0, 1) of each token's example in its *global* batch, for times that are spread evenly
         over the batch however it is split; None where nothing says so (evaluation, prompts).
@@ -50,6 +53,7 @@ class Batch(flax.struct.PyTreeNode):
     segment_ids: jax.Array
     positions: jax.Array
     example_ids: jax.Array
+    special: SpecialTokens = flax.struct.field(pytree_node=False)
     encoder: EncoderInputs | None = None
     strata: jax.Array | None = None
 

@@ -131,9 +131,9 @@ class SingleStreamConverter:
             write_prompt(batch, b, example.example_id, specials, inputs, slots, suffix)
         return checked(batch, specials)
 
-    def abstract_batch(self, batch_size: int) -> Batch:
+    def abstract_batch(self, batch_size: int, specials: SpecialTokens) -> Batch:
         """Returns a `Batch` of `jax.ShapeDtypeStruct`."""
-        return abstract_batch(batch_size, self.row_length, None)
+        return abstract_batch(batch_size, self.row_length, None, specials)
 
     def _closed(self, inputs: np.ndarray) -> np.ndarray:
         """Returns the conditioning with the separator behind it."""
@@ -223,9 +223,9 @@ class EncoderDecoderConverter:
             write_prompt(batch, b, example.example_id, specials, nothing, slots, suffix)
         return checked(dataclasses.replace(batch, encoder=encoder), specials)
 
-    def abstract_batch(self, batch_size: int) -> Batch:
+    def abstract_batch(self, batch_size: int, specials: SpecialTokens) -> Batch:
         """Returns a `Batch` of `jax.ShapeDtypeStruct`."""
-        return abstract_batch(batch_size, self.row_length, self.inputs_length + 1)
+        return abstract_batch(batch_size, self.row_length, self.inputs_length + 1, specials)
 
 
 def with_encoder(converter: Converter, encoder: bool) -> Converter:

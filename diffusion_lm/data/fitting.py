@@ -93,7 +93,7 @@ class Converter(Protocol):
         """Returns prompts: the conditioning, then PAD in every slot that a sampler is to fill."""
         ...
 
-    def abstract_batch(self, batch_size: int) -> Batch:
+    def abstract_batch(self, batch_size: int, specials: SpecialTokens) -> Batch:
         """Returns the shapes and dtypes of a batch, without any data."""
         ...
 

@@ -167,7 +167,7 @@ class DataPipeline:
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Returns the shapes and dtypes of a batch; opens nothing."""
-        batch = self.converter.abstract_batch(batch_size)
+        batch = self.converter.abstract_batch(batch_size, self.specials)
         return batch.replace(strata=jax.ShapeDtypeStruct(batch.tokens.shape, np.float32))
 
     def with_encoder(self, encoder: bool) -> "DataPipeline":

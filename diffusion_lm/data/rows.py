@@ -25,6 +25,7 @@ def empty_batch(rows: int, length: int, specials: SpecialTokens) -> Batch:
         segment_ids=_full(shape, 0, np.int32),
         positions=_full(shape, 0, np.int32),
         example_ids=_full(shape, 0, np.uint32),
+        special=specials,
     )
 
 
@@ -105,7 +106,7 @@ def strata(segment_ids: Any, first_row: int, batch_size: int) -> Any:
     return (places % 1.0).astype(np.float32)
 
 
-def abstract_batch(batch_size: int, length: int, encoder_length: int | None) -> Batch:
+def abstract_batch(batch_size: int, length: int, encoder_length: int | None, specials: SpecialTokens) -> Batch:
     """Returns the shapes and dtypes of a batch."""
 
     def shaped(dtype: Any, width: int = length) -> Any:
@@ -121,5 +122,6 @@ def abstract_batch(batch_size: int, length: int, encoder_length: int | None) -> 
         segment_ids=shaped(np.int32),
         positions=shaped(np.int32),
         example_ids=shaped(np.uint32),
+        special=specials,
         encoder=encoder,
     )

@@ -1,26 +1,26 @@
 """Whether what a network was trained for, the windows that it saw and the sampler that decodes it belong together.
 
 A sampler that undoes another noise than the training's, or that reads another attention mask, alignment or output, runs
-without complaint and gives text that looks plausible. Objectives say what they train (`Needs.processes`), samplers what
-they decode (`Sampler.process`); here both are compared, before anything is trained or decoded.
+without complaint and gives text that looks plausible. Objectives say what they train (`Needs.contracts`), samplers what
+they decode (`Sampler.contract`); here both are compared, before anything is trained or decoded.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.noise.process import Process, unlike_training
+from diffusion_lm.noise.contract import Contract, mismatches
 from diffusion_lm.objectives.base import Needs
 
 
-def sampler_differences(trained: Sequence[Process], sampler: Any) -> tuple[str, ...]:
+def sampler_differences(trained: Sequence[Contract], sampler: Any) -> tuple[str, ...]:
     """Returns in words what `sampler` takes otherwise than the training; nothing where either does not say."""
-    process = getattr(sampler, "process", None)
-    return () if process is None else unlike_training(trained, process)
+    contract = getattr(sampler, "contract", None)
+    return () if contract is None else mismatches(trained, contract)
 
 
-def check_sampler(trained: Sequence[Process], sampler: Any, *, where: str, fix: str) -> None:
-    """Raises `ConfigError` where the sampler decodes another process than the network was trained for."""
+def check_sampler(trained: Sequence[Contract], sampler: Any, *, where: str, fix: str) -> None:
+    """Raises `ConfigError` where the sampler assumes another contract than the network was trained for."""
     found = sampler_differences(trained, sampler)
     if found:
         raise ConfigError(
@@ -39,7 +39,7 @@ def check_window(needs: Needs, window: Any, *, where: str) -> None:
     filler, name = getattr(window, "filler", None), type(window).__name__
     if filler is None:
         return
-    if needs.processes and all(process.closed for process in needs.processes):
+    if needs.contracts and all(contract.closed for contract in needs.contracts):
         raise ConfigError(
             f"the objective keeps EOS clean and {name} fills the window after it: EOS shows the length in training, "
             "and a sampler does not know it",

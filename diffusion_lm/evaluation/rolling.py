@@ -171,8 +171,7 @@ def score_documents(
             [tokens[w.first : w.start].tolist() for tokens, (_, _, w) in zip(whole, part, strict=True)],
             [tokens[w.start : w.end].tolist() for tokens, (_, _, w) in zip(whole, part, strict=True)],
             size + 1,
-            bos_id=specials.bos_id,
-            pad_id=specials.pad_id,
+            special=specials,
         )
         # Each window is an example of its own to everything that is keyed by it.
         ids = np.array([(text.example_id + 2654435761 * w.start) % 2**32 for _, text, w in part], np.uint32)

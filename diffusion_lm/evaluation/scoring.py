@@ -16,6 +16,7 @@ import numpy as np
 from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys, fold_in_each
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.noise.weighting import BoundKind
@@ -230,8 +231,7 @@ def continuation_batch(
     continuations: Sequence[Sequence[int]],
     row_length: int,
     *,
-    bos_id: int,
-    pad_id: int = 0,
+    special: SpecialTokens,
 ) -> Batch:
     """Returns one row [BOS, prompt, continuation] per pair, the continuation scored.
 
@@ -239,7 +239,9 @@ def continuation_batch(
       ConfigError: a pair does not fit. It is never cut or given a score of its own: a missing score of 0 would be the
         best of all log-likelihoods (trap T22).
     """
-    rows = [[bos_id, *prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
+    rows = [
+        [special.bos_id, *prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)
+    ]
     for number, row in enumerate(rows):
         require(
             len(row) <= row_length,
@@ -250,7 +252,7 @@ def continuation_batch(
     used = np.arange(row_length) < np.array([[len(row)] for row in rows])
     starts = np.array([[1 + len(prompt)] for prompt in prompts])
     target = used & (np.arange(row_length) >= starts)
-    padded = np.array([list(row) + [pad_id] * (row_length - len(row)) for row in rows], np.int32)
+    padded = np.array([list(row) + [special.pad_id] * (row_length - len(row)) for row in rows], np.int32)
     return Batch(
         tokens=jnp.asarray(padded),
         target_mask=jnp.asarray(target),
@@ -258,6 +260,7 @@ def continuation_batch(
         segment_ids=jnp.asarray(used, jnp.int32),
         positions=jnp.asarray(np.where(used, np.arange(row_length), 0), jnp.int32),
         example_ids=jnp.asarray(np.broadcast_to(np.arange(len(rows))[:, None], padded.shape), jnp.uint32),
+        special=special,
     )
 
 

@@ -82,7 +82,7 @@ class ScoringEvaluation:
       limit: number of examples; None = all.
       batch_size: examples (or questions) a batch, and rows a forward pass.
       seed: root of the frozen noise.
-      unlike_training: what the estimator takes otherwise than the model's training (`unlike_training`), for the record.
+      mismatches: what the estimator takes otherwise than the model's training (`mismatches`), for the record.
     """
 
     data: DataPipeline
@@ -92,7 +92,7 @@ class ScoringEvaluation:
     limit: int | None = None
     batch_size: int = 32
     seed: int = 0
-    unlike_training: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    mismatches: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class ScoringEvaluation:
             "limit": self.limit,
             "seed": self.seed,
             "tokeniser": {"sha256": self.data.vocabulary.sha256, "size": self.data.vocabulary.size},
-            "unlike_training": self.unlike_training,
+            "mismatches": self.mismatches,
             "bytes": "UTF-8 bytes of the target's text; EOS and filler cost nats and have no bytes",
         }
 
@@ -291,7 +291,7 @@ def summary(examples: Sequence[ScoredExample], kind: str) -> dict[str, float]:
     return {key: float(value) for key, value in values.items()}
 
 
-def unlike_training(estimator: Estimator, objective: Objective) -> tuple[str, ...]:
+def mismatches(estimator: Estimator, objective: Objective) -> tuple[str, ...]:
     """Returns in words what an estimator takes otherwise than the objective that trained the model.
 
     Such numbers may be wanted (the chain rule on a model that is autoregressive and block diffusion at once), but a

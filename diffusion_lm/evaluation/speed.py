@@ -15,6 +15,7 @@ import numpy as np
 from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch, Decoded, EncoderInputs
 from diffusion_lm.evaluation.generation import compiled_generate
 from diffusion_lm.evaluation.timing import alternate, spread, timed
@@ -150,6 +151,8 @@ def random_prompt(architecture: Architecture, batch_size: int, prompt_length: in
         segment_ids=jnp.ones(tokens.shape, jnp.int32),
         positions=_slots(tokens.shape),
         example_ids=jnp.broadcast_to(jnp.arange(len(tokens), dtype=jnp.uint32)[:, None], tokens.shape),
+        # No vocabulary: any ids do, and these are those of the vocabularies of this project.
+        special=SpecialTokens(architecture.spec.vocab_size, bos_id=2, mask_id=4),
         encoder=encoder,
     )
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
+from diffusion_lm.noise.contract import PROBABILITIES, Aligned, Contract, kind_of
 from diffusion_lm.noise.corruption import CHOICE_STREAM, REPLACEMENT_STREAM
-from diffusion_lm.noise.process import PROBABILITIES, Aligned, Process, kind_of
 from diffusion_lm.noise.schedules import Linear
 
 SMALLEST = 2.0**-24
@@ -88,10 +88,10 @@ def corrupt(noise: InterpolatingNoise, keys: StreamKeys, batch: Batch, t_BT: jax
     return jnp.where(chosen, replacement, batch.tokens)
 
 
-def process_of(noise: InterpolatingNoise, visibility: str, alignment: Aligned, output: str = PROBABILITIES) -> Process:
+def process_of(noise: InterpolatingNoise, visibility: str, alignment: Aligned, output: str = PROBABILITIES) -> Contract:
     """Returns what a network of this noise is trained for."""
     kind = kind_of(noise.mask_id, uniform=isinstance(noise, HybridNoise))
-    return Process(kind, visibility, alignment, noise.mask_id, output)
+    return Contract(kind, visibility, alignment, noise.mask_id, output)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
-from diffusion_lm.noise.process import NO_NOISE, Process
+from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import (
     Forward,
@@ -68,7 +68,7 @@ class Autoregressive:
 
     def needs(self) -> Needs:
         """One pass, no MASK token."""
-        return Needs(self.visibility, processes=(Process(NO_NOISE, self.visibility, self.alignment),))
+        return Needs(self.visibility, contracts=(Contract(NO_NOISE, self.visibility, self.alignment),))
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the summed loss in nats and the number of scored tokens.

@@ -13,7 +13,7 @@ from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.named_masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility, named_visibility
 from diffusion_lm.nn.time_conditioning import told_time
-from diffusion_lm.noise.process import Process
+from diffusion_lm.noise.contract import Contract
 from diffusion_lm.noise.weighting import BoundKind
 
 Model = Any
@@ -35,7 +35,7 @@ class Needs:
       self_conditioning: whether the network must be able to read its own previous prediction.
       token_schedules: whether the network must have an exponent per token (`architectures.exponents`).
       several_weights: whether its loss has parts that are divided by weights of their own (`LossTerms.others`).
-      processes: what the network is trained for, which a sampler must undo (`noise.process.unlike_training`); none
+      contracts: what the network is trained for, which a sampler must undo (`noise.contract.mismatches`); none
         where the objective does not train the network.
       tail: the filler that is noised as a whole ("eos", "pad"), which the target window must have, or lengths leak.
     """
@@ -50,7 +50,7 @@ class Needs:
     self_conditioning: bool = False
     token_schedules: bool = False
     several_weights: bool = False
-    processes: tuple[Process, ...] = ()
+    contracts: tuple[Contract, ...] = ()
     tail: str | None = None
 
     @property

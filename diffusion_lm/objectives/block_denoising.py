@@ -13,7 +13,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
 from diffusion_lm.nn.masks import two_streams
 from diffusion_lm.nn.time_conditioning import told_time
-from diffusion_lm.noise.process import MASK_NOISE, NO_NOISE, Process
+from diffusion_lm.noise.contract import MASK_NOISE, NO_NOISE, Contract
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import Model, Needs, frozen, weighted_mean, weighted_sum
 from diffusion_lm.objectives.block_layout import (
@@ -156,20 +156,20 @@ class BlockDenoising:
     def needs(self) -> Needs:
         """Rows are twice as long, which costs what two passes do; a complementary mask doubles it again."""
         return Needs(
-            visibility=self._processes[0].visibility,
+            visibility=self._contracts[0].visibility,
             passes=4 if self.complementary else 2,
             mask_token=True,
             mask_id=self.mask_id,
-            processes=self._processes,
+            contracts=self._contracts,
         )
 
     @property
-    def _processes(self) -> tuple[Process, ...]:
+    def _contracts(self) -> tuple[Contract, ...]:
         """Blocks, as a canvas under their visibility shows them, and next tokens where the clean copy learns them."""
         # A network that is causal in its blocks and before them is causal.
         causal = self.causal_noisy and self.causal_clean
         blocks = f"{'example_' if self.first_block == 'example' else ''}blocks:{self.block_size}"
-        noisy = Process(
+        noisy = Contract(
             MASK_NOISE,
             "causal" if causal else blocks,
             self.alignment,
@@ -177,7 +177,7 @@ class BlockDenoising:
             causal_context=self.causal_clean and not causal,
             seeds=self.block_start == "seed" and self.alignment.back > 0,
         )
-        next_tokens = Process(NO_NOISE, "causal", Shifted())
+        next_tokens = Contract(NO_NOISE, "causal", Shifted())
         return (noisy, next_tokens) if self.autoregressive_weight else (noisy,)
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:

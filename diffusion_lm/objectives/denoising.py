@@ -16,8 +16,8 @@ from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.segments import segment_sum
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
+from diffusion_lm.noise.contract import Contract, kind_of
 from diffusion_lm.noise.corruption import AbsorbingCorruption, Corrupted, ExactCount, UniformCorruption
-from diffusion_lm.noise.process import Process, kind_of
 from diffusion_lm.noise.schedules import Linear
 from diffusion_lm.noise.time_sampling import TIME_STREAM, UniformTime
 from diffusion_lm.noise.weighting import BoundKind, Flat, InverseShare, Nelbo
@@ -139,7 +139,7 @@ class Denoising:
             steps, drawn = self.weighting.steps, getattr(self.time, "steps", None)
             require(
                 steps == drawn,
-                f"the weights are those of {_process(steps)} and the times those of {_process(drawn)}",
+                f"the weights are those of {_time_name(steps)} and the times those of {_time_name(drawn)}",
                 where="Denoising.weighting",
                 fix=f"Set {type(self.weighting).__name__}.steps to {drawn} (trap T12).",
             )
@@ -184,7 +184,7 @@ class Denoising:
             several_weights=self._auxiliary_is_apart,
             mask_token=self.corruption.needs_mask_token,
             mask_id=self._mask_id,
-            processes=(self._process,),
+            contracts=(self._contract,),
             tail=fillers.get(getattr(choice, "joint_tail", None)),
         )
 
@@ -243,10 +243,10 @@ class Denoising:
         )
 
     @property
-    def _process(self) -> Process:
+    def _contract(self) -> Contract:
         noise = kind_of(self._mask_id, uniform=not self._absorbing)
         closed = self.eos_id in self.protected
-        return Process(noise, self.visibility, self.alignment, self._mask_id, closed=closed)
+        return Contract(noise, self.visibility, self.alignment, self._mask_id, closed=closed)
 
     @property
     def _passes_per_view(self) -> int:
@@ -390,7 +390,7 @@ class Denoising:
         return jnp.where(batch.target_mask, self.alignment.to_tokens(stats.sample), batch.tokens)
 
 
-def _process(steps: int | None) -> str:
+def _time_name(steps: int | None) -> str:
     return "continuous time" if steps is None else f"{steps} discrete steps"
 
 

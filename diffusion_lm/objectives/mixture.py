@@ -145,7 +145,7 @@ class Mixture:
             several_weights=len(self.parts) > 1 or any(one.several_weights for one in needs),
             self_conditioning=any(one.self_conditioning for one in needs),
             token_schedules=any(one.token_schedules for one in needs),
-            processes=tuple(process for one in needs for process in one.processes),
+            contracts=tuple(contract for one in needs for contract in one.contracts),
             tail=next((one.tail for one in needs if one.tail is not None), None),
         )
 

@@ -10,8 +10,8 @@ from diffusion_lm.core.alignment import SamePosition
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
+from diffusion_lm.noise.contract import RATIOS, SCALED_RATIOS
 from diffusion_lm.noise.interpolation import Level, PowerTotal, UniformNoise, corrupt, kinds, noise_at, process_of
-from diffusion_lm.noise.process import RATIOS, SCALED_RATIOS
 from diffusion_lm.noise.time_sampling import TIME_STREAM, UniformTime
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import (
@@ -122,8 +122,8 @@ class ScoreEntropy:
     def needs(self) -> Needs:
         """One pass; a MASK token where the noise has one."""
         output = SCALED_RATIOS if self.scale_by_sigma else RATIOS
-        process = process_of(self.noise, self.visibility, self.alignment, output)
-        return Needs(visibility=self.visibility, mask_token=self.noise.mask_id is not None, processes=(process,))
+        contract = process_of(self.noise, self.visibility, self.alignment, output)
+        return Needs(visibility=self.visibility, mask_token=self.noise.mask_id is not None, contracts=(contract,))
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the summed loss; `weight` counts each scored token once.

@@ -17,8 +17,8 @@ from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.segments import segment_sum
 from diffusion_lm.core.types import Batch, LossTerms
+from diffusion_lm.noise.contract import MASK_NOISE, Contract
 from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.noise.process import MASK_NOISE, Process
 from diffusion_lm.noise.time_sampling import TIME_STREAM, UniformTime
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import (
@@ -91,14 +91,14 @@ class TokenSchedules:
 
     def needs(self) -> Needs:
         """Two passes, MASK, and a network with exponents."""
-        process = Process(MASK_NOISE, self.visibility, self.alignment, self.mask_id)
+        contract = Contract(MASK_NOISE, self.visibility, self.alignment, self.mask_id)
         return Needs(
             visibility=self.visibility,
             passes=2,
             mask_token=True,
             mask_id=self.mask_id,
             token_schedules=True,
-            processes=(process,),
+            contracts=(contract,),
         )
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:

@@ -199,8 +199,8 @@ class UniformNelbo:
 
     def needs(self) -> Needs:
         """One pass; a MASK token where the noise has one."""
-        process = process_of(self.noise, self.visibility, self.alignment)
-        return Needs(visibility=self.visibility, mask_token=self.noise.mask_id is not None, processes=(process,))
+        contract = process_of(self.noise, self.visibility, self.alignment)
+        return Needs(visibility=self.visibility, mask_token=self.noise.mask_id is not None, contracts=(contract,))
 
     def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the summed loss; `weight` counts each scored token once.

@@ -25,7 +25,7 @@ class Arm:
       label: how reports call the arm.
       family: "ar", "diffusion", or "none" (untrained).
       force: decode although the sampler or the target window does not fit the training; the results then say in what
-        (`unlike_training`).
+        (`mismatches`).
     """
 
     name: str
@@ -46,9 +46,9 @@ class Arm:
         """Returns the sampler that decodes `task`."""
         return _per_task(self.sampler, task, f"Arm.sampler of '{self.name}'")
 
-    def unlike_training(self, task: str) -> tuple[str, ...]:
+    def mismatches(self, task: str) -> tuple[str, ...]:
         """Returns in words what the sampler of `task` takes otherwise than the training of the network."""
-        trained = self.stage_for(task).network_stage.run.objective.needs().processes
+        trained = self.stage_for(task).network_stage.run.objective.needs().contracts
         return sampler_differences(trained, self.sampler_for(task))
 
     def check(self, task: str) -> None:
@@ -57,7 +57,7 @@ class Arm:
             return
         run = self.stage_for(task).network_stage.run
         check_sampler(
-            run.objective.needs().processes,
+            run.objective.needs().contracts,
             self.sampler_for(task),
             where=f"Arm.sampler of '{self.name}'",
             fix="Use a sampler for that training (diffusion-lm list samplers); Arm.force = True decodes all the same.",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded, Trace
-from diffusion_lm.noise.process import NO_NOISE, Process
+from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.samplers.base import (
     Model,
     Window,
@@ -73,9 +73,9 @@ class AutoregressiveSampler:
         check_draw(self.temperature, self.top_k, self.top_p, "AutoregressiveSampler")
 
     @property
-    def process(self) -> Process:
+    def contract(self) -> Contract:
         """Next tokens."""
-        return Process(NO_NOISE, self.visibility, Shifted())
+        return Contract(NO_NOISE, self.visibility, Shifted())
 
     def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.base.Sampler`."""

@@ -11,7 +11,7 @@ from diffusion_lm.core.real_tokens import text_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded
 from diffusion_lm.nn.named_masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility
-from diffusion_lm.noise.process import Process
+from diffusion_lm.noise.contract import Contract
 
 Model = Any
 """A `BoundModel` (architectures/base.py): an architecture with its parameters. Tests hand in tables instead."""
@@ -25,8 +25,8 @@ class Sampler(Protocol):
     def __hash__(self) -> int: ...
 
     @property
-    def process(self) -> Process:
-        """What it decodes; `noise.process.unlike_training` compares it with what a network was trained for."""
+    def contract(self) -> Contract:
+        """What it decodes; `noise.contract.mismatches` compares it with what a network was trained for."""
         ...
 
     def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:

@@ -11,7 +11,7 @@ from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded
-from diffusion_lm.noise.process import NO_NOISE, Process
+from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.samplers.autoregressive import AUTOREGRESSIVE_VISIBILITIES, left_to_right_trace
 from diffusion_lm.samplers.base import Model, Window, check_choice, cut_at_end, emptied, target_lengths
 from diffusion_lm.samplers.candidates import repeat_rows, row_indices
@@ -78,9 +78,9 @@ class BeamSearch:
         )
 
     @property
-    def process(self) -> Process:
+    def contract(self) -> Contract:
         """Next tokens."""
-        return Process(NO_NOISE, self.visibility, Shifted())
+        return Contract(NO_NOISE, self.visibility, Shifted())
 
     def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.base.Sampler`. Beam search draws nothing: `keys` are unused."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.nn.cross_entropy import Noised, Ratios
-from diffusion_lm.noise.process import PROBABILITIES
+from diffusion_lm.noise.contract import PROBABILITIES
 from diffusion_lm.noise.schedules import Linear
 from diffusion_lm.samplers.base import check_choice
 from diffusion_lm.samplers.counts import Even, Fixed
@@ -43,12 +43,12 @@ class CommitRule(Protocol):
 
     @property
     def output(self) -> str:
-        """What the rule takes the network's outputs for, one of `noise.process.OUTPUTS`."""
+        """What the rule takes the network's outputs for, one of `noise.contract.OUTPUTS`."""
         ...
 
     @property
     def noise_kind(self) -> str | None:
-        """The noise that the rule undoes, one of `noise.process.NOISES`; None = that of the start canvas."""
+        """The noise that the rule undoes, one of `noise.contract.NOISES`; None = that of the start canvas."""
         ...
 
     def transition(self, view: View) -> Noised | Ratios | None:
@@ -106,12 +106,12 @@ class Rule:
 
     @property
     def output(self) -> str:
-        """What the rule takes the network's outputs for (`noise.process.OUTPUTS`): logarithms of probabilities."""
+        """What the rule takes the network's outputs for (`noise.contract.OUTPUTS`): logarithms of probabilities."""
         return PROBABILITIES
 
     @property
     def noise_kind(self) -> str | None:
-        """The noise that the rule undoes (`noise.process.NOISES`); None = that of the start canvas."""
+        """The noise that the rule undoes (`noise.contract.NOISES`); None = that of the start canvas."""
         return None
 
     def transition(self, view: View) -> Noised | Ratios | None:

@@ -11,8 +11,8 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys, stream_number
 from diffusion_lm.core.types import Batch, Decoded, Trace
 from diffusion_lm.nn.named_masks import named_blocks
+from diffusion_lm.noise.contract import PROBABILITIES, Contract, kind_of
 from diffusion_lm.noise.corruption import UniformCorruption
-from diffusion_lm.noise.process import PROBABILITIES, Process, kind_of
 from diffusion_lm.samplers.base import (
     Model,
     check_choice,
@@ -251,9 +251,9 @@ class DenoisingSampler:
         return self.start.mask_id if self.start.needs_mask_token else None
 
     @property
-    def process(self) -> Process:
+    def contract(self) -> Contract:
         """What it decodes."""
-        return Process(
+        return Contract(
             noise=self.commit.noise_kind or kind_of(self.mask_id, uniform=False),
             visibility=self.visibility,
             alignment=self.alignment,

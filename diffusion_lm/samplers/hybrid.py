@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.nn.cross_entropy import Noised
+from diffusion_lm.noise.contract import HYBRID_NOISE
 from diffusion_lm.noise.interpolation import HybridNoise, noise_at
-from diffusion_lm.noise.process import HYBRID_NOISE
 from diffusion_lm.samplers.commit import Rule
 from diffusion_lm.samplers.view import Decision, View, places
 

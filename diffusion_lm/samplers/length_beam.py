@@ -10,7 +10,7 @@ from diffusion_lm.architectures.length_head import length_logits
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded
-from diffusion_lm.noise.process import Process
+from diffusion_lm.noise.contract import Contract
 from diffusion_lm.samplers.base import Model, check_choice, cut_at_end, emptied, target_lengths
 from diffusion_lm.samplers.candidates import best_candidate, repeat_rows
 from diffusion_lm.samplers.denoising import DenoisingSampler
@@ -66,9 +66,9 @@ class LengthBeam:
         return self.lengths == "head"
 
     @property
-    def process(self) -> Process:
+    def contract(self) -> Contract:
         """That of `sampler`, with EOS given where there is a `closing`."""
-        return dataclasses.replace(self.sampler.process, closed=self.closing)
+        return dataclasses.replace(self.sampler.contract, closed=self.closing)
 
     def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.base.Sampler`."""

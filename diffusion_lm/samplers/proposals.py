@@ -190,7 +190,9 @@ def blanked(prompt: Batch, keys: StreamKeys, start: Corruption, mask_id: int | N
     def noisy(stream: str, tokens, positions, replaced):
         own = keys.replace(root=jax.random.fold_in(keys.root, stream_number(stream)))
         ids = jnp.broadcast_to(prompt.row_ids[:, None], tokens.shape)
-        like = Batch(tokens, replaced, replaced.astype(jnp.float32), replaced.astype(jnp.int32), positions, ids)
+        like = Batch(
+            tokens, replaced, replaced.astype(jnp.float32), replaced.astype(jnp.int32), positions, ids, prompt.special
+        )
         return start.corrupt(own, like, jnp.ones(tokens.shape, jnp.float32), vocab_size=vocab_size).tokens
 
     conditioning = (prompt.segment_ids > 0) & (prompt.positions > 0)

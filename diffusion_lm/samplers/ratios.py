@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.nn.cross_entropy import Ratios
+from diffusion_lm.noise.contract import RATIOS, SCALED_RATIOS, kind_of
 from diffusion_lm.noise.interpolation import InterpolatingNoise, Level, UniformNoise, kinds
-from diffusion_lm.noise.process import RATIOS, SCALED_RATIOS, kind_of
 from diffusion_lm.samplers.commit import Rule
 from diffusion_lm.samplers.view import Decision, View
 

@@ -12,7 +12,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, Decoded, TokenStats, Trace
 from diffusion_lm.nn.masks import Causal, Conditioning, Queries, Visibility
-from diffusion_lm.noise.process import NO_NOISE, Process
+from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.samplers.base import Model, Window, check_choice, check_draw, cut_at_end, emptied, target_lengths
 from diffusion_lm.samplers.incremental import LeftToRight
 
@@ -96,9 +96,9 @@ class SelfSpeculation:
         )
 
     @property
-    def process(self) -> Process:
+    def contract(self) -> Contract:
         """Next tokens: drafts cost passes where they are wrong and never change the text."""
-        return Process(NO_NOISE, "causal", Shifted())
+        return Contract(NO_NOISE, "causal", Shifted())
 
     def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.base.Sampler`."""

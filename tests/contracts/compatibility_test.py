@@ -9,7 +9,7 @@ from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.target_window import EosFilled, ExactEos, ExactTokens, OracleLength, PadFilled
 from diffusion_lm.evaluation.compatibility import check_sampler, check_window, sampler_differences
-from diffusion_lm.noise.process import MASK_NOISE, Process, unlike_training
+from diffusion_lm.noise.contract import MASK_NOISE, Contract, mismatches
 
 LEFT_TO_RIGHT = ("greedy", "beam", "temperature", "top_p", "self_speculation", "introspective")
 MASKED = (
@@ -76,19 +76,19 @@ def sampler(name):
 def test_every_objective_says_what_it_trains():
     assert set(OWN) == {path.stem for path in gin_objects.files("objectives")}
     for name in OWN:
-        assert objective(name).needs().processes, name
+        assert objective(name).needs().contracts, name
 
 
 def test_every_sampler_decodes_some_objective():
     decoded = {name for names in OWN.values() for name in names}
     rest = {path.stem for path in gin_objects.files("samplers")} - decoded
-    trained = objective("mdlm").needs().processes
+    trained = objective("mdlm").needs().contracts
     assert {name for name in rest if sampler_differences(trained, sampler(name))} == set()
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_an_objective_fits_its_own_samplers(name):
-    trained = objective(name).needs().processes
+    trained = objective(name).needs().contracts
     for own in OWN[name]:
         assert sampler_differences(trained, sampler(own)) == (), own
 
@@ -115,20 +115,20 @@ def test_an_objective_fits_its_own_samplers(name):
 )
 def test_what_does_not_belong_together_is_named(trained, decoded, complaints):
     with pytest.raises(ConfigError) as error:
-        check_sampler(objective(trained).needs().processes, sampler(decoded), where="here", fix="Do.")
+        check_sampler(objective(trained).needs().contracts, sampler(decoded), where="here", fix="Do.")
     for complaint in complaints:
         assert complaint in str(error.value)
 
 
 def test_another_mask_or_order_of_blocks_is_named():
-    one = Process(MASK_NOISE, "blocks:4", SamePosition(), mask_id=4)
-    assert unlike_training((one,), one) == ()
-    assert "MASK is 4" in unlike_training((one,), dataclasses.replace(one, mask_id=5))[0]
-    assert "causal_context" in unlike_training((one,), dataclasses.replace(one, causal_context=True))[0]
-    assert "seeds" in unlike_training((one,), dataclasses.replace(one, seeds=True))[0]
-    assert unlike_training((), one) == (), "nothing is known, nothing is compared"
+    one = Contract(MASK_NOISE, "blocks:4", SamePosition(), mask_id=4)
+    assert mismatches((one,), one) == ()
+    assert "MASK is 4" in mismatches((one,), dataclasses.replace(one, mask_id=5))[0]
+    assert "causal_context" in mismatches((one,), dataclasses.replace(one, causal_context=True))[0]
+    assert "seeds" in mismatches((one,), dataclasses.replace(one, seeds=True))[0]
+    assert mismatches((), one) == (), "nothing is known, nothing is compared"
     other = dataclasses.replace(one, alignment=Shifted())
-    assert unlike_training((other, one), one) == (), "one process that fits is enough"
+    assert mismatches((other, one), one) == (), "one process that fits is enough"
 
 
 def test_windows_that_do_not_fit_the_length_model_are_errors():

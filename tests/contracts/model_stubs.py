@@ -14,12 +14,14 @@ from diffusion_lm.architectures.encoder_decoder import EncoderDecoder
 from diffusion_lm.architectures.exponents import WithTokenSchedules
 from diffusion_lm.architectures.length_head import WithLengthHead
 from diffusion_lm.architectures.single_stream import SingleStream
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch, EncoderInputs
 from diffusion_lm.nn.head import Head
 from diffusion_lm.nn.transformer import TransformerSpec
 
 VOCAB = 40
 PAD, EOS, BOS = 0, 1, 2
+SPECIAL = SpecialTokens(VOCAB, pad_id=PAD, eos_id=EOS, bos_id=BOS, mask_id=4)
 SOURCE_LENGTH = 6
 
 
@@ -160,6 +162,7 @@ def make_batch(prefixes, windows, length, *, ids=None, encoder=False, seed=0, fi
         segment_ids=jnp.asarray(used, jnp.int32),
         positions=jnp.asarray(np.where(used, slots, 0), jnp.int32),
         example_ids=jnp.asarray(np.broadcast_to(ids[:, None], (rows, length)), jnp.uint32),
+        special=SPECIAL,
         encoder=source,
     )
 
@@ -263,4 +266,5 @@ def packed(batch: Batch) -> Batch:
         segment_ids=pack(np.asarray(numbers, np.int32)),
         positions=pack(batch.positions),
         example_ids=pack(batch.example_ids),
+        special=batch.special,
     )

@@ -82,7 +82,10 @@ def test_rows_of_an_objective_sum_to_its_bound():
 def test_guided_score_of_one_token_by_hand(guidance):
     """A shifted table by token: the prompt's last token predicts the answer, MASK in its place is unconditional."""
     table = np.random.default_rng(1).normal(size=(stubs.VOCAB, stubs.VOCAB)).astype(np.float32)
-    model, batch = stubs.table_model(table, by_token=True), continuation_batch([[7, 8]], [[9]], 6, bos_id=2)
+    model, batch = (
+        stubs.table_model(table, by_token=True),
+        continuation_batch([[7, 8]], [[9]], 6, special=stubs.SPECIAL),
+    )
     logits = table[8] + guidance * (table[8] - table[4])
     expected = tiny_world.log_softmax(logits, (4,))[9]
     scores = score(ExactCount(4, 5, Shifted(), guidance=guidance), model, batch, KEYS)

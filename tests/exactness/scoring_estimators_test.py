@@ -148,7 +148,7 @@ def test_autoregressive_scores_are_the_objectives_loss():
 def test_T20_likelihood_ignores_shift(make):
     """A table by position: the state before the token is read where the model is shifted, and only there."""
     table = np.random.default_rng(0).normal(size=(6, stubs.VOCAB)).astype(np.float32)
-    model, batch = stubs.table_model(table), continuation_batch([[7, 8]], [[9]], 6, bos_id=2)
+    model, batch = stubs.table_model(table), continuation_batch([[7, 8]], [[9]], 6, special=stubs.SPECIAL)
     log_p = tiny_world.log_softmax(table, (4,))
     for alignment, slot in ((Shifted(), 2), (SamePosition(), 3)):
         scores = score(make(alignment), model, batch, KEYS, rows_per_pass=1000)
@@ -161,9 +161,9 @@ def test_T20_likelihood_ignores_shift(make):
 
 def test_T22_overlong_request_scores_zero():
     with pytest.raises(ConfigError, match="pair 1 has 7 tokens"):
-        continuation_batch([[5], [5, 6, 7]], [[8], [8, 9, 10]], 6, bos_id=2)
+        continuation_batch([[5], [5, 6, 7]], [[8], [8, 9, 10]], 6, special=stubs.SPECIAL)
     with pytest.raises(ConfigError, match="no token to score"):
-        score(ExactCount(4), stubs.nano(), continuation_batch([[5]], [[]], 4, bos_id=2), KEYS)
+        score(ExactCount(4), stubs.nano(), continuation_batch([[5]], [[]], 4, special=stubs.SPECIAL), KEYS)
     with pytest.raises(ConfigError, match="packed"):
         score(ExactCount(4), stubs.nano(), stubs.packed(stubs.make_batch([1, 1], [3, 3], 5)), KEYS)
 
@@ -188,17 +188,17 @@ def counted(estimator, batch, **options):
 @pytest.mark.thorough
 def test_T23_monte_carlo_remainder():
     """Seven draws in batches of three are seven; one token needs one forward pass and has no variance."""
-    long = continuation_batch([[7]], [[8, 9, 10, 11]], 8, bos_id=2)
+    long = continuation_batch([[7]], [[8, 9, 10, 11]], 8, special=stubs.SPECIAL)
     scores, calls = counted(ExactCount(4, 7), long, rows_per_pass=3)
     assert calls == [3, 3, 1]
     assert scores.draws[0] == len(scores.samples[0]) == 7
     assert scores.standard_error[0] > 0
     assert len(set(scores.samples[0])) > 1
-    single = continuation_batch([[7]], [[8]], 8, bos_id=2)
+    single = continuation_batch([[7]], [[8]], 8, special=stubs.SPECIAL)
     scores, calls = counted(ExactCount(4, 128), single)
     assert calls == [1]
     assert scores.standard_error[0] == 0
-    scores, calls = counted(ExactCount(4, 5), continuation_batch([[7]] * 2, [[8], [8, 9]], 8, bos_id=2))
+    scores, calls = counted(ExactCount(4, 5), continuation_batch([[7]] * 2, [[8], [8, 9]], 8, special=stubs.SPECIAL))
     assert sum(calls) == 6
     assert scores.draws.tolist() == [1, 5]
     assert np.isnan(counted(StratifiedRates(4, 1), long)[0].standard_error[0]), "one draw says nothing of its spread"
@@ -208,7 +208,7 @@ def test_counts_are_evenly_spaced():
     """With as many draws as tokens every count is drawn once, so that a table without context has no variance."""
     table = np.random.default_rng(0).normal(size=(9, stubs.VOCAB)).astype(np.float32)
     table[:] = table[:1]
-    batch = continuation_batch([[7]], [[8, 8, 8, 8, 8]], 9, bos_id=2)
+    batch = continuation_batch([[7]], [[8, 8, 8, 8, 8]], 9, special=stubs.SPECIAL)
     scores = score(ExactCount(4, 5), stubs.table_model(table), batch, KEYS)
     np.testing.assert_allclose(scores.samples[0], 5 * tiny_world.log_softmax(table, (4,))[0, 8], rtol=1e-5)
 
@@ -217,7 +217,7 @@ def test_T25_choices_with_different_lengths():
     """Equal choices tie draw by draw, similar ones differ with less variance than under noise of their own."""
     model = stubs.nano()
     choices = [[8, 9, 10, 11], [8, 9, 10, 11], [8, 9, 10, 12], [8, 9]]
-    batch = continuation_batch([[7, 6]] * 4, choices, 9, bos_id=2)
+    batch = continuation_batch([[7, 6]] * 4, choices, 9, special=stubs.SPECIAL)
     estimator = ExactCount(4, 40)
     shared = batch.replace(example_ids=jnp.zeros_like(batch.example_ids))
     together, apart = (score(estimator, model, rows, KEYS) for rows in (shared, batch))
@@ -271,7 +271,7 @@ def test_the_unweighted_grid_favours_short_choices(length, share):
     found = sum(1 - (1 - k / 32) ** length for k in range(1, 33)) / 32
     assert found == pytest.approx(share, abs=0.005)
     model = stubs.table_model(np.zeros((length + 2, stubs.VOCAB)))
-    batch = continuation_batch([[7]] * 60, [[9] * length] * 60, length + 2, bos_id=2)
+    batch = continuation_batch([[7]] * 60, [[9] * length] * 60, length + 2, special=stubs.SPECIAL)
     scores = score(UnweightedGrid(MASK, 32), model, batch, KEYS, rows_per_pass=960)
     cost = -scores.log_likelihood.mean() / (length * math.log(stubs.VOCAB - 1))
     assert cost == pytest.approx(share, abs=0.04)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_lm.architectures.base import BoundModel, Hidden
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.nn.head import Head
 
@@ -49,7 +50,7 @@ def canvases(vocab_size, length) -> np.ndarray:
     return np.array(list(itertools.product(range(vocab_size), repeat=length)), np.int32)
 
 
-def batch_of(targets) -> Batch:
+def batch_of(targets, special: SpecialTokens = SpecialTokens(64)) -> Batch:
     """Rows [BOS, target], everything scored."""
     targets = np.asarray(targets)
     rows, length = targets.shape
@@ -61,6 +62,7 @@ def batch_of(targets) -> Batch:
         segment_ids=jnp.ones((rows, length + 1), jnp.int32),
         positions=jnp.asarray(slots, jnp.int32),
         example_ids=jnp.asarray(np.broadcast_to(np.arange(rows)[:, None], slots.shape), jnp.uint32),
+        special=special,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from diffusion_lm.architectures.base import BoundModel, Hidden
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.nn.head import Head
 from diffusion_lm.noise.corruption import Corrupted, ExactCount
@@ -123,6 +124,7 @@ class World:
             example_ids=jnp.asarray(
                 np.broadcast_to((np.arange(rows) if ids is None else np.asarray(ids))[:, None], (rows, T)), jnp.uint32
             ),
+            special=SpecialTokens(self.V + 1, mask_id=self.mask_id),
             strata=None if times is None else jnp.asarray(np.broadcast_to(np.asarray(times)[:, None], (rows, T))),
         )
 

@@ -14,6 +14,7 @@ from diffusion_lm.architectures.encoder_decoder import EncoderDecoder
 from diffusion_lm.architectures.exponents import WithTokenSchedules
 from diffusion_lm.architectures.single_stream import SingleStream
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch, EncoderInputs
 from diffusion_lm.evaluation.generation import compiled_generate
 from diffusion_lm.evaluation.likelihood import compiled_bound
@@ -67,6 +68,7 @@ def _batch(encoder: bool = False) -> Batch:
         segment_ids=filled,
         positions=slots,
         example_ids=np.repeat(np.arange(ROWS, dtype=np.uint32)[:, None], LENGTH, axis=1),
+        special=SpecialTokens(50, mask_id=4),
         encoder=EncoderInputs(tokens=tokens[::-1], segment_ids=filled[::-1], positions=slots) if encoder else None,
     )
 

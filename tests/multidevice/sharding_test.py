@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -47,6 +48,7 @@ def _batch(rows: int = 8, length: int = 4) -> Batch:
         segment_ids=ones,
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
         example_ids=tokens.astype(np.uint32),
+        special=SpecialTokens(64),
     )
 
 

@@ -209,7 +209,7 @@ def test_rolling_scores_the_stored_targets_without_a_window(folder, capsys):
     vocabulary, nats, tokens = opened.run.data.vocabulary, 0.0, 0
     for number in range(10, 15):
         target = vocabulary.encode(str(number + 1))
-        row = continuation_batch([vocabulary.encode(f"{number} plus one")], [target], 22, bos_id=2)
+        row = continuation_batch([vocabulary.encode(f"{number} plus one")], [target], 22, special=vocabulary.specials)
         nats -= score(ExactAutoregressive(), opened.load(), row, StreamKeys.create(0)).log_likelihood[0]
         tokens += len(target)
     assert result["values"]["tokens"] == tokens
@@ -266,7 +266,10 @@ def test_choices_are_scored_without_eos_on_common_noise(folder, capsys):
     vocabulary, right, nats, tokens = opened.run.data.vocabulary, [], 0.0, 0
     for number, choices in QUESTIONS:
         rows = continuation_batch(
-            [vocabulary.encode(f"{number} plus one")] * 3, [vocabulary.encode(c) for c in choices], 22, bos_id=2
+            [vocabulary.encode(f"{number} plus one")] * 3,
+            [vocabulary.encode(c) for c in choices],
+            22,
+            special=vocabulary.specials,
         )
         scores = score(ExactAutoregressive(), opened.load(), rows, StreamKeys.create(0))
         right.append([
@@ -319,7 +322,7 @@ def test_estimators_for_other_noise_are_refused_and_other_shifts_are_said(folder
     assert "warning: alignment is" in captured.err
     assert "perplexity" not in captured.out
     (result,) = json.loads((folder / "shift.json").read_text())["evaluations"].values()
-    assert "alignment" in result["conditions"]["unlike_training"][0]
+    assert "alignment" in result["conditions"]["mismatches"][0]
 
 
 def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):
@@ -343,7 +346,7 @@ def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):
     vocabulary = opened.run.data.vocabulary
     choices = [[*vocabulary.encode("1"), *vocabulary.encode("3"), *vocabulary.encode(" one")]]
     choices += [[*vocabulary.encode("se"), *vocabulary.encode("ven")], vocabulary.encode("one")]
-    rows = continuation_batch([vocabulary.encode("12 plus one")] * 3, choices, 22, bos_id=2)
+    rows = continuation_batch([vocabulary.encode("12 plus one")] * 3, choices, 22, special=vocabulary.specials)
     rows = rows.replace(example_ids=np.full(rows.tokens.shape, example_number("pick_parts/validation/12"), np.uint32))
     scores = score(UnweightedGrid(mask_id=4, draws=8, alignment=Shifted()), opened.load(), rows, StreamKeys.create(0))
     assert values["tokens"] == scores.tokens[0]

@@ -36,7 +36,7 @@ def test_T15_nothing_scored_is_zero_with_finite_gradients():
 @pytest.mark.parametrize("field", ["pad_id", "eos_id", "bos_id", "mask_id"])
 @pytest.mark.parametrize("token", [-1, 10])
 def test_special_token_outside_the_vocabulary_is_refused(field, token):
-    with pytest.raises(ConfigError, match=f"{field} = {token} lies outside a vocabulary of 10 tokens"):
+    with pytest.raises(ConfigError, match=f"{field}={token}: not an id of a vocabulary of 10 tokens"):
         SpecialTokens(10, **{field: token})
 
 

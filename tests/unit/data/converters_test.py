@@ -145,7 +145,7 @@ def test_abstract_batch_is_the_shape_of_a_batch(converter):
 
     real = converter.batch([[example([10], [20])]] * 2, SPECIALS, training=True)
     shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), real)
-    assert jax.tree.map(lambda x: (x.shape, str(x.dtype)), converter.abstract_batch(2)) == shapes
+    assert jax.tree.map(lambda x: (x.shape, str(x.dtype)), converter.abstract_batch(2, SPECIALS)) == shapes
 
 
 @pytest.mark.parametrize(

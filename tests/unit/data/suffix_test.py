@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_cut_at_its_far_end_or_refused():
 
 def test_a_row_may_be_shorter_than_its_parts_together():
     converter = dataclasses.replace(GAP, max_slots=6)
-    assert converter.row_length == converter.abstract_batch(2).tokens.shape[1] == 6
+    assert converter.row_length == converter.abstract_batch(2, SPECIALS).tokens.shape[1] == 6
     for fits in (example([10, 11, 12], [20], [30]), example([], [20, 21], [30, 31, 32])):
         assert converter.prompts([fits], SPECIALS).segment_ids.sum() == 6
     with pytest.raises(ConfigError, match="example of example 7 has 7 tokens, the row has room for 6") as error:

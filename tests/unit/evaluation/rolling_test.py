@@ -73,7 +73,7 @@ def test_documents_are_joined_from_their_pieces_and_cost_the_sum_of_their_window
     nats = 0.0
     for text, parts in ((first, [(0, 0, 6), (4, 6, 10), (8, 10, 14)]), (second, [(0, 0, 3)])):
         for begin, start, end in parts:
-            row = continuation_batch([text[begin:start]], [text[start:end]], 7, bos_id=BOS)
+            row = continuation_batch([text[begin:start]], [text[start:end]], 7, special=data.specials)
             nats -= float(score(ExactAutoregressive(), model, row, StreamKeys.create(0)).log_likelihood[0])
     values = evaluation.run(model, 0)
     assert values["examples"] == 2

@@ -11,7 +11,7 @@ from diffusion_lm.data.schema import Record
 from diffusion_lm.evaluation.scoring import Scores, answers
 from diffusion_lm.evaluation.scoring_bounds import BlockNelbo
 from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive, ExactCount, LeftToRight
-from diffusion_lm.evaluation.scoring_task import NORMALISERS, ScoredExample, _question, summary, unlike_training
+from diffusion_lm.evaluation.scoring_task import NORMALISERS, ScoredExample, _question, mismatches, summary
 from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.objectives.alignment import Shifted
 from diffusion_lm.objectives.autoregressive import Autoregressive
@@ -98,23 +98,23 @@ def test_a_choice_without_text_is_no_choice(choices):
 
 def test_what_differs_from_training_is_said_and_foreign_masks_are_refused():
     masked = Denoising(corruption=AbsorbingCorruption(4))
-    assert unlike_training(ExactCount(4), masked) == ()
-    assert ["alignment" in line for line in unlike_training(ExactCount(4, 5, Shifted()), masked)] == [True]
-    assert "visibility is full in training and causal here" in unlike_training(ExactAutoregressive(), masked)
-    assert unlike_training(ExactAutoregressive(), Autoregressive()) == ()
+    assert mismatches(ExactCount(4), masked) == ()
+    assert ["alignment" in line for line in mismatches(ExactCount(4, 5, Shifted()), masked)] == [True]
+    assert "visibility is full in training and causal here" in mismatches(ExactAutoregressive(), masked)
+    assert mismatches(ExactAutoregressive(), Autoregressive()) == ()
     blocks = BlockDenoising(4, block_size=3, first_block="target")
-    full = unlike_training(ExactCount(4), blocks)
+    full = mismatches(ExactCount(4), blocks)
     assert any("visibility is blocks:3 in training and full here" in line for line in full)
-    spread = unlike_training(ExactCount(4, visibility="blocks:3"), blocks)
+    spread = mismatches(ExactCount(4, visibility="blocks:3"), blocks)
     assert ["the tokens before a noisy block are clean" in line for line in spread] == [True]
-    assert unlike_training(LeftToRight(4, visibility="blocks:3"), blocks) == ()
-    assert unlike_training(BlockNelbo(blocks), blocks) == ()
+    assert mismatches(LeftToRight(4, visibility="blocks:3"), blocks) == ()
+    assert mismatches(BlockNelbo(blocks), blocks) == ()
     examples = dataclasses.replace(blocks, first_block="example")
-    assert any("example_blocks:3" in line for line in unlike_training(LeftToRight(4, visibility="blocks:3"), examples))
+    assert any("example_blocks:3" in line for line in mismatches(LeftToRight(4, visibility="blocks:3"), examples))
     with pytest.raises(ConfigError, match="trained with MASK = 4"):
-        unlike_training(ExactCount(5), blocks)
+        mismatches(ExactCount(5), blocks)
     with pytest.raises(ConfigError, match="trained with MASK = 4"):
-        unlike_training(ExactCount(5), masked)
+        mismatches(ExactCount(5), masked)
     for objective in (Autoregressive(), UniformNelbo()):
         with pytest.raises(ConfigError, match="trained without MASK"):
-            unlike_training(ExactCount(4), objective)
+            mismatches(ExactCount(4), objective)

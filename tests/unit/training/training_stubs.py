@@ -4,6 +4,7 @@ import dataclasses
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from diffusion_lm.architectures.single_stream import SingleStream
@@ -77,6 +78,7 @@ class RaggedRows:
             segment_ids=(slots < used).astype(np.int32),
             positions=slots,
             example_ids=np.full(self.length, number, np.uint32),
+            special=self.specials,
         )
 
     def iterator(self, batch_size: int, *, position: int = 0, process_index: int = 0, process_count: int = 1):
@@ -86,13 +88,7 @@ class RaggedRows:
 
 
 def stack(rows: list[Batch]) -> Batch:
-    return Batch(
-        **{
-            field.name: np.stack([getattr(row, field.name) for row in rows])
-            for field in dataclasses.fields(Batch)
-            if getattr(rows[0], field.name) is not None
-        }
-    )
+    return jax.tree.map(lambda *values: np.stack(values), *rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""What a network was trained for and what a sampler assumes, in one form, so that the two can be compared."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from diffusion_lm.core.errors import require
+
+NO_NOISE = "no noise (next tokens, left to right)"
+MASK_NOISE = "MASK noise"
+UNIFORM_NOISE = "uniform noise"
+HYBRID_NOISE = "noise of MASK and uniform tokens"
+NOISES = (NO_NOISE, MASK_NOISE, UNIFORM_NOISE, HYBRID_NOISE)
+
+PROBABILITIES = "probabilities of clean tokens"
+RATIOS = "ratios of noisy probabilities"
+SCALED_RATIOS = "ratios of noisy probabilities over their scale"
+OUTPUTS = (PROBABILITIES, RATIOS, SCALED_RATIOS)
+
+_COMPATIBLE = {MASK_NOISE: (MASK_NOISE, HYBRID_NOISE)}
+"""For each sampler noise, the training noises that it can decode. A masked sampler shows a network of hybrid noise
+canvases without random tokens, and those are among the canvases of its training."""
+
+
+class Aligned(Protocol):
+    """`core.alignment.SamePosition` or `Shifted`."""
+
+    back: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """What a network's inputs and outputs mean: in training, or as a sampler takes them.
+
+    Attributes:
+      noise: one of `NOISES`.
+      visibility: name of the attention visibility (`nn.named_masks`).
+      alignment: which hidden state predicts which token.
+      mask_id: the id of MASK; None where there is none or where it is not said.
+      output: one of `OUTPUTS`, what the network's outputs mean.
+      causal_context: finished blocks and conditioning see from left to right, whatever the visibility.
+      seeds: the first token of a block is never noise.
+      closed: EOS is given and clean, so that the length of a target comes from elsewhere (RDM).
+    """
+
+    noise: str
+    visibility: str
+    alignment: Aligned
+    mask_id: int | None = None
+    output: str = PROBABILITIES
+    causal_context: bool = False
+    seeds: bool = False
+    closed: bool = False
+
+    def __post_init__(self):
+        for field, choices in (("noise", NOISES), ("output", OUTPUTS)):
+            value = getattr(self, field)
+            require(value in choices, f"{value!r}", where=f"Contract.{field}", fix=f"Use one of {', '.join(choices)}.")
+
+
+def kind_of(mask_id: int | None, uniform: bool) -> str:
+    """Returns the noise that has a MASK (or none) and ordinary tokens (or none)."""
+    if mask_id is None:
+        return UNIFORM_NOISE
+    return HYBRID_NOISE if uniform else MASK_NOISE
+
+
+def mismatches(trained: Sequence[Contract], decoded: Contract) -> tuple[str, ...]:
+    """Returns in words what a sampler takes otherwise than the training; nothing where one of the processes fits.
+
+    Args:
+      trained: the processes that the network was trained for; none = not known, and nothing is compared.
+      decoded: what the sampler decodes.
+    """
+    found = [_differences(one, decoded) for one in trained]
+    # Of several, the one that is nearest in noise and outputs is what the user meant.
+    return min(found, key=len) if found and all(found) else ()
+
+
+def _differences(trained: Contract, decoded: Contract) -> tuple[str, ...]:
+    found = []
+    if trained.noise not in _COMPATIBLE.get(decoded.noise, (decoded.noise,)):
+        found.append(f"the network was trained with {trained.noise} and the sampler undoes {decoded.noise}")
+    elif None not in (trained.mask_id, decoded.mask_id) and trained.mask_id != decoded.mask_id:
+        found.append(f"MASK is {trained.mask_id} in training and {decoded.mask_id} in the sampler")
+    if trained.output != decoded.output:
+        found.append(f"the network's outputs are {trained.output} and the sampler takes them for {decoded.output}")
+    if trained.visibility != decoded.visibility:
+        found.append(f"visibility is {trained.visibility!r} in training and {decoded.visibility!r} in the sampler")
+    else:
+        # What is said about blocks can be compared where both have the same ones.
+        for name in ("causal_context", "seeds"):
+            values = [getattr(one, name) for one in (trained, decoded)]
+            if values[0] != values[1]:
+                found.append(f"{name} is {values[0]} in training and {values[1]} in the sampler")
+    if trained.alignment.back != decoded.alignment.back:
+        names = [type(one.alignment).__name__ for one in (trained, decoded)]
+        found.append(f"alignment is {names[0]} in training and {names[1]} in the sampler")
+    if trained.closed and not decoded.closed:
+        found.append("EOS is given in training and the sampler gives none (LengthBeam decodes windows of known length)")
+    return tuple(found)
