@@ -51,7 +51,7 @@ def conditioning_length(run: TrainRun) -> int:
 def _stream(draw: np.random.Generator, run: TrainRun, shape: tuple[int, ...]) -> Any:
     """Returns tokens, segments and positions of one stream, i32[B,T] each."""
     tokens = draw.integers(0, run.model.spec.vocab_size, shape, dtype=np.int32)
-    mask = run.objective.needs().mask_id
+    mask = run.data.specials.mask_id
     if mask is not None:
         tokens[tokens == mask] = mask - 1 if mask else 1
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)

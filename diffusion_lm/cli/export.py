@@ -166,7 +166,7 @@ def _trained(arguments: argparse.Namespace) -> _Source:
     from diffusion_lm.training.card import plain
 
     opened = open_run(arguments, bindings=arguments.gin)
-    trained = of_objective(opened.run.objective)
+    trained = of_objective(opened.run.objective, opened.run.data.specials)
     sampler = plain(opened.generation[0].sampler) if opened.generation else None
     config, tokenizer = _tokens(opened.run.data, arguments.tokenizer == "auto")
     lineage = tuple(map(_named, opened.lineage))

@@ -24,9 +24,9 @@ from diffusion_lm.core.types import Batch
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.noise.corruption import CHOICE_STREAM
-from diffusion_lm.objectives.base import Model, Objective, frozen
-from diffusion_lm.objectives.block_denoising import BlockDenoising
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion
 from diffusion_lm.objectives.block_layout import blocks_of, sum_by_run
+from diffusion_lm.objectives.objective import Objective, evaluation_keys
 
 SMALLEST_RATE = 1e-3
 """Low end of the whole range, as in the release: 1/r has no finite variance down to 0."""
@@ -60,8 +60,8 @@ class Moments(NamedTuple):
 
 
 def block_moments(
-    objective: BlockDenoising,
-    model: Model,
+    objective: BlockDiffusion,
+    model: BoundModel,
     batch: Batch,
     keys: StreamKeys,
     low: jax.Array | float,
@@ -71,13 +71,14 @@ def block_moments(
 
     The noise is that of the evaluation and the same for every range, so ranges are compared on equal draws.
     """
-    keys = frozen(keys)
+    keys = evaluation_keys(keys)
     blocks = blocks_of(batch, objective.block_size, objective.first_block)
-    unit_BT = objective.with_range(0.0, 1.0).rates(keys, batch, blocks)
+    unit_BT = objective.with_range(0.0, 1.0).block_rates(keys, batch, blocks)
     rate_BT = low + (high - low) * unit_BT
     uniform = keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
     masked = (uniform < rate_BT) & objective.maskable(batch, blocks)
-    losses = objective.token_losses(model, batch, blocks, masked, 1.0 / rate_BT, None)
+    forward = objective.passes(model, batch, blocks, keys, train=False)
+    losses = objective.token_losses(model, batch, blocks, masked, 1.0 / rate_BT, forward)
     scored = (batch.loss_weights > 0).astype(jnp.float32)
     # Each token carries its block's mean; one over the block's tokens makes every block count once.
     tokens = jnp.maximum(sum_by_run(scored, blocks.runs), 1.0)
@@ -89,7 +90,7 @@ def block_moments(
 @functools.cache
 def _compiled(
     architecture: Architecture,
-    objective: BlockDenoising,
+    objective: BlockDiffusion,
     ranges: tuple[tuple[float, float], ...],
     constrain: Constrain = no_constraint,
 ):
@@ -126,7 +127,7 @@ class ClipRangeSearch:
     """
 
     data: DataPipeline
-    objective: BlockDenoising
+    objective: BlockDiffusion
     name: str = "clip_range"
     every: int = 0
     limit: int | None = None
@@ -152,11 +153,11 @@ class ClipRangeSearch:
         objective = self.objective
         _check_range(objective)
         require(
-            objective.weighting == "nelbo" and objective.half_life is None,
+            objective.weighting == "nelbo" and objective.rates.half_life is None,
             "the variance that is searched is that of weights 1/rate with one rate per block, and weighting = "
-            f"{objective.weighting!r} with half_life = {objective.half_life} has others",
+            f"{objective.weighting!r} with half_life = {objective.rates.half_life} has others",
             where="ClipRangeSearch.objective",
-            fix="Set BlockDenoising.weighting = 'nelbo' and half_life = None, or leave the search out.",
+            fix="Set BlockDiffusion.weighting = 'nelbo' and MaskRates.half_life = None, or leave the search out.",
         )
 
     @property
@@ -200,5 +201,5 @@ def _check_range(objective: Objective) -> None:
         hasattr(objective, "with_range"),
         f"{type(objective).__name__} has no range of mask rates",
         where="ClipRangeSearch.objective",
-        fix="Use BlockDenoising, or leave the search out.",
+        fix="Use BlockDiffusion, or leave the search out.",
     )

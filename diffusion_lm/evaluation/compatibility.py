@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.noise.contract import Contract, mismatches
-from diffusion_lm.objectives.base import Needs
+from diffusion_lm.objectives.objective import Needs
 
 
 def sampler_differences(trained: Sequence[Contract], sampler: Any) -> tuple[str, ...]:

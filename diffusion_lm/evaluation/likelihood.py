@@ -9,13 +9,13 @@ import numpy as np
 
 from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import require
-from diffusion_lm.core.real_tokens import real_tokens
+from diffusion_lm.core.real_tokens import is_real
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
 from diffusion_lm.data.checks import Cut
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.nn.constrain import Constrain, no_constraint
-from diffusion_lm.objectives.base import Objective
+from diffusion_lm.objectives.objective import Objective
 
 
 @functools.cache
@@ -48,14 +48,14 @@ def evaluate_bound(
     """
     architecture, constrain = model.architecture, model.constrain
     step = compiled_bound(architecture, objective, constrain)
-    keys, specials = StreamKeys.create(seed), data.specials
+    keys = StreamKeys.create(seed)
     total: LossTerms | None = None
     scored = real = 0
     for batch, _ in data.with_encoder(architecture.needs_encoder).eval_batches(batch_size, limit=limit):
         terms = step(model.params, constrain.rows(batch), keys)
         total = terms if total is None else total + terms
         scored += int(np.sum(np.asarray(batch.target_mask) & (np.asarray(batch.loss_weights) > 0)))
-        real += int(np.sum(np.asarray(real_tokens(batch, specials.pad_id, specials.eos_id))))
+        real += int(np.sum(np.asarray(is_real(batch))))
     require(total is not None, "the evaluation split holds no examples", where="BoundEvaluation.data", fix="Fill it.")
     assert total is not None
     total = jax.device_get(total)

@@ -11,9 +11,9 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.evaluation.scoring_estimators import require_draws
 from diffusion_lm.noise.weighting import BoundKind
-from diffusion_lm.objectives.base import Objective
-from diffusion_lm.objectives.block_denoising import BlockDenoising
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion
 from diffusion_lm.objectives.block_layout import blocks_of
+from diffusion_lm.objectives.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BlockNelbo:
       append_eos: whether the choices of a question are scored with EOS behind them.
     """
 
-    objective: BlockDenoising
+    objective: BlockDiffusion
     draws: int = 128
     append_eos: bool = False
     random_start: bool = dataclasses.field(default=True, init=False)
@@ -50,7 +50,8 @@ class BlockNelbo:
         blocks = blocks_of(batch, self.objective.block_size, self.objective.first_block)
         level = self.objective.block_levels(level_B[:, None], blocks)
         masked, weights = self.objective.exact_count(level, keys, batch, blocks)
-        losses = self.objective.token_losses(model, batch, blocks, masked, weights, None)
+        forward = self.objective.passes(model, batch, blocks, keys, train=False)
+        losses = self.objective.token_losses(model, batch, blocks, masked, weights, forward)
         return jnp.sum(losses.diffusion * batch.loss_weights, axis=1)
 
 

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.architectures.base import BoundModel
-from diffusion_lm.core.alignment import SamePosition, Shifted
+from diffusion_lm.core.alignment import Alignment, SamePosition, Shifted
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
-from diffusion_lm.nn.named_masks import named_visibility, noise_share
+from diffusion_lm.nn.named_masks import check_visibility, named_visibility, noise_share
 from diffusion_lm.nn.time_conditioning import told_time
 from diffusion_lm.noise.weighting import BoundKind
-from diffusion_lm.objectives.base import check_visibility
 from diffusion_lm.objectives.block_layout import blocks_of, smallest_in_block
 
 CHOICE_STREAM = "scoring/choice"
@@ -55,7 +54,6 @@ class _Masked:
     """What the estimators of masked diffusion share.
 
     Attributes:
-      mask_id: id of MASK; it has no probability.
       draws: draws a row.
       alignment: which state predicts which token, as the model was trained (trap T20).
       visibility: as the model was trained.
@@ -64,9 +62,8 @@ class _Masked:
       append_eos: whether the choices of a question are scored with EOS behind them.
     """
 
-    mask_id: int
     draws: int = 128
-    alignment: Any = SamePosition()
+    alignment: Alignment = SamePosition()
     visibility: str = "full"
     guidance: float = 0.0
     append_eos: bool = False
@@ -86,9 +83,9 @@ class _Masked:
         self, model: BoundModel, batch: Batch, masked: jax.Array, among: jax.Array | bool = True
     ) -> jax.Array:
         """Returns f32[B,T], the cross-entropy of masked tokens (those `among` them) times their loss weights."""
-        canvas = jnp.where(masked, self.mask_id, batch.tokens)
+        canvas = jnp.where(masked, batch.special.mask, batch.tokens)
         wanted = masked & among & (batch.loss_weights != 0)
-        nll = _nll(model, batch, canvas, wanted, self.alignment, self.visibility, (self.mask_id,), self.guidance)
+        nll = _nll(model, batch, canvas, wanted, self.alignment, self.visibility, (batch.special.mask,), self.guidance)
         return jnp.where(wanted, nll * batch.loss_weights, 0.0)
 
     def _bernoulli(self, batch: Batch, keys: StreamKeys, rate_B: jax.Array) -> jax.Array:

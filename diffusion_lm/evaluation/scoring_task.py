@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.errors import require
-from diffusion_lm.core.real_tokens import real_tokens
+from diffusion_lm.core.real_tokens import is_real
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data.checks import Cut
@@ -27,7 +27,7 @@ from diffusion_lm.data.schema import Record
 from diffusion_lm.data.target_window import ExactEos, ExactTokens
 from diffusion_lm.evaluation.scoring import Estimator, answers, score
 from diffusion_lm.nn.named_masks import named_blocks
-from diffusion_lm.objectives.base import Objective
+from diffusion_lm.objectives.objective import Objective
 from diffusion_lm.training.card import first_difference, plain
 
 MEANING = {
@@ -216,8 +216,7 @@ class ScoringEvaluation:
 
     def _real(self, batch: Batch) -> list[np.ndarray]:
         """Returns the real tokens of each row (`core.real_tokens`)."""
-        specials = self.data.specials
-        real = np.asarray(real_tokens(batch, specials.pad_id, specials.eos_id))
+        real = np.asarray(is_real(batch))
         return [row[mask] for row, mask in zip(np.asarray(batch.tokens), real, strict=True)]
 
     def _text(self, record: Record, tokens: np.ndarray) -> str:
@@ -296,18 +295,8 @@ def mismatches(estimator: Estimator, objective: Objective) -> tuple[str, ...]:
 
     Such numbers may be wanted (the chain rule on a model that is autoregressive and block diffusion at once), but a
     shift or a visibility by mistake gives plausible nonsense (trap T20), so whoever reports them says so.
-
-    Raises:
-      ConfigError: the estimator masks with a token that the model never saw as MASK.
     """
-    needs, mask_id = objective.needs(), getattr(estimator, "mask_id", None)
-    require(
-        mask_id is None or (needs.mask_token and needs.mask_id in (None, mask_id)),
-        f"{type(estimator).__name__} masks with token {mask_id}, and {type(objective).__name__} trained "
-        + (f"with MASK = {needs.mask_id}" if needs.mask_token else "without MASK"),
-        where="--estimator",
-        fix="Set the macro MASK_ID, or use an estimator for that noise (diffusion-lm list scoring).",
-    )
+    needs = objective.needs()
     own = getattr(estimator, "objective", None)
     if own is not None:
         difference = first_difference(plain(objective), plain(own), "objective")

@@ -7,13 +7,16 @@ family knows the first two; of a run of ours the objective is asked.
 import dataclasses
 from typing import Any
 
-from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.gin_text import GinText, Value
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.interop.name_maps import FAMILIES
 from diffusion_lm.interop.name_maps.family import Config, Diffusion, Family
 from diffusion_lm.interop.save import differences
+from diffusion_lm.nn.named_masks import named_blocks
 from diffusion_lm.nn.transformer import TransformerSpec
+from diffusion_lm.noise.contract import HYBRID_NOISE, MASK_NOISE, PROBABILITIES
+from diffusion_lm.objectives.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +102,23 @@ def trained_as(family: Diffusion, config: Config, rows: int, named: tuple[int | 
     )  # fmt: skip
 
 
-def of_objective(objective: Any) -> TrainedAs | None:
-    """Returns what a network trained by this objective is; None where no sampler of masked models could decode it.
+def of_objective(objective: Objective, special: SpecialTokens | None) -> TrainedAs | None:
+    """Returns what a network trained with this objective is; None where no sampler of masked models could decode it.
 
-    Any objective is asked the same: which id it takes for MASK, which state it reads (`alignment`), what it
-    shows a token. One whose outputs are no distribution of tokens (score entropy) names no MASK.
+    Args:
+      objective: what the network was trained with. One whose outputs are not a distribution of tokens (score entropy)
+        cannot be decoded by a masked sampler.
+      special: the special tokens of the data that it was trained on, which say MASK; None if they are not known.
     """
-    needs, alignment = objective.needs(), getattr(objective, "alignment", None)
-    block = getattr(objective, "block_size", None)
-    causal = getattr(objective, "causal_noisy", False) or getattr(objective, "causal_clean", False)
-    mask = getattr(objective, "mask_id", needs.mask_id)
-    if mask is None or alignment is None or causal or (block is None and needs.visibility != "full"):
+    needs = objective.needs()
+    masked = [one for one in needs.contracts if one.noise in (MASK_NOISE, HYBRID_NOISE) and one.output == PROBABILITIES]
+    mask = None if special is None else special.mask_id
+    if not masked or mask is None or masked[0].causal_context:
         return None
-    return TrainedAs(alignment == Shifted(), block, mask, "objective")
+    blocks = named_blocks(masked[0].visibility)
+    if blocks is None and masked[0].visibility != "full":
+        return None
+    return TrainedAs(masked[0].alignment.back > 0, None if blocks is None else blocks.size, mask, "objective")
 
 
 def layout_for(spec: TransformerSpec, trained: TrainedAs | None) -> Family | None:
@@ -125,16 +132,14 @@ def layout_for(spec: TransformerSpec, trained: TrainedAs | None) -> Family | Non
     return None
 
 
-def objective_gin(trained: TrainedAs, eos_id: int | None) -> str:
-    """Returns a gin file to include after model.gin: the objective to train on with, under the checkpoint's ids."""
-    text = GinText().comment("The objective that such a checkpoint was trained by; include it after model.gin.")
+def objective_gin(trained: TrainedAs) -> str:
+    """Returns a gin file to include after model.gin: the objective to continue the training with."""
+    text = GinText().comment("The objective that such a checkpoint was trained with; include it after model.gin.")
     if trained.block_size is not None:
-        text.imports("diffusion_lm.objectives.block_denoising").blank()
-    text.include(f"objectives/{trained.objective}.gin").blank().bind("MASK_ID", trained.mask_id)
-    if trained.names_eos and eos_id is not None:
-        text.bind("EOS_ID", eos_id)
+        text.imports("diffusion_lm.objectives.block_diffusion").blank()
+    text.include(f"objectives/{trained.objective}.gin").blank()
     if trained.block_size is not None:
-        text.bind("block_denoising.BlockDenoising.block_size", trained.block_size)
+        text.bind("block_diffusion.BlockDiffusion.block_size", trained.block_size)
     return text.text()
 
 

@@ -122,7 +122,7 @@ def _diffusion_files(imported: Imported, source: Path) -> dict[str, str]:
     vocabulary = read_vocabulary(source, trained.mask_id)
     if vocabulary is not None:
         eos, pad = vocabulary.specials.eos_id, vocabulary.specials.pad_id
-    return {OBJECTIVE_GIN: objective_gin(trained, eos), SAMPLER_GIN: sampler_gin(trained, eos, pad)}
+    return {OBJECTIVE_GIN: objective_gin(trained), SAMPLER_GIN: sampler_gin(trained, eos, pad)}
 
 
 def _write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.core.errors import ConfigError, near_names
+from diffusion_lm.core.errors import ConfigError, near_names, require
 from diffusion_lm.core.segments import segment_sum
 from diffusion_lm.nn.masks import BlindConditioning, Block, Causal, Conditioning, Full, Groups, Visibility
 
@@ -42,6 +42,16 @@ def named_blocks(name: str) -> NamedBlocks | None:
 def is_visibility(name: str) -> bool:
     """Says whether `named_visibility` knows `name`."""
     return name in VISIBILITY_NAMES or named_blocks(name) is not None
+
+
+def check_visibility(name: str, where: str) -> None:
+    """Raises `ConfigError` unless `name` is a visibility; `where` is the gin parameter."""
+    require(
+        is_visibility(name),
+        f"visibility={name!r}: not one of the choices{near_names(str(name), VISIBILITY_NAMES)}",
+        where=where,
+        fix=f"Use one of {', '.join((*VISIBILITY_NAMES, *BLOCK_NAMES))}.",
+    )
 
 
 def noise_share(noisy: jax.Array, target_mask: jax.Array, visibility: str) -> jax.Array:

@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
 
+from diffusion_lm.core.alignment import Alignment
 from diffusion_lm.core.errors import require
 
 NO_NOISE = "no noise (next tokens, left to right)"
@@ -22,12 +22,6 @@ _COMPATIBLE = {MASK_NOISE: (MASK_NOISE, HYBRID_NOISE)}
 canvases without random tokens, and those are among the canvases of its training."""
 
 
-class Aligned(Protocol):
-    """`core.alignment.SamePosition` or `Shifted`."""
-
-    back: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Contract:
     """What a network's inputs and outputs mean: in training, or as a sampler takes them.
@@ -36,7 +30,6 @@ class Contract:
       noise: one of `NOISES`.
       visibility: name of the attention visibility (`nn.named_masks`).
       alignment: which hidden state predicts which token.
-      mask_id: the id of MASK; None where there is none or where it is not said.
       output: one of `OUTPUTS`, what the network's outputs mean.
       causal_context: finished blocks and conditioning see from left to right, whatever the visibility.
       seeds: the first token of a block is never noise.
@@ -45,8 +38,7 @@ class Contract:
 
     noise: str
     visibility: str
-    alignment: Aligned
-    mask_id: int | None = None
+    alignment: Alignment
     output: str = PROBABILITIES
     causal_context: bool = False
     seeds: bool = False
@@ -81,8 +73,6 @@ def _differences(trained: Contract, decoded: Contract) -> tuple[str, ...]:
     found = []
     if trained.noise not in _COMPATIBLE.get(decoded.noise, (decoded.noise,)):
         found.append(f"the network was trained with {trained.noise} and the sampler undoes {decoded.noise}")
-    elif None not in (trained.mask_id, decoded.mask_id) and trained.mask_id != decoded.mask_id:
-        found.append(f"MASK is {trained.mask_id} in training and {decoded.mask_id} in the sampler")
     if trained.output != decoded.output:
         found.append(f"the network's outputs are {trained.output} and the sampler takes them for {decoded.output}")
     if trained.visibility != decoded.visibility:

@@ -139,7 +139,7 @@ def noise_tokens(mask_id: int | None, vocab_size: int) -> int:
 
 
 def noise_at(tokens: jax.Array, mask_id: int | None, mask: jax.Array, uniform: jax.Array, vocab_size: int) -> jax.Array:
-    """Returns the probability of each of `tokens` in noise with mass `mask` on MASK and `uniform` on ordinary tokens."""
+    """Returns the probability of `tokens` in noise with mass `mask` on MASK and `uniform` on ordinary tokens."""
     ordinary = uniform / noise_tokens(mask_id, vocab_size)
     return ordinary if mask_id is None else jnp.where(tokens == mask_id, mask, ordinary)
 

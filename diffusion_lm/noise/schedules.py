@@ -145,3 +145,34 @@ def _positive(schedule: Any, field: str) -> None:
         where=f"{type(schedule).__name__}.{field}",
         fix="Give a number above 0.",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerTotal:
+    """alpha(t) = exp(-sigma_max t^power), for evaluation: from no noise at all to a total noise of `sigma_max`.
+
+    Score models that have no limit at infinite noise are bounded on a finite range (SEDD with uniform noise).
+
+    Attributes:
+      sigma_max: total noise at t = 1.
+      power: above 1, more of the time is spent at low noise.
+    """
+
+    sigma_max: float = 20.0
+    power: float = 2.0
+
+    def __post_init__(self):
+        require(
+            self.sigma_max > 0 and self.power >= 1 and math.isfinite(self.sigma_max),
+            f"sigma_max={self.sigma_max}, power={self.power}: sigma_max must be finite and > 0, power >= 1",
+            where="PowerTotal",
+            fix="The defaults are 20.0 and 2.0.",
+        )
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """Returns exp(-sigma_max t^power)."""
+        return jnp.exp(-self.sigma_max * t**self.power)
+
+    def alpha_derivative(self, t: jax.Array) -> jax.Array:
+        """Returns -sigma_max power t^(power - 1) alpha(t)."""
+        return -self.sigma_max * self.power * t ** (self.power - 1.0) * self.alpha(t)

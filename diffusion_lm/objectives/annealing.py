@@ -1,10 +1,11 @@
-"""Settings that move with the training step: the causal mask that opens, the block that grows.
+"""Settings that depend on the training step: the causal mask that opens, the block size that grows.
 
-The step is `StreamKeys.step`, which counts from the beginning of a run: it is 0 in the first step after
-`TrainRun.initial` or a `Stage` handed over parameters, and a stopped run goes on where it stood.
+The step is `StreamKeys.step`, which counts from the start of a run. It is 0 in the first step of a run that starts from
+`TrainRun.initial` or from the parameters of another `Stage`; a resumed run continues its own count.
 """
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,21 @@ from diffusion_lm.nn.masks import Causal, Given, Visibility
 from diffusion_lm.nn.named_masks import named_visibility
 
 OPENING_STREAM = "visibility/opening"
+
+
+class Annealing(Protocol):
+    """Changes the visibility of training with the step."""
+
+    def __hash__(self) -> int: ...
+
+    def visibility(self, name: str, batch: Batch, keys: StreamKeys) -> Visibility:
+        """Returns who attends to whom at step `keys.step`; `name` is the final visibility."""
+        ...
+
+
+def annealed_visibility(annealing: Annealing | None, name: str, batch: Batch, keys: StreamKeys) -> str | Visibility:
+    """Returns the visibility of this training step: `name` itself where nothing is annealed."""
+    return name if annealing is None else annealing.visibility(name, batch, keys)
 
 
 @dataclasses.dataclass(frozen=True)

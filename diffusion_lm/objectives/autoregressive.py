@@ -1,60 +1,44 @@
-"""Next-token prediction: causal language models, prefix-LMs and the decoders of encoder-decoders."""
+"""Next-token prediction: causal language models, prefix-LMs and the decoders of encoder-decoders.
+
+L = sum over target tokens i of -log p(x_i | x_<i)
+"""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
+from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.alignment import Shifted
-from diffusion_lm.core.errors import require
-from diffusion_lm.core.real_tokens import real_tokens
+from diffusion_lm.core.checks import check_non_negative, check_probability
+from diffusion_lm.core.real_tokens import is_real
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
+from diffusion_lm.nn.named_masks import check_visibility
 from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.noise.weighting import BoundKind
-from diffusion_lm.objectives.base import (
-    Forward,
-    Model,
-    Needs,
-    check_visibility,
-    frozen,
-    weighted_mean,
-    weighted_sum,
-)
+from diffusion_lm.objectives.forward_pass import ForwardPasses
+from diffusion_lm.objectives.objective import Needs, evaluation_keys
+from diffusion_lm.objectives.token_losses import weighted_mean, weighted_sum
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoregressive:
-    """Cross-entropy of each target token given what stands before it.
+    """Cross-entropy of each target token given the tokens before it.
 
     Attributes:
-      visibility: "causal", or "prefix" for conditioning that sees itself in both directions.
+      visibility: "causal", or "prefix" for conditioning that attends to itself in both directions.
       z_loss: coefficient of log(Z)^2, which keeps the softmax normaliser near 1 (T5X and PaLM use 1e-4).
       label_smoothing: probability mass that the training target spreads over the vocabulary.
-      pad_id: filler inside a scored window; left out of the loss per real token.
-      eos_id: ends a target; further ones behind the first are filler too.
     """
 
     visibility: str = "causal"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    pad_id: int = 0
-    eos_id: int = 1
 
     def __post_init__(self):
         check_visibility(self.visibility, "Autoregressive.visibility")
-        require(
-            self.z_loss >= 0,
-            f"z_loss = {self.z_loss} is negative",
-            where="Autoregressive.z_loss",
-            fix="0.0 turns it off, 1e-4 is usual.",
-        )
-        require(
-            0 <= self.label_smoothing < 1,
-            f"label_smoothing = {self.label_smoothing} is no probability below 1",
-            where="Autoregressive.label_smoothing",
-            fix="0.0 turns it off, 0.1 is usual in translation.",
-        )
+        check_non_negative(self.z_loss, "Autoregressive.z_loss", "Use 0.0 to leave it out, 1e-4 is usual.")
+        check_probability(self.label_smoothing, "Autoregressive.label_smoothing", "0.1 is usual.", below_one=True)
 
     @property
     def bound_kind(self) -> BoundKind:
@@ -62,7 +46,7 @@ class Autoregressive:
         return "exact"
 
     @property
-    def alignment(self) -> Any:
+    def alignment(self) -> Shifted:
         """The state before a token predicts it."""
         return Shifted()
 
@@ -70,12 +54,12 @@ class Autoregressive:
         """One pass, no MASK token."""
         return Needs(self.visibility, contracts=(Contract(NO_NOISE, self.visibility, self.alignment),))
 
-    def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
+    def loss(self, model: BoundModel, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the summed loss in nats and the number of scored tokens.
 
-        z-loss and label smoothing shape the gradient of training only; metrics and evaluation are the plain likelihood.
+        z-loss and label smoothing change the training loss only; metrics and evaluation are the plain likelihood.
         """
-        hidden = Forward(model, batch, keys, visibility=self.visibility, train=train)(batch.tokens)
+        hidden = ForwardPasses(model, batch, keys, visibility=self.visibility, train=train)(batch.tokens)
         targets = self.alignment.to_slots(batch.tokens)
         scored = self.alignment.to_slots(batch.loss_weights != 0)
         if train and (self.z_loss or self.label_smoothing):
@@ -89,9 +73,9 @@ class Autoregressive:
         return LossTerms(
             loss_sum=weighted_sum(loss, batch.loss_weights),
             weight=jnp.sum(batch.loss_weights, dtype=jnp.float32),
-            metrics={"nll_per_real_token": weighted_mean(nll, real_tokens(batch, self.pad_id, self.eos_id))},
+            metrics={"nll_per_real_token": weighted_mean(nll, is_real(batch))},
         )
 
-    def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
+    def bound(self, model: BoundModel, batch: Batch, keys: StreamKeys) -> LossTerms:
         """Returns the exact negative log-likelihood; it needs no noise."""
-        return self.loss(model, batch, frozen(keys), train=False)
+        return self.loss(model, batch, evaluation_keys(keys), train=False)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.core.errors import require
+from diffusion_lm.core.checks import check_count
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import LossTerms
 
@@ -40,12 +40,7 @@ def bound_times(uniform: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.A
 
 def check_draws(draws: int, where: str) -> None:
     """Raises `ConfigError` unless `draws` is a number of draws."""
-    require(
-        isinstance(draws, int) and draws > 0,
-        f"{draws} is no number of draws",
-        where=where,
-        fix="Give 1 or more; the error of a bound falls with their square root.",
-    )
+    check_count(draws, where, "Use 1 or more; the error of a bound falls with the square root of their number.")
 
 
 def mean_over_draws(keys: StreamKeys, draws: int, one: Callable[[jax.Array, StreamKeys], LossTerms]) -> LossTerms:

@@ -1,22 +1,26 @@
-"""A weighted sum of objectives on the same batch, whose factors may change during training.
+"""A weighted sum of objectives on the same batch, with factors that may change during training.
 
-loss = sum_i w_i(step) S_i / W_i,      S_i, W_i: loss sum and weight of part i over the global batch
+L = sum_i w_i(step) S_i / W_i,      S_i, W_i: loss sum and weight of part i over the global batch
 """
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.architectures.base import BoundModel
+from diffusion_lm.core.alignment import Alignment
+from diffusion_lm.core.checks import check_choice, check_non_negative
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.noise.weighting import BoundKind
-from diffusion_lm.objectives.base import Model, Needs
+from diffusion_lm.objectives.objective import Needs, Objective
 
 
-class Weight(Protocol):
+class Factor(Protocol):
     """The factor of one part as a function of the training step."""
 
     def at(self, step: jax.Array) -> jax.Array:
@@ -25,7 +29,7 @@ class Weight(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Constant:
+class ConstantFactor:
     """The same weight at every step.
 
     Attributes:
@@ -35,7 +39,7 @@ class Constant:
     value: float = 1.0
 
     def __post_init__(self):
-        _not_negative(self, "value")
+        check_non_negative(self.value, "ConstantFactor.value")
 
     def at(self, step: jax.Array) -> jax.Array:
         """Returns the value."""
@@ -44,14 +48,14 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ramp:
-    """A straight line between two steps, constant before and after.
+class RampFactor:
+    """Linear between two steps, constant before and after.
 
     Attributes:
       start: weight up to step `first`.
       end: weight from step `last` on.
-      first: where the line begins.
-      last: where it ends.
+      first: last step at `start`.
+      last: first step at `end`.
     """
 
     start: float
@@ -60,13 +64,13 @@ class Ramp:
     last: int = 1000
 
     def __post_init__(self):
-        _not_negative(self, "start")
-        _not_negative(self, "end")
+        check_non_negative(self.start, "RampFactor.start")
+        check_non_negative(self.end, "RampFactor.end")
         require(
             0 <= self.first < self.last,
-            f"a ramp from step {self.first} to step {self.last} has no length",
-            where="Ramp.last",
-            fix="Give 0 <= first < last.",
+            f"first={self.first}, last={self.last}: must satisfy 0 <= first < last",
+            where="RampFactor.last",
+            fix="The factor is constant before `first` and after `last`.",
         )
 
     def at(self, step: jax.Array) -> jax.Array:
@@ -79,22 +83,22 @@ class Ramp:
 class Mixture:
     """sum_i w_i(step) loss_i, where loss_i is what part i would have as the only objective.
 
-    Parts count scored tokens, replaced tokens (`Denoising.normaliser`) or examples. So every part has a weight of its
-    own in what the training step gets (`LossTerms.others`); that of the primary part is `LossTerms.weight`.
+    Parts may be divided by scored tokens, replaced tokens or examples, so the training step gets a weight for each
+    part: `LossTerms.weight` is the primary part's, `LossTerms.others` has those of the others.
 
-    Parts draw noise of their own. Metrics keep their names behind that of their part; those of the primary part also
-    appear under their own.
+    Each part draws its own noise. A metric's name is prefixed with its part's name; metrics of the primary part also
+    appear without the prefix.
 
     Attributes:
-      names: a name for each part, for the log.
+      names: a name per part, for the log.
       parts: the objectives.
-      weights: their factors, `Constant` or `Ramp`.
+      weights: their factors, `ConstantFactor` or `RampFactor`.
       primary: name of the part whose bound is evaluated and reported.
     """
 
     names: tuple[str, ...]
-    parts: tuple[Any, ...]
-    weights: tuple[Any, ...]
+    parts: tuple[Objective, ...]
+    weights: tuple[Factor, ...]
     primary: str
 
     def __post_init__(self):
@@ -102,26 +106,14 @@ class Mixture:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         require(
             len(self.names) == len(self.parts) == len(self.weights) > 0 and len(set(self.names)) == len(self.names),
-            f"{len(self.names)} names, {len(self.parts)} parts and {len(self.weights)} weights do not make a mixture",
+            f"{len(self.names)} names, {len(self.parts)} parts, {len(self.weights)} weights: the numbers must agree",
             where="Mixture.parts",
-            fix="Give every part one weight and a name of its own.",
+            fix="Give every part one weight and a name that no other part has.",
         )
-        require(
-            self.primary in self.names,
-            f"there is no part {self.primary!r}",
-            where="Mixture.primary",
-            fix=f"Choose one of {', '.join(self.names)}.",
-        )
-        masks = self._mask_ids()
-        require(
-            len(masks) < 2,
-            f"the parts take different tokens for MASK: {', '.join(map(str, masks))}",
-            where="Mixture.parts",
-            fix="Set the macro MASK_ID, or the parts' mask_id, to the vocabulary's MASK.",
-        )
+        check_choice(self.primary, self.names, "Mixture.primary")
 
     @property
-    def alignment(self) -> Any:
+    def alignment(self) -> Alignment:
         """That of the primary part."""
         return self._primary.alignment
 
@@ -133,15 +125,12 @@ class Mixture:
     def needs(self) -> Needs:
         """What any part needs; the passes add up."""
         needs = [part.needs() for part in self.parts]
-        masks = self._mask_ids()
         return Needs(
             visibility=self._primary.needs().visibility,
             passes=sum(one.passes for one in needs),
             frozen_passes=sum(one.frozen_passes for one in needs),
             mask_token=any(one.mask_token for one in needs),
-            mask_id=masks[0] if masks else None,
-            encoder=any(one.encoder for one in needs),
-            one_example_a_row=any(one.one_example_a_row for one in needs),
+            one_example_per_row=any(one.one_example_per_row for one in needs),
             several_weights=len(self.parts) > 1 or any(one.several_weights for one in needs),
             self_conditioning=any(one.self_conditioning for one in needs),
             token_schedules=any(one.token_schedules for one in needs),
@@ -149,7 +138,7 @@ class Mixture:
             tail=next((one.tail for one in needs if one.tail is not None), None),
         )
 
-    def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
+    def loss(self, model: BoundModel, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the primary part's sum and weight, and the other parts in `others`, each times its factor."""
         terms = [part.loss(model, batch, _apart(keys, number), train=train) for number, part in enumerate(self.parts)]
         scaled = {
@@ -160,38 +149,25 @@ class Mixture:
         others += [part for parts in scaled.values() for part in parts]
         return LossTerms(first.total, first.weight, self._metrics(terms), tuple(others))
 
-    def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
+    def bound(self, model: BoundModel, batch: Batch, keys: StreamKeys) -> LossTerms:
         """Returns the primary part's bound with the metrics of all parts' bounds."""
         terms = [part.bound(model, batch, _apart(keys, number)) for number, part in enumerate(self.parts)]
         primary = self._named(terms)[self.primary]
         return dataclasses.replace(primary, metrics=self._metrics(terms))
 
     @property
-    def _primary(self) -> Any:
+    def _primary(self) -> Objective:
         return self.parts[self.names.index(self.primary)]
 
-    def _mask_ids(self) -> list[int]:
-        """Returns the ids that parts take for MASK, each once."""
-        return sorted({mask for part in self.parts if (mask := part.needs().mask_id) is not None})
-
-    def _named(self, terms: list[LossTerms]) -> dict[str, LossTerms]:
+    def _named(self, terms: Sequence[LossTerms]) -> dict[str, LossTerms]:
         return dict(zip(self.names, terms, strict=True))
 
-    def _metrics(self, terms: list[LossTerms]) -> dict[str, Any]:
+    def _metrics(self, terms: Sequence[LossTerms]) -> dict[str, WeightedMean]:
         named = self._named(terms)
         metrics = {f"{name}/{metric}": value for name, one in named.items() for metric, value in one.metrics.items()}
         return {**metrics, **named[self.primary].metrics}
 
 
 def _apart(keys: StreamKeys, number: int) -> StreamKeys:
-    """Returns keys of one part, so that two parts of one class do not share their noise."""
+    """Returns the keys of one part: two parts of the same class must not share their noise."""
     return keys.replace(root=jax.random.fold_in(keys.root, number))
-
-
-def _not_negative(weight: Any, field: str) -> None:
-    require(
-        getattr(weight, field) >= 0,
-        f"{field} = {getattr(weight, field)} is negative",
-        where=f"{type(weight).__name__}.{field}",
-        fix="Give 0 or more.",
-    )

@@ -6,32 +6,26 @@ What is masked depends on w, so the gradient has two parts: that of the loss at 
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.architectures.exponents import token_exponents
-from diffusion_lm.core.alignment import SamePosition
+from diffusion_lm.core.alignment import Alignment, SamePosition
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.segments import segment_sum
 from diffusion_lm.core.types import Batch, LossTerms
+from diffusion_lm.nn.named_masks import check_visibility
+from diffusion_lm.noise.choice import bernoulli
 from diffusion_lm.noise.contract import MASK_NOISE, Contract
-from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.noise.time_sampling import TIME_STREAM, UniformTime
 from diffusion_lm.noise.weighting import BoundKind
-from diffusion_lm.objectives.base import (
-    Forward,
-    Model,
-    Needs,
-    check_visibility,
-    frozen,
-    mapped_losses,
-    per_token_terms,
-    weighted_mean,
-)
 from diffusion_lm.objectives.draws import bound_times, check_draws, mean_over_draws
+from diffusion_lm.objectives.forward_pass import ForwardPasses
+from diffusion_lm.objectives.objective import Needs, evaluation_keys
+from diffusion_lm.objectives.token_losses import mapped_losses, per_token_terms, weighted_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,27 +47,20 @@ class TokenSchedules:
     are predicted from each other's masks; examples of a packed row do not touch.
 
     Attributes:
-      mask_id: MASK, which has no probability.
       time: at which t an example is trained. Below `time.low` the bound goes on with a model that knows the schedules
         alone: at time low, a masked token is j with probability proportional to low^(w_j). The term is exact, and
         without it the schedules would learn to hide their cost there.
       alignment: which hidden state predicts which token.
       visibility: "full", or another name of `nn.named_masks.named_visibility`.
       evaluation_draws: times of `bound` per example, spread evenly from a random start.
-      pad_id: filler inside the scored window; left out of the loss per real token.
-      eos_id: ends a target; further ones behind the first are filler too.
     """
 
-    mask_id: int
     time: UniformTime = UniformTime(low=1e-3, stratified=True)
-    alignment: Any = SamePosition()
+    alignment: Alignment = SamePosition()
     visibility: str = "full"
     evaluation_draws: int = 8
-    pad_id: int = 0
-    eos_id: int = 1
 
     def __post_init__(self):
-        AbsorbingCorruption(self.mask_id)
         check_visibility(self.visibility, "TokenSchedules.visibility")
         check_draws(self.evaluation_draws, "TokenSchedules.evaluation_draws")
         low, high = getattr(self.time, "low", None), getattr(self.time, "high", None)
@@ -91,17 +78,16 @@ class TokenSchedules:
 
     def needs(self) -> Needs:
         """Two passes, MASK, and a network with exponents."""
-        contract = Contract(MASK_NOISE, self.visibility, self.alignment, self.mask_id)
+        contract = Contract(MASK_NOISE, self.visibility, self.alignment)
         return Needs(
             visibility=self.visibility,
             passes=2,
             mask_token=True,
-            mask_id=self.mask_id,
             token_schedules=True,
             contracts=(contract,),
         )
 
-    def loss(self, model: Model, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
+    def loss(self, model: BoundModel, batch: Batch, keys: StreamKeys, *, train: bool = True) -> LossTerms:
         """Returns the summed loss of an example's two draws, half each; `weight` counts each scored token once.
 
         Metrics: `nll_per_real_token`, an estimate of the bound; `exponent_per_token`, the mean w of the scored tokens.
@@ -112,12 +98,12 @@ class TokenSchedules:
         draws = tuple(self._masks(t, model, batch, draw_keys) for draw_keys in (keys, other))
         return self.terms(t, draws, model, batch, keys, train=train, factor=1.0 - low, low=low)
 
-    def bound(self, model: Model, batch: Batch, keys: StreamKeys) -> LossTerms:
+    def bound(self, model: BoundModel, batch: Batch, keys: StreamKeys) -> LossTerms:
         """Returns an unbiased estimate of the negative ELBO, with frozen noise and without dropout.
 
         It goes down to t = 0, whatever the times of training are, with one draw of the masks a time.
         """
-        keys = frozen(keys)
+        keys = evaluation_keys(keys)
         uniform = keys.example_uniform(TIME_STREAM, batch.example_ids)
 
         def one(offset, draw_keys):
@@ -131,12 +117,12 @@ class TokenSchedules:
         self,
         t_BT: jax.Array,
         draws: tuple[jax.Array, ...],
-        model: Model,
+        model: BoundModel,
         batch: Batch,
         keys: StreamKeys,
         *,
         train: bool,
-        factor: Any = 1.0,
+        factor: jax.Array | float = 1.0,
         low: float = 0.0,
     ) -> LossTerms:
         """Returns the sums at given times and masks.
@@ -153,13 +139,13 @@ class TokenSchedules:
         """
         w_V = _exponents(model)
         w_BT = w_V[batch.tokens]
-        forward = Forward(model, batch, keys, visibility=self.visibility, train=train, passes=len(draws))
+        forward = ForwardPasses(model, batch, keys, visibility=self.visibility, train=train, passes=len(draws))
         losses = [
             factor * self._draw_losses(t_BT, masked, w_V, model, batch, forward, number)
             for number, masked in enumerate(draws)
         ]
-        mean = sum(losses) / len(losses) + self._start(low, w_V, w_BT)
-        plain = per_token_terms(mean, batch, self.pad_id, self.eos_id)
+        mean = sum(losses) / len(losses) + self._start(low, w_V, w_BT, batch.special.mask)
+        plain = per_token_terms(mean, batch)
         metrics = {**plain.metrics, "exponent_per_token": weighted_mean(w_BT, batch.loss_weights)}
         loss_sum = plain.loss_sum
         if len(draws) == 2:
@@ -167,14 +153,20 @@ class TokenSchedules:
             loss_sum += score - jax.lax.stop_gradient(score)
         return LossTerms(loss_sum, plain.weight, metrics)
 
-    def _masks(self, t_BT: jax.Array, model: Model, batch: Batch, keys: StreamKeys) -> jax.Array:
+    def _masks(self, t_BT: jax.Array, model: BoundModel, batch: Batch, keys: StreamKeys) -> jax.Array:
         """Returns bool[B,T], each target token by itself with probability t^w."""
         rate = jax.lax.stop_gradient(jnp.exp(_exponents(model)[batch.tokens] * jnp.log(t_BT)))
-        corruption = AbsorbingCorruption(self.mask_id)
-        return corruption.corrupt(keys, batch, rate, vocab_size=model.spec.vocab_size).replaced
+        return bernoulli(keys, batch, rate)
 
     def _draw_losses(
-        self, t_BT: jax.Array, masked_BT: jax.Array, w_V: jax.Array, model: Model, batch: Batch, forward, number: int
+        self,
+        t_BT: jax.Array,
+        masked_BT: jax.Array,
+        w_V: jax.Array,
+        model: BoundModel,
+        batch: Batch,
+        forward,
+        number: int,
     ) -> jax.Array:
         """Returns f32[B,T], the integrand at scored masked tokens and 0 elsewhere."""
 
@@ -184,21 +176,23 @@ class TokenSchedules:
             log_mu = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
             return (jnp.sum(jnp.exp(log_p) * w_V, axis=-1) - rate * (1.0 + log_mu)) / t
 
-        hidden = forward(jnp.where(masked_BT, self.mask_id, batch.tokens), number, rate=t_BT)
+        hidden = forward(jnp.where(masked_BT, batch.special.mask, batch.tokens), number, rate=t_BT)
         seen = batch.replace(loss_weights=jnp.where(masked_BT, batch.loss_weights, 0.0))
-        return mapped_losses(model, hidden, self.alignment, seen, fn, batch.tokens, t_BT, mask_id=self.mask_id)
+        return mapped_losses(
+            model, hidden, self.alignment, seen, fn, batch.tokens, t_BT, forbidden=(batch.special.mask,)
+        )
 
-    def _start(self, low: float, w_V: jax.Array, w_BT: jax.Array) -> jax.Array:
+    def _start(self, low: float, w_V: jax.Array, w_BT: jax.Array, mask_id: int) -> jax.Array:
         """Returns f32[B,T], the mean of what a token costs that is still MASK at time `low`."""
         if low == 0.0:
             return jnp.zeros_like(w_BT)
         log_low = jnp.log(jnp.float32(low))
-        is_token = jnp.arange(w_V.shape[0]) != self.mask_id
+        is_token = jnp.arange(w_V.shape[0]) != mask_id
         log_total = jax.nn.logsumexp(w_V * log_low, where=is_token)
         return jnp.exp(w_BT * log_low) * (log_total - w_BT * log_low)
 
 
-def _exponents(model: Model) -> jax.Array:
+def _exponents(model: BoundModel) -> jax.Array:
     found = token_exponents(model)
     if found is None:
         raise ConfigError(

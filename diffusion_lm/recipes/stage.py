@@ -40,7 +40,7 @@ class Stage:
     @property
     def network_stage(self) -> "Stage":
         """The last stage of the path that trains the network; heads on a frozen one say nothing about its noise."""
-        return next((one for one in reversed(self.path) if one.run.objective.needs().processes), self)
+        return next((one for one in reversed(self.path) if one.run.objective.needs().contracts), self)
 
     @property
     def train_tokens(self) -> int:

@@ -257,7 +257,6 @@ class DenoisingSampler:
             noise=self.commit.noise_kind or kind_of(self.mask_id, uniform=False),
             visibility=self.visibility,
             alignment=self.alignment,
-            mask_id=self.mask_id,
             output=self.commit.output,
             causal_context=self.causal_context,
             # With a cache and no blocks of the network, seeds are an order of the sampler's own.

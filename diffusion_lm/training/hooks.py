@@ -16,7 +16,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from diffusion_lm.architectures.base import BoundModel
-from diffusion_lm.objectives.base import Objective
+from diffusion_lm.objectives.objective import Objective
 from diffusion_lm.training.metrics import Clock, Window, row_summary
 from diffusion_lm.training.step import StepStats
 from diffusion_lm.training.writers import Row, open_writers

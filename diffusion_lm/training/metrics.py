@@ -157,7 +157,7 @@ def train_flops_per_token(architecture: Any, objective: Any, row_length: int, en
     """
     source = {} if not encoder_length else {"encoder_length": encoder_length}
     needs, adapted = objective.needs(), layer_with(architecture, "saved_flops_per_token")
-    flops = needs.forward_passes_worth * architecture.flops_per_token(row_length, **source)
+    flops = needs.cost_in_forward_passes * architecture.flops_per_token(row_length, **source)
     if adapted is not None:
         flops -= (needs.passes - needs.frozen_passes) * adapted.saved_flops_per_token(row_length, **source)
     return flops

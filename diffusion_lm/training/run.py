@@ -9,7 +9,7 @@ from diffusion_lm.architectures.extended import layer_with
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.evaluation.compatibility import check_sampler, check_window
-from diffusion_lm.objectives.base import Objective
+from diffusion_lm.objectives.objective import Objective
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import batch_divisor
@@ -138,13 +138,7 @@ class TrainRun:
         self._check_samplers()
         needs = self.objective.needs()
         require(
-            not needs.encoder or self.model.needs_encoder,
-            f"{type(self.objective).__name__} needs an encoder and {type(self.model).__name__} has none",
-            where="TrainRun.objective",
-            fix="Use an encoder-decoder model.",
-        )
-        require(
-            not (needs.one_example_a_row and getattr(self.data, "pack", False)),
+            not (needs.one_example_per_row and getattr(self.data, "pack", False)),
             f"{type(self.objective).__name__} needs rows of one example and the data is packed",
             where="DataPipeline.pack",
             fix="Set it to False.",
@@ -173,7 +167,7 @@ class TrainRun:
         """Raises `ConfigError` where an evaluation decodes another process than the one that is trained."""
         for evaluation in self.evaluations:
             check_sampler(
-                self.objective.needs().processes,
+                self.objective.needs().contracts,
                 getattr(evaluation, "sampler", None),
                 where=f"TrainRun.evaluations, {evaluation.name}",
                 fix="Use a sampler for this objective (diffusion-lm list samplers).",
@@ -211,15 +205,6 @@ class TrainRun:
                 where="TrainRun.data",
                 fix="Materialise the data with a vocabulary that reserves one.",
             )
-            taken = self.objective.needs().mask_id
-            require(
-                taken in (None, specials.mask_id),
-                f"{type(self.objective).__name__} takes {taken} for MASK, which is {specials.mask_id} in the data",
-                where="TrainRun.objective",
-                fix=f"Set the macro MASK_ID to {specials.mask_id}.",
-            )
-            for part in (self.objective, *self.evaluations):
-                specials.check(part)
         length, positions = getattr(self.data, "row_length", None), spec.max_positions
         require(
             positions is None or length is None or length <= positions,

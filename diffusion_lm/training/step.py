@@ -22,7 +22,7 @@ from diffusion_lm.architectures.extended import frozen_arrays
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, Params
-from diffusion_lm.objectives.base import Objective
+from diffusion_lm.objectives.objective import Objective
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import Placement, replicated, tree_shardings
