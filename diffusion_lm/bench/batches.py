@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch, EncoderInputs
 from diffusion_lm.data.rows import strata
 from diffusion_lm.training.run import TrainRun
@@ -22,8 +23,8 @@ def synthetic_batch(run: TrainRun, number: int = 0) -> Batch:
     example_ids: Any = np.arange(rows, dtype=np.uint32) + np.uint32(number * rows)
     encoder = None
     if shapes.encoder is not None:
-        encoder = EncoderInputs(*_stream(draw, run, shapes.encoder.tokens.shape))
-    tokens, segments, positions = _stream(draw, run, (rows, length))
+        encoder = EncoderInputs(*_stream(draw, run, shapes.encoder.tokens.shape, shapes.special))
+    tokens, segments, positions = _stream(draw, run, (rows, length), shapes.special)
     return Batch(
         tokens=tokens,
         target_mask=target.copy(),
@@ -48,11 +49,11 @@ def conditioning_length(run: TrainRun) -> int:
     return data.row_length - data.converter.target_length
 
 
-def _stream(draw: np.random.Generator, run: TrainRun, shape: tuple[int, ...]) -> Any:
+def _stream(draw: np.random.Generator, run: TrainRun, shape: tuple[int, ...], special: SpecialTokens) -> Any:
     """Returns tokens, segments and positions of one stream, i32[B,T] each."""
     tokens = draw.integers(0, run.model.spec.vocab_size, shape, dtype=np.int32)
-    mask = run.data.specials.mask_id
-    if mask is not None:
+    mask = special.mask_id
+    if mask is not None and run.objective.needs().mask_token:
         tokens[tokens == mask] = mask - 1 if mask else 1
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     return tokens, np.ones(shape, np.int32), positions.copy()

@@ -166,8 +166,13 @@ class DataPipeline:
         return tuple(found)
 
     def abstract_batch(self, batch_size: int) -> Batch:
-        """Returns the shapes and dtypes of a batch; opens nothing."""
-        batch = self.converter.abstract_batch(batch_size, self.specials)
+        """Returns the shapes and dtypes of a batch; works before the data is written."""
+        try:
+            specials = self.specials
+        except ConfigError:
+            # `plan` and `bench` need shapes before the data is written. The ids do not matter there.
+            specials = SpecialTokens(vocab_size=2**31 - 1, bos_id=2, mask_id=4)
+        batch = self.converter.abstract_batch(batch_size, specials)
         return batch.replace(strata=jax.ShapeDtypeStruct(batch.tokens.shape, np.float32))
 
     def with_encoder(self, encoder: bool) -> "DataPipeline":

@@ -23,7 +23,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.nn.constrain import Constrain, no_constraint
-from diffusion_lm.noise.corruption import CHOICE_STREAM
+from diffusion_lm.noise.choice import CHOICE_STREAM
 from diffusion_lm.objectives.block_diffusion import BlockDiffusion
 from diffusion_lm.objectives.block_layout import blocks_of, sum_by_run
 from diffusion_lm.objectives.objective import Objective, evaluation_keys

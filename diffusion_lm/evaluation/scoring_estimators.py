@@ -67,6 +67,8 @@ class _Masked:
     visibility: str = "full"
     guidance: float = 0.0
     append_eos: bool = False
+    needs_mask_token: ClassVar[bool] = True
+    """Whether it puts MASK into the canvas."""
     keeps_past_clean: ClassVar[bool] = False
     """Whether every token before a masked one is clean, as in the training of block diffusion."""
 

@@ -295,8 +295,17 @@ def mismatches(estimator: Estimator, objective: Objective) -> tuple[str, ...]:
 
     Such numbers may be wanted (the chain rule on a model that is autoregressive and block diffusion at once), but a
     shift or a visibility by mistake gives plausible nonsense (trap T20), so whoever reports them says so.
+
+    Raises:
+      ConfigError: the estimator masks tokens, and the model has never seen MASK.
     """
     needs = objective.needs()
+    require(
+        not getattr(estimator, "needs_mask_token", False) or needs.mask_token,
+        f"{type(estimator).__name__} masks tokens, and {type(objective).__name__} trained without MASK",
+        where="--estimator",
+        fix="Use an estimator for that noise (diffusion-lm list scoring).",
+    )
     own = getattr(estimator, "objective", None)
     if own is not None:
         difference = first_difference(plain(objective), plain(own), "objective")

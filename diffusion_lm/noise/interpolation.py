@@ -1,4 +1,4 @@
-"""Interpolating noise q(z_t | x) = alpha_t x + (noise mass): MASK, uniform tokens, or a mixture that changes with time.
+"""The noise that samplers of ratios and of hybrid noise undo, with the id of MASK; forward processes: `process.py`.
 
 Beside the marginal each process gives the rates at which tokens turn into noise, from which likelihood bounds in
 continuous time are made: a token of any kind turns into token z at rate r_t(z), so that
@@ -7,17 +7,12 @@ continuous time are made: a token of any kind turns into token z at rate r_t(z),
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
-from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.core.types import Batch
-from diffusion_lm.noise.contract import PROBABILITIES, Aligned, Contract, kind_of
-from diffusion_lm.noise.corruption import CHOICE_STREAM, REPLACEMENT_STREAM
 from diffusion_lm.noise.schedules import Linear
 
 SMALLEST = 2.0**-24
@@ -71,27 +66,6 @@ def noise_at(tokens: jax.Array, mask_id: int | None, mask: jax.Array, uniform: j
     """Returns the share of given tokens in noise whose MASK and ordinary tokens have the masses `mask`, `uniform`."""
     ordinary = uniform / kinds(mask_id, vocab_size)
     return ordinary if mask_id is None else jnp.where(tokens == mask_id, mask, ordinary)
-
-
-def corrupt(noise: InterpolatingNoise, keys: StreamKeys, batch: Batch, t_BT: jax.Array, vocab_size: int) -> jax.Array:
-    """Returns i32[B,T]: each target token drawn from q(z_t | x), independently; conditioning as it is."""
-    level = noise.level(t_BT)
-    uniform = keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
-    token_keys = keys.per_token(REPLACEMENT_STREAM, batch.example_ids, batch.positions)
-    number = kinds(noise.mask_id, vocab_size)
-    draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, number, jnp.int32))
-    replacement = draw(token_keys.reshape(-1)).reshape(token_keys.shape)
-    if noise.mask_id is not None:
-        replacement = replacement + (replacement >= noise.mask_id)
-        replacement = jnp.where(uniform < level.mask, noise.mask_id, replacement)
-    chosen = (uniform < level.mask + level.uniform) & batch.target_mask
-    return jnp.where(chosen, replacement, batch.tokens)
-
-
-def process_of(noise: InterpolatingNoise, visibility: str, alignment: Aligned, output: str = PROBABILITIES) -> Contract:
-    """Returns what a network of this noise is trained for."""
-    kind = kind_of(noise.mask_id, uniform=isinstance(noise, HybridNoise))
-    return Contract(kind, visibility, alignment, noise.mask_id, output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,37 +158,6 @@ class HybridNoise:
     def complete(self) -> "HybridNoise":
         """Returns itself: it covers the whole range."""
         return self
-
-
-@dataclasses.dataclass(frozen=True)
-class PowerTotal:
-    """A schedule for evaluation, alpha(t) = exp(-sigma_max t^power): from no noise at all to a total of `sigma_max`.
-
-    Score models without a clean limit at infinite noise are bounded on a finite range (SEDD with uniform noise).
-
-    Attributes:
-      sigma_max: total noise at t = 1.
-      power: above 1, more of the time is spent at little noise.
-    """
-
-    sigma_max: float = 20.0
-    power: float = 2.0
-
-    def __post_init__(self):
-        require(
-            self.sigma_max > 0 and self.power >= 1 and math.isfinite(self.sigma_max),
-            f"sigma_max = {self.sigma_max} and power = {self.power} are no schedule",
-            where="PowerTotal",
-            fix="Give sigma_max > 0 and power >= 1.",
-        )
-
-    def alpha(self, t: jax.Array) -> jax.Array:
-        """Returns exp(-sigma_max t^power)."""
-        return jnp.exp(-self.sigma_max * t**self.power)
-
-    def alpha_derivative(self, t: jax.Array) -> jax.Array:
-        """Returns -sigma_max power t^(power - 1) alpha(t)."""
-        return -self.sigma_max * self.power * t ** (self.power - 1.0) * self.alpha(t)
 
 
 def _alpha_and_rate(schedule: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:

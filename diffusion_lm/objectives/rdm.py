@@ -82,7 +82,7 @@ class Rdm:
         batch = without_eos(batch)
         canvas = self._canvas
         forward = canvas.passes(model, batch, keys, train, views=2)
-        views = self._nested(t_BT, model.spec.vocab_size, batch, keys)
+        views = self.nested_canvases(t_BT, model.spec.vocab_size, batch, keys)
         first, second = (
             canvas.terms(noisy, times_BT, forward, model, batch, keys, train=train, first_pass=number)
             for number, (times_BT, noisy) in enumerate(views)
@@ -102,7 +102,7 @@ class Rdm:
 
         return mean_over_draws(keys, self.evaluation_draws, one)
 
-    def _nested(
+    def nested_canvases(
         self, t_BT: jax.Array, vocab_size: int, batch: Batch, keys: StreamKeys
     ) -> tuple[tuple[jax.Array, Corrupted], tuple[jax.Array, Corrupted]]:
         """Returns two times f32[B,T], each with its canvas."""

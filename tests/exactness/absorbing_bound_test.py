@@ -10,15 +10,17 @@ import tiny_worlds as tiny
 
 from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.noise.corruption import AbsorbingCorruption, ExactCount
+from diffusion_lm.noise.choice import ExactCount
+from diffusion_lm.noise.process import Absorbing, Uniform
 from diffusion_lm.noise.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
 from diffusion_lm.noise.time_sampling import DiscreteTime, UniformTime
 from diffusion_lm.noise.weighting import InverseRate, InverseShare, Nelbo
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
+from diffusion_lm.objectives.rdm import Rdm
 
 WORLD = tiny.World(V=3, L=3)
 TARGET = (2, 0, 1)
-MASKED = Denoising(corruption=AbsorbingCorruption(WORLD.mask_id), weighting=Nelbo(), unrolls=0)
+MASKED = MaskedDiffusion()
 
 
 def test_the_references_agree_and_the_bound_is_one():
@@ -57,9 +59,7 @@ def test_T06_masked_count_times_1_over_t():
     )
     assert ratio > 1.5 * WORLD.nelbo(TARGET) / WORLD.L, "the mean of the ratio is far above the bound per token"
     mask = (True, False, True)
-    one = dataclasses.replace(
-        code, corruption=tiny.Patterns(((False, *mask),), WORLD.mask_id), time=tiny.GivenTimes(), schedule=Linear()
-    )
+    one = dataclasses.replace(code, process=tiny.Patterns(rows=((False, *mask),)), time=tiny.GivenTimes())
     terms = one.loss(WORLD.model, WORLD.batch([TARGET], times=[0.25]), tiny.KEYS)
     assert terms.weight == 2
     hidden = -WORLD.log_p(TARGET, np.array(mask))[list(mask)].sum()
@@ -75,9 +75,7 @@ def test_T07_forced_mask_bias(length):
     of_its_size = np.array([(counts == k).sum() for k in counts])
     law = np.where(counts > 0, 1 / (length * of_its_size), 0.0)
     patterns = tuple((False, *map(bool, mask)) for mask in world.masks)
-    objective = dataclasses.replace(
-        MASKED, corruption=tiny.Patterns(patterns, world.mask_id), weighting=InverseShare(), schedule=Linear()
-    )
+    objective = dataclasses.replace(MASKED, process=tiny.Patterns(rows=patterns), weighting=InverseShare())
     batch = world.batch([target] * len(law), weights=law)
     got = float(jax.jit(lambda batch: objective.loss(world.model, batch, tiny.KEYS).loss_sum)(batch))
     np.testing.assert_allclose(got, world.nelbo(target), rtol=1e-5)
@@ -92,15 +90,13 @@ def test_T07_forced_mask_bias(length):
 def test_T08_realised_fraction_shortfall():
     """One target token: every draw costs exactly its cross-entropy. With independent choices half of it is gone."""
     world = tiny.World(V=3, L=1)
-    exact = Denoising(
-        corruption=AbsorbingCorruption(world.mask_id, choice=ExactCount()), weighting=InverseShare(), unrolls=0
-    )
+    exact = MaskedDiffusion(Absorbing(choice=ExactCount()), weighting=InverseShare())
     batch = world.batch([(2,)] * 50)
     for step in range(3):
         keys = tiny.KEYS.replace(step=jnp.int32(step))
         np.testing.assert_allclose(exact.loss(world.model, batch, keys).loss, world.nll((2,)), rtol=1e-5)
     with pytest.raises(ConfigError, match="T08"):
-        dataclasses.replace(exact, corruption=AbsorbingCorruption(world.mask_id))
+        dataclasses.replace(exact, process=Absorbing())
     t, w = tiny.gauss_legendre()
     np.testing.assert_allclose(w @ (t * world.nll((2,))), world.nll((2,)) / 2, err_msg="the refused variant")
 
@@ -172,11 +168,11 @@ def test_the_loss_as_it_is_drawn_has_the_expected_value():
     """Real draws of t and of masks, with both kinds of choice and with discrete and spread times."""
     draws, expected = 20_000, WORLD.nelbo(TARGET)
     batch = WORLD.batch([TARGET] * draws, times=(np.arange(draws) / draws).astype(np.float32))
-    exact = AbsorbingCorruption(WORLD.mask_id, choice=ExactCount())
+    exact = Absorbing(choice=ExactCount())
     for objective, tolerance in (
         (dataclasses.replace(MASKED, time=UniformTime(low=1e-3, stratified=True)), 0.12),
-        (dataclasses.replace(MASKED, schedule=Cosine()), 0.15),
-        (dataclasses.replace(MASKED, corruption=exact, weighting=InverseShare()), 0.03),
+        (dataclasses.replace(MASKED, process=Absorbing(Cosine())), 0.15),
+        (dataclasses.replace(MASKED, process=exact, weighting=InverseShare()), 0.03),
     ):
         loss = jax.jit(lambda batch, one=objective: one.loss(WORLD.model, batch, tiny.KEYS).loss)(batch)
         assert abs(float(loss) * WORLD.L - expected) < tolerance
@@ -187,7 +183,6 @@ def test_the_loss_as_it_is_drawn_has_the_expected_value():
     [
         ({}, "nelbo"),
         ({"weighting": InverseRate(), "normaliser": "replaced", "alignment": Shifted()}, "nelbo"),
-        ({"protected": (1,)}, "pseudo"),
         ({"evaluation_draws": 1}, "nelbo"),
     ],
 )
@@ -195,12 +190,15 @@ def test_what_is_called_a_bound_is_one_whatever_the_training_loss(changes, kind)
     objective = dataclasses.replace(MASKED, **changes)
     assert objective.bound_kind == kind
     with pytest.raises(ConfigError, match="InverseRate"):
-        Denoising(weighting=Nelbo(), unrolls=0)
+        MaskedDiffusion(process=Uniform())
+    assert Rdm().bound_kind == "pseudo", "EOS costs nothing"
 
 
 def test_the_bound_does_not_depend_on_how_the_network_is_trained():
     batch = WORLD.batch([TARGET] * 6)
-    trained = dataclasses.replace(MASKED, schedule=Cosine(), weighting=InverseRate(), normaliser="replaced", unrolls=1)
+    trained = dataclasses.replace(
+        MASKED, process=Absorbing(Cosine()), weighting=InverseRate(), normaliser="replaced", auxiliary=1.0
+    )
     left, right = (
         jax.jit(lambda batch, one=one: one.bound(WORLD.model, batch, tiny.KEYS))(batch) for one in (MASKED, trained)
     )

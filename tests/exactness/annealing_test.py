@@ -13,7 +13,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.masks import Causal, Segments
 from diffusion_lm.nn.named_masks import named_visibility
 from diffusion_lm.objectives.annealing import BlockSizes, MaskAnnealing
-from diffusion_lm.objectives.block_denoising import BlockDenoising
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion
 
 KEYS = StreamKeys.create(7, 11)
 BATCH = stubs.make_batch([2, 5, 3, 4], [9, 3, 8, 5], 12)
@@ -119,9 +119,9 @@ def test_blocks_grow_and_shrink_with_the_steps():
     np.testing.assert_array_equal(
         [growth.at(jnp.int32(s)) for s in (0, 1, 2, 4, 5, 8, 9, 99)], [1, 1, 4, 4, 64, 64, 3, 3]
     )
-    grown = BlockDenoising(4, 3, growth=growth, first_block="example")
+    grown = BlockDiffusion(3, growth=growth, first_block="example")
     for step, size in ((4, 4), (5, 64)):
-        keys, fixed = StreamKeys.create(7, step), BlockDenoising(4, size, first_block="example")
+        keys, fixed = StreamKeys.create(7, step), BlockDiffusion(size, first_block="example")
         terms, grads = stubs.loss_and_grad(grown, MODEL, BATCH, keys)
         expected, expected_grads = stubs.loss_and_grad(fixed, MODEL, BATCH, keys)
         np.testing.assert_allclose(terms.loss_sum, expected.loss_sum, rtol=1e-5)
@@ -144,4 +144,4 @@ def test_impossible_phases_are_errors(fields):
 
 def test_growth_must_end_at_the_block_size():
     with pytest.raises(ConfigError, match="growth"):
-        BlockDenoising(4, 8, growth=BlockSizes((1, 4), (10,)))
+        BlockDiffusion(8, growth=BlockSizes((1, 4), (10,)))

@@ -15,7 +15,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.masks import two_streams
 from diffusion_lm.nn.named_masks import named_visibility
 from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
-from diffusion_lm.objectives.block_denoising import BlockDenoising
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion
 from diffusion_lm.objectives.block_layout import blocks_of
 from diffusion_lm.samplers.blockwise import Blocks
 from diffusion_lm.samplers.commit import Ancestral, Threshold
@@ -136,7 +136,7 @@ def slow_decode(objective, run, row, sub_block, threshold):
 def test_decoding_is_a_slow_loop_over_the_training_pass(pair, first_block):
     """Ragged rows, prompts that end inside a block, sub-blocks, seeds; every row as if it were alone."""
     size, sub_block, threshold = 4, 2, 0.15
-    objective = BlockDenoising(MASK, size, first_block=first_block, **PAIRS[pair])
+    objective = BlockDiffusion(size, first_block=first_block, **PAIRS[pair])
     prompt = stubs.as_prompt(stubs.make_batch([2, 5, 3, 1], [10, 6, 9, 4], 12))
     sampler = DenoisingSampler(
         start=AbsorbingCorruption(MASK),
@@ -188,7 +188,6 @@ def test_files_of_one_method_agree(name):
     assert objective.block_size % sampler.block == 0
     assert (objective.alignment, objective.causal_clean) == (sampler.alignment, sampler.causal_context)
     assert (objective.block_start == "seed") == sampler.seeds
-    assert objective.mask_id == sampler.mask_id
 
 
 @pytest.mark.parametrize("name", ["blocks:0", "blocks:-1", "blocks:", "blocks", "blocks:4x", "example_blocks:0"])

@@ -11,21 +11,27 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn import masks, named_masks
-from diffusion_lm.objectives.alignment import Shifted
-from diffusion_lm.objectives.block_denoising import LEVEL_STREAM, BlockDenoising
+from diffusion_lm.objectives.block_diffusion import LEVEL_STREAM, BlockDiffusion, MaskRates, NextToken
 from diffusion_lm.objectives.block_layout import blocks_of
 
 MASK = 4
 KEYS = StreamKeys.create(3, 2)
 MODEL = stubs.nano(tied_embeddings=False)
-CLEAN = {"low": 1.0, "high": 1.0}
 
 
 def make(**fields):
-    return BlockDenoising(**({"mask_id": MASK} | fields))
+    """The objective; fields of `MaskRates` may stand among its own."""
+    rates = {name: fields.pop(name) for name in ("low", "high", "half_life", "stratified") if name in fields}
+    return BlockDiffusion(rates=MaskRates(**rates), **fields)
+
+
+def losses_of(objective, model, batch, blocks, masked, weights):
+    forward = objective.passes(model, batch, blocks, KEYS, train=False)
+    return objective.token_losses(model, batch, blocks, masked, weights, forward)
 
 
 def nano_batch():
@@ -36,7 +42,7 @@ def exact_nll(objective, model, batch, per_token=True):
     """Bound by enumeration: all masks of the target (of one block), each with its probability and weight."""
     blocks = blocks_of(batch, objective.block_size, objective.first_block)
     slots = np.nonzero(np.asarray(objective.maskable(batch, blocks))[0])[0]
-    run = jax.jit(lambda masked, weights: objective.token_losses(model, batch, blocks, masked, weights, None).diffusion)
+    run = jax.jit(lambda masked, weights: losses_of(objective, model, batch, blocks, masked, weights).diffusion)
     total = 0.0
     for count in range(1, len(slots) + 1):
         share = 1 / (len(slots) * math.comb(len(slots), count))
@@ -79,7 +85,7 @@ def draws_of(objective, rows, steps=400):
 
     @jax.jit
     def rates(step):
-        return objective.rates(StreamKeys.create(0, step), batch, blocks)[:, 1 :: objective.block_size]
+        return objective.block_rates(StreamKeys.create(0, step), batch, blocks)[:, 1 :: objective.block_size]
 
     return np.stack([rates(step) for step in range(steps)])
 
@@ -219,7 +225,7 @@ def test_block_size_1_is_the_autoregressive_model(block_start, first_block):
     np.testing.assert_allclose(stubs.bound(objective, model, batch, KEYS).loss_sum, exact.sum(), rtol=1e-5)
     other = stubs.bound(objective, model, batch, StreamKeys.create(99))
     np.testing.assert_allclose(other.loss_sum, exact.sum(), rtol=1e-5)
-    always = dataclasses.replace(objective, **CLEAN)
+    always = objective.with_range(1.0, 1.0)
     terms, _ = stubs.loss_and_grad(always, model, batch, KEYS)
     np.testing.assert_allclose(terms.loss_sum, exact.sum(), rtol=1e-5)
     assert always.bound_kind == "nelbo"
@@ -242,7 +248,7 @@ def per_row(objective, model, batch):
     def run(batch):
         keys = StreamKeys.create(0)
         masked, weights = objective.exact_count(jnp.zeros(batch.tokens.shape), keys, batch, blocks)
-        return objective.token_losses(model, batch, blocks, masked, weights, None).diffusion.sum(axis=1)
+        return losses_of(objective, model, batch, blocks, masked, weights).diffusion.sum(axis=1)
 
     return np.asarray(jax.jit(run)(batch), np.float64)
 
@@ -326,7 +332,7 @@ def test_the_bound_is_an_upper_bound():
 
     def nll(masked):
         masked = jnp.broadcast_to(jnp.asarray(masked), batch.tokens.shape)
-        losses = objective.token_losses(model, batch, blocks, masked, jnp.ones(batch.tokens.shape), None)
+        losses = losses_of(objective, model, batch, blocks, masked, jnp.ones(batch.tokens.shape))
         return np.asarray(losses.diffusion, np.float64)
 
     both, first, second = nll([0, 1, 1]), nll([0, 1, 0]), nll([0, 0, 1])
@@ -356,13 +362,13 @@ def test_complementary_masks_score_every_token_once():
 def test_joint_training_is_the_two_losses_by_their_weights():
     """Nemotron: next-token prediction on the causal clean copy is the autoregressive loss of the plain row."""
     model, batch = stubs.nano(), nano_batch()
-    joint = make(block_size=4, causal_clean=True, autoregressive_weight=1.0, diffusion_weight=0.3)
-    alone = dataclasses.replace(joint, autoregressive_weight=0.0, diffusion_weight=1.0)
+    joint = make(block_size=4, causal_clean=True, next_token=NextToken(1.0, diffusion_weight=0.3))
+    alone = dataclasses.replace(joint, next_token=None)
     exact = autoregressive_nll(model, batch).sum()
     terms, _ = stubs.loss_and_grad(joint, model, batch, KEYS)
     diffusion, _ = stubs.loss_and_grad(alone, model, batch, KEYS)
     np.testing.assert_allclose(terms.loss_sum, exact + 0.3 * diffusion.loss_sum, rtol=1e-5)
-    balanced = dataclasses.replace(joint, balanced=True, diffusion_weight=1.0)
+    balanced = dataclasses.replace(joint, next_token=NextToken(1.0, balanced=True))
     terms, _ = stubs.loss_and_grad(balanced, model, batch, KEYS)
     np.testing.assert_allclose(terms.loss_sum, 2 * diffusion.loss_sum, rtol=1e-5)
     np.testing.assert_allclose(
@@ -373,8 +379,8 @@ def test_joint_training_is_the_two_losses_by_their_weights():
 def test_rates_are_keyed_by_example_and_block():
     batch = nano_batch()
     blocks = blocks_of(batch, 2, "target")
-    rates = make(block_size=2).rates(KEYS, batch, blocks)
-    again = make(block_size=2).rates(
+    rates = make(block_size=2).block_rates(KEYS, batch, blocks)
+    again = make(block_size=2).block_rates(
         KEYS, stubs.rows_of(batch, [1, 0]), blocks_of(stubs.rows_of(batch, [1, 0]), 2, "target")
     )
     np.testing.assert_array_equal(again[::-1], rates)
@@ -390,12 +396,14 @@ def test_rates_are_keyed_by_example_and_block():
         {"first_block": "row"},
         {"block_start": "noisy"},
         {"weighting": "elbo"},
-        {"autoregressive_weight": 1.0},
-        {"diffusion_weight": -1.0},
+        {"next_token": NextToken()},
         {"evaluation_draws": 0},
         {"half_life": 0.0},
     ],
 )
 def test_impossible_settings_are_errors(fields):
+    for weights in ({"weight": 0.0}, {"diffusion_weight": -1.0}):
+        with pytest.raises(ConfigError):
+            NextToken(**weights)
     with pytest.raises(ConfigError):
         make(**fields)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.objectives.block_denoising import CHOICE_STREAM, BlockDenoising
+from diffusion_lm.objectives.block_diffusion import CHOICE_STREAM, BlockDiffusion, MaskRates
 from diffusion_lm.objectives.block_layout import blocks_of, later_rates
 
 MASK = 4
@@ -58,13 +58,13 @@ def test_later_rates_of_partial_blocks_and_at_the_end():
 def test_T11_weight_is_not_inclusion_probability(complementary):
     """Each token counts one in the mean; with the weight of the block's rate, as released, early ones count less."""
     batch = stubs.make_batch([1] * 64, [8] * 64, 9)
-    objective = BlockDenoising(MASK, 8, half_life=0.25, low=0.2, high=0.8, complementary=complementary)
+    objective = BlockDiffusion(8, rates=MaskRates(0.2, 0.8, half_life=0.25), complementary=complementary)
     blocks = blocks_of(batch, 8, "target")
 
     @jax.jit
     def counted(step):
         keys = StreamKeys.create(2, step)
-        rate = objective.rates(keys, batch, blocks)
+        rate = objective.block_rates(keys, batch, blocks)
         own = later_rates(rate, batch.target_mask, blocks, 2.0)
         masked = (keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions) < own) & batch.target_mask
         return (masked / own).mean(axis=0), (masked / rate).mean(axis=0)

@@ -19,13 +19,11 @@ from diffusion_lm.evaluation.likelihood import evaluate_bound
 from diffusion_lm.evaluation.scoring import score
 from diffusion_lm.evaluation.scoring_bounds import BlockNelbo, ObjectiveBound
 from diffusion_lm.evaluation.scoring_task import ScoringEvaluation
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.noise.interpolation import HybridNoise, UniformNoise
-from diffusion_lm.noise.weighting import Nelbo
+from diffusion_lm.noise.process import Hybrid, Uniform
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.block_denoising import BlockDenoising
-from diffusion_lm.objectives.denoising import Denoising
-from diffusion_lm.objectives.uniform_bound import UniformNelbo
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
+from diffusion_lm.objectives.uniform_diffusion import UniformDiffusion
 
 KEYS = StreamKeys.create(3)
 MASK, LENGTH, BYTES = 4, 5, 8
@@ -33,13 +31,13 @@ ALL, BUT_MASK = math.log(stubs.VOCAB), math.log(stubs.VOCAB - 1)
 UNIFORM = stubs.table_model(np.zeros((2 * LENGTH + 6, stubs.VOCAB)))
 BATCH = stubs.make_batch([2, 2], [LENGTH, LENGTH], LENGTH + 3)
 MANY = stubs.make_batch([2] * 12, [LENGTH] * 12, LENGTH + 3)
-MDLM = Denoising(corruption=AbsorbingCorruption(MASK), weighting=Nelbo(), unrolls=0)
+MDLM = MaskedDiffusion()
 PARTS = [
     (Autoregressive(), ALL),
     (MDLM, BUT_MASK),
-    (UniformNelbo(UniformNoise()), ALL),
-    (UniformNelbo(HybridNoise(MASK)), BUT_MASK),
-    (BlockDenoising(MASK, block_size=2), BUT_MASK),
+    (UniformDiffusion(Uniform()), ALL),
+    (UniformDiffusion(Hybrid()), BUT_MASK),
+    (BlockDiffusion(block_size=2), BUT_MASK),
 ]
 
 
@@ -84,13 +82,13 @@ def check_estimator(estimator, model, nats, batch=BATCH, length=LENGTH):
 def test_a_uniform_predictor_costs_the_logarithm_of_the_vocabulary_a_token(objective, per_token):
     """The bound of a uniform predictor is tight under every noise, so each objective must say L log V."""
     check_estimator(ObjectiveBound(objective, draws=64), UNIFORM, LENGTH * per_token)
-    if isinstance(objective, BlockDenoising):
+    if isinstance(objective, BlockDiffusion):
         check_estimator(BlockNelbo(objective, draws=8), UNIFORM, LENGTH * per_token)
 
 
 def test_draws_multiply_neither_sums_nor_weights():
     """`bound` is one estimate: its sums are those of one pass over the data, with any number of draws."""
-    for objective in (MDLM, UniformNelbo(UniformNoise())):
+    for objective in (MDLM, UniformDiffusion(Uniform())):
         few, many = (
             stubs.bound(dataclasses.replace(objective, evaluation_draws=draws), UNIFORM, BATCH, KEYS)
             for draws in (16, 64)
@@ -130,10 +128,10 @@ def test_the_bound_is_an_unbiased_estimate_and_no_quadrature():
     """64 times one of 16 tokens: -log p = log 16, all of which is the cost of the canvas that is nothing but MASK."""
     rows = np.repeat(np.arange(16).repeat(16)[:, None], 64, axis=1)
     model = stubs.BoundModel(CopyingArchitecture(16), {})
-    objective = Denoising(corruption=AbsorbingCorruption(16), weighting=Nelbo(), unrolls=0)
-    batches = [tiny_world.batch_of(rows[part::4]) for part in range(4)]
+    special = SpecialTokens(17, mask_id=16)
+    batches = [tiny_world.batch_of(rows[part::4], special) for part in range(4)]
     batches = [batch.replace(example_ids=batch.example_ids + 1000 * n) for n, batch in enumerate(batches)]
-    terms = [stubs.bound(objective, model, batch, KEYS) for batch in batches]
+    terms = [stubs.bound(MDLM, model, batch, KEYS) for batch in batches]
     total = sum(terms[1:], terms[0])
     found, exact = float(total.loss_sum) / len(rows), math.log(16)
     assert exact == pytest.approx(2.773, abs=1e-3)
@@ -144,7 +142,7 @@ def test_the_bound_is_an_unbiased_estimate_and_no_quadrature():
 
 def test_the_error_of_a_bound_is_that_of_repeated_draws():
     """`variance` against the spread over many seeds, without strata to make it an overestimate."""
-    objective = UniformNelbo(UniformNoise(), evaluation_draws=8)
+    objective = UniformDiffusion(Uniform(), evaluation_draws=8)
     batch = stubs.make_batch([2] * 24, [4] * 24, 7)
     table = np.random.default_rng(0).normal(size=(stubs.VOCAB, stubs.VOCAB)).astype(np.float32)
     model = stubs.table_model(table, by_token=True)
@@ -189,7 +187,7 @@ def test_every_estimator_file_has_the_scale_of_one_sequence(path):
     estimator = gin_objects.build(path, "ESTIMATOR")
     own = getattr(estimator, "objective", None)
     model = UNIFORM if own is None else uniform_network(own)
-    has_mask = hasattr(estimator, "mask_id") or (own is not None and own.needs().mask_token)
+    has_mask = getattr(estimator, "needs_mask_token", False) or (own is not None and own.needs().mask_token)
     # The unweighted grid loses the draws that mask nothing: docs/scoring.md.
     kept = np.mean([1 - (1 - k / 32) ** LENGTH for k in range(1, 33)]) if path.stem == "diffullama_grid" else 1.0
     check_estimator(estimator, model, kept * LENGTH * (BUT_MASK if has_mask else ALL), MANY)

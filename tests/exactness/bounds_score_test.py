@@ -1,5 +1,7 @@
 """Score entropy: zero at the truth, equal to masked diffusion for the same conditionals, above the likelihood."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,18 +11,18 @@ import tiny_world
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.noise.interpolation import AbsorbingNoise, HybridNoise, PowerTotal, UniformNoise
-from diffusion_lm.noise.schedules import Geometric, Linear, LogLinear
-from diffusion_lm.objectives.base import Forward
+from diffusion_lm.noise.process import Absorbing, Hybrid, Uniform
+from diffusion_lm.noise.schedules import Geometric, Linear, LogLinear, PowerTotal
+from diffusion_lm.objectives.forward_pass import ForwardPasses
 from diffusion_lm.objectives.score_entropy import ScoreEntropy, prior_divergence, score_entropy
-from diffusion_lm.objectives.uniform_bound import UniformNelbo, marginal
+from diffusion_lm.objectives.uniform_diffusion import UniformDiffusion, marginal_at
 
 KEYS = StreamKeys.create(5)
 MASK = 3
 PROCESSES = {
-    "absorb": (4, AbsorbingNoise(MASK, LogLinear())),
-    "uniform": (3, UniformNoise(Geometric())),
-    "uniform_linear": (5, UniformNoise(Linear())),
+    "absorb": (4, Absorbing(LogLinear())),
+    "uniform": (3, Uniform(Geometric())),
+    "uniform_linear": (5, Uniform(Linear())),
 }
 
 
@@ -28,16 +30,17 @@ PROCESSES = {
 @pytest.mark.parametrize("t", [pytest.param(0.05, marks=pytest.mark.thorough), 0.5, 0.95])
 def test_the_true_ratios_are_the_minimum_and_it_is_zero(name, t):
     vocab_size, noise = PROCESSES[name]
-    data = 3 if noise.mask_id is not None else vocab_size
+    mask_id = MASK if noise.has_mask else None
+    data = 3 if noise.has_mask else vocab_size
     x, z = (jnp.asarray(grid.reshape(1, -1)) for grid in np.meshgrid(range(data), range(vocab_size)))
-    level = noise.level(jnp.full(x.shape, t))
-    q = jnp.stack([marginal(x, jnp.full_like(z, j), level, noise.mask_id, vocab_size) for j in range(vocab_size)], -1)
-    q_z = marginal(x, z, level, noise.mask_id, vocab_size)
+    level = noise.marginal(jnp.full(x.shape, t))
+    q = jnp.stack([marginal_at(x, jnp.full_like(z, j), level, mask_id, vocab_size) for j in range(vocab_size)], -1)
+    q_z = marginal_at(x, z, level, mask_id, vocab_size)
     reachable = q_z > 0
     true = jnp.where(q > 0, jnp.log(jnp.maximum(q, 1e-30)) - jnp.log(jnp.maximum(q_z, 1e-30))[..., None], -60.0)
 
     def loss(scores):
-        return jnp.where(reachable, score_entropy(scores, x, z, level, noise.mask_id), 0.0)
+        return jnp.where(reachable, score_entropy(scores, x, z, level, mask_id), 0.0)
 
     scale = float(jnp.max(level.mask_rate + level.uniform_rate)) * float(jnp.max(jnp.where(q_z > 0, 1 / q_z, 0.0)))
     np.testing.assert_allclose(loss(true), 0.0, atol=1e-6 * scale)
@@ -60,22 +63,20 @@ def test_absorbing_score_entropy_is_the_masked_diffusion_bound():
     batch = tiny_world.batch_of(np.repeat(x, len(z), axis=0))
     noisy = jnp.concatenate([batch.tokens[:, :1], jnp.asarray(np.tile(z, (len(x), 1)))], axis=1)
     noisy = jnp.where((noisy == MASK) & batch.target_mask, MASK, batch.tokens)
-    noise = AbsorbingNoise(MASK, Linear())
-    forward = [Forward(m, batch, KEYS, visibility="full", train=False) for m in (scores, model)]
+    noise = Absorbing(Linear())
+    forward = [ForwardPasses(m, batch, KEYS, visibility="full", train=False) for m in (scores, model)]
     for t in (0.1, 0.5, 0.97):
         t_BT = jnp.full(noisy.shape, t)
-        entropy = ScoreEntropy(noise=noise, scale_by_sigma=True).token_losses(
-            t_BT, noisy, noise, scores, batch, forward[0]
-        )
-        nelbo = UniformNelbo(noise=noise).token_losses(t_BT, noisy, noise, model, batch, forward[1])
+        entropy = ScoreEntropy(noise, scale_by_sigma=True).token_losses(t_BT, noisy, scores, batch, forward[0])
+        nelbo = UniformDiffusion(noise).token_losses(t_BT, noisy, model, batch, forward[1])
         nll = np.concatenate([np.zeros((len(batch.tokens), 1, 4)), p[np.asarray(noisy[:, 1:]) @ [4, 1]]], axis=1)
         cross_entropy = -np.take_along_axis(nll, np.asarray(batch.tokens)[..., None], axis=-1)[..., 0]
         expected = np.where(np.asarray(noisy) == MASK, cross_entropy / t, 0.0)
         np.testing.assert_allclose(entropy, expected, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(nelbo, expected, rtol=1e-3, atol=1e-4)
     objectives = (
-        ScoreEntropy(noise=AbsorbingNoise(MASK, LogLinear()), scale_by_sigma=True, evaluation_draws=64),
-        UniformNelbo(noise=noise, evaluation_draws=64),
+        ScoreEntropy(Absorbing(LogLinear()), scale_by_sigma=True, evaluation_draws=64),
+        UniformDiffusion(noise, evaluation_draws=64),
     )
     bounds = [o.bound(m, batch, KEYS).loss for o, m in zip(objectives, (scores, model), strict=True)]
     np.testing.assert_allclose(*bounds, rtol=1e-3)
@@ -97,15 +98,16 @@ def test_uniform_score_entropy_bounds_the_likelihood_of_its_reverse_process():
     exact = -np.log(np.full(len(z), 1 / len(z)) @ scipy.linalg.expm(sigma_max * generator))
     np.testing.assert_allclose(np.exp(-exact).sum(), 1.0)
 
-    noise = UniformNoise(PowerTotal(sigma_max))
+    noise = Uniform(PowerTotal(sigma_max))
     batch = tiny_world.batch_of(np.repeat(z, len(z), axis=0))
     noisy = jnp.concatenate([batch.tokens[:, :1], jnp.asarray(np.tile(z, (len(z), 1)))], axis=1)
-    objective = ScoreEntropy(noise=UniformNoise(Geometric()), sigma_max=sigma_max, evaluation_draws=3000)
+    objective = ScoreEntropy(Uniform(Geometric()), sigma_max=sigma_max, evaluation_draws=3000)
 
     @jax.jit
     def losses(t):
-        forward = Forward(model, batch, KEYS, visibility="full", train=False)
-        return objective.token_losses(jnp.full(noisy.shape, t), noisy, noise, model, batch, forward)[:, 1:].sum(axis=1)
+        forward = ForwardPasses(model, batch, KEYS, visibility="full", train=False)
+        whole = dataclasses.replace(objective, process=noise)
+        return whole.token_losses(jnp.full(noisy.shape, t), noisy, model, batch, forward)[:, 1:].sum(axis=1)
 
     nodes, weights = np.polynomial.legendre.leggauss(100)
     bound = 0.0
@@ -117,7 +119,7 @@ def test_uniform_score_entropy_bounds_the_likelihood_of_its_reverse_process():
     alpha = np.exp(-sigma_max)
     q = np.array([alpha + (1 - alpha) / V] + [(1 - alpha) / V] * (V - 1))
     prior = (q * np.log(V * q)).sum()
-    np.testing.assert_allclose(prior_divergence(noise.level(jnp.ones(())), V), prior, rtol=1e-3)
+    np.testing.assert_allclose(prior_divergence(noise.marginal(jnp.ones(())), V), prior, rtol=1e-3)
     bound = bound + L * prior
     assert (bound > exact).all()
     assert bound.mean() < exact.mean() + 2.0, "and not idle"
@@ -130,20 +132,20 @@ def test_training_weighs_by_the_schedules_own_rate():
     """Two schedules at the same total noise: integrands in the ratio of their d sigma / dt."""
     model, batch = tiny_world.canvas_model(3, 2), tiny_world.batch_of([[0, 1], [2, 2]])
     noisy = batch.tokens.at[0, 1].set(2)
-    forward = Forward(model, batch, KEYS, visibility="full", train=False)
+    forward = ForwardPasses(model, batch, KEYS, visibility="full", train=False)
     values = []
     for schedule in (Geometric(1e-4, 20.0), Linear()):
         t = np.log(0.5 / 1e-4) / np.log(2e5) if isinstance(schedule, Geometric) else 1 - np.exp(-0.5)
-        noise = UniformNoise(schedule)
+        noise = Uniform(schedule)
         t_BT = jnp.full(noisy.shape, t, jnp.float32)
         rate = -schedule.alpha_derivative(t_BT) / schedule.alpha(t_BT)
-        values.append(ScoreEntropy(noise=noise).token_losses(t_BT, noisy, noise, model, batch, forward) / rate)
+        values.append(ScoreEntropy(noise).token_losses(t_BT, noisy, model, batch, forward) / rate)
     np.testing.assert_allclose(*values, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"noise": AbsorbingNoise(MASK)}, {"noise": HybridNoise(MASK)}, {"sigma_max": 0.0}, {"evaluation_draws": 0}],
+    [{"process": Absorbing()}, {"process": Hybrid()}, {"sigma_max": 0.0}, {"evaluation_draws": 0}],
     ids=str,
 )
 def test_impossible_settings_are_errors(fields):

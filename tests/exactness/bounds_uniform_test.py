@@ -11,19 +11,21 @@ import tiny_world
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.nn import cross_entropy
-from diffusion_lm.noise.interpolation import AbsorbingNoise, HybridNoise, UniformNoise, corrupt
+from diffusion_lm.noise.process import Absorbing, Hybrid, Uniform
 from diffusion_lm.noise.schedules import Cosine, Linear, LogLinear
-from diffusion_lm.objectives.base import Forward
-from diffusion_lm.objectives.uniform_bound import UniformNelbo, bound_weight, divergence
+from diffusion_lm.objectives.forward_pass import ForwardPasses
+from diffusion_lm.objectives.uniform_diffusion import Dynamic, Elbo, LogSnr, UniformDiffusion, divergence
 
 L = 2
+MASK = 3
 KEYS = StreamKeys.create(5)
 NOISES = {
-    "uniform": (3, UniformNoise()),
-    "cosine": (3, UniformNoise(Cosine())),
-    "hybrid": (4, HybridNoise(3, 0.3)),
-    "absorbing": (4, AbsorbingNoise(3)),
+    "uniform": (3, Uniform()),
+    "cosine": (3, Uniform(Cosine())),
+    "hybrid": (4, Hybrid(0.3)),
+    "absorbing": (4, Absorbing()),
 }
 
 
@@ -35,29 +37,29 @@ def world(request):
 
 def marginals(noise, t, vocab_size):
     """f64[V,V], q_t(column | row)."""
-    level = jax.tree.map(lambda x: np.float64(x), noise.level(jnp.float32(t)))
+    level = jax.tree.map(lambda x: np.float64(x), noise.marginal(jnp.float32(t)))
     if t == 0:
         return np.eye(vocab_size)
-    share = np.full(vocab_size, level.uniform / (vocab_size - (noise.mask_id is not None)))
-    if noise.mask_id is not None:
-        share[noise.mask_id] = level.mask
+    share = np.full(vocab_size, level.uniform / (vocab_size - (noise.has_mask)))
+    if noise.has_mask:
+        share[MASK] = level.mask
     q = level.signal * np.eye(vocab_size) + share
     return q / q.sum(axis=1, keepdims=True)
 
 
 def data_canvases(vocab_size, noise):
     z = tiny_world.canvases(vocab_size, L)
-    return z[~(z == noise.mask_id).any(axis=1)] if noise.mask_id is not None else z
+    return z[~(z == MASK).any(axis=1)] if noise.has_mask else z
 
 
 def chain(vocab_size, noise, model, steps):
     """The exact NLL and the variational bound of D3PM in T steps, by matrices over all canvases."""
-    forbidden = () if noise.mask_id is None else (noise.mask_id,)
+    forbidden = () if not noise.has_mask else (MASK,)
     p = np.exp(tiny_world.log_softmax(model.architecture.table, forbidden))
     z, x = tiny_world.canvases(vocab_size, L), data_canvases(vocab_size, noise)
     q = [marginals(noise, k / steps, vocab_size) for k in range(steps + 1)]
     bound = np.zeros(len(x))
-    last = q[steps][0] if noise.mask_id is None else np.eye(vocab_size)[noise.mask_id]
+    last = q[steps][0] if not noise.has_mask else np.eye(vocab_size)[MASK]
     likelihood = np.prod(last[z], axis=1)
     for k in range(steps, 0, -1):
         step = np.linalg.solve(q[k - 1], q[k])
@@ -84,9 +86,9 @@ def expected(objective, vocab_size, noise, model, times, weights, only_noise=Fal
 
     @jax.jit
     def losses(t):
-        forward = Forward(model, batch, KEYS, visibility="full", train=False)
+        forward = ForwardPasses(model, batch, KEYS, visibility="full", train=False)
         t_BT = jnp.full(batch.tokens.shape, t)
-        values = objective.token_losses(t_BT, noisy, noise, model, batch, forward)[:, 1:]
+        values = objective.token_losses(t_BT, noisy, model, batch, forward)[:, 1:]
         return jnp.where(noisy[:, 1:] != batch.tokens[:, 1:], values, 0) if only_noise else values
 
     total = 0.0
@@ -108,7 +110,7 @@ def quadrature(nodes=80):
 def test_the_discrete_bound_is_that_of_the_chain(world, steps):
     """D3PM's L_vb in matrices, and above the exact likelihood of the same chain, which is a distribution."""
     vocab_size, noise, model = world
-    objective = UniformNelbo(noise=noise, steps=steps)
+    objective = UniformDiffusion(noise, steps=steps)
     exact, bound = chain(vocab_size, noise, model, steps)
     np.testing.assert_allclose(np.exp(-exact).sum(), 1.0, rtol=1e-4)
     times = np.arange(1, steps + 1) / steps
@@ -123,11 +125,11 @@ def test_the_auxiliary_loss_of_d3pm_is_the_cross_entropy_at_the_same_noise(world
     """Of all tokens, intact ones included; the bound knows nothing of it."""
     vocab_size, noise, model = world
     batch, share = tiny_world.batch_of(data_canvases(vocab_size, noise)), 0.3
-    plain, both = (UniformNelbo(noise=noise, steps=4, auxiliary=weight) for weight in (0.0, share))
+    plain, both = (UniformDiffusion(noise, steps=4, auxiliary=weight) for weight in (0.0, share))
     gap = both.loss(model, batch, KEYS).loss_sum - plain.loss(model, batch, KEYS).loss_sum
     t = plain.time.draw(KEYS, batch.example_ids, strata=batch.strata)
-    noisy = np.asarray(corrupt(noise, KEYS, batch, jnp.ceil(t * 4) / 4, vocab_size))[:, 1:]
-    forbidden = () if noise.mask_id is None else (noise.mask_id,)
+    noisy = np.asarray(noise.corrupt(KEYS, batch, jnp.ceil(t * 4) / 4, vocab_size=vocab_size).tokens)[:, 1:]
+    forbidden = () if not noise.has_mask else (MASK,)
     log_p = tiny_world.log_softmax(model.architecture.table, forbidden)
     numbers = noisy @ (vocab_size ** np.arange(L - 1, -1, -1))
     nll = -np.take_along_axis(log_p[numbers], np.asarray(batch.tokens)[:, 1:, None], axis=2)
@@ -135,13 +137,13 @@ def test_the_auxiliary_loss_of_d3pm_is_the_cross_entropy_at_the_same_noise(world
     bounds = [one.bound(model, batch, KEYS) for one in (plain, both)]
     jax.tree.map(np.testing.assert_array_equal, bounds[1], bounds[0])
     with pytest.raises(ConfigError, match="auxiliary"):
-        UniformNelbo(noise=noise, auxiliary=-0.1)
+        UniformDiffusion(noise, auxiliary=-0.1)
 
 
 def test_the_continuous_bound_is_the_limit_of_the_discrete_ones(world):
     """And itself above the likelihood that the chain approaches."""
     vocab_size, noise, model = world
-    continuous = expected(UniformNelbo(noise=noise), vocab_size, noise, model, *quadrature())
+    continuous = expected(UniformDiffusion(noise), vocab_size, noise, model, *quadrature())
     exact, far = chain(vocab_size, noise, model, 100)
     _, near = chain(vocab_size, noise, model, 400)
     assert np.abs(near - continuous).max() < 0.45 * np.abs(far - continuous).max() + 2e-3
@@ -154,17 +156,17 @@ def test_T17_uniform_noise_needs_clean_positions():
     vocab_size, noise = NOISES["uniform"]
     model = tiny_world.canvas_model(vocab_size, L)
     exact, _ = chain(vocab_size, noise, model, 400)
-    whole = expected(UniformNelbo(), vocab_size, noise, model, *quadrature())
-    changed_only = expected(UniformNelbo(), vocab_size, noise, model, *quadrature(), only_noise=True)
+    whole = expected(UniformDiffusion(), vocab_size, noise, model, *quadrature())
+    changed_only = expected(UniformDiffusion(), vocab_size, noise, model, *quadrature(), only_noise=True)
     assert (whole > exact).all()
     assert (changed_only < exact).any()
 
 
 def test_the_bound_that_is_drawn_is_the_one_that_is_enumerated(world):
     vocab_size, noise, model = world
-    enumerated = expected(UniformNelbo(noise=noise), vocab_size, noise, model, *quadrature())
+    enumerated = expected(UniformDiffusion(noise), vocab_size, noise, model, *quadrature())
     batch = tiny_world.batch_of(data_canvases(vocab_size, noise))
-    objective = UniformNelbo(noise=noise, evaluation_draws=3000)
+    objective = UniformDiffusion(noise, evaluation_draws=3000)
     drawn = jax.jit(lambda batch: objective.bound(model, batch, KEYS))(batch)
     np.testing.assert_allclose(drawn.loss, enumerated.mean() / L, rtol=0.03)
     assert drawn.weight == batch.loss_weights.sum()
@@ -187,9 +189,9 @@ def test_udlm_in_the_papers_own_form():
         ratio = clean / at(clean)
         inner = (ratio * np.log(at(predicted) * clean / (predicted * at(clean)))).sum(axis=-1)
         paper = -1 / (V * alpha) * (V / at(clean)[..., 0] - V / at(predicted)[..., 0] - inner)
-        level = UniformNoise().level(jnp.full(x.shape, t))
+        level = Uniform().marginal(jnp.full(x.shape, t))
         apart = divergence(jnp.asarray(log_p, jnp.float32), jnp.asarray(x), jnp.asarray(z), level, None)
-        weight = bound_weight(jnp.asarray(x), jnp.asarray(z), level, None, V)
+        weight = Elbo().weigh(jnp.asarray(x), jnp.asarray(z), jnp.full(x.shape, t), Uniform(), None, V)
         ours = weight * (apart.kl + jnp.expm1(apart.log_ratio) - apart.log_ratio)
         np.testing.assert_allclose(ours, paper, rtol=tolerance, atol=1e-5 * alpha)
 
@@ -199,25 +201,25 @@ def test_MASK_alone_is_the_weighted_cross_entropy():
     model = tiny_world.canvas_model(vocab_size, L)
     batch = tiny_world.batch_of([[0, 1], [2, 2], [1, 0]])
     noisy = batch.tokens.at[:, 1].set(3).at[1, 2].set(3)
-    forward = Forward(model, batch, KEYS, visibility="full", train=False)
-    losses = UniformNelbo(noise=noise).token_losses(jnp.full(noisy.shape, 0.4), noisy, noise, model, batch, forward)
+    forward = ForwardPasses(model, batch, KEYS, visibility="full", train=False)
+    losses = UniformDiffusion(noise).token_losses(jnp.full(noisy.shape, 0.4), noisy, model, batch, forward)
     log_p = tiny_world.log_softmax(model.logits(forward(noisy)), (3,))
     nll = -np.take_along_axis(log_p, np.asarray(batch.tokens)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(losses, np.where(np.asarray(noisy) == 3, nll / 0.4, 0.0), rtol=1e-4, atol=1e-5)
 
 
 def test_certain_and_wrong_predictions_stay_finite():
-    for noise in (UniformNoise(), HybridNoise(3, 0.1), AbsorbingNoise(3)):
+    for noise in (Uniform(), Hybrid(0.1), Absorbing()):
         batch = tiny_world.batch_of([[0, 1]] * 4)
-        objective = UniformNelbo(noise=noise)
+        objective = UniformDiffusion(noise)
 
-        def loss(logits, t, objective=objective, noise=noise, batch=batch):
+        def loss(logits, t, objective=objective, batch=batch):
             table = jnp.broadcast_to(logits, (16, L, 4))
             architecture = tiny_world.CanvasArchitecture(table)
             model = stubs.BoundModel(architecture, {})
             noisy = batch.tokens.at[1, 1].set(2).at[2, 1].set(3).at[3, 2].set(0)
-            forward = Forward(model, batch, KEYS, visibility="full", train=False)
-            return objective.token_losses(jnp.full(noisy.shape, t), noisy, noise, model, batch, forward).sum()
+            forward = ForwardPasses(model, batch, KEYS, visibility="full", train=False)
+            return objective.token_losses(jnp.full(noisy.shape, t), noisy, model, batch, forward).sum()
 
         for t in (2.0**-24, 1e-3, 0.5, 1 - 1e-6, 1.0):
             for logits in ([60.0, 0.0, 0.0, 0.0], [0.0, 0.0, 300.0, 0.0]):
@@ -231,14 +233,14 @@ def test_certain_and_wrong_predictions_stay_finite():
 def test_noise_follows_its_marginal_and_rates_its_flow(name):
     vocab_size, noise = NOISES[name]
     batch = stubs.make_batch([1] * 3000, [8] * 3000, 9)
-    batch = batch.replace(tokens=jnp.full_like(batch.tokens, 1))
-    noisy = corrupt(noise, KEYS, batch, jnp.full(batch.tokens.shape, 0.6), vocab_size)
+    batch = batch.replace(tokens=jnp.full_like(batch.tokens, 1), special=SpecialTokens(40, mask_id=3))
+    noisy = noise.corrupt(KEYS, batch, jnp.full(batch.tokens.shape, 0.6), vocab_size=vocab_size).tokens
     assert (noisy[:, 0] == 1).all(), "conditioning is untouched"
     share = np.bincount(np.asarray(noisy[:, 1:]).ravel(), minlength=vocab_size) / 24000
     np.testing.assert_allclose(share, marginals(noise, 0.6, vocab_size)[1], atol=0.012)
     # d/dt (noise) = rate - (-alpha'/alpha) x noise, for MASK and for ordinary noise.
     t, h = np.float32(0.6), np.float32(1e-2)
-    at, up, down = (noise.level(time) for time in (t, t + h, t - h))
+    at, up, down = (noise.marginal(time) for time in (t, t + h, t - h))
     decay = -(up.signal - down.signal) / (2 * h) / at.signal
     for part in ("mask", "uniform"):
         slope = (getattr(up, part) - getattr(down, part)) / (2 * h)
@@ -248,7 +250,7 @@ def test_noise_follows_its_marginal_and_rates_its_flow(name):
 def test_dynamic_weights_train_and_leave_the_bound_alone():
     vocab_size, noise = NOISES["hybrid"]
     model, batch = tiny_world.canvas_model(vocab_size, L), tiny_world.batch_of(data_canvases(4, noise))
-    plain, dynamic = (UniformNelbo(noise=noise, weighting=kind) for kind in ("nelbo", "dynamic"))
+    plain, dynamic = (UniformDiffusion(noise, weighting=kind) for kind in (Elbo(), Dynamic()))
     assert plain.loss(model, batch, KEYS).loss_sum != dynamic.loss(model, batch, KEYS).loss_sum
     np.testing.assert_allclose(plain.bound(model, batch, KEYS).loss, dynamic.bound(model, batch, KEYS).loss, rtol=1e-6)
 
@@ -284,14 +286,14 @@ def weights_of():
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def losses(noise, t, weighting):
-        objective = UniformNelbo(noise=noise, weighting=weighting, max_weight=1e9)
-        forward = Forward(model, batch, KEYS, visibility="full", train=False)
+        objective = UniformDiffusion(noise, weighting=weighting)
+        forward = ForwardPasses(model, batch, KEYS, visibility="full", train=False)
         t_BT = jnp.full(noisy.shape, t)
-        return objective.token_losses(t_BT, noisy, noise, model, batch, forward, weighting)[0, 1:]
+        return objective.token_losses(t_BT, noisy, model, batch, forward)[0, 1:]
 
     def weights(noise, t, weighting):
         bound, _ = weights_by_differences(noise, t, vocab_size)
-        plain, other = (np.asarray(losses(noise, t, kind), np.float64) for kind in ("nelbo", weighting))
+        plain, other = (np.asarray(losses(noise, t, kind), np.float64) for kind in (Elbo(), weighting))
         return other / plain * bound
 
     return weights
@@ -300,9 +302,9 @@ def weights_of():
 @pytest.mark.parametrize("t", WEIGHT_TIMES)
 def test_dynamic_weights_have_the_ratios_of_the_elbo(weights_of, t):
     """Intact over other: (B/V) SNR^(-1/2), which at t = 0.001 is a factor 999 from its inverse exponent."""
-    noise = HybridNoise(3, 0.1)
+    noise = Hybrid(0.1)
     bound, _ = weights_by_differences(noise, t, 200)
-    found = weights_of(noise, t, "dynamic")
+    found = weights_of(noise, t, Dynamic(1e9))
     np.testing.assert_allclose(found[0] / found[1], bound[0] / bound[1], rtol=0.02)
     np.testing.assert_allclose(found[1:], [1.0, 2.0], rtol=1e-3)
     inverse = noise.scale / 200 * ((1 - t) / t) ** 0.5
@@ -312,18 +314,18 @@ def test_dynamic_weights_have_the_ratios_of_the_elbo(weights_of, t):
 @pytest.mark.parametrize("gamma", [1.0, 0.6])
 @pytest.mark.parametrize("t", WEIGHT_TIMES)
 def test_log_snr_weights_are_the_elbo_per_unit_of_log_snr(weights_of, t, gamma):
-    noise = HybridNoise(3, 0.2, gamma)
+    noise = Hybrid(0.2, gamma)
     bound, slope = weights_by_differences(noise, t, 200)
-    np.testing.assert_allclose(weights_of(noise, t, "log_snr"), bound / -slope, rtol=2e-3)
+    np.testing.assert_allclose(weights_of(noise, t, LogSnr(1e9)), bound / -slope, rtol=2e-3)
 
 
 def test_log_snr_weights_of_masked_noise_are_flat():
-    noise, model = AbsorbingNoise(3), tiny_world.canvas_model(4, L)
+    noise, model = Absorbing(), tiny_world.canvas_model(4, L)
     batch = tiny_world.batch_of([[0, 1]])
     noisy = batch.tokens.at[0, 1].set(3)
-    forward = Forward(model, batch, KEYS, visibility="full", train=False)
-    objective = UniformNelbo(noise=noise, weighting="log_snr")
-    losses = objective.token_losses(jnp.full(noisy.shape, 0.3), noisy, noise, model, batch, forward, "log_snr")
+    forward = ForwardPasses(model, batch, KEYS, visibility="full", train=False)
+    objective = UniformDiffusion(noise, weighting=LogSnr())
+    losses = objective.token_losses(jnp.full(noisy.shape, 0.3), noisy, model, batch, forward)
     log_p = tiny_world.log_softmax(model.logits(forward(noisy)), (3,))
     np.testing.assert_allclose(losses[0, 1], -0.7 * log_p[0, 1, 0], rtol=1e-4)
     np.testing.assert_allclose(losses[0, 2], 0.0, atol=1e-5)
@@ -356,10 +358,10 @@ def test_chunked_map_is_the_function_of_the_logits(chunk):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"weighting": "elbo"},
-        {"weighting": "dynamic"},
+        {"weighting": Dynamic()},
+        {"weighting": LogSnr(), "steps": 10},
         {"steps": 0},
-        {"steps": 10, "noise": UniformNoise(LogLinear(0.1))},
+        {"steps": 10, "process": Uniform(LogLinear(0.1))},
         {"evaluation_draws": 0},
         {"visibility": "sideways"},
     ],
@@ -367,7 +369,7 @@ def test_chunked_map_is_the_function_of_the_logits(chunk):
 )
 def test_impossible_settings_are_errors(fields):
     with pytest.raises(ConfigError):
-        UniformNelbo(**fields)
+        UniformDiffusion(**fields)
     with pytest.raises(ConfigError):
-        HybridNoise(3, gamma=3.0)
-    assert UniformNelbo(noise=UniformNoise(Linear()), steps=10).bound_kind == "nelbo"
+        Hybrid(gamma=3.0)
+    assert UniformDiffusion(Uniform(Linear()), steps=10).bound_kind == "nelbo"

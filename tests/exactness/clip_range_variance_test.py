@@ -10,9 +10,9 @@ import pytest
 
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.evaluation.clip_range import block_moments
-from diffusion_lm.objectives.block_denoising import BlockDenoising
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion, MaskRates
 
-OBJECTIVE = BlockDenoising(3, block_size=4, stratified=False)
+OBJECTIVE = BlockDiffusion(block_size=4, rates=MaskRates(stratified=False))
 
 
 def uniform_model(length):

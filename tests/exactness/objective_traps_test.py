@@ -12,40 +12,34 @@ import tiny_worlds as tiny
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.nn.masks import Causal
-from diffusion_lm.noise.corruption import AbsorbingCorruption, Corrupted, UniformCorruption
+from diffusion_lm.noise.process import Corrupted, Uniform
 from diffusion_lm.noise.schedules import Linear
-from diffusion_lm.noise.time_sampling import DiscreteTime, UniformTime
-from diffusion_lm.noise.weighting import Flat, FlatOnReplaced, InverseRate, LinearDecay, Nelbo
+from diffusion_lm.noise.time_sampling import DiscreteTime
+from diffusion_lm.noise.weighting import Flat, FlatOnReplaced, InverseRate, LinearDecay
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
-from diffusion_lm.objectives.parts import noisy_views
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
+from diffusion_lm.objectives.rdm import Rdm
+from diffusion_lm.objectives.sundae import Sundae
 
 KEYS = tiny.KEYS
 MASK = 4
 WORLD = tiny.World(V=3, L=3)
-MASKED = Denoising(corruption=AbsorbingCorruption(MASK), weighting=Nelbo(), unrolls=0)
+MASKED = MaskedDiffusion()
 
 
 @dataclasses.dataclass(frozen=True)
-class CleanCanvas:
-    """Calls every target token replaced and replaces none: the mask indicator of an autoregressive model."""
+class CleanCanvas(Uniform):
+    """Marks every target token as replaced and replaces none: the mask indicator of an autoregressive model."""
 
-    needs_mask_token = False
-
-    def corrupt(self, keys, batch, rate_BT, *, vocab_size):
+    def corrupt(self, keys, batch, t_BT, *, vocab_size):
         return Corrupted(batch.tokens, batch.target_mask)
 
 
 def test_diffullama_with_causal_visibility_every_token_masked_and_weight_1_is_autoregression():
     """The unification that the paper argues by: mask indicator, weight and attention are all that differ."""
     model, batch = stubs.nano(), stubs.make_batch([3, 2], [6, 5], 9)
-    diffusion = Denoising(
-        corruption=CleanCanvas(),
-        weighting=FlatOnReplaced(),
-        normaliser="replaced",
-        alignment=Shifted(),
-        visibility="causal",
-        unrolls=0,
+    diffusion = MaskedDiffusion(
+        CleanCanvas(), weighting=FlatOnReplaced(), normaliser="replaced", alignment=Shifted(), visibility="causal"
     )
     terms, grads = stubs.loss_and_grad(diffusion, model, batch, KEYS)
     expected, expected_grads = stubs.loss_and_grad(Autoregressive(), model, batch, KEYS)
@@ -58,14 +52,7 @@ def test_diffullama_with_causal_visibility_every_token_masked_and_weight_1_is_au
 def test_T21_one_masked_token_is_the_next_token():
     """A window of one token, really masked, 1/t included: the shifted causal denoiser has AR's loss."""
     model, batch = stubs.nano(), stubs.make_batch([3, 5], [1, 1], 6)
-    diffusion = Denoising(
-        corruption=AbsorbingCorruption(MASK),
-        weighting=InverseRate(),
-        alignment=Shifted(),
-        visibility="causal",
-        time=DiscreteTime(1),
-        unrolls=0,
-    )
+    diffusion = MaskedDiffusion(weighting=InverseRate(), alignment=Shifted(), visibility="causal", time=DiscreteTime(1))
     terms, _ = stubs.loss_and_grad(diffusion, model, batch, KEYS)
     expected, _ = stubs.loss_and_grad(Autoregressive(), model, batch, KEYS)
     # AR gives MASK a share of the softmax and diffusion does not; without that share they agree.
@@ -98,7 +85,7 @@ def test_T15_nothing_masked(normaliser):
     """A step in which nothing happens to be masked: 0 and finite gradients under every denominator, no 0/0."""
     objective = dataclasses.replace(
         MASKED,
-        corruption=tiny.Patterns(((False,) * 4,), WORLD.mask_id),
+        process=tiny.Patterns(rows=((False,) * 4,)),
         normaliser=normaliser,
         time=tiny.GivenTimes(),
     )
@@ -122,7 +109,7 @@ def test_T16_carry_over_and_mask_logit(smoothing):
     """MASK's logit has no effect, and what is known has no loss; without SUBS and carry-over both would."""
     objective = dataclasses.replace(
         MASKED,
-        corruption=tiny.Patterns(((False, True, False, True),), WORLD.mask_id),
+        process=tiny.Patterns(rows=((False, True, False, True),)),
         time=tiny.GivenTimes(),
         weighting=Flat(),
         label_smoothing=smoothing,
@@ -150,21 +137,20 @@ def test_T17_uniform_noise_needs_clean_positions():
     """SUNDAE scores intact tokens; a loss on replaced ones only never teaches that a token may be right."""
     model = stubs.table_model(np.random.default_rng(0).normal(size=(stubs.VOCAB, stubs.VOCAB)), by_token=True)
     batch = stubs.make_batch([2], [8], 10)
-    sundae = Denoising(unrolls=0, time=UniformTime(low=0.4, high=0.6))
-    noisy = UniformCorruption().corrupt(KEYS, batch, jnp.full((1, 10), 0.5), vocab_size=stubs.VOCAB)
+    noisy = Uniform().corrupt(KEYS, batch, jnp.full((1, 10), 0.5), vocab_size=stubs.VOCAB)
     intact = np.asarray(batch.target_mask & (noisy.tokens == batch.tokens))[0]
     assert 2 <= intact.sum() <= 6
 
-    def gradient(weighting):
-        objective = dataclasses.replace(sundae, weighting=weighting, time=DiscreteTime(1), schedule=Half())
-
+    def gradient(objective):
         def loss(nudge):
             return objective.loss(Nudged(model.architecture, model.params, nudge=nudge), batch, KEYS).loss_sum
 
         return np.abs(np.asarray(jax.jit(jax.grad(loss))(jnp.zeros((1, 10, stubs.VOCAB)))))[0].sum(axis=-1)
 
-    assert (gradient(Flat())[intact] > 0).all()
-    assert (gradient(FlatOnReplaced())[intact & ~np.asarray(noisy.replaced)[0]] == 0).all(), "the faulty variant"
+    fields = {"process": Uniform(Half()), "time": DiscreteTime(1)}
+    replaced_only = MaskedDiffusion(weighting=FlatOnReplaced(), **fields)
+    assert (gradient(Sundae(unrolls=0, **fields))[intact] > 0).all()
+    assert (gradient(replaced_only)[intact & ~np.asarray(noisy.replaced)[0]] == 0).all(), "the faulty variant"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,35 +175,12 @@ class Nudged(BoundModel):
         return self.architecture.head(self.params)
 
 
-def views_of(objective, t_BT, batch):
-    noise = {"corruption": objective.corruption, "schedule": objective.schedule, "time": objective.time}
-    return noisy_views(objective.views, t_BT, batch, KEYS, stubs.VOCAB, **noise)
-
-
-def test_complementary_views_score_every_token_once():
-    """m and 1 - m: with a network that does not look, the two losses add up to the whole target for any draw."""
-    table = np.random.default_rng(1).normal(size=(12, stubs.VOCAB))
-    batch, model = stubs.make_batch([2, 3], [8, 6], 12), stubs.table_model(table)
-    objective = dataclasses.replace(MASKED, weighting=FlatOnReplaced(), views="complementary", normaliser="replaced")
-    terms = objective.loss(model, batch, KEYS)
-    allowed = np.delete(np.arange(stubs.VOCAB), MASK)
-    log_p = table - np.log(np.exp(table[:, allowed]).sum(axis=-1, keepdims=True))
-    rows, slots = np.nonzero(np.asarray(batch.target_mask))
-    total = -log_p[slots, np.asarray(batch.tokens)[rows, slots]].sum()
-    np.testing.assert_allclose(2 * terms.loss_sum, total, rtol=1e-5)
-    assert 2 * terms.weight == batch.target_mask.sum()
-    (t, first), (s, second) = views_of(objective, jnp.full((2, 12), 0.3), batch)
-    np.testing.assert_array_equal(first.replaced ^ second.replaced, batch.target_mask)
-    np.testing.assert_allclose(t + s, 1.0)
-    assert objective.needs().passes == 2
-
-
 def test_nested_views_hold_each_other_unless_their_times_are_equal():
     """RDM's coupled draws: each view alone has the law of a single one."""
     batch = stubs.make_batch([2] * 300, [9] * 300, 11)
-    objective = dataclasses.replace(MASKED, views="nested", time=DiscreteTime(4), weighting=LinearDecay(steps=4))
+    objective = Rdm(time=DiscreteTime(4), weighting=LinearDecay(steps=4))
     t = objective.time.draw(KEYS, batch.example_ids)
-    (t, first), (s, second) = views_of(objective, t, batch)
+    (t, first), (s, second) = objective.nested_canvases(t, stubs.VOCAB, batch, KEYS)
     a, b = np.asarray(first.replaced), np.asarray(second.replaced)
     t, s = np.asarray(t), np.asarray(s)
     assert (b[s < t] <= a[s < t]).all()
@@ -231,13 +194,12 @@ def test_nested_views_hold_each_other_unless_their_times_are_equal():
         assert abs(b[here].mean() - level) < 4 * (level * (1 - level) / here.sum()) ** 0.5
 
 
-def test_protected_tokens_stay_clean_and_unscored():
+def test_rdm_keeps_eos_clean_and_unscored():
     table = np.random.default_rng(0).normal(size=(10, stubs.VOCAB))
     batch = stubs.make_batch([2], [7], 10)
-    objective = dataclasses.replace(MASKED, protected=[stubs.EOS], time=DiscreteTime(1), weighting=FlatOnReplaced())
-    assert objective.protected == (stubs.EOS,)
+    objective = Rdm(time=DiscreteTime(1), weighting=LinearDecay(1))
     terms = objective.loss(stubs.table_model(table), batch, KEYS)
-    assert terms.weight == 6
+    np.testing.assert_allclose(terms.metrics["nll_per_token"].weight, 6, err_msg="seven target tokens, one of them EOS")
     changed = table.copy()
     changed[8] += np.arange(stubs.VOCAB)
     assert objective.loss(stubs.table_model(changed), batch, KEYS).loss_sum == terms.loss_sum

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tiny_world
 
+from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.evaluation.scoring import continuation_batch, score
 from diffusion_lm.evaluation.scoring_bounds import ObjectiveBound
 from diffusion_lm.evaluation.scoring_estimators import ExactCount, LeftToRight
-from diffusion_lm.noise.interpolation import UniformNoise
-from diffusion_lm.objectives.alignment import Shifted
+from diffusion_lm.noise.process import Uniform
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.uniform_bound import UniformNelbo
+from diffusion_lm.objectives.uniform_diffusion import UniformDiffusion
 
 KEYS = StreamKeys.create(11)
 V, L, MASK = 4, 3, 3
@@ -25,7 +25,7 @@ ALL_ROWS = np.array(list(itertools.product(range(V - 1), repeat=L)))
 
 
 def test_the_chain_is_a_probability_and_that_of_the_canvases_it_names():
-    scores = score(LeftToRight(MASK), WORLD, tiny_world.batch_of(ALL_ROWS), KEYS)
+    scores = score(LeftToRight(), WORLD, tiny_world.batch_of(ALL_ROWS), KEYS)
     np.testing.assert_allclose(np.exp(scores.log_likelihood).sum(), 1.0, rtol=1e-5)
     assert (scores.draws == 1).all()
     assert scores.kind == "exact"
@@ -39,10 +39,12 @@ def test_the_chain_is_a_probability_and_that_of_the_canvases_it_names():
 def test_the_chain_stops_at_the_end_of_each_row():
     """A row's chain is as long as its own target, whatever the longest row of the batch needs."""
     batch = stubs.make_batch([2, 4, 3], [2, 5, 3], 9)
-    together = score(LeftToRight(4, Shifted()), stubs.nano(), batch, KEYS)
-    alone = score(LeftToRight(4, Shifted()), stubs.nano(), stubs.rows_of(batch, [0]), KEYS)
+    together = score(LeftToRight(alignment=Shifted()), stubs.nano(), batch, KEYS)
+    alone = score(LeftToRight(alignment=Shifted()), stubs.nano(), stubs.rows_of(batch, [0]), KEYS)
     np.testing.assert_allclose(alone.log_likelihood[0], together.log_likelihood[0], rtol=1e-5)
-    causal = LeftToRight(4, Shifted(), "causal")  # then nothing sees the MASKs ahead: autoregression without MASK
+    causal = LeftToRight(
+        alignment=Shifted(), visibility="causal"
+    )  # then nothing sees the MASKs ahead: autoregression without MASK
     loss = sum(
         float(Autoregressive().loss(without_mask(), stubs.rows_of(batch, [row]), KEYS, train=False).loss_sum)
         for row in range(3)
@@ -69,7 +71,7 @@ def without_mask():
 
 def test_rows_of_an_objective_sum_to_its_bound():
     """The same noise keys give the same numbers, one by one or as the objective's own sum."""
-    objective, model = UniformNelbo(UniformNoise()), stubs.nano(**stubs.QUICK)
+    objective, model = UniformDiffusion(Uniform()), stubs.nano(**stubs.QUICK)
     batch = stubs.make_batch([2, 3], [5, 4], 8)
     rows = jax.jit(lambda batch: ObjectiveBound(objective).nll(model, batch, KEYS, jnp.zeros(2)))(batch)
     np.testing.assert_allclose(rows.sum(), objective.bound(model, batch, KEYS).loss_sum, rtol=1e-5)
@@ -88,5 +90,5 @@ def test_guided_score_of_one_token_by_hand(guidance):
     )
     logits = table[8] + guidance * (table[8] - table[4])
     expected = tiny_world.log_softmax(logits, (4,))[9]
-    scores = score(ExactCount(4, 5, Shifted(), guidance=guidance), model, batch, KEYS)
+    scores = score(ExactCount(5, Shifted(), guidance=guidance), model, batch, KEYS)
     np.testing.assert_allclose(scores.log_likelihood[0], expected, rtol=1e-5)

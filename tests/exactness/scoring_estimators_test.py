@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_world
 
+from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.evaluation.scoring import choose, continuation_batch, score
@@ -22,9 +23,8 @@ from diffusion_lm.evaluation.scoring_estimators import (
     UnweightedGrid,
     WeightedGrid,
 )
-from diffusion_lm.objectives.alignment import SamePosition, Shifted
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.block_denoising import BlockDenoising
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion
 
 KEYS = StreamKeys.create(11)
 V, L, MASK = 4, 3, 3
@@ -62,11 +62,11 @@ def grid_value(steps, weigh):
 @pytest.mark.parametrize(
     ("estimator", "expected"),
     [
-        (ExactCount(MASK, 600), nelbo()),
-        (StratifiedRates(MASK, 3000), nelbo()),
-        (BlockNelbo(BlockDenoising(MASK, block_size=L), 600), None),
-        (WeightedGrid(MASK, 8), grid_value(8, lambda t, count: 1 / t)),
-        (UnweightedGrid(MASK, 8), grid_value(8, lambda t, count: L / count)),
+        (ExactCount(600), nelbo()),
+        (StratifiedRates(3000), nelbo()),
+        (BlockNelbo(BlockDiffusion(block_size=L), 600), None),
+        (WeightedGrid(8), grid_value(8, lambda t, count: 1 / t)),
+        (UnweightedGrid(8), grid_value(8, lambda t, count: L / count)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -89,9 +89,9 @@ def test_estimators_agree_with_enumeration(estimator, expected):
 def check_block_estimator(estimator):
     """One block: the same conditionals as masked diffusion under a plain network that cannot see the target cleanly."""
     model, batch = stubs.nano(), stubs.make_batch([2, 2], [3, 3], 5)
-    objective = dataclasses.replace(estimator.objective, mask_id=4)
+    objective = estimator.objective
     got = score(dataclasses.replace(estimator, objective=objective), model, batch, KEYS, rows_per_pass=200)
-    plain = score(ExactCount(4, 600, visibility="prefix_blind"), model, batch, KEYS, rows_per_pass=200)
+    plain = score(ExactCount(600, visibility="prefix_blind"), model, batch, KEYS, rows_per_pass=200)
     spread = np.hypot(got.standard_error, plain.standard_error)
     assert (np.abs(got.log_likelihood - plain.log_likelihood) < 5 * spread).all()
 
@@ -124,7 +124,7 @@ def test_the_grid_is_a_bound_at_any_number_of_steps():
     np.testing.assert_allclose(bound, nelbo(), rtol=0.02)
     without_weights = grid_value(64, lambda t, count: L / count)
     assert (without_weights < chain_nll(64)).any(), "without weights it is no bound"
-    assert [kind.bound_kind for kind in (WeightedGrid(MASK), UnweightedGrid(MASK))] == ["nelbo", "pseudo"]
+    assert [kind.bound_kind for kind in (WeightedGrid(), UnweightedGrid())] == ["nelbo", "pseudo"]
 
 
 def test_autoregressive_scores_are_the_objectives_loss():
@@ -139,9 +139,9 @@ def test_autoregressive_scores_are_the_objectives_loss():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda alignment: ExactCount(4, 7, alignment),
-        lambda alignment: StratifiedRates(4, 4000, alignment),
-        lambda alignment: BlockNelbo(BlockDenoising(4, 4, alignment=alignment), 7),
+        lambda alignment: ExactCount(7, alignment),
+        lambda alignment: StratifiedRates(4000, alignment),
+        lambda alignment: BlockNelbo(BlockDiffusion(4, alignment=alignment), 7),
     ],
     ids=["ExactCount", "StratifiedRates", "BlockNelbo"],
 )
@@ -163,9 +163,9 @@ def test_T22_overlong_request_scores_zero():
     with pytest.raises(ConfigError, match="pair 1 has 7 tokens"):
         continuation_batch([[5], [5, 6, 7]], [[8], [8, 9, 10]], 6, special=stubs.SPECIAL)
     with pytest.raises(ConfigError, match="no token to score"):
-        score(ExactCount(4), stubs.nano(), continuation_batch([[5]], [[]], 4, special=stubs.SPECIAL), KEYS)
+        score(ExactCount(), stubs.nano(), continuation_batch([[5]], [[]], 4, special=stubs.SPECIAL), KEYS)
     with pytest.raises(ConfigError, match="packed"):
-        score(ExactCount(4), stubs.nano(), stubs.packed(stubs.make_batch([1, 1], [3, 3], 5)), KEYS)
+        score(ExactCount(), stubs.nano(), stubs.packed(stubs.make_batch([1, 1], [3, 3], 5)), KEYS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,19 +189,19 @@ def counted(estimator, batch, **options):
 def test_T23_monte_carlo_remainder():
     """Seven draws in batches of three are seven; one token needs one forward pass and has no variance."""
     long = continuation_batch([[7]], [[8, 9, 10, 11]], 8, special=stubs.SPECIAL)
-    scores, calls = counted(ExactCount(4, 7), long, rows_per_pass=3)
+    scores, calls = counted(ExactCount(7), long, rows_per_pass=3)
     assert calls == [3, 3, 1]
     assert scores.draws[0] == len(scores.samples[0]) == 7
     assert scores.standard_error[0] > 0
     assert len(set(scores.samples[0])) > 1
     single = continuation_batch([[7]], [[8]], 8, special=stubs.SPECIAL)
-    scores, calls = counted(ExactCount(4, 128), single)
+    scores, calls = counted(ExactCount(128), single)
     assert calls == [1]
     assert scores.standard_error[0] == 0
-    scores, calls = counted(ExactCount(4, 5), continuation_batch([[7]] * 2, [[8], [8, 9]], 8, special=stubs.SPECIAL))
+    scores, calls = counted(ExactCount(5), continuation_batch([[7]] * 2, [[8], [8, 9]], 8, special=stubs.SPECIAL))
     assert sum(calls) == 6
     assert scores.draws.tolist() == [1, 5]
-    assert np.isnan(counted(StratifiedRates(4, 1), long)[0].standard_error[0]), "one draw says nothing of its spread"
+    assert np.isnan(counted(StratifiedRates(1), long)[0].standard_error[0]), "one draw says nothing of its spread"
 
 
 def test_counts_are_evenly_spaced():
@@ -209,7 +209,7 @@ def test_counts_are_evenly_spaced():
     table = np.random.default_rng(0).normal(size=(9, stubs.VOCAB)).astype(np.float32)
     table[:] = table[:1]
     batch = continuation_batch([[7]], [[8, 8, 8, 8, 8]], 9, special=stubs.SPECIAL)
-    scores = score(ExactCount(4, 5), stubs.table_model(table), batch, KEYS)
+    scores = score(ExactCount(5), stubs.table_model(table), batch, KEYS)
     np.testing.assert_allclose(scores.samples[0], 5 * tiny_world.log_softmax(table, (4,))[0, 8], rtol=1e-5)
 
 
@@ -218,14 +218,14 @@ def test_T25_choices_with_different_lengths():
     model = stubs.nano()
     choices = [[8, 9, 10, 11], [8, 9, 10, 11], [8, 9, 10, 12], [8, 9]]
     batch = continuation_batch([[7, 6]] * 4, choices, 9, special=stubs.SPECIAL)
-    estimator = ExactCount(4, 40)
+    estimator = ExactCount(40)
     shared = batch.replace(example_ids=jnp.zeros_like(batch.example_ids))
     together, apart = (score(estimator, model, rows, KEYS) for rows in (shared, batch))
     np.testing.assert_array_equal(together.samples[0], together.samples[1])
     assert not np.allclose(apart.samples[0], apart.samples[1])
     # A network without context: the last token alone tells the first and the third choice apart.
     table = stubs.table_model(np.random.default_rng(0).normal(size=(9, stubs.VOCAB)))
-    rates = [score(StratifiedRates(4, 200), table, rows, KEYS).samples for rows in (shared, batch)]
+    rates = [score(StratifiedRates(200), table, rows, KEYS).samples for rows in (shared, batch)]
     with_common, without = (np.std(samples[0] - samples[2]) for samples in rates)
     assert with_common < 0.7 * without
 
@@ -250,19 +250,19 @@ def choose_scores(estimator, model, batch):
 
 def test_rows_do_not_depend_on_their_company():
     model, batch = stubs.nano(), stubs.make_batch([2, 3, 2], [6, 4, 5], 9)
-    together = score(ExactCount(4, 6), model, batch, KEYS)
-    alone = score(ExactCount(4, 6), model, stubs.rows_of(batch, [1]), KEYS, rows_per_pass=4)
+    together = score(ExactCount(6), model, batch, KEYS)
+    alone = score(ExactCount(6), model, stubs.rows_of(batch, [1]), KEYS, rows_per_pass=4)
     np.testing.assert_allclose(alone.samples[0], together.samples[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("make", [ExactCount, StratifiedRates, WeightedGrid, UnweightedGrid])
 def test_impossible_settings_are_errors(make):
     with pytest.raises(ConfigError):
-        make(4, 0)
+        make(0)
     with pytest.raises(ConfigError):
-        make(4, 3, visibility="sideways")
+        make(3, visibility="sideways")
     with pytest.raises(ConfigError):
-        BlockNelbo(BlockDenoising(4), 0)
+        BlockNelbo(BlockDiffusion(), 0)
 
 
 @pytest.mark.parametrize(("length", "share"), [(1, 33 / 64), (4, 0.815)])
@@ -272,6 +272,6 @@ def test_the_unweighted_grid_favours_short_choices(length, share):
     assert found == pytest.approx(share, abs=0.005)
     model = stubs.table_model(np.zeros((length + 2, stubs.VOCAB)))
     batch = continuation_batch([[7]] * 60, [[9] * length] * 60, length + 2, special=stubs.SPECIAL)
-    scores = score(UnweightedGrid(MASK, 32), model, batch, KEYS, rows_per_pass=960)
+    scores = score(UnweightedGrid(32), model, batch, KEYS, rows_per_pass=960)
     cost = -scores.log_likelihood.mean() / (length * math.log(stubs.VOCAB - 1))
     assert cost == pytest.approx(share, abs=0.04)

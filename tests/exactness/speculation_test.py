@@ -162,10 +162,9 @@ def test_files_of_one_method_agree(name):
     method = {"self_speculation": "nemotron"}.get(name, name)
     objective = gin_objects.build(gin_objects.GIN / "objectives" / f"{method}.gin", "OBJECTIVE")
     assert objective.causal_clean
-    assert objective.autoregressive_weight > 0
+    assert objective.next_token.weight > 0
     assert (objective.alignment, objective.block_size) == (sampler.alignment, sampler.draft)
     assert objective.causal_noisy == (sampler.drafts == "causal")
-    assert objective.mask_id == sampler.mask_id
 
 
 @pytest.mark.parametrize("fields", [{"draft": 1}, {"drafts": "noisy"}, {"temperature": -1.0}, {"top_p": 0.0}], ids=str)

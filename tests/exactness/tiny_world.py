@@ -50,8 +50,8 @@ def canvases(vocab_size, length) -> np.ndarray:
     return np.array(list(itertools.product(range(vocab_size), repeat=length)), np.int32)
 
 
-def batch_of(targets, special: SpecialTokens = SpecialTokens(64)) -> Batch:
-    """Rows [BOS, target], everything scored."""
+def batch_of(targets, special: SpecialTokens = SpecialTokens(64, mask_id=3)) -> Batch:
+    """Rows [BOS, target], everything scored; MASK is token 3 unless `special` says otherwise."""
     targets = np.asarray(targets)
     rows, length = targets.shape
     slots = np.broadcast_to(np.arange(length + 1), (rows, length + 1))

@@ -20,7 +20,8 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.nn.head import Head
-from diffusion_lm.noise.corruption import Corrupted, ExactCount
+from diffusion_lm.noise.choice import Choice, ExactCount
+from diffusion_lm.noise.process import Absorbing, Corrupted
 
 KEYS = StreamKeys.create(0, 1)
 
@@ -46,18 +47,15 @@ class CanvasArchitecture:
 
 
 @dataclasses.dataclass(frozen=True)
-class Patterns:
-    """A corruption that masks exactly the tokens that it is told to, to go through all masks one by one."""
+class Patterns(Absorbing):
+    """A process that masks exactly the given tokens, to go through all masks one by one."""
 
-    rows: tuple[tuple[bool, ...], ...]
-    mask_id: int
-    choice: Any = ExactCount()
-    needs_mask_token = True
-    absorbing = True
+    choice: Choice = ExactCount()
+    rows: tuple[tuple[bool, ...], ...] = ()
 
-    def corrupt(self, keys, batch, rate_BT, *, vocab_size):
+    def corrupt(self, keys, batch, t_BT, *, vocab_size):
         replaced = jnp.asarray(self.rows) & batch.target_mask
-        return Corrupted(jnp.where(replaced, self.mask_id, batch.tokens), replaced)
+        return Corrupted(jnp.where(replaced, batch.special.mask, batch.tokens), replaced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +182,7 @@ def expected_loss(world: World, target, objective, schedule, nodes=None, *, step
     patterns = np.tile(np.pad(world.masks, ((0, 0), (1, 0))), (len(t), 1))
     enumerated = dataclasses.replace(
         objective,
-        corruption=Patterns(tuple(map(tuple, patterns.tolist())), world.mask_id),
-        schedule=schedule,
+        process=Patterns(schedule, rows=tuple(map(tuple, patterns.tolist()))),
         time=GivenTimes(steps),
     )
     terms = jax.jit(lambda batch: enumerated.loss(world.model, batch, KEYS))(batch)

@@ -16,10 +16,9 @@ from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.architectures.exponents import ONE, WithTokenSchedules
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.noise.corruption import AbsorbingCorruption
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.noise.time_sampling import DiscreteTime, UniformTime
-from diffusion_lm.noise.weighting import Nelbo
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
 from diffusion_lm.objectives.token_schedules import TokenSchedules
 from diffusion_lm.samplers.commit import Ancestral
 from diffusion_lm.samplers.token_ancestral import TokenAncestral
@@ -31,7 +30,8 @@ TARGETS = np.array(list(itertools.product(range(V), repeat=L)))
 TARGET = np.array([2, 0, 1])
 KEYS = StreamKeys.create(5)
 W = np.array([0.5, 1.2, 2.5])
-OBJECTIVE = TokenSchedules(V, time=UniformTime())
+SPECIAL = SpecialTokens(V + 1, mask_id=V)
+OBJECTIVE = TokenSchedules(time=UniformTime())
 
 
 def model_of(w) -> BoundModel:
@@ -111,7 +111,7 @@ def law_from(w, low) -> np.ndarray:
 
 
 def weighted(targets, weights) -> tiny_world.Batch:
-    batch = tiny_world.batch_of(targets)
+    batch = tiny_world.batch_of(targets, SPECIAL)
     return batch.replace(loss_weights=batch.loss_weights * jnp.asarray(weights, jnp.float32)[:, None])
 
 
@@ -164,8 +164,8 @@ def test_the_gradient_of_two_draws_is_the_derivative_of_the_bound(low):
 def test_drawn_gradients_are_those_of_the_bound():
     """`loss` itself, its own times and masks: two equal draws, or masks at another rate, would show here."""
     low, rows = 0.2, 40_000
-    objective = TokenSchedules(V, time=UniformTime(low=low))
-    batch = tiny_world.batch_of(np.tile(TARGET, (rows, 1)))
+    objective = TokenSchedules(time=UniformTime(low=low))
+    batch = tiny_world.batch_of(np.tile(TARGET, (rows, 1)), SPECIAL)
     model = model_of(W)
 
     def loss(raw):
@@ -220,8 +220,8 @@ def test_the_bound_is_the_limit_of_that_of_a_chain_of_steps():
 
 def test_the_bound_that_is_drawn_is_the_one_that_is_enumerated():
     enumerated = np.mean([nelbo(W, target) for target in TARGETS])
-    objective = TokenSchedules(V, evaluation_draws=2000)
-    batch = tiny_world.batch_of(TARGETS)
+    objective = TokenSchedules(evaluation_draws=2000)
+    batch = tiny_world.batch_of(TARGETS, SPECIAL)
     drawn = jax.jit(lambda batch: objective.bound(model_of(W), batch, KEYS))(batch)
     np.testing.assert_allclose(drawn.loss * L, enumerated, rtol=0.02)
     np.testing.assert_allclose(drawn.metrics["exponent_per_token"].value, W.mean(), rtol=1e-5)
@@ -231,10 +231,10 @@ def test_the_bound_that_is_drawn_is_the_one_that_is_enumerated():
 def test_with_all_exponents_one_it_is_MD4_on_the_same_draws(low):
     """Half the loss of each draw; times that begin at `low` add what is MASK there, evenly spread."""
     time = UniformTime(low=low)
-    objective = TokenSchedules(V, time=time)
-    batch = tiny_world.batch_of(np.tile(TARGETS, (4, 1)))
+    objective = TokenSchedules(time=time)
+    batch = tiny_world.batch_of(np.tile(TARGETS, (4, 1)), SPECIAL)
     batch = batch.replace(strata=time.draw(KEYS, batch.example_ids))
-    md4 = Denoising(corruption=AbsorbingCorruption(V), time=tiny_worlds.GivenTimes(), weighting=Nelbo(), unrolls=0)
+    md4 = MaskedDiffusion(time=tiny_worlds.GivenTimes())
     other = KEYS.replace(root=jax.random.fold_in(KEYS.root, 1))
     halves = [jax.jit(lambda k: md4.loss(WORLD.model, batch, k).loss)(keys) for keys in (KEYS, other)]
     assert abs(halves[0] - halves[1]) > 1e-3
@@ -282,13 +282,11 @@ def test_T52_genmd4_goes_to_the_process_of_the_bound():
 def test_impossible_settings_are_errors():
     for time in (UniformTime(high=0.9), DiscreteTime(10)):
         with pytest.raises(ConfigError, match="leave out a part of the bound"):
-            TokenSchedules(V, time=time)
-    with pytest.raises(ConfigError, match="no token"):
-        TokenSchedules(-1)
+            TokenSchedules(time=time)
     with pytest.raises(ConfigError, match="no time below 1"):
         TokenAncestral(1.0)
     with pytest.raises(ConfigError, match="the network has no exponents"):
-        OBJECTIVE.loss(WORLD.model, tiny_world.batch_of(TARGETS), KEYS)
+        OBJECTIVE.loss(WORLD.model, tiny_world.batch_of(TARGETS, SPECIAL), KEYS)
     with pytest.raises(ConfigError, match="the network has no exponents"):
         worlds.decode(WORLD, TokenAncestral(), 4)
     assert abs(np.log1p(np.exp(ONE)) - 1) < 1e-12

@@ -10,8 +10,9 @@ from diffusion_lm.data.vocabulary_map import UsedTokens
 from diffusion_lm.interop.name_maps import family_of
 from diffusion_lm.interop.name_maps.family import Config
 from diffusion_lm.nn.transformer import TransformerSpec
-from diffusion_lm.noise.corruption import MixtureCorruption
+from diffusion_lm.noise.process import MaskAndReplace
 from diffusion_lm.objectives.length_prediction import LengthPrediction
+from diffusion_lm.objectives.rdm import Rdm
 
 FOLDER = "gin/recipes/diffusion_llm"
 XLMR = {"bos": 0, "pad": 1, "eos": 2}
@@ -40,11 +41,8 @@ def test_task_recipes(name, tokens, steps, metric):
         assert run.data.pack
         assert run.steps == steps
         assert run.objective.label_smoothing == smoothing
-        assert run.objective.views == "nested"
+        assert isinstance(run.objective, Rdm)
         assert run.objective.time.steps == run.objective.weighting.steps == 50
-        assert run.objective.protected == (XLMR["eos"],)
-        assert (run.objective.eos_id, run.objective.pad_id) == (XLMR["eos"], XLMR["pad"])
-        assert run.objective.corruption.mask_id == 4, "special tokens come first in a pruned vocabulary"
         assert run.model.spec.dropout_rate == run.model.spec.attention_dropout_rate == 0.1
         assert (run.optimizer.b1, run.optimizer.b2, run.optimizer.weight_decay) == (0.9, 0.98, 0.01)
         warmup = steps // 100
@@ -159,7 +157,7 @@ def test_instruction_recipe():
 def test_embedded_recipe_prunes_what_it_tunes():
     comparison = recipe("embedded")
     runs = {stage.name: stage.run for stage in comparison.stages}
-    assert isinstance(runs["mlm"].objective.corruption, MixtureCorruption)
+    assert isinstance(runs["mlm"].objective.process, MaskAndReplace)
     assert (runs["mlm"].objective.time.t, runs["mlm"].objective.normaliser) == (0.15, "replaced")
     assert runs["mlm"].data.vocabulary_map is None
     assert {name: run.model.spec.vocab_size for name, run in runs.items()} == {

@@ -7,7 +7,7 @@ from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
 from diffusion_lm.data.pretraining import CausalLM, DenoiserMixture, RandomLength
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
 
 
 def run(name):
@@ -16,7 +16,7 @@ def run(name):
 
 def test_llada_pretrains_on_pieces_of_which_one_in_a_hundred_has_a_random_length():
     built = run("llada_pretraining")
-    assert isinstance(built.objective, Denoising)
+    assert isinstance(built.objective, MaskedDiffusion)
     assert built.data.pretraining == RandomLength(CausalLM(), share=0.01)
     (evaluation,) = built.evaluations
     assert evaluation.data.pretraining == CausalLM()

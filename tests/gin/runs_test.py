@@ -4,7 +4,7 @@ import pytest
 
 from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.sundae import Sundae
 from diffusion_lm.recipes.comparison import Comparison
 from diffusion_lm.training.optimizers import Adafactor, AdamW, Muon
 from diffusion_lm.training.run import TrainRun
@@ -22,7 +22,7 @@ def test_train_is_a_whole_run():
 def test_train_can_be_turned_into_diffusion():
     files = ["gin/runs/train.gin", "gin/objectives/sundae.gin"]
     run = build_root(config.load(files, ["TARGET_WINDOW=@target_window.PadFilled()"]))
-    assert isinstance(run.objective, Denoising)
+    assert isinstance(run.objective, Sundae)
     assert type(run.data.converter.target_window).__name__ == "PadFilled"
 
 

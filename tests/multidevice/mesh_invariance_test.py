@@ -22,7 +22,7 @@ from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.noise.time_sampling import UniformTime
 from diffusion_lm.objectives.annealing import MaskAnnealing
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.sundae import Sundae
 from diffusion_lm.objectives.token_schedules import TokenSchedules
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -46,10 +46,10 @@ MODELS["reads_predictions"] = SingleStream(TransformerSpec(**FIELDS, self_condit
 MODELS["scheduled"] = WithTokenSchedules(SingleStream(TransformerSpec(**FIELDS)))
 OBJECTIVES = {
     "autoregressive": Autoregressive(),
-    "diffusion": Denoising(),
-    "annealed": Denoising(unrolls=0, annealing=MaskAnnealing(steps=8)),
-    "fed_back": Denoising(unrolls=0, self_conditioning=0.5),
-    "scheduled": TokenSchedules(4, time=UniformTime(low=0.2)),
+    "diffusion": Sundae(),
+    "annealed": Sundae(unrolls=0, annealing=MaskAnnealing(steps=8)),
+    "fed_back": Sundae(unrolls=0, self_conditioning=0.5),
+    "scheduled": TokenSchedules(time=UniformTime(low=0.2)),
 }
 
 

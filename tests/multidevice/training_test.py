@@ -15,10 +15,10 @@ from training_stubs import AUTOREGRESSIVE, DIFFUSION, RaggedRows, nano, small_ru
 
 from diffusion_lm.architectures.lora import WithLoRA
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.noise.corruption import AbsorbingCorruption
+from diffusion_lm.noise.weighting import Flat
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
-from diffusion_lm.objectives.mixture import Constant, Mixture
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
+from diffusion_lm.objectives.mixture import ConstantFactor, Mixture
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.planning import programs
@@ -99,8 +99,8 @@ def test_T10_local_denominator_on_a_mesh_with_microbatches(one_device):
 @pytest.mark.thorough
 def test_parts_of_a_mixture_keep_their_global_weights_on_a_mesh_with_microbatches():
     """One part counts the replaced tokens, which differ from microbatch to microbatch and from device to device."""
-    masked = Denoising(AbsorbingCorruption(3), unrolls=0, normaliser="replaced")
-    mixed = Mixture(("a", "b"), (masked, Autoregressive()), (Constant(0.5), Constant(2.0)), "a")
+    masked = MaskedDiffusion(weighting=Flat(), normaliser="replaced")
+    mixed = Mixture(("a", "b"), (masked, Autoregressive()), (ConstantFactor(0.5), ConstantFactor(2.0)), "a")
     state, stats = _step(mixed, MESHES["4x2"], microbatches=2)
     expected = _step(mixed, ONE)
     _assert_as_on_one_device(state, stats, expected)

@@ -15,8 +15,8 @@ from diffusion_lm.architectures.length_head import length_logits
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
-from diffusion_lm.objectives.mixture import Constant, Mixture
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
+from diffusion_lm.objectives.mixture import ConstantFactor, Mixture
 from diffusion_lm.objectives.token_schedules import TokenSchedules
 from diffusion_lm.samplers.commit import Ancestral
 from diffusion_lm.samplers.denoising import DenoisingSampler
@@ -65,7 +65,7 @@ def test_exponents_around_a_length_head_leave_it_in_reach():
 
 def test_other_objectives_and_samplers_do_not_see_them():
     """The same loss, gradient and tokens, bit for bit; the exponents' own gradient is 0."""
-    objective = Denoising(AbsorbingCorruption(MASK), unrolls=0)
+    objective = MaskedDiffusion()
     (terms, gradient), (expected, expected_gradient) = (
         stubs.loss_and_grad(objective, model, BATCH, KEYS) for model in (MODEL, PLAIN)
     )
@@ -80,7 +80,7 @@ def test_other_objectives_and_samplers_do_not_see_them():
 @pytest.mark.parametrize("raw", [-20.0, 20.0])
 def test_the_ends_are_finite(raw):
     """Exponents near 0 and far above 1, at t = 1 and at the smallest times, with masks of small probability."""
-    objective = TokenSchedules(MASK)
+    objective = TokenSchedules()
     first = jnp.asarray(BATCH.target_mask)
     other = first & (jnp.arange(11) % 2 == 0)
 
@@ -98,10 +98,10 @@ def test_the_ends_are_finite(raw):
 
 
 def test_what_is_needed_is_said():
-    objective = TokenSchedules(MASK)
+    objective = TokenSchedules()
     assert objective.needs().token_schedules
     assert objective.needs().passes == 2
-    assert not Denoising().needs().token_schedules
-    both = Mixture(("a", "b"), (Autoregressive(), objective), (Constant(),) * 2, "a")
+    assert not MaskedDiffusion().needs().token_schedules
+    both = Mixture(("a", "b"), (Autoregressive(), objective), (ConstantFactor(),) * 2, "a")
     assert both.needs().token_schedules
     assert hash(MODEL.architecture) == hash(dataclasses.replace(MODEL.architecture))

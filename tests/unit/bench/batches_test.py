@@ -14,9 +14,8 @@ from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.pretraining import CausalLM
 from diffusion_lm.nn.transformer import TransformerSpec
-from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
 from diffusion_lm.training.run import TrainRun
 
 SPEC = TransformerSpec(vocab_size=8, num_layers=1, model_dim=8, num_heads=1, head_dim=8, mlp_dim=8)
@@ -59,7 +58,7 @@ def test_all_behind_the_conditioning_is_scored(converter, pretraining, condition
 
 
 def test_mask_is_never_in_the_data():
-    run = run_of(SINGLE, objective=Denoising(corruption=AbsorbingCorruption(mask_id=4)), batch_size=64)
+    run = run_of(SINGLE, objective=MaskedDiffusion(), batch_size=64)
     tokens = synthetic_batch(run).tokens
     assert set(np.unique(tokens)) == set(range(8)) - {4}
 

@@ -213,7 +213,7 @@ def test_a_trained_model_gets_the_public_layout_card_and_tokenizer(folder):
         "from the parameters of `imported` (imported from `checkpoint`, family llada)",
         "step 1, 4 rows a step",
         "`toy`, split train: 16 examples",
-        "Denoising(",
+        "MaskedDiffusion(",
         "an upper bound of the negative log-likelihood (nelbo)",
         "| bound/loss |",
         "published in GSAI-ML/LLaDA-8B-Base",

@@ -348,7 +348,7 @@ def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):
     choices += [[*vocabulary.encode("se"), *vocabulary.encode("ven")], vocabulary.encode("one")]
     rows = continuation_batch([vocabulary.encode("12 plus one")] * 3, choices, 22, special=vocabulary.specials)
     rows = rows.replace(example_ids=np.full(rows.tokens.shape, example_number("pick_parts/validation/12"), np.uint32))
-    scores = score(UnweightedGrid(mask_id=4, draws=8, alignment=Shifted()), opened.load(), rows, StreamKeys.create(0))
+    scores = score(UnweightedGrid(draws=8, alignment=Shifted()), opened.load(), rows, StreamKeys.create(0))
     assert values["tokens"] == scores.tokens[0]
     assert values["pseudo_nats_per_token"] == pytest.approx(-scores.log_likelihood[0] / scores.tokens[0], rel=1e-5)
     assert values["acc_tokens"] == (np.argmax(scores.log_likelihood / scores.tokens) == 0)

@@ -12,7 +12,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.evaluation.generative import Diversity, GenerativePerplexity, Judge
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.sundae import Sundae
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 
 LETTERS = types.SimpleNamespace(encode=lambda text: [6 + ord(letter) - ord("a") for letter in text])
@@ -75,4 +75,4 @@ def test_it_cannot_be_built_without_what_shows_degeneration():
 
 def test_only_an_exact_likelihood_judges():
     with pytest.raises(ConfigError, match="no exact likelihood"):
-        judge(Denoising())
+        judge(Sundae())

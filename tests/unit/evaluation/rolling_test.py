@@ -88,11 +88,11 @@ def test_documents_are_joined_from_their_pieces_and_cost_the_sum_of_their_window
 def test_bounds_roll_too_with_noise_of_their_own_for_each_window():
     model = stubs.table_model(np.zeros((7, stubs.VOCAB)))
     data = Documents([np.array([7] * 15 + [stubs.EOS])])
-    values = RollingEvaluation(data, ExactCount(MASK, 8), batch_size=4).run(model, 0)
+    values = RollingEvaluation(data, ExactCount(8), batch_size=4).run(model, 0)
     assert values["bits_per_token"] == pytest.approx(math.log2(stubs.VOCAB - 1), rel=1e-5)
     assert "perplexity_bound" in values
     uneven = np.random.default_rng(0).normal(size=(stubs.VOCAB, stubs.VOCAB))
-    evaluation = RollingEvaluation(data, ExactCount(MASK, 8), batch_size=4)
+    evaluation = RollingEvaluation(data, ExactCount(8), batch_size=4)
     noisy = evaluation.run(stubs.table_model(uneven, by_token=True), 0)
     assert "draw_error" in noisy
 

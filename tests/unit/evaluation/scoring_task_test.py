@@ -6,18 +6,17 @@ import math
 import numpy as np
 import pytest
 
+from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.schema import Record
 from diffusion_lm.evaluation.scoring import Scores, answers
 from diffusion_lm.evaluation.scoring_bounds import BlockNelbo
 from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive, ExactCount, LeftToRight
 from diffusion_lm.evaluation.scoring_task import NORMALISERS, ScoredExample, _question, mismatches, summary
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.objectives.alignment import Shifted
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.block_denoising import BlockDenoising
-from diffusion_lm.objectives.denoising import Denoising
-from diffusion_lm.objectives.uniform_bound import UniformNelbo
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
+from diffusion_lm.objectives.uniform_diffusion import UniformDiffusion
 
 
 def example(nll, tokens, bytes_=1, variance=0.0, **correct):
@@ -96,25 +95,21 @@ def test_a_choice_without_text_is_no_choice(choices):
         _question(record)
 
 
-def test_what_differs_from_training_is_said_and_foreign_masks_are_refused():
-    masked = Denoising(corruption=AbsorbingCorruption(4))
-    assert mismatches(ExactCount(4), masked) == ()
-    assert ["alignment" in line for line in mismatches(ExactCount(4, 5, Shifted()), masked)] == [True]
+def test_what_differs_from_training_is_said_and_a_network_without_mask_is_refused():
+    masked = MaskedDiffusion()
+    assert mismatches(ExactCount(), masked) == ()
+    assert ["alignment" in line for line in mismatches(ExactCount(5, Shifted()), masked)] == [True]
     assert "visibility is full in training and causal here" in mismatches(ExactAutoregressive(), masked)
     assert mismatches(ExactAutoregressive(), Autoregressive()) == ()
-    blocks = BlockDenoising(4, block_size=3, first_block="target")
-    full = mismatches(ExactCount(4), blocks)
+    blocks = BlockDiffusion(block_size=3, first_block="target")
+    full = mismatches(ExactCount(), blocks)
     assert any("visibility is blocks:3 in training and full here" in line for line in full)
-    spread = mismatches(ExactCount(4, visibility="blocks:3"), blocks)
+    spread = mismatches(ExactCount(visibility="blocks:3"), blocks)
     assert ["the tokens before a noisy block are clean" in line for line in spread] == [True]
-    assert mismatches(LeftToRight(4, visibility="blocks:3"), blocks) == ()
+    assert mismatches(LeftToRight(visibility="blocks:3"), blocks) == ()
     assert mismatches(BlockNelbo(blocks), blocks) == ()
     examples = dataclasses.replace(blocks, first_block="example")
-    assert any("example_blocks:3" in line for line in mismatches(LeftToRight(4, visibility="blocks:3"), examples))
-    with pytest.raises(ConfigError, match="trained with MASK = 4"):
-        mismatches(ExactCount(5), blocks)
-    with pytest.raises(ConfigError, match="trained with MASK = 4"):
-        mismatches(ExactCount(5), masked)
-    for objective in (Autoregressive(), UniformNelbo()):
+    assert any("example_blocks:3" in line for line in mismatches(LeftToRight(visibility="blocks:3"), examples))
+    for objective in (Autoregressive(), UniformDiffusion()):
         with pytest.raises(ConfigError, match="trained without MASK"):
-            mismatches(ExactCount(4), objective)
+            mismatches(ExactCount(), objective)

@@ -11,6 +11,7 @@ from huggingface_cases import FOLDER as PLAIN
 
 from diffusion_lm.cli import config as gin_files
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.interop.diffusion import TrainedAs, layout_for, objective_gin, of_objective, sampler_gin, trained_as
 from diffusion_lm.interop.huggingface import load, save
 from diffusion_lm.interop.name_maps.converted import DIFFUGPT, DIFFULLAMA, FAST_DLLM_V2, SDAR
@@ -31,13 +32,16 @@ OBJECTIVES = {
 }
 
 
+SPECIAL = SpecialTokens(64, mask_id=4)
+
+
 def _objective(name):
     return gin_files.load([f"gin/objectives/{name}.gin"], macros=["OBJECTIVE"]).build_macro("OBJECTIVE")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_says_what_its_network_is(name):
-    found, expected = of_objective(_objective(name)), OBJECTIVES[name]
+    found, expected = of_objective(_objective(name), SPECIAL), OBJECTIVES[name]
     assert (found and (found.shifted, found.block_size)) == expected
     assert found is None or found.mask_id == 4
 
@@ -58,7 +62,7 @@ def test_an_objective_says_what_its_network_is(name):
     ],
 )
 def test_shape_and_training_choose_the_layout(shape, objective, layout):
-    found = layout_for(load(PLAIN / shape).architecture.spec, of_objective(_objective(objective)))
+    found = layout_for(load(PLAIN / shape).architecture.spec, of_objective(_objective(objective), SPECIAL))
     assert (found and found.name) == layout
 
 
@@ -157,12 +161,12 @@ def test_mixtures_of_experts_are_still_refused(tmp_path):
 def test_gin_files_of_a_checkpoint_build(name, tmp_path):
     """Objective and sampler read the same state, show the same, and mean the same MASK as the checkpoint."""
     trained = load(FOLDER / name).diffusion
-    (tmp_path / "objective.gin").write_text(objective_gin(trained, 2))
+    (tmp_path / "objective.gin").write_text(objective_gin(trained))
     (tmp_path / "sampler.gin").write_text(sampler_gin(trained, 2, 3))
     (tmp_path / "all.gin").write_text(f"include '{tmp_path}/objective.gin'\n")
     objective = gin_files.load([str(tmp_path / "all.gin")], macros=["OBJECTIVE"]).build_macro("OBJECTIVE")
     sampler = gin_files.load([str(tmp_path / "sampler.gin")], macros=["SAMPLER"]).build_macro("SAMPLER")
-    asked = of_objective(objective)
+    asked = of_objective(objective, SpecialTokens(1 << 20, mask_id=MASK))
     assert (asked.shifted, asked.block_size, asked.mask_id) == (trained.shifted, trained.block_size, MASK)
     assert sampler.alignment == objective.alignment
     assert sampler.visibility == ("full" if trained.block_size is None else f"example_blocks:{trained.block_size}")

@@ -1,16 +1,18 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
 import pytest
 
+from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.masks import Causal
-from diffusion_lm.noise.corruption import Corrupted
-from diffusion_lm.objectives.alignment import Shifted
+from diffusion_lm.noise.process import Corrupted, Uniform
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.sundae import Sundae
 
 KEYS = StreamKeys.create(1, 3)
 
@@ -47,13 +49,11 @@ def test_z_loss_and_label_smoothing_shape_training_and_not_evaluation():
 def test_T21_shift_off_by_one():
     """A shifted denoiser under a causal mask, one position corrupted, sees there what an AR model does: bit for bit."""
 
-    class OneToken:
-        needs_mask_token = False
+    @dataclasses.dataclass(frozen=True)
+    class OneToken(Uniform):
+        slot: int = 0
 
-        def __init__(self, slot):
-            self.slot = slot
-
-        def corrupt(self, keys, batch, rate_BT, *, vocab_size):
+        def corrupt(self, keys, batch, t_BT, *, vocab_size):
             at = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]) == self.slot, batch.tokens.shape)
             return Corrupted(jnp.where(at, 39, batch.tokens), at)
 
@@ -61,7 +61,7 @@ def test_T21_shift_off_by_one():
     for slot in (3, 5, 8):
         only = (jnp.arange(9) == slot).astype(jnp.float32)
         scored = batch.replace(loss_weights=batch.loss_weights * only)
-        denoiser = Denoising(corruption=OneToken(slot), alignment=Shifted(), visibility="causal", unrolls=0)
+        denoiser = Sundae(OneToken(slot=slot), alignment=Shifted(), visibility="causal", unrolls=0)
         got, expected = (
             jax.jit(lambda batch, loss=one.loss: loss(model, batch, KEYS).loss_sum)(scored)
             for one in (denoiser, Autoregressive())

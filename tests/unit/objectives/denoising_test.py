@@ -10,8 +10,12 @@ from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.masks import Full
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.noise.process import Absorbing
+from diffusion_lm.noise.weighting import Flat
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
+from diffusion_lm.objectives.normalisers import normalised
+from diffusion_lm.objectives.sundae import Sundae
+from diffusion_lm.objectives.token_losses import weighted_sum
 
 KEYS = StreamKeys.create(1, 3)
 
@@ -35,15 +39,15 @@ def recorded(objective, model, batch):
 
 
 def noisy_canvas(objective, batch, keys=KEYS):
-    rate = 1 - objective.schedule.alpha(objective.time.draw(keys, batch.example_ids))
-    return objective.corruption.corrupt(keys, batch, rate, vocab_size=stubs.VOCAB).tokens
+    t = objective.time.draw(keys, batch.example_ids)
+    return objective.process.corrupt(keys, batch, t, vocab_size=stubs.VOCAB).tokens
 
 
 def test_the_two_terms_are_those_of_the_paper():
     """L1 + L2 by hand on a network whose prediction is a function of the token at the same position."""
     table = np.random.default_rng(0).normal(size=(stubs.VOCAB, stubs.VOCAB)).astype(np.float32) * 2
     batch = stubs.make_batch([3, 2], [6, 5], 9, filler=2)
-    objective = Denoising()
+    objective = Sundae()
     terms = objective.loss(stubs.table_model(table, by_token=True), batch, KEYS)
 
     target, x = np.asarray(batch.target_mask), np.asarray(batch.tokens)
@@ -64,7 +68,7 @@ def test_the_two_terms_are_those_of_the_paper():
 def test_T34_prompt_must_stay_clean():
     """The conditioning enters every pass as it is, and carries no loss."""
     batch = stubs.make_batch([3, 4], [6, 5], 10)
-    terms, canvases, visibilities = recorded(Denoising(unrolls=2), stubs.nano(), batch)
+    terms, canvases, visibilities = recorded(Sundae(unrolls=2), stubs.nano(), batch)
     assert visibilities == ["Full"] * 3
     outside = ~np.asarray(batch.target_mask)
     for tokens in canvases:
@@ -76,7 +80,7 @@ def test_T34_prompt_must_stay_clean():
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.thorough), 1.0])
 def test_no_gradient_flows_through_the_unrolled_choice(temperature):
     model, batch = stubs.nano(), stubs.make_batch([3, 4], [6, 5], 10)
-    objective = Denoising(unroll_temperature=temperature)
+    objective = Sundae(unroll_temperature=temperature)
     _, canvases, _ = recorded(objective, model, batch)
 
     @jax.jit
@@ -100,7 +104,7 @@ def test_a_sampled_unroll_follows_the_model_and_not_its_argmax():
     table[:, 7] = 1.0
     batch = stubs.make_batch([2] * 40, [10] * 40, 12)
     for temperature, low, high in ((0.0, 1.0, 1.0), (1.0, 0.02, 0.15)):
-        objective = Denoising(unroll_temperature=temperature)
+        objective = Sundae(unroll_temperature=temperature)
         _, canvases, _ = recorded(objective, stubs.table_model(table, by_token=True), batch)
         share = (canvases[1][np.asarray(batch.target_mask)] == 7).mean()
         assert low <= share <= high
@@ -109,7 +113,7 @@ def test_a_sampled_unroll_follows_the_model_and_not_its_argmax():
 def test_T31_noisy_validation():
     """Evaluation draws the same noise whenever it is made, spread over the times; training does not."""
     model, batch = stubs.nano(), stubs.make_batch([3, 4], [6, 5], 10)
-    objective = Denoising(evaluation_draws=3)
+    objective = Sundae(evaluation_draws=3)
     other_step = StreamKeys.create(1, 999)
     first = stubs.bound(objective, model, batch, KEYS)
     jax.tree.map(np.testing.assert_array_equal, first, stubs.bound(objective, model, batch, other_step))
@@ -124,12 +128,12 @@ def test_T31_noisy_validation():
 def test_dropout_is_on_in_training_only():
     model, batch = stubs.nano(dropout_rate=0.3), stubs.make_batch([3, 4], [6, 5], 10)
     train, evaluate = (
-        jax.jit(lambda batch, train=train: Denoising().loss(model, batch, KEYS, train=train).loss_sum)(batch)
+        jax.jit(lambda batch, train=train: Sundae().loss(model, batch, KEYS, train=train).loss_sum)(batch)
         for train in (True, False)
     )
     assert train != evaluate
     still = stubs.BoundModel(stubs.nano().architecture, model.params)
-    np.testing.assert_allclose(evaluate, stubs.loss_and_grad(Denoising(), still, batch, KEYS)[0].loss_sum, rtol=1e-6)
+    np.testing.assert_allclose(evaluate, stubs.loss_and_grad(Sundae(), still, batch, KEYS)[0].loss_sum, rtol=1e-6)
 
 
 def test_T21_shift_off_by_one():
@@ -141,8 +145,8 @@ def test_T21_shift_off_by_one():
         table[slot, tokens[0, slot + 1]] = 50.0
     row = stubs.rows_of(batch, [0])
     assert target[0, 3:8].all()
-    assert Denoising(alignment=Shifted()).loss(stubs.table_model(table), row, KEYS).loss < 1e-6
-    assert Denoising().loss(stubs.table_model(table), row, KEYS).loss > 50
+    assert Sundae(alignment=Shifted()).loss(stubs.table_model(table), row, KEYS).loss < 1e-6
+    assert Sundae().loss(stubs.table_model(table), row, KEYS).loss > 50
 
 
 def test_the_prediction_of_a_shifted_model_lands_on_the_token_it_predicts():
@@ -150,7 +154,7 @@ def test_the_prediction_of_a_shifted_model_lands_on_the_token_it_predicts():
     batch = stubs.make_batch([3], [5], 9)
     table[np.arange(9), np.arange(9) + 10] = 50.0
     for temperature in (0.0, 0.5):
-        objective = Denoising(alignment=Shifted(), unroll_temperature=temperature)
+        objective = Sundae(alignment=Shifted(), unroll_temperature=temperature)
         _, canvases, _ = recorded(objective, stubs.table_model(table), batch)
         np.testing.assert_array_equal(canvases[1][0, 3:8], np.arange(2, 7) + 10)
 
@@ -167,7 +171,7 @@ def test_encoder_decoder_encodes_once_for_both_passes():
             return super().encode(inputs, **rest)
 
     def run(params, batch):
-        return Denoising().loss(Watched(model.architecture, params), batch, KEYS).loss_sum
+        return Sundae().loss(Watched(model.architecture, params), batch, KEYS).loss_sum
 
     loss = jax.jit(run)
     first = loss(model.params, batch)
@@ -177,16 +181,16 @@ def test_encoder_decoder_encodes_once_for_both_passes():
 
 
 def test_needs_counts_the_passes():
-    assert Denoising().needs().passes == 2
-    assert Denoising(unrolls=0).needs().passes == 1
-    assert not Denoising().needs().mask_token
-    assert Denoising(visibility="prefix").needs().visibility == "prefix"
+    assert Sundae().needs().passes == 2
+    assert Sundae(unrolls=0).needs().passes == 1
+    assert not Sundae().needs().mask_token
+    assert Sundae(visibility="prefix").needs().visibility == "prefix"
 
 
 @pytest.mark.parametrize("fields", [{"visibility": "bidirectional"}, {"unrolls": -1}, {"unroll_temperature": -0.1}])
 def test_impossible_settings_are_errors(fields):
     with pytest.raises(ConfigError):
-        Denoising(**fields)
+        Sundae(**fields)
 
 
 @pytest.mark.parametrize("normaliser", ["scored", "replaced", "example"])
@@ -194,12 +198,14 @@ def test_the_second_loss_is_a_mean_of_its_own(normaliser):
     """D3PM's L_lambda is the plain cross-entropy per scored token (or example), however the first loss is divided."""
     batch = stubs.make_batch([2, 3], [8, 6], 10)
     model = stubs.table_model(np.random.default_rng(0).normal(size=(10, stubs.VOCAB)))
-    plain = Denoising(AbsorbingCorruption(3), unrolls=0, normaliser=normaliser)
+    plain = MaskedDiffusion(Absorbing(), weighting=Flat(), normaliser=normaliser)
     both = dataclasses.replace(plain, auxiliary=0.5)
-    flat = Denoising(unrolls=0, normaliser="example" if normaliser == "example" else "scored")
-    # The table does not look at the noise, so the cross-entropy of all tokens is that of the flat loss; MASK, which the
+    every = normalised("example" if normaliser == "example" else "scored", batch.loss_weights, None, batch)
+    # The table does not look at the noise, so the cross-entropy of all tokens is known; MASK, which the
     # first loss gives no probability, is the row's least likely token by far.
-    model = stubs.table_model(np.where(np.arange(stubs.VOCAB) == 3, -60.0, model.architecture.table))
-    first, second, mixed = (one.loss(model, batch, KEYS).loss for one in (plain, flat, both))
+    model = stubs.table_model(np.where(np.arange(stubs.VOCAB) == stubs.SPECIAL.mask, -60.0, model.architecture.table))
+    first, mixed = (one.loss(model, batch, KEYS).loss for one in (plain, both))
+    nll = -jax.nn.log_softmax(model.architecture.table)[batch.positions, batch.tokens]
+    second = weighted_sum(nll, every[0]) / every[1]
     np.testing.assert_allclose(mixed, first + 0.5 * second, rtol=1e-5)
     assert both.needs().several_weights == (normaliser == "replaced")

@@ -11,19 +11,18 @@ import pytest
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive, LeftToRight
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.noise.interpolation import UniformNoise
+from diffusion_lm.noise.process import Absorbing, Uniform
 from diffusion_lm.noise.schedules import Cosine
-from diffusion_lm.noise.weighting import Nelbo
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.block_denoising import BlockDenoising
-from diffusion_lm.objectives.denoising import Denoising
-from diffusion_lm.objectives.uniform_bound import UniformNelbo
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
+from diffusion_lm.objectives.sundae import Sundae
+from diffusion_lm.objectives.uniform_diffusion import UniformDiffusion
 
 KEYS = StreamKeys.create(1, 3)
 BATCH = stubs.make_batch([3, 4, 2, 3], [6, 5, 7, 6], 10)
 TARGET = np.asarray(BATCH.target_mask)
-MASK = 4
+MASK = stubs.SPECIAL.mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ def heard(run, **changes):
 
 @pytest.mark.parametrize("unrolls", [0, 1])
 def test_denoising_tells_the_rate_at_target_slots_in_every_pass(unrolls):
-    objective = Denoising(schedule=Cosine(), unrolls=unrolls)
+    objective = Sundae(Uniform(Cosine()), unrolls=unrolls)
     t = objective.time.draw(KEYS, BATCH.example_ids)
     passes = heard(lambda model: objective.loss(model, BATCH, KEYS).loss_sum)
     assert len(passes) == 1 + unrolls
@@ -59,7 +58,7 @@ def test_denoising_tells_the_rate_at_target_slots_in_every_pass(unrolls):
 
 
 def test_the_bound_of_masks_tells_its_own_mask_rates_and_not_the_schedule_of_training():
-    objective = Denoising(AbsorbingCorruption(MASK), Cosine(), weighting=Nelbo(), unrolls=0)
+    objective = MaskedDiffusion(Absorbing(Cosine()))
     passes = heard(lambda model: objective.bound(model, BATCH, KEYS).loss_sum)
     found = sorted(float(time[TARGET].mean()) for _, time in passes)
     assert len(found) == objective.evaluation_draws
@@ -70,14 +69,14 @@ def test_the_bound_of_masks_tells_its_own_mask_rates_and_not_the_schedule_of_tra
 
 
 def test_uniform_noise_tells_one_minus_the_signal():
-    objective = UniformNelbo(noise=UniformNoise(Cosine()))
+    objective = UniformDiffusion(Uniform(Cosine()))
     t = objective.time.draw(KEYS, BATCH.example_ids, strata=BATCH.strata)
     ((_, time),) = heard(lambda model: objective.loss(model, BATCH, KEYS).loss_sum)
     np.testing.assert_allclose(time, np.where(TARGET, 1.0 - np.asarray(Cosine().alpha(t)), 0.0), rtol=1e-5)
 
 
 def test_blocks_are_told_their_own_share_of_masks_and_the_clean_copy_nothing():
-    objective = BlockDenoising(mask_id=MASK, block_size=3)
+    objective = BlockDiffusion(block_size=3)
     length = BATCH.tokens.shape[1]
     ((tokens, time),) = heard(lambda model: objective.loss(model, BATCH, KEYS).loss_sum)
     assert not time[:, length:].any()
@@ -93,7 +92,7 @@ def test_blocks_are_told_their_own_share_of_masks_and_the_clean_copy_nothing():
 
 def test_a_network_without_the_layer_is_told_nothing_and_an_autoregressive_pass_neither():
     for run, changes in (
-        (lambda model: Denoising().loss(model, BATCH, KEYS).loss_sum, {"time_conditioning": False}),
+        (lambda model: Sundae().loss(model, BATCH, KEYS).loss_sum, {"time_conditioning": False}),
         (lambda model: Autoregressive().loss(model, BATCH, KEYS).loss_sum, {}),
     ):
         assert all((time == -1).all() for _, time in heard(run, **changes))
@@ -101,7 +100,7 @@ def test_a_network_without_the_layer_is_told_nothing_and_an_autoregressive_pass_
 
 def test_estimators_tell_the_share_of_masks():
     level = jnp.zeros(BATCH.tokens.shape[0])
-    passes = heard(lambda model: LeftToRight(mask_id=MASK).nll(model, BATCH, KEYS, level))
+    passes = heard(lambda model: LeftToRight().nll(model, BATCH, KEYS, level))
     assert len(passes) == TARGET.sum(axis=1).max()
     for tokens, time in passes:
         share = ((tokens == MASK) & TARGET).sum(axis=1) / TARGET.sum(axis=1)

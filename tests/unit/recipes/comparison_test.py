@@ -23,7 +23,7 @@ from diffusion_lm.evaluation.generation import GenerationEvaluation, GenerationT
 from diffusion_lm.evaluation.speed import SpeedArm, SpeedStudy, measure
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.sundae import Sundae
 from diffusion_lm.recipes import tables
 from diffusion_lm.recipes.compare import compare, run_stage
 from diffusion_lm.recipes.comparison import Arm, Comparison
@@ -81,7 +81,7 @@ def comparison(root):
         return TrainRun(SingleStream(spec), objective, data(**window), steps=steps, batch_size=4, log_every=2)
 
     pretrained = Stage("pretrain", run(Autoregressive(), 4))
-    diffusion = Stage("tune_diffusion", run(Denoising(), 3, target_window=PadFilled()), initial=pretrained)
+    diffusion = Stage("tune_diffusion", run(Sundae(), 3, target_window=PadFilled()), initial=pretrained)
     autoregressive = Stage("tune_ar", run(Autoregressive(), 3), initial=pretrained)
     return Comparison(
         name="tiny",

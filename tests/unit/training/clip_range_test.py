@@ -12,11 +12,11 @@ from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.evaluation.clip_range import ClipRangeSearch
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.block_denoising import BlockDenoising
+from diffusion_lm.objectives.block_diffusion import BlockDiffusion, MaskRates
 from diffusion_lm.training.checkpoint import CheckpointPolicy
 from diffusion_lm.training.loop import train
 
-OBJECTIVE = BlockDenoising(3, block_size=4, stratified=False)
+OBJECTIVE = BlockDiffusion(block_size=4, rates=MaskRates(stratified=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def test_the_range_of_least_variance_is_chosen():
     assert values["variance/0.5-1"] == min(variances.values())
     assert values == search().run(BoundModel(model, model.init(jax.random.key(0))), 4), "frozen noise"
     adjusted = search().adjusted(OBJECTIVE, values)
-    assert adjusted == dataclasses.replace(OBJECTIVE, low=0.5, high=1.0)
+    assert adjusted == dataclasses.replace(OBJECTIVE, rates=MaskRates(0.5, 1.0, stratified=False))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,11 @@ from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import LossTerms
-from diffusion_lm.noise.corruption import AbsorbingCorruption
+from diffusion_lm.noise.weighting import Flat
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.base import Needs
-from diffusion_lm.objectives.denoising import Denoising
-from diffusion_lm.objectives.mixture import Constant as ConstantWeight
-from diffusion_lm.objectives.mixture import Mixture, Ramp
+from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
+from diffusion_lm.objectives.mixture import ConstantFactor, Mixture, RampFactor
+from diffusion_lm.objectives.objective import Needs
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.training.optimizers import Adafactor, AdamW
 from diffusion_lm.training.schedules import Constant, Cosine
@@ -113,15 +112,15 @@ def test_T26_same_key_every_microbatch():
 
 MIXED = Mixture(
     ("diffusion", "autoregressive"),
-    (Denoising(AbsorbingCorruption(3), unrolls=0, normaliser="replaced"), Autoregressive()),
-    (ConstantWeight(1.0), Ramp(0.0, 1.0, 0, 2)),
+    (MaskedDiffusion(weighting=Flat(), normaliser="replaced"), Autoregressive()),
+    (ConstantFactor(1.0), RampFactor(0.0, 1.0, 0, 2)),
     "diffusion",
 )
 
 
 def test_parts_of_a_mixture_are_divided_by_their_own_global_weights():
     """Over four ragged microbatches, with dropout: the gradient of the sum of the two quotients of the whole batch."""
-    batch, model = RaggedRows().batch(0, 8), nano(dropout_rate=0.2, num_layers=1, scan_layers=False)
+    batch, model = RaggedRows(mask_id=3).batch(0, 8), nano(dropout_rate=0.2, num_layers=1, scan_layers=False)
     at_step_one = StreamKeys(root=jax.random.key(0), step=jnp.int32(1))
 
     def loss(params):
@@ -142,7 +141,7 @@ def test_parts_of_a_mixture_are_divided_by_their_own_global_weights():
 @pytest.mark.thorough
 def test_the_weights_of_a_mixture_cost_no_forward_pass():
     """They are summed before the backward pass; what of the loss they do not need is not computed."""
-    batch, model = RaggedRows().batch(0, 8), nano()
+    batch, model = RaggedRows(mask_id=3).batch(0, 8), nano()
 
     def flops(objective):
         program = _program(objective, model=model, microbatches=2)
@@ -162,7 +161,7 @@ def test_parts_that_an_objective_does_not_announce_are_an_error():
     silent = Silent(MIXED.names, MIXED.parts, MIXED.weights, MIXED.primary)
     program = _program(silent)
     with pytest.raises(ConfigError, match="several_weights"):
-        jax.eval_shape(program.step, program.abstract_state, RaggedRows().batch(0, 4), jax.random.key(0), RATE)
+        jax.eval_shape(program.step, program.abstract_state, RaggedRows(mask_id=3).batch(0, 4), jax.random.key(0), RATE)
 
 
 def test_noise_is_fresh_at_every_step_and_seed():

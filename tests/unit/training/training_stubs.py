@@ -13,7 +13,7 @@ from diffusion_lm.core.types import Batch
 from diffusion_lm.data.iterator import BatchIterator
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.objectives.autoregressive import Autoregressive
-from diffusion_lm.objectives.denoising import Denoising
+from diffusion_lm.objectives.sundae import Sundae
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.training.optimizers import AdamW
 from diffusion_lm.training.run import TrainRun
@@ -22,7 +22,7 @@ from diffusion_lm.training.schedules import Cosine
 VOCAB = 40
 ONE_DEVICE = MeshSpec(data=1, fsdp=1)
 AUTOREGRESSIVE = Autoregressive()
-DIFFUSION = Denoising()
+DIFFUSION = Sundae()
 
 
 @dataclasses.dataclass(frozen=True)
