@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from diffusion_lm.core.errors import require
+from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 from diffusion_lm.data import counted

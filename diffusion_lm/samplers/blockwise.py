@@ -76,7 +76,7 @@ class Blocks:
 
 
 def seed_slots(target_mask: jax.Array, blocks: Blocks, network: NamedBlocks | None) -> jax.Array:
-    """Returns bool[R,T], the target slots with which a block of the network opens (`BlockDenoising.block_start`).
+    """Returns bool[R,T], the target slots with which a block of the network opens (`BlockDiffusion.block_start`).
 
     Where the network has none, they are those with which a block of the sampler opens.
     """

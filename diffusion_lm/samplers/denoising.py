@@ -64,9 +64,9 @@ class DenoisingSampler:
         again, the keys and values of the rest are kept (Fast-dLLM, arXiv 2505.22618). An approximation, unless the
         visibility hides the block from what is kept. Rows of a batch then enter each block together. None = whole rows.
       seeds: the token with which a block of the network opens is drawn alone, in a step before the rest of its block,
-        as `BlockDenoising.block_start = "seed"` trains it. With as many steps as slots; where steps are fewer, a block
+        as `BlockDiffusion.block_start = "seed"` trains it. With as many steps as slots; where steps are fewer, a block
         of one step takes all at once. With a cache, under a visibility without blocks, the sampler's are meant.
-      causal_context: for networks trained with `BlockDenoising.causal_clean`: finished blocks and conditioning see from
+      causal_context: for networks trained with `BlockDiffusion.causal_clean`: finished blocks and conditioning see from
         left to right, the network's block that is decoded sees itself and all before it.
       candidates: starts per prompt.
       temperature: of the draws; 0 takes the argmax, and the candidates then differ by their starts only.

@@ -34,7 +34,7 @@ class Proposal:
       encoder: the encoder's state for the rows of a call, or None.
       visibility: name of the visibility.
       causal_context: finished blocks and conditioning see as in a causal model, and `visibility`, which names blocks,
-        holds for the block that is decoded (networks trained with `BlockDenoising.causal_clean`).
+        holds for the block that is decoded (networks trained with `BlockDiffusion.causal_clean`).
       alignment: which hidden state predicts which token.
       draw: `temperature` (where it is constant), `top_k`, `top_p` and `forbidden` of `BoundModel.token_stats`.
       blank: i32[R,T], the conditioning of the unconditional pass, or None without guidance.

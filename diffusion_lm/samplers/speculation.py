@@ -35,7 +35,7 @@ class _State(flax.struct.PyTreeNode):
 class SelfSpeculation:
     """Generates what `AutoregressiveSampler` generates under causal visibility, in fewer forward passes.
 
-    For networks whose clean copy was trained to predict the next token (`BlockDenoising.causal_clean` with an
+    For networks whose clean copy was trained to predict the next token (`BlockDiffusion.causal_clean` with an
     `autoregressive_weight`). A draft is accepted as long as it is the token that the autoregressive model writes at
     that place; the first one that is not is replaced by it. At temperature 0 that is greedy decoding. Above, the
     autoregressive token is drawn with the key of `AutoregressiveSampler`, and drafts with the same keys, so that both
@@ -59,7 +59,7 @@ class SelfSpeculation:
       mask_id: id of MASK; it is never emitted.
       draft: MASK tokens of a draft, the block size of the training; the first of them stands for an exact token.
       drafts: what MASK sees of its draft: "bidirectional", all of it, or "causal", what stands before
-        (`BlockDenoising.causal_noisy`).
+        (`BlockDiffusion.causal_noisy`).
       alignment: which state of a draft predicts which token; verification always reads the state before a token.
       strided: one pass a cycle instead of two.
       temperature: 0 is greedy.
