@@ -1,7 +1,7 @@
 """One recipe, matched arms: autoregressive and diffusion language models in JAX.
 
 Importing this package loads neither TensorFlow, SeqIO nor gin; the floors below it are imported one by one
-(`docs/house.md` draws them).
+(`docs/architecture.md`).
 """
 
 __version__ = "0.1.0"
