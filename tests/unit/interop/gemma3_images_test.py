@@ -59,7 +59,7 @@ def test_what_is_wrong_is_said_by_the_names_of_the_file(style, tmp_path):
     assert missing in str(caught.value)
     other = {f"{body}layers.1.mlp.up_proj.bias": np.ones(24, np.float32)}
     _write(tmp_path / "more", style, lambda t: t.update(other))
-    with pytest.raises(ConfigError, match="tensors have no place in the gemma3 model"):
+    with pytest.raises(ConfigError, match="tensors do not belong to the gemma3 model"):
         load(tmp_path / "more")
 
 
@@ -79,5 +79,5 @@ def test_sizes_that_such_a_file_leaves_out(tmp_path):
     text = json.loads((FOLDER / "gemma3" / "config.json").read_text())
     del text["vocab_size"], text["num_attention_heads"]
     _write(tmp_path / "in", "4", text_config=text)
-    with pytest.raises(ConfigError, match=r"has shape \[43, 16\] and config.json asks for \[262208, 16\]"):
+    with pytest.raises(ConfigError, match=r"has shape \[43, 16\], but config.json requires \[262208, 16\]"):
         load(tmp_path / "in")

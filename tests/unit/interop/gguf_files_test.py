@@ -84,7 +84,7 @@ def test_biases_turn_with_their_rows(tmp_path, path):
     assert here.architecture.spec.rope_scaling == scaling
     _compare(there.params, here.params, np.testing.assert_array_equal)
     write_gguf(tmp_path / "folder", path, add={"rope_freqs.weight": factors * np.asarray([2.0, 1.0], np.float32)})
-    assert "tensor 'rope_freqs.weight' holds other factors" in _error(path)
+    assert "tensor 'rope_freqs.weight' holds RoPE factors other than" in _error(path)
 
 
 @pytest.fixture(scope="module")
@@ -160,24 +160,27 @@ def test_integers_are_no_weights(path):
     whole = np.ones(16, np.int8)
     write_gguf(FOLDER / "llama", path, raw={"output_norm.weight": (whole, gguf.GGMLQuantizationType.I8)})
     message = _error(path)
-    assert "tensor 'output_norm.weight' holds no floats" in message
+    assert "tensor 'output_norm.weight' does not hold floats" in message
 
 
 @pytest.mark.parametrize(
     ("metadata", "complaint"),
     [
-        ({"llama.attention.layer_norm_rms_epsilon": None}, "do not say 'llama.attention.layer_norm_rms_epsilon'"),
+        (
+            {"llama.attention.layer_norm_rms_epsilon": None},
+            "the key 'llama.attention.layer_norm_rms_epsilon' is missing",
+        ),
         ({"llama.expert_count": 8}, "mixture of experts"),
-        ({"llama.rope.dimension_count": 2}, "llama.rope.dimension_count = 2, which this network cannot do"),
+        ({"llama.rope.dimension_count": 2}, "llama.rope.dimension_count = 2 is not supported"),
         ({"llama.rope.scaling.type": "longrope"}, "rope_type = 'longrope'"),
-        ({"llama.logit_scale": 0.5}, "llama.logit_scale = 0.5, which this network cannot do"),
+        ({"llama.logit_scale": 0.5}, "llama.logit_scale = 0.5 is not supported"),
         ({"llama.attention.head_count_kv": [2, 1]}, "one number for all layers"),
-        ({"llama.feed_forward_length": 25}, "'blk.0.ffn_gate.weight' has shape [24, 16] and its metadata asks for"),
-        ({"split.count": 3}, "is one of 3 files"),
-        ({"general.architecture": "qwen2moe"}, "general.architecture = 'qwen2moe', a mixture of experts"),
+        ({"llama.feed_forward_length": 25}, "'blk.0.ffn_gate.weight' has shape [24, 16], but its metadata requires"),
+        ({"split.count": 3}, "is one of 3 parts"),
+        ({"general.architecture": "qwen2moe"}, "general.architecture = 'qwen2moe' is a mixture of experts"),
         (
             {"general.architecture": "qwen"},
-            "general.architecture = 'qwen', which is no known family; did you mean qwen",
+            "general.architecture = 'qwen' is not supported; did you mean qwen",
         ),
     ],
 )
@@ -193,7 +196,7 @@ def test_missing_and_unknown_tensors_go_by_the_names_of_the_file(path):
     assert "1 tensors of a llama model are missing: blk.1.attn_k.weight" in _error(path)
     write_gguf(FOLDER / "llama", path, add={"blk.1.attn_sinks.weight": np.ones(4, np.float32)})
     message = _error(path)
-    assert "1 tensors have no place in the llama model of its metadata: blk.1.attn_sinks.weight" in message
+    assert "1 tensors do not belong to the llama model of its metadata: blk.1.attn_sinks.weight" in message
     write_gguf(FOLDER / "llama", path, drop=("token_embd.weight",))
     assert "tensor 'token_embd.weight' is missing" in _error(path)
 

@@ -50,13 +50,13 @@ def test_the_bias_of_the_first_layer_is_missing(stack, broken):
 
 def test_a_bias_of_other_buckets(broken):
     folder = broken("t5", relative_attention_num_buckets=16)
-    assert f"'encoder.{BIAS}' has shape [8, 4] and config.json asks for [16, 4]" in _error(folder)
+    assert f"'encoder.{BIAS}' has shape [8, 4], but config.json requires [16, 4]" in _error(folder)
 
 
 def test_a_bias_in_every_layer_is_another_network(broken):
     name = f"encoder.{BIAS}".replace("block.0", "block.1")
     message = _error(broken("t5", lambda t: t.update({name: t[f"encoder.{BIAS}"]})))
-    assert f"1 tensors have no place in the t5 model of config.json: {name}" in message
+    assert f"1 tensors do not belong to the t5 model of config.json: {name}" in message
 
 
 def test_the_bias_of_cross_attention_is_ignored(broken):
@@ -65,7 +65,7 @@ def test_the_bias_of_cross_attention_is_ignored(broken):
 
 
 def test_heads_of_another_size(broken):
-    assert "SelfAttention.q.weight' has shape [24, 16] and config.json asks for [16, 16]" in _error(
+    assert "SelfAttention.q.weight' has shape [24, 16], but config.json requires [16, 16]" in _error(
         broken("t5", d_kv=4)
     )
 
@@ -80,7 +80,7 @@ def test_a_gate_that_is_not_there(broken):
 def test_other_depths(broken):
     assert "are missing: decoder.block.3.layer.0.layer_norm.weight" in _error(broken("t5", num_decoder_layers=4))
     # Files without the field mean as many layers as in the encoder.
-    assert "have no place in the t5 model of config.json: decoder.block.2.layer.0" in _error(
+    assert "do not belong to the t5 model of config.json: decoder.block.2.layer.0" in _error(
         broken("t5", num_decoder_layers=None)
     )
 
@@ -91,8 +91,8 @@ def test_other_depths(broken):
         ({"feed_forward_proj": "gated-tanh"}, "feed_forward_proj = 'gated-tanh'"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder = False"),
         ({"num_layers": 0}, "num_layers = 0"),
-        ({"architectures": ["T5EncoderModel"]}, "another head than the language model"),
-        ({"model_type": "mt6"}, "no known family; did you mean mt5"),
+        ({"architectures": ["T5EncoderModel"]}, "has no language model head"),
+        ({"model_type": "mt6"}, "is not a known family; did you mean mt5"),
         ({"tie_word_embeddings": False}, "scale_decoder_outputs = True"),
     ],
 )
@@ -109,7 +109,7 @@ def test_tied_heads_may_be_there_twice_but_not_differ(broken):
     folder = broken("t5", double)
     assert load(folder).report.ignored == ("lm_head.weight",)
     folder = broken("t5", lambda t: [double(t), t["lm_head.weight"].__setitem__((5, 3), 9.0)])
-    assert "'lm_head.weight' differs from 'shared.weight', though config.json ties them" in _error(folder)
+    assert "'lm_head.weight' differs from 'shared.weight', but config.json ties them" in _error(folder)
 
 
 def test_the_embeddings_of_both_streams_are_one_array(broken):
@@ -118,7 +118,7 @@ def test_the_embeddings_of_both_streams_are_one_array(broken):
     assert load(folder).report.ignored == (name,)
     assert not load(folder).architecture.spec.tied_embeddings
     folder = broken("t5_1_1", lambda t: t.update({name: t["shared.weight"] + 1}))
-    assert f"'{name}' differs from 'shared.weight', and a t5 model has one array for both" in _error(folder)
+    assert f"'{name}' differs from 'shared.weight', but a t5 model has one parameter for both" in _error(folder)
 
 
 def test_files_may_name_the_embedding_of_a_stream_alone(broken):
@@ -136,7 +136,9 @@ def test_who_says_whether_the_head_is_tied(name, broken):
     assert load(broken(name, **says_5)).architecture == source.architecture
     by_4 = {"scale_decoder_outputs": None, "transformers_version": "4.57.0"}
     assert load(broken(name, **by_4, tie_word_embeddings=False)).architecture == source.architecture
-    assert "differs from 'shared.weight', though" in _error(broken(name, **by_4, tie_word_embeddings=True))
+    assert "differs from 'shared.weight', but config.json ties" in _error(
+        broken(name, **by_4, tie_word_embeddings=True)
+    )
     message = _error(broken(name, lambda t: t.pop("lm_head.weight"), **by_4, tie_word_embeddings=False))
     assert "are missing: lm_head.weight" in message
 
@@ -186,7 +188,7 @@ def test_export_refuses_networks_that_transformers_would_run_otherwise(tmp_path)
     own = dataclasses.replace(causal, relative_per_layer=True)
     assert "relative_per_layer = True, not False" in error(own)
     untied = dataclasses.replace(own, tied_embeddings=False)
-    assert "transformers 5 scales the logits of an umT5 that has a head" in error(untied, family="umt5")
+    assert "transformers 5 scales the logits of an umT5 with a separate head" in error(untied, family="umt5")
     assert "tied_logit_scale" in error(dataclasses.replace(causal, tied_logit_scale=False))
     assert "num_layers = 0" in error(dataclasses.replace(causal, encoder_layers=0))
     assert not list(tmp_path.iterdir())

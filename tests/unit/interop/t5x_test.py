@@ -110,9 +110,7 @@ def test_the_activation_is_read_from_the_gin_file_of_the_run(text, mlp, tmp_path
 def test_an_activation_that_this_network_cannot_have(tmp_path, unscanned):
     write(tmp_path / "t5x", unscanned)
     (tmp_path / "t5x" / "config.gin").write_text("network.T5Config.mlp_activations = ('linear', 'gelu')\n")
-    assert "config.gin says mlp_activations = ('linear', 'gelu'), which this network cannot do" in _error(
-        tmp_path / "t5x"
-    )
+    assert "config.gin: mlp_activations = ('linear', 'gelu') is not supported" in _error(tmp_path / "t5x")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,14 +142,14 @@ def test_an_array_is_missing(tmp_path, unscanned):
     write(tmp_path / "folder", unscanned)
     shutil.rmtree(tmp_path / "folder" / f"target.{QUERY}")
     message = _error(tmp_path / "folder")
-    assert f"array '{QUERY}' is not there: checkpoint says that it is the folder 'target.{QUERY}'" in message
+    assert f"array '{QUERY}' is missing: checkpoint refers to the folder 'target.{QUERY}'" in message
     shutil.rmtree(tmp_path / "folder")
     del unscanned["decoder.layers_1.mlp.wo.kernel"]
     write(tmp_path / "tensor", unscanned)
     assert "1 tensors of a t5x model are missing: decoder.layers_1.mlp.wo.kernel" in _error(tmp_path / "tensor")
     del unscanned["encoder.relpos_bias.rel_embedding"]
     write(tmp_path / "sizes", unscanned)
-    assert "tensor 'encoder.relpos_bias.rel_embedding' is missing, and the sizes" in _error(tmp_path / "sizes")
+    assert "tensor 'encoder.relpos_bias.rel_embedding' is missing; the sizes" in _error(tmp_path / "sizes")
 
 
 def test_damaged_folders_name_the_array(tmp_path, unscanned):
@@ -170,11 +168,11 @@ def test_tensors_of_another_network(tmp_path, unscanned):
     write(tmp_path / "shape", other)
     message = _error(tmp_path / "shape")
     assert (
-        "'encoder.layers_1.mlp.wo.kernel' has shape [23, 16] and the rest of the checkpoint asks for [24, 16]"
+        "'encoder.layers_1.mlp.wo.kernel' has shape [23, 16], but the rest of the checkpoint requires [24, 16]"
         in message
     )
     write(tmp_path / "left", unscanned | {"encoder.side.kernel": np.zeros((2, 2), np.float32)})
-    assert "have no place in the t5x model of the rest of the checkpoint: encoder.side.kernel" in _error(
+    assert "do not belong to the t5x model of the rest of the checkpoint: encoder.side.kernel" in _error(
         tmp_path / "left"
     )
     write(tmp_path / "heads", unscanned | {QUERY: np.zeros((16, 17), np.float32)})
@@ -187,13 +185,13 @@ def test_paths_leave_the_folder_never(tmp_path, unscanned):
     index.write_bytes(
         index.read_bytes().replace(b"target.decoder.decoder_norm.scale", b"../../../decoder_norm.scale......")
     )
-    assert "array 'decoder.decoder_norm.scale' is not there" in _error(tmp_path / "t5x")
+    assert "array 'decoder.decoder_norm.scale' is missing" in _error(tmp_path / "t5x")
 
 
 @pytest.mark.parametrize("content", [b"", b"model_checkpoint_path: 1", b"\x81\xa1a\x01", b"\xc1"])
 def test_a_file_that_is_no_index(content, tmp_path):
     (tmp_path / "checkpoint").write_bytes(content)
-    assert "checkpoint is no index of a T5X checkpoint" in _error(tmp_path)
+    assert "checkpoint is not an index of a T5X checkpoint" in _error(tmp_path)
 
 
 def test_a_run_folder_of_t5x_names_its_checkpoints(tmp_path, unscanned):
@@ -201,7 +199,7 @@ def test_a_run_folder_of_t5x_names_its_checkpoints(tmp_path, unscanned):
         write(tmp_path / "run" / f"checkpoint_{step}", unscanned)
     message = _error(tmp_path / "run")
     assert "there is no config.json in" in message
-    assert "but checkpoints of T5X: checkpoint_1000, checkpoint_2000" in message
+    assert "but T5X checkpoints: checkpoint_1000, checkpoint_2000" in message
 
 
 def test_it_becomes_a_run_folder_and_a_folder_of_hugging_face(tmp_path, unscanned):

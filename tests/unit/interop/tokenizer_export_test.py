@@ -93,5 +93,5 @@ def test_what_would_encode_otherwise_is_refused(tmp_path, monkeypatch):
     whole = tokenizer_export._from_sentencepiece(vocabulary.model)
     whole["normalizer"] = None
     monkeypatch.setattr(tokenizer_export, "_from_sentencepiece", lambda _: whole)
-    with pytest.raises(ConfigError, match=r"would give .* and not"):
+    with pytest.raises(ConfigError, match=r"would give .* instead of"):
         tokenizer_files(vocabulary)

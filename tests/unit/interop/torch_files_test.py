@@ -59,13 +59,14 @@ class _Lookup:
 def test_code_is_refused_by_name_and_not_run(content, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = _with_pickle(tmp_path / "bad.bin", pickle.dumps({"weight": content}, protocol=2))
-    with pytest.raises(ConfigError, match=rf"bad\.bin asks for .*{named}"):
+    with pytest.raises(ConfigError, match=rf"bad\.bin refers to .*{named}"):
         TorchFile(path)
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"), [([1, 2], "a list and no dict"), ({"step": 3}, "'step' is a int and no tensor")]
+    ("content", "complaint"),
+    [([1, 2], "a list instead of a dict"), ({"step": 3}, "'step' is a int instead of a tensor")],
 )
 def test_other_contents_are_refused(content, complaint, tmp_path):
     with pytest.raises(ConfigError, match=complaint):
@@ -88,7 +89,7 @@ def test_a_tensor_behind_the_end_of_its_storage_is_refused(tmp_path):
     assert data.count(b"K\x04K\x06") >= 1
     path = _with_pickle(tmp_path / "long.bin", data.replace(b"K\x04K\x06", b"K\x44K\x06", 1))
     file = TorchFile(path)
-    with pytest.raises(ConfigError, match="'table' reaches behind the end"):
+    with pytest.raises(ConfigError, match="'table' extends past the end"):
         file.read("table")
 
 
