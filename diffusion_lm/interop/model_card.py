@@ -66,7 +66,7 @@ def model_card(facts: CardFacts) -> str:
     metadata = ["---", "license: unknown", "library_name: diffusion_lm", "tags:", *(f"- {tag}" for tag in tags), "---"]
     what = f"A {kind} of {facts.parameters:,} parameters in the layout `{facts.family.name}` ({facts.family.source})."
     sections = {
-        "Where it comes from": _origin(facts),
+        "Origin": _origin(facts),
         "Data": _data(facts),
         "Objective": _objective(facts),
         "Evaluation": _evaluation(facts),
