@@ -80,12 +80,12 @@ def plan_weights(family: Family, architecture: Architecture, checkpoint: Checkpo
     for line in lines:
         leaf = abstract[line.param]
         names = list(tensors_of(line, leaf.shape))
-        gone = [name for name in names if name not in present]
-        if gone:
+        without = [name for name in names if name not in present]
+        if without:
             missing.append(line.param)
-            absent += gone
+            absent += without
             # Where only some layers lack a tensor, the file is broken and not a model without this part.
-            if fresh_missing and len(gone) == len(names):
+            if fresh_missing and len(without) == len(names):
                 continue
             if fresh_missing:
                 raise _missing(family, absent, checkpoint)

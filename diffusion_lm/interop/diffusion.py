@@ -1,7 +1,7 @@
 """How a diffusion model was trained: read with a checkpoint, written with an export.
 
 The weights do not show the alignment (which state predicts which token), the attention mask, or which token is MASK.
-For a released checkpoint the family gives the first two; for a run of ours the objective gives all three.
+For a released checkpoint the family gives the first two; for our own runs the objective gives all three.
 """
 
 import dataclasses

@@ -126,8 +126,8 @@ def _llama3(data: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
     factors = np.asarray(data.rope_factors, np.float64)
     # The largest divisor is the factor, up to the rounding to float32.
     scaling = Llama3Rope(float(f"{factors.max():.6g}"), 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-    ours = np.asarray(base_frequencies(head_dim, theta)) / np.asarray(scaling.frequencies(head_dim, theta))
-    if factors.shape != ours.shape or not np.allclose(factors, ours, rtol=1e-3):
+    expected = np.asarray(base_frequencies(head_dim, theta)) / np.asarray(scaling.frequencies(head_dim, theta))
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         raise ConfigError(
             f"tensor {ROPE_FACTORS!r} holds RoPE factors other than those of LLaMA 3",
             where=data.file,

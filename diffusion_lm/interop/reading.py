@@ -1,6 +1,6 @@
 """Reads parameters onto the devices while holding little of them on the host.
 
-A parameter of ours stacks all layers in one array, [layers, ...]; the files have one tensor per layer. A small array is
+Our parameters stack all layers in one array, [layers, ...]; the files have one tensor per layer. A small array is
 filled on the host and sent. A large one is created as zeros on the devices, and its layers are sent and written into it
 one by one, so the host holds one layer at a time.
 """

@@ -250,21 +250,21 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of the files. One parameter at a time is on the host, or those that one tensor joins."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    ours = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    arrays_by_path = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     # Parameters that one tensor joins (queries, keys and values of GPT-2) are written together.
     groups: dict[str, list[Weight]] = {}
     for weight in family.weights:
-        if weight.applies(ours, spec):
+        if weight.applies(arrays_by_path, spec):
             groups.setdefault(weight.tensor, []).append(weight)
-    for theirs, group in groups.items():
-        arrays = [np.asarray(ours[weight.param]) for weight in sorted(group, key=lambda weight: weight.part)]
+    for tensor_name, group in groups.items():
+        arrays = [np.asarray(arrays_by_path[weight.param]) for weight in sorted(group, key=lambda weight: weight.part)]
         if dtype is not None:
             arrays = [array.astype(jax.numpy.dtype(dtype)) for array in arrays]
         layout, stacked = group[0].transform, group[0].stacked
         for layer in range(group[0].first_layer, arrays[0].shape[0]) if stacked else (None,):
             slices = [array if layer is None else array[layer] for array in arrays]
             parts = [np.asarray(layout.save(one, spec)) for one in slices]
-            name = theirs if layer is None else theirs.format(i=layer)
+            name = tensor_name if layer is None else tensor_name.format(i=layer)
             yield name, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=group[0].parts_axis)
         for weight in group:
             # The row was added to the table at import, so the table that held it is written as zeros.

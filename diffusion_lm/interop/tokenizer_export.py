@@ -1,6 +1,6 @@
 """Writes a vocabulary as the tokenizer files that `transformers` reads: tokenizer.json, tokenizer_config.json.
 
-A `Vocabulary` of ours is a `tokenizer.json` with further tokens after it, or a SentencePiece model. The latter is
+A `Vocabulary` is a `tokenizer.json` with further tokens after it, or a SentencePiece model. The latter is
 converted to a `tokenizer.json` (pieces, normalisation, white space), because each class that reads a bare
 `tokenizer.model` expects the model of its own family. The result is then checked: all pieces and some difficult texts
 must get the ids that the vocabulary gives. One difference remains, as with all tokenizers of transformers. Text that
@@ -41,26 +41,26 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     if vocabulary.model.startswith(b"{"):
         content = json.loads(vocabulary.model)
         if "tokenizer" in content:
-            whole = _without_additions(content["tokenizer"])
+            tokenizer = _without_additions(content["tokenizer"])
         elif content["fairseq"]:
             raise _cannot("its ids are fairseq's; copy the files of the original model")
         else:
-            whole = _from_sentencepiece(base64.b64decode(content["sentencepiece"]))
+            tokenizer = _from_sentencepiece(base64.b64decode(content["sentencepiece"]))
         added = content["added"]
     else:
         files[SENTENCEPIECE] = vocabulary.model
-        whole, added = _from_sentencepiece(vocabulary.model), ()
+        tokenizer, added = _from_sentencepiece(vocabulary.model), ()
     base = vocabulary.report.base_size
-    known = {token["id"] for token in whole["added_tokens"]}
+    known = {token["id"] for token in tokenizer["added_tokens"]}
     first = vocabulary.size - len(added)
-    whole["added_tokens"] += [_added(first + n, spelling) for n, spelling in enumerate(added) if spelling]
+    tokenizer["added_tokens"] += [_added(first + n, spelling) for n, spelling in enumerate(added) if spelling]
     roles = {role.name: role for role in vocabulary.report.roles}
     # Only tokens that exist for their role become special. An ordinary token that serves as MASK stays ordinary text.
     for role in roles.values():
         if role.how == "found" and role.token not in known and role.token < base:
-            whole["added_tokens"].append(_added(role.token, role.piece))
-    whole["added_tokens"].sort(key=lambda token: token["id"])
-    text = json.dumps(whole, ensure_ascii=False, allow_nan=False)
+            tokenizer["added_tokens"].append(_added(role.token, role.piece))
+    tokenizer["added_tokens"].sort(key=lambda token: token["id"])
+    text = json.dumps(tokenizer, ensure_ascii=False, allow_nan=False)
     _check_encoding(text, vocabulary)
     named = {f"{name}_token": role.piece for name, role in roles.items() if role.how != "reused" or name == "mask"}
     config = {
@@ -129,14 +129,14 @@ def _from_sentencepiece(proto: bytes) -> dict[str, Any]:
         "padding": None,
         "added_tokens": symbols,
         "normalizer": {"type": "Sequence", "normalizers": parts},
-        "pre_tokenizer": _kept_whole(pieces),
+        "pre_tokenizer": _split_at_symbols(pieces),
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": kind,
     }
 
 
-def _kept_whole(pieces: list[Any]) -> dict[str, Any] | None:
+def _split_at_symbols(pieces: list[Any]) -> dict[str, Any] | None:
     """Returns a pre-tokenizer that splits at user-defined symbols, which SentencePiece never merges with other text."""
     # Longest first, so that a symbol is not split by another one that it contains.
     symbols = sorted((piece.piece for piece in pieces if piece.type == _USER), key=len, reverse=True)
@@ -164,8 +164,8 @@ def _bpe(pieces: list[Any], unknown: int) -> dict[str, Any]:
             continue
         text = piece.piece
         halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
-        whole = [(left, right) for left, right in halves if left in ids and right in ids]
-        merges += [(-piece.score, number, ids[left], ids[right], left, right) for left, right in whole]
+        known = [(left, right) for left, right in halves if left in ids and right in ids]
+        merges += [(-piece.score, number, ids[left], ids[right], left, right) for left, right in known]
     pairs = [[left, right] for *_, left, right in sorted(merges)]
     return {
         "type": "BPE",

@@ -25,9 +25,9 @@ class ConfigKey:
     Attributes:
       name: the key.
       type: of its value; None where the code that reads it checks the value.
-      is_neutral: whether a network of a family that does not read the key is the same network with this value. Other
-        values are refused for those families. None where the key says nothing about their networks (a size, say): they
-        report it as unread.
+      is_neutral: whether a value changes nothing in networks of families that do not read the key. Those families refuse
+        other values. None for keys that mean nothing to other families (a size, for example): they report such a key as
+        unread.
     """
 
     name: str

@@ -22,7 +22,7 @@ def _renamed(weight: Weight) -> Weight:
 
 
 def _without_windows(family: Family) -> Callable[[Config], SpecFields]:
-    """Returns the family's `read_config` for models whose code has no sliding window, whatever their files say."""
+    """Returns the family's `read_config` for models whose code has no sliding window: enabling one is refused."""
 
     def read_config(config: Config) -> SpecFields:
         config.refuse(use_sliding_window=False, use_mrope=False)

@@ -1,7 +1,7 @@
 """A family of released checkpoints: its table of weights, and the translation of config.json to a `TransformerSpec`.
 
-A table has one `Weight` per pair of a parameter of ours and a tensor of the files. `load` reads it in one direction and
-`save` in the other, so a family is written once.
+A table has one `Weight` per pair of a parameter and a tensor of the files. `load` reads it in one direction and `save`
+in the other, so a family is written once.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ def shown(value: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a tensor of a file becomes a parameter of ours (of one layer), and back.
+    """How a tensor of a file becomes one of our parameters (one layer of it), and back.
 
     Both functions only move and cut numbers, so that a round trip is exact. They accept numpy arrays and JAX tracers.
 
     Attributes:
-      load: from the file's tensor to ours. Ours may be longer (a padded vocabulary); the rest is zeros.
-      save: from ours to the file's tensor.
-      row_by_row: whether row i of the tensor is row i of ours, so that large tensors can be read in slices.
+      load: from tensor to parameter. The parameter may have more rows (a padded vocabulary); they are zeros.
+      save: from parameter to tensor.
+      row_by_row: whether row i of the tensor is row i of the parameter, so that large tensors can be read in slices.
     """
 
     load: Callable[[Tensor, TransformerSpec], Tensor]
@@ -88,7 +88,7 @@ CONV_HEADS_IN = Transform(
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One line of a family's table: a parameter of ours and the tensor that holds it.
+    """One line of a family's table: a parameter and the tensor that holds it.
 
     A line applies only to networks that have the parameter, so one table covers networks with and without biases.
 
@@ -117,7 +117,7 @@ class Weight:
 
     @property
     def stacked(self) -> bool:
-        """Whether each layer has a tensor of its own. Ours holds all layers in one array, [layers, ...]."""
+        """Whether each layer has a tensor of its own; the parameter holds all layers, [layers, ...]."""
         return "{i}" in self.tensor
 
     def applies(self, params: Collection[str], spec: TransformerSpec) -> bool:
@@ -132,7 +132,7 @@ class Config:
     Attributes:
       values: the JSON object.
       file: its path, for errors.
-      tensors: names of the tensors of the checkpoint. T5's config.json does not say whether there is a separate head.
+      tensors: names of the tensors of the checkpoint. T5's config.json does not show whether there is a separate head.
       read: names of the keys that were read, absent keys included. `replaced` shares it.
       notes: lines for the user about how the file was read. `replaced` shares them.
     """

@@ -141,7 +141,7 @@ def layer_windows(
             where="layer_types",
             fix="Use the config.json that belongs to these weights.",
         )
-    # None means all layers, so that networks with a window everywhere compare equal however their files say it.
+    # None means all layers, so that equal networks have equal specs, with and without `layer_types`.
     return {"window": window, "window_layers": None if len(chosen) == layers else chosen}
 
 

@@ -21,7 +21,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def _folder(tmp_path, name, drop=(), **changes):
-    """A copy of a fixture with other fields."""
+    """A copy of a fixture with other values in config.json."""
     root = FOLDER if (FOLDER / name).is_dir() else DIFFUSION
     target = tmp_path / "in"
     shutil.rmtree(target, ignore_errors=True)
@@ -37,7 +37,7 @@ def _refusal(*args, **changes) -> str:
     return str(caught.value)
 
 
-def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(tmp_path):
+def test_rope_scaling_takes_precedence_over_rope_parameters_as_in_transformers(tmp_path):
     """`self.rope_parameters = rope_scaling or self.rope_parameters`; without a theta, the top-level one or 10,000."""
     parameters = {"rope_type": "default", "rope_theta": 300.0}
     read = describe(_folder(tmp_path, "llama", rope_parameters=parameters, rope_scaling=LINEAR))
@@ -298,7 +298,7 @@ def _tensors(folder, change):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_nan_and_infinity_are_named_by_tensor(value, dtype, tmp_path):
+def test_nan_and_infinity_are_refused_with_the_tensor(value, dtype, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     folder = _folder(tmp_path, "llama")
 
@@ -313,7 +313,7 @@ def test_nan_and_infinity_are_named_by_tensor(value, dtype, tmp_path):
         assert "model.safetensors" in str(caught.value)
 
 
-def test_tied_copies_with_nan_are_the_same_and_said_by_name(tmp_path):
+def test_tied_copies_with_nan_are_equal_and_reported_by_name(tmp_path):
     folder = _folder(tmp_path, "gpt2")
 
     def change(tensors):
@@ -325,14 +325,14 @@ def test_tied_copies_with_nan_are_the_same_and_said_by_name(tmp_path):
         load(folder)
 
 
-def test_numbers_that_float32_cannot_hold(tmp_path):
+def test_values_that_overflow_float32_are_refused(tmp_path):
     folder = _folder(tmp_path, "llama")
     _tensors(folder, lambda t: t.update({"model.norm.weight": np.full(16, 1e60)}))
     with pytest.raises(ConfigError, match=r"'model\.norm\.weight' holds 16 values that are too large for float32"):
         load(folder)
 
 
-def test_nothing_is_written_of_a_checkpoint_with_nan(tmp_path, capsys):
+def test_nothing_is_written_for_a_checkpoint_with_nan(tmp_path, capsys):
     folder = _folder(tmp_path, "sdar")
     name = next(iter(safetensors.numpy.load_file(folder / "model.safetensors")))
     _tensors(folder, lambda t: t[name].__setitem__(Ellipsis, np.nan))

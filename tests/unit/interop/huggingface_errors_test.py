@@ -202,13 +202,13 @@ def test_values_of_another_kind(name, field, value, kind, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}'])
-def test_an_index_that_is_none(content, folder):
+def test_a_damaged_index_is_refused(content, folder):
     folder.shards()
     (folder.path / "model.safetensors.index.json").write_text(content)
     assert "model.safetensors.index.json is not an index of shards" in _error(folder.path)
 
 
-def test_an_index_names_files_of_its_folder_alone(folder, tmp_path):
+def test_an_index_may_only_name_files_of_its_folder(folder, tmp_path):
     folder.shards()
     index = folder.path / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"] | {"model.norm.weight": "../other.safetensors"}
@@ -216,13 +216,13 @@ def test_an_index_names_files_of_its_folder_alone(folder, tmp_path):
     assert "names '../other.safetensors', which is outside of the folder" in _error(folder.path)
 
 
-def test_encoders_whose_head_is_not_tied(tmp_path):
+def test_encoders_with_an_untied_head_are_refused(tmp_path):
     folder = Folder(tmp_path, "roberta")
     folder.config(tie_word_embeddings=False)
     assert "tie_word_embeddings = False" in _error(folder.path)
 
 
-def test_older_and_newer_configs_of_modernbert_say_the_same(tmp_path):
+def test_older_and_newer_configs_of_modernbert_give_the_same_network(tmp_path):
     folder = Folder(tmp_path, "modernbert")
     before = load(folder.path).architecture
     assert before.spec.window_layers == (1, 2)
@@ -245,12 +245,12 @@ def test_the_first_layer_of_modernbert_has_no_norm(tmp_path):
     assert "are missing: model.layers.1.attn_norm.weight" in _error(folder.path)
 
 
-def test_quantised_tensors(folder):
+def test_quantised_tensors_are_refused(folder):
     folder.weights(lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}))
     assert "'model.norm.weight' does not hold floats" in _error(folder.path)
 
 
-def test_a_missing_head_can_be_initialised_afresh(tmp_path):
+def test_a_missing_head_can_be_initialised(tmp_path):
     folder = Folder(tmp_path, "roberta")
     folder.weights(lambda t: [t.pop(name) for name in list(t) if name.startswith("lm_head")])
     assert "5 tensors of a roberta model are missing: lm_head.dense.weight" in _error(folder.path)
@@ -280,7 +280,7 @@ def test_specials_come_from_both_files():
 
 
 def test_the_host_holds_little_more_than_the_largest_array(tmp_path, monkeypatch):
-    """Counted by the reader, and what Python and numpy allocate agrees."""
+    """By the count of the reader, which agrees with what Python and numpy allocate."""
     import tracemalloc
 
     from diffusion_lm.interop import assemble
@@ -304,7 +304,7 @@ def test_the_host_holds_little_more_than_the_largest_array(tmp_path, monkeypatch
     assert peak < 2.2 * report.largest_array
 
 
-def test_export_refuses_what_has_no_counterpart(tmp_path):
+def test_export_refuses_other_families_and_taken_folders(tmp_path):
     source = load(FOLDER / "llama")
     with pytest.raises(ConfigError, match="family qwen3 does not have this network: qk_norm = False, not True"):
         save(tmp_path / "a", source.architecture, source.params, family="qwen3")
@@ -317,7 +317,7 @@ def test_export_refuses_what_has_no_counterpart(tmp_path):
         save(tmp_path / "taken", source.architecture, source.params)
 
 
-def test_export_refuses_what_was_built_on_a_network(tmp_path):
+def test_export_refuses_additions_to_a_network(tmp_path):
     source = load(FOLDER / "llama")
     extended = WithTokenSchedules(source.architecture)
     with pytest.raises(ConfigError, match="the family llama has no tensors for exponents"):

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint of the T5 family, and what its files leave open."""
+"""Errors of T5 checkpoints, and settings that their files do not determine alone."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def test_the_bias_of_the_first_layer_is_missing(stack, broken):
     assert f"1 tensors of a t5 model are missing: {stack}.{BIAS}" in _error(folder)
 
 
-def test_a_bias_of_other_buckets(broken):
+def test_a_bias_with_another_number_of_buckets(broken):
     folder = broken("t5", relative_attention_num_buckets=16)
     assert f"'encoder.{BIAS}' has shape [8, 4], but config.json requires [16, 4]" in _error(folder)
 
@@ -70,7 +70,7 @@ def test_heads_of_another_size(broken):
     )
 
 
-def test_a_gate_that_is_not_there(broken):
+def test_a_gate_that_the_files_do_not_have(broken):
     message = _error(broken("t5", feed_forward_proj="gated-gelu"))
     assert "10 tensors of a t5 model are missing: encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in message
     message = _error(broken("t5_1_1", feed_forward_proj="relu"))
@@ -121,15 +121,15 @@ def test_the_embeddings_of_both_streams_are_one_array(broken):
     assert f"'{name}' differs from 'shared.weight', but a t5 model has one parameter for both" in _error(folder)
 
 
-def test_files_may_name_the_embedding_of_a_stream_alone(broken):
+def test_files_may_have_only_the_embedding_of_one_stack(broken):
     before = load(FOLDER / "t5_1_1").params["embed"]["tokens"]
     folder = broken("t5_1_1", lambda t: t.update({"encoder.embed_tokens.weight": t.pop("shared.weight")}))
     np.testing.assert_array_equal(load(folder).params["embed"]["tokens"], before)
 
 
 @pytest.mark.parametrize("name", ["t5_1_1", "mt5"])
-def test_who_says_whether_the_head_is_tied(name, broken):
-    """transformers 4 says it in config.json; transformers 5 calls every T5 tied, and its files say it by the head."""
+def test_config_or_tensors_determine_whether_the_head_is_tied(name, broken):
+    """config.json does in files of transformers 4. Version 5 declares every T5 tied, so the tensors do in its files."""
     source = load(FOLDER / name)
     assert not source.architecture.spec.tied_embeddings
     says_5 = {"tie_word_embeddings": True, "scale_decoder_outputs": False, "transformers_version": "5.23.0"}
@@ -154,8 +154,8 @@ def test_logits_are_scaled_where_the_version_that_wrote_the_file_scales_them(bro
     assert scale("mt5", **tied, transformers_version="5.0.0.dev0") == 1
 
 
-def test_an_umt5_with_a_head_of_its_own(broken):
-    """The published ones, written by transformers 4, do not scale their logits; transformers 5 would."""
+def test_an_umt5_with_a_separate_head(broken):
+    """The published files, by transformers 4, do not scale their logits; transformers 5 would."""
 
     def add_head(tensors):
         tensors["lm_head.weight"] = tensors["shared.weight"] + 1
@@ -170,7 +170,7 @@ def test_a_layer_of_umt5_without_its_bias(broken):
     assert f"1 tensors of a umt5 model are missing: {name}" in _error(broken("umt5", lambda t: t.pop(name)))
 
 
-def test_export_refuses_networks_that_transformers_would_run_otherwise(tmp_path):
+def test_export_refuses_networks_that_transformers_computes_differently(tmp_path):
     shape = dict(vocab_size=11, num_layers=1, model_dim=8, num_heads=2, head_dim=3, mlp_dim=8, encoder_layers=1)
     ours = TransformerSpec(**shape, relative_max_distance=40)
 

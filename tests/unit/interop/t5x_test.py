@@ -1,4 +1,4 @@
-"""Checkpoints of T5X hold the networks that the same weights are in Hugging Face's files."""
+"""T5X checkpoints give the same network as Hugging Face files with the same weights."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def _head_dim(name):
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """The fixtures through Hugging Face's files, with the sizes that T5X's code has and no file says."""
+    """The fixtures imported from Hugging Face files, with the constants of T5X's code."""
     found = {}
     for name in GOLDEN:
         folder = tmp_path_factory.mktemp(name)
@@ -59,7 +59,7 @@ def unscanned():
 @pytest.mark.parametrize(
     "name", [name if name == "t5_1_1" else pytest.param(name, marks=pytest.mark.thorough) for name in GOLDEN]
 )
-def test_the_network_is_that_of_the_other_files(name, layout, references, tmp_path):
+def test_the_network_is_that_of_the_hugging_face_files(name, layout, references, tmp_path):
     folder = tmp_path / "checkpoint_1000"
     write(folder, renamed(_tensors(name), layout, _head_dim(name), own_biases=layout == "scalable_t5"))
     imported, reference = load(folder), references[name]
@@ -74,7 +74,7 @@ def test_the_network_is_that_of_the_other_files(name, layout, references, tmp_pa
     assert np.abs(logits).max() > 1
 
 
-def test_arrays_may_stand_in_the_index_and_in_16_bits(references, tmp_path, unscanned):
+def test_arrays_may_be_in_the_index_and_in_16_bits(references, tmp_path, unscanned):
     inline = ("token_embedder.embedding", "encoder.encoder_norm.scale", QUERY)
     write(tmp_path / "inline", unscanned, inline=inline)
     assert not (tmp_path / "inline" / f"target.{QUERY}").exists()
@@ -114,8 +114,8 @@ def test_an_activation_that_this_network_cannot_have(tmp_path, unscanned):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layers_share_their_bias_where_all_of_them_are_equal(layout, tmp_path):
-    """One layer of one stack that differs makes it a network with a bias in every layer, as after training scanned."""
+def test_layers_share_one_bias_where_all_of_them_are_equal(layout, tmp_path):
+    """If one layer of one stack differs, each layer keeps its own bias, as after training with scanned layers."""
     arrays = renamed(_tensors("t5"), layout, _head_dim("t5"), own_biases=True)
     write(tmp_path / "equal", arrays)
     shared = load(tmp_path / "equal")
@@ -179,7 +179,7 @@ def test_tensors_of_another_network(tmp_path, unscanned):
     assert f"'{QUERY}' has 17 columns for the 3 heads" in _error(tmp_path / "heads")
 
 
-def test_paths_leave_the_folder_never(tmp_path, unscanned):
+def test_paths_outside_of_the_folder_are_refused(tmp_path, unscanned):
     write(tmp_path / "t5x", unscanned)
     index = tmp_path / "t5x" / "checkpoint"
     index.write_bytes(
@@ -189,12 +189,12 @@ def test_paths_leave_the_folder_never(tmp_path, unscanned):
 
 
 @pytest.mark.parametrize("content", [b"", b"model_checkpoint_path: 1", b"\x81\xa1a\x01", b"\xc1"])
-def test_a_file_that_is_no_index(content, tmp_path):
+def test_a_file_that_is_not_an_index(content, tmp_path):
     (tmp_path / "checkpoint").write_bytes(content)
     assert "checkpoint is not an index of a T5X checkpoint" in _error(tmp_path)
 
 
-def test_a_run_folder_of_t5x_names_its_checkpoints(tmp_path, unscanned):
+def test_a_t5x_run_directory_lists_its_checkpoints(tmp_path, unscanned):
     for step in (1000, 2000):
         write(tmp_path / "run" / f"checkpoint_{step}", unscanned)
     message = _error(tmp_path / "run")
@@ -202,7 +202,7 @@ def test_a_run_folder_of_t5x_names_its_checkpoints(tmp_path, unscanned):
     assert "but T5X checkpoints: checkpoint_1000, checkpoint_2000" in message
 
 
-def test_it_becomes_a_run_folder_and_a_folder_of_hugging_face(tmp_path, unscanned):
+def test_import_and_export_of_a_t5x_checkpoint(tmp_path, unscanned):
     write(tmp_path / "checkpoint_7", unscanned)
     assert main(["import", str(tmp_path / "checkpoint_7"), "--workdir", str(tmp_path / "run")]) == 0
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0

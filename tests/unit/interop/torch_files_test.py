@@ -1,4 +1,4 @@
-"""Reading pickled weights without torch: what tensors need is understood, everything else is refused by name."""
+"""Pickled weights are read without torch; names that tensors do not need are refused."""
 
 import collections
 import os
@@ -17,7 +17,7 @@ from diffusion_lm.interop.torch_files import TorchFile
 TABLE = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 
-def test_tensors_of_all_kinds():
+def test_tensors_of_all_dtypes_and_strides():
     file = TorchFile(FOLDER / "weights.bin")
     expected = {
         "table": TABLE,
@@ -81,7 +81,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path):
             TorchFile(tmp_path / "short.bin")
 
 
-def test_a_tensor_behind_the_end_of_its_storage_is_refused(tmp_path):
+def test_a_tensor_past_the_end_of_its_storage_is_refused(tmp_path):
     with zipfile.ZipFile(FOLDER / "weights.bin") as old:
         root = old.namelist()[0].split("/")[0]
         data = old.read(f"{root}/data.pkl")
