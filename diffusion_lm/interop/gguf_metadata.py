@@ -81,7 +81,7 @@ class Metadata:
             raise self._unsupported(name, "it must be above 0")
         return value
 
-    def same(self, name: str, value: Any) -> None:
+    def same(self, name: str, value: object) -> None:
         """Raises `ConfigError` where the file has another value."""
         if self.get(name, value) != value:
             raise self._unsupported(name, f"supported: {value!r}")

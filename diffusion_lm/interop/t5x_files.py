@@ -1,6 +1,6 @@
 """Reads T5X checkpoints: the msgpack file `checkpoint`, and next to it one zarr folder per array.
 
-Small arrays are stored in the msgpack file itself. Scanned layers are stored in one array, stacked on axis 1; they are
+Arrays can also be in the msgpack file itself. Scanned layers are stored in one array, stacked on axis 1; they are
 presented as one tensor per layer, under the names of a checkpoint without scan.
 """
 

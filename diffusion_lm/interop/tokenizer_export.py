@@ -1,10 +1,10 @@
 """Writes a vocabulary as the tokenizer files that `transformers` reads: tokenizer.json, tokenizer_config.json.
 
-A `Vocabulary` is a `tokenizer.json` with further tokens after it, or a SentencePiece model. The latter is
-converted to a `tokenizer.json` (pieces, normalisation, white space), because each class that reads a bare
-`tokenizer.model` expects the model of its own family. The result is then checked: all pieces and some difficult texts
-must get the ids that the vocabulary gives. One difference remains, as with all tokenizers of transformers. Text that
-spells a special token (or a byte, `<0x41>`) becomes that token, which never happens with a `Vocabulary`.
+A `Vocabulary` is a `tokenizer.json` with further tokens after it, or a SentencePiece model. The latter is converted to
+a `tokenizer.json` (pieces, normalisation, white space), because each class that reads a bare `tokenizer.model` expects
+the model of its own family. The result is then checked: all pieces and some difficult texts must get the ids that the
+vocabulary gives. One difference remains, as with all tokenizers of transformers. Text that spells a special token (or a
+byte, `<0x41>`) becomes that token, which never happens with a `Vocabulary`.
 """
 
 import base64

@@ -25,9 +25,9 @@ class ConfigKey:
     Attributes:
       name: the key.
       type: of its value; None where the code that reads it checks the value.
-      is_neutral: whether a value changes nothing in networks of families that do not read the key. Those families refuse
-        other values. None for keys that mean nothing to other families (a size, for example): they report such a key as
-        unread.
+      is_neutral: whether a value changes nothing in networks of families that do not read the key. Those families
+        refuse other values. None for keys that mean nothing to other families (a size, for example), which report
+        them as unread.
     """
 
     name: str

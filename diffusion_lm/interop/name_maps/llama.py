@@ -122,7 +122,7 @@ def layer_windows(
     Args:
       config: whose `layer_types`, where present, gives the type of each layer.
       layers: number of layers.
-      window: number of tokens that a token attends to in layers with a window, itself included; None = no window.
+      window: size of the window in one direction, the token itself included; None = no window.
       has_window: whether a layer has the window where `layer_types` is absent.
 
     Raises:

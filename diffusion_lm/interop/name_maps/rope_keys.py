@@ -5,7 +5,6 @@ Where both are given, `rope_scaling` is used, as in transformers: version 5 repl
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
@@ -175,7 +174,7 @@ def _original_length(config: Config, parameters: JsonObject) -> int:
     return value
 
 
-def _number(config: Config, parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
+def _number(config: Config, parameters: JsonObject, name: str, default: float | None = None) -> float:
     """Returns a number above 0; `default` where it is absent."""
     value = parameters.get(name)
     if value is None and default is None:

@@ -130,7 +130,8 @@ def _read_t5(config: Config) -> SpecFields:
     declared = config.get("tie_word_embeddings", True)
     scaled = config.get("scale_decoder_outputs", declared)
     tied = declared and (scaled or not _by_version_5(config) or HEAD not in config.tensors)
-    # T5 1.0 is tied and scales its logits by D**-0.5, T5 1.1 is neither. The network has no mixture of the two.
+    # T5 1.0 is tied and scales its logits by D**-0.5, T5 1.1 is neither. A separate head with
+    # scaled logits does not exist here.
     if scaled and not tied:
         raise config.unsupported("scale_decoder_outputs", "logits are scaled only where tie_word_embeddings is true")
     return _fields(config, "relu") | dict(tied_embeddings=tied, tied_logit_scale=scaled)
