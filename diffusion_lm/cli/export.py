@@ -43,10 +43,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from diffusion_lm.interop.diffusion import layout_for
     from diffusion_lm.interop.huggingface import save
     from diffusion_lm.interop.model_card import MODEL_CARD, CardFacts, model_card
-    from diffusion_lm.interop.run_folder import IMPORT_CARD
     from diffusion_lm.interop.save import family_for
     from diffusion_lm.training.card import CARD
     from diffusion_lm.training.checkpoint import restore_params
+    from diffusion_lm.training.imported import IMPORT_CARD
     from diffusion_lm.training.writers import read_rows
 
     folder = as_path(arguments.workdir)
@@ -178,7 +178,7 @@ def _named(start: str) -> str:
     """Returns what parameters began as in words: a stage or a folder, and what that was imported from."""
     from diffusion_lm.core.files import as_path, read_json
     from diffusion_lm.core.gin_text import one_line
-    from diffusion_lm.interop.run_folder import IMPORT_CARD
+    from diffusion_lm.training.imported import IMPORT_CARD
 
     folder = as_path(start)
     if not (folder / IMPORT_CARD).is_file():

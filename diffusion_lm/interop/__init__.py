@@ -1,1 +1,1 @@
-"""interop"""
+"""Reads and writes released checkpoints: Hugging Face folders, GGUF files, T5X checkpoints, PEFT adapters."""

@@ -1,10 +1,9 @@
-"""From a family's table and the tensors of a checkpoint to arrays: a plan that is checked, then array by array."""
+"""Assigns the tensors of a checkpoint to parameters (`plan_weights`), and fills arrays from them (`read_array`)."""
 
 import contextlib
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from diffusion_lm.interop.tensor_files import Checkpoint
 from diffusion_lm.nn.transformer import TransformerSpec
 
 SLICE_BYTES = 1 << 26
-"""Tensors above this size are read in slices of their rows, where their rows stay rows."""
+"""Bytes. Larger tensors are read in slices of rows where the transform works row by row."""
 
 _SHOWN = 4
 
@@ -25,7 +24,7 @@ class Meter:
     """Counts the bytes that are held on the host.
 
     Attributes:
-      peak: most that were held at a time.
+      peak: largest number that was held at one time.
     """
 
     def __init__(self) -> None:
@@ -34,7 +33,7 @@ class Meter:
 
     @contextlib.contextmanager
     def holding(self, size: int) -> Iterator[None]:
-        """Counts `size` bytes as held inside of the context."""
+        """Counts `size` bytes as held inside the context."""
         self._now += size
         self.peak = max(self.peak, self._now)
         try:
@@ -45,12 +44,12 @@ class Meter:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which tensors make which array.
+    """The tensors of each parameter.
 
     Attributes:
-      weights: by the path of our array; the names in it are those of the file.
+      weights: by the path of the parameter, with the names that this file uses.
       ignored: tensors that are not read.
-      missing: arrays that no tensor makes.
+      missing: parameters without a tensor.
     """
 
     weights: dict[str, Weight]
@@ -59,39 +58,39 @@ class Plan:
 
 
 def plan_weights(family: Family, architecture: Architecture, checkpoint: Checkpoint, *, fresh_missing: bool) -> Plan:
-    """Returns how the parameters are made from the tensors, having checked that all of it will work.
+    """Returns the tensors of each parameter, after checking names, shapes and dtypes.
 
     Args:
-      family: with its table.
-      architecture: whose parameters are wanted.
+      family: the family, with its table.
+      architecture: the network.
       checkpoint: the tensors.
-      fresh_missing: leaves arrays without a tensor to the caller instead of raising.
+      fresh_missing: leaves parameters without a tensor to the caller instead of raising.
 
     Raises:
-      ConfigError: tensors are missing, left over, of a wrong shape or dtype, or copies that differ.
+      ConfigError: a tensor is missing, unknown, or of a wrong shape or dtype, or a tied copy differs.
     """
     spec, abstract = architecture.spec, _abstract(architecture)
     active = [line for line in family.weights if line.applies(abstract, spec)]
-    taken = {line.theirs for line in active}
+    taken = {line.tensor for line in active}
     lines = [_as_in_the_file(line, family, taken, checkpoint) for line in active]
-    unnamed = set(abstract) - {line.ours for line in lines}
+    unnamed = set(abstract) - {line.param for line in lines}
     assert not unnamed, f"the table of {family.name} has no line for {sorted(unnamed)}"
     present = set(checkpoint.files)
     weights, missing, absent, used = {}, [], [], set()
     for line in lines:
-        leaf = abstract[line.ours]
+        leaf = abstract[line.param]
         names = list(tensors_of(line, leaf.shape))
-        gone = [name for name in names if name not in present]
-        if gone:
-            missing.append(line.ours)
-            absent += gone
-            # A few layers without a tensor are a broken file, whatever may be missing.
-            if fresh_missing and len(gone) == len(names):
+        without = [name for name in names if name not in present]
+        if without:
+            missing.append(line.param)
+            absent += without
+            # Where only some layers lack a tensor, the file is broken and not a model without this part.
+            if fresh_missing and len(without) == len(names):
                 continue
             if fresh_missing:
                 raise _missing(family, absent, checkpoint)
             continue
-        weights[line.ours] = line
+        weights[line.param] = line
         used.update(names)
         for name in names:
             _check(name, line, leaf.shape, family, spec, checkpoint)
@@ -102,53 +101,54 @@ def plan_weights(family: Family, architecture: Architecture, checkpoint: Checkpo
 
 
 def read_array(buffer: np.ndarray, weight: Weight, spec: TransformerSpec, checkpoint: Checkpoint, meter: Meter) -> None:
-    """Fills `buffer` (zeros, of our array's shape and dtype) from the tensors."""
+    """Fills `buffer`, zeros of the parameter's shape and dtype, from the tensors."""
     if weight.stacked:
-        for layer in range(weight.first, buffer.shape[0]):
+        for layer in range(weight.first_layer, buffer.shape[0]):
             read_layer(buffer[layer], weight, layer, spec, checkpoint, meter)
     else:
-        _fill(buffer, weight, weight.theirs, spec, checkpoint, meter)
+        _fill(buffer, weight, weight.tensor, spec, checkpoint, meter)
 
 
 def read_layer(
     buffer: np.ndarray, weight: Weight, layer: int, spec: TransformerSpec, checkpoint: Checkpoint, meter: Meter
 ) -> None:
-    """Fills `buffer` (zeros, of the shape of one layer of our array) from the tensor of that layer."""
-    if layer >= weight.first:
-        _fill(buffer, weight, weight.theirs.format(i=layer), spec, checkpoint, meter)
+    """Fills `buffer`, zeros of the shape of one layer of the parameter, from the tensor of that layer."""
+    if layer >= weight.first_layer:
+        _fill(buffer, weight, weight.tensor.format(i=layer), spec, checkpoint, meter)
 
 
 def tensors_of(weight: Weight, shape: tuple[int, ...]) -> Iterator[str]:
-    """Yields the names of the tensors of an array of this shape."""
-    for name in (weight.theirs, weight.plus_row):
+    """Yields the names of the tensors of a parameter of this shape."""
+    for name in (weight.tensor, weight.add_row):
         if name is not None and weight.stacked:
-            yield from (name.format(i=layer) for layer in range(weight.first, shape[0]))
+            yield from (name.format(i=layer) for layer in range(weight.first_layer, shape[0]))
         elif name is not None:
             yield name
 
 
 def tensor_shape(weight: Weight, shape: tuple[int, ...], spec: TransformerSpec) -> tuple[int, ...]:
-    """Returns the shape that each tensor of an array of `shape` must have."""
+    """Returns the shape that each tensor of a parameter of `shape` must have."""
     one = jax.ShapeDtypeStruct(shape[1:] if weight.stacked else shape, np.float32)
-    saved = jax.eval_shape(lambda x: weight.layout.save(x, spec), one).shape
+    saved = jax.eval_shape(lambda x: weight.transform.save(x, spec), one).shape
     axis = weight.parts_axis % len(saved)
     return (*saved[:axis], saved[axis] * weight.parts, *saved[axis + 1 :])
 
 
-def _abstract(architecture: Architecture) -> dict[str, Any]:
+def _abstract(architecture: Architecture) -> dict[str, jax.ShapeDtypeStruct]:
     leaves = jax.tree_util.tree_leaves_with_path(architecture.abstract_params())
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _as_in_the_file(line: Weight, family: Family, taken: set[str], checkpoint: Checkpoint) -> Weight:
-    """Returns a line of the table with the names that this file uses: without the prefix, or a copy's for the original.
+    """Returns a line of the table with the names that this file uses.
 
-    A model saved without its head has no prefix; of tied weights a file holds one or both names.
+    They differ from the table's where a model was saved without its head (no prefix), where a file has only the second
+    name of tied weights, and in older files.
     """
-    names, first = checkpoint.files, line.first
+    names, first = checkpoint.files, line.first_layer
 
     def spelled(name: str) -> str:
-        copies = [copy for copy, original in family.copies if original == name and copy not in taken]
+        copies = [copy for copy, original in family.tied if original == name and copy not in taken]
         for spelling in (name, *copies):
             for candidate in (spelling, spelling.removeprefix(family.prefix)):
                 for known in (candidate, *_old_names(candidate, family)):
@@ -156,12 +156,12 @@ def _as_in_the_file(line: Weight, family: Family, taken: set[str], checkpoint: C
                         return known
         return name
 
-    plus_row = None if line.plus_row is None else spelled(line.plus_row)
-    return dataclasses.replace(line, theirs=spelled(line.theirs), plus_row=plus_row)
+    add_row = None if line.add_row is None else spelled(line.add_row)
+    return dataclasses.replace(line, tensor=spelled(line.tensor), add_row=add_row)
 
 
 def _old_names(name: str, family: Family) -> list[str]:
-    return [re.sub(pattern, new, name) for pattern, new in family.renames if re.search(pattern, name)]
+    return [re.sub(pattern, new, name) for pattern, new in family.old_names if re.search(pattern, name)]
 
 
 def _check(
@@ -169,15 +169,15 @@ def _check(
 ) -> None:
     checkpoint.check_dtype(name)
     found = checkpoint.shape(name)
-    if name == weight.plus_row:
+    if name == weight.add_row:
         fits, expected = len(found) == 2 and found[1] == shape[-1] and found[0] > 0, f"[n, {shape[-1]}]"
     else:
         wanted = tensor_shape(weight, shape, spec)
         fits, expected = found == wanted, str(list(wanted))
     if not fits:
         raise ConfigError(
-            f"tensor {checkpoint.called(name)!r} has shape {list(found)} and {_told_by(family, checkpoint)} "
-            f"asks for {expected}",
+            f"tensor {checkpoint.name_in_file(name)!r} has shape {list(found)}, "
+            f"but {_shape_source(family, checkpoint)} requires {expected}",
             where=str(checkpoint.files[name]),
             fix=_other_files(family, checkpoint),
         )
@@ -185,32 +185,33 @@ def _check(
 
 def _missing(family: Family, absent: list[str], checkpoint: Checkpoint) -> ConfigError:
     files = sorted({path.name for path in checkpoint.files.values()})
+    names = _some(list(map(checkpoint.name_in_file, absent)))
     return ConfigError(
-        f"{len(absent)} tensors of a {family.name} model are missing: {_some(list(map(checkpoint.called, absent)))}",
+        f"{len(absent)} tensors of a {family.name} model are missing: {names}",
         where=", ".join(files[:_SHOWN]),
-        fix=f"Download all files of the checkpoint; one without the head of {family.architectures[0]} needs "
+        fix=f"Download all files of the checkpoint. If it was saved without the head of {family.architectures[0]}, add "
         "--fresh_missing, which initialises what is missing.",
     )
 
 
 def _sort_leftovers(family: Family, lines: Iterable[Weight], left: set[str], checkpoint: Checkpoint) -> list[str]:
-    """Returns the tensors that may be ignored; raises `ConfigError` about the first others."""
+    """Returns the unused tensors that may be ignored; raises `ConfigError` about the others."""
     ignored, unknown = [], []
     prefixes = ("", family.prefix)
-    copies = dict(family.copies)
+    copies = dict(family.tied)
     for name in sorted(left):
         if name in copies:
             _check_copy(name, copies[name], family, checkpoint)
             ignored.append(name)
-        elif any(re.fullmatch(pattern, prefix + name) for pattern in family.ignorable for prefix in prefixes):
+        elif any(re.fullmatch(pattern, prefix + name) for pattern in family.ignored_tensors for prefix in prefixes):
             ignored.append(name)
         else:
             unknown.append(name)
     if unknown:
-        names = [checkpoint.called(name) for name in unknown]
-        near = near_names(names[0], (checkpoint.called(line.theirs.format(i=0)) for line in lines))
+        names = [checkpoint.name_in_file(name) for name in unknown]
+        near = near_names(names[0], (checkpoint.name_in_file(line.tensor.format(i=0)) for line in lines))
         raise ConfigError(
-            f"{len(unknown)} tensors have no place in the {family.name} model of {_told_by(family, checkpoint)}: "
+            f"{len(unknown)} tensors do not belong to the {family.name} model of {_shape_source(family, checkpoint)}: "
             f"{_some(names)}{near}",
             where=str(checkpoint.files[unknown[0]]),
             fix=_other_files(family, checkpoint),
@@ -218,21 +219,21 @@ def _sort_leftovers(family: Family, lines: Iterable[Weight], left: set[str], che
     return ignored
 
 
-def _told_by(family: Family, checkpoint: Checkpoint) -> str:
-    """Returns what says the network's shape, for errors."""
-    return family.told_by if checkpoint.gguf is None else "its metadata"
+def _shape_source(family: Family, checkpoint: Checkpoint) -> str:
+    """Returns what the shape of the network was read from, for errors."""
+    return family.shape_source if checkpoint.gguf is None else "its metadata"
 
 
 def _other_files(family: Family, checkpoint: Checkpoint) -> str:
     if checkpoint.gguf is not None:
         return "Import the Hugging Face folder that the file was made from."
-    if family.told_by == CONFIG:
+    if family.shape_source == CONFIG:
         return f"Use the {CONFIG} that belongs to these weights."
-    return "Use a checkpoint whose tensors are all of one network."
+    return "Use a checkpoint whose tensors belong to one network."
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Returns whether two arrays hold the same numbers; NaN is reported when it is read, not as a difference."""
+    """Returns whether two arrays hold the same numbers. NaN equals NaN: it is reported when the tensor is read."""
     return a.shape == b.shape and bool(np.all((a == b) | ((a != a) & (b != b))))
 
 
@@ -246,24 +247,24 @@ def _check_copy(name: str, original: str, family: Family, checkpoint: Checkpoint
         same = all(_equal(checkpoint.read(name, part), checkpoint.read(source, part)) for part in parts)
     if same:
         return
-    if any(line.theirs == name for line in family.weights):
+    if any(line.tensor == name for line in family.weights):
         raise ConfigError(
-            f"tensor {name!r} differs from {source!r}, though config.json ties them",
+            f"tensor {name!r} differs from {source!r}, but config.json ties them",
             where=str(checkpoint.files[name]),
-            fix="Set tie_word_embeddings to false in config.json if the model was trained with both.",
+            fix="If the model was trained untied, set tie_word_embeddings to false in config.json.",
         )
     raise ConfigError(
-        f"tensor {name!r} differs from {source!r}, and a {family.name} model has one array for both",
+        f"tensor {name!r} differs from {source!r}, but a {family.name} model has one parameter for both",
         where=str(checkpoint.files[name]),
         fix="Use a checkpoint in which they are equal.",
     )
 
 
 def _fill(into: np.ndarray, weight: Weight, name: str, spec: TransformerSpec, checkpoint: Checkpoint, meter: Meter):
-    """Writes one tensor into our array, in slices where it is large."""
+    """Writes one tensor into our array, in slices of rows where it is large."""
     rows, columns = checkpoint.shape(name)[0], int(np.prod(checkpoint.shape(name)[1:]))
     step = rows
-    if weight.layout.row_by_row and weight.parts == 1:
+    if weight.transform.row_by_row and weight.parts == 1:
         step = min(rows, max(1, SLICE_BYTES // (4 * columns)))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows)) if step < rows else slice(None)
@@ -271,17 +272,19 @@ def _fill(into: np.ndarray, weight: Weight, name: str, spec: TransformerSpec, ch
             tensor = checkpoint.read(name, part)
             if weight.parts > 1:
                 tensor = np.split(tensor, weight.parts, axis=weight.parts_axis)[weight.part]
-            if weight.plus_row is not None:
-                tensor = tensor.astype(np.float32) + checkpoint.read(weight.plus_row, slice(0, 1)).astype(np.float32)
-            loaded = weight.layout.load(tensor, spec)
+            if weight.add_row is not None:
+                tensor = tensor.astype(np.float32) + checkpoint.read(weight.add_row, slice(0, 1)).astype(np.float32)
+            loaded = np.asarray(weight.transform.load(tensor, spec))
+            # Ours may be larger than the tensor: the rows that pad the vocabulary stay zeros.
             region = (slice(start, start + loaded.shape[0]), *(slice(0, size) for size in loaded.shape[1:]))
+            # The assignment casts to the parameter's dtype. An overflow becomes infinity, which is checked next.
             with np.errstate(over="ignore"):
                 into[region] = loaded
             _check_finite(into[region], loaded, name, checkpoint)
 
 
 def _check_finite(stored: np.ndarray, loaded: np.ndarray, name: str, checkpoint: Checkpoint) -> None:
-    """Raises `ConfigError` about a tensor with NaN or infinity, or with numbers that are infinite in our dtype."""
+    """Raises `ConfigError` about a tensor with NaN or infinity, or with numbers that overflow the parameter's dtype."""
     bad = int(stored.size - np.count_nonzero(np.isfinite(stored)))
     if not bad:
         return
@@ -289,9 +292,9 @@ def _check_finite(stored: np.ndarray, loaded: np.ndarray, name: str, checkpoint:
     if np.isfinite(loaded).all():
         what = f"{bad:,} values that are too large for {stored.dtype}"
     raise ConfigError(
-        f"tensor {checkpoint.called(name)!r} holds {what}",
+        f"tensor {checkpoint.name_in_file(name)!r} holds {what}",
         where=str(checkpoint.files[name]),
-        fix="Use another checkpoint of this model: everything that this one computes is NaN.",
+        fix="Use another checkpoint of this model: with these values every output is NaN.",
     )
 
 

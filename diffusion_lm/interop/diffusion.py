@@ -1,11 +1,10 @@
-"""What a network was trained as, where it is a diffusion model: read with a checkpoint, written with an export.
+"""How a diffusion model was trained: read with a checkpoint, written with an export.
 
-Weights do not show which state predicts which token, what saw what, and which token is MASK. A released checkpoint's
-family knows the first two; of a run of ours the objective is asked.
+The weights do not show the alignment (which state predicts which token), the attention mask, or which token is MASK.
+For a released checkpoint the family gives the first two; for our own runs the objective gives all three.
 """
 
 import dataclasses
-from typing import Any
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.gin_text import GinText, Value
@@ -21,18 +20,17 @@ from diffusion_lm.objectives.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class TrainedAs:
-    """How a diffusion model is meant.
+    """How a diffusion model was trained.
 
     Attributes:
-      shifted: whether the state at slot i - 1 predicts token i, not that at slot i.
-      block_size: tokens of a block of block diffusion; None where every token sees every other.
-      mask_id: MASK; None where nothing names it.
-      mask_from: who says so: "config.json", "generation_config.json", "tokenizer", "published checkpoint", "objective"
-        or "".
+      shifted: whether the state at slot i - 1 predicts token i, not the state at slot i.
+      block_size: tokens per block of block diffusion; None where every token attends to every other.
+      mask_id: id of MASK; None where nothing names it.
+      mask_from: where the id comes from: "config.json", "generation_config.json", "tokenizer", "published checkpoint",
+        "objective" or "".
       objective: file of gin/objectives that trains such a model, or "".
       sampler: file of gin/samplers that decodes it, or "".
-      sub_block: tokens that the sampler fills at a time; None = a whole block.
-      names_eos: whether the objective's file has a macro EOS_ID.
+      sub_block: tokens that the sampler decodes at a time; None = a whole block.
     """
 
     shifted: bool
@@ -42,7 +40,6 @@ class TrainedAs:
     objective: str = ""
     sampler: str = ""
     sub_block: int | None = None
-    names_eos: bool = False
 
     @property
     def prediction(self) -> str:
@@ -51,11 +48,11 @@ class TrainedAs:
 
     @property
     def visibility(self) -> str:
-        """What a token sees, in words."""
+        """What a token attends to, in words."""
         return "full" if self.block_size is None else f"blocks of {self.block_size}"
 
-    def facts(self) -> dict[str, Any]:
-        """Returns what `import.json` and an exported config.json say."""
+    def facts(self) -> dict[str, object]:
+        """Returns what `export` writes to config.json."""
         return {
             "prediction": self.prediction,
             "visibility": self.visibility,
@@ -64,41 +61,43 @@ class TrainedAs:
         }
 
 
-def trained_as(family: Diffusion, config: Config, rows: int, named: tuple[int | None, str]) -> TrainedAs:
-    """Returns what a checkpoint of a diffusion family was trained as.
+def trained_as(family: Diffusion, config: Config, rows: int, other_mask: tuple[int | None, str]) -> TrainedAs:
+    """Returns how a checkpoint of a diffusion family was trained.
+
+    MASK comes from config.json, else from another file, else from the published checkpoint with as many rows.
 
     Args:
-      family: what all its members have in common.
-      config: the contents of config.json, which say MASK and the size of a block or do not.
-      rows: of its vocabulary, by which published checkpoints are known.
-      named: MASK of the other files beside it, where they name one, and which they are.
+      family: what the checkpoints of the family have in common.
+      config: the contents of config.json, which may give MASK and the block size.
+      rows: number of rows of the vocabulary.
+      other_mask: MASK of the checkpoint's other files (None where they name none), and which file that is.
 
     Raises:
-      ConfigError: MASK is no token, or the block no number of tokens.
+      ConfigError: MASK is not a token of the vocabulary, or the block size is not a number of tokens.
     """
     block = None
     if family.block_key is not None:
         block = config.get(family.block_key, family.block_size)
         require(
             type(block) is int and block > 0,
-            f"{config.file} says {family.block_key} = {block!r}, which is not a number of tokens",
+            f"{config.file}: {family.block_key} = {block!r} must be a whole number above 0",
             where=family.block_key,
             fix="Correct the file.",
         )
-    mask, said_by = config.get("mask_token_id"), "config.json"
+    mask, source = config.get("mask_token_id"), "config.json"
     if mask is None:
-        mask, said_by = named
+        mask, source = other_mask
     if mask is None:
-        mask, said_by = dict(family.mask_ids).get(rows), "published checkpoint"
+        mask, source = dict(family.mask_ids).get(rows), "published checkpoint"
     require(
         mask is None or (type(mask) is int and 0 <= mask < rows),
-        f"{config.file} says mask_token_id = {mask!r}, and the vocabulary has {rows} rows",
+        f"{config.file}: mask_token_id = {mask!r} must be an id below the vocabulary size {rows}",
         where="mask_token_id",
         fix="Use the config.json that belongs to these weights.",
     )
     return TrainedAs(
-        family.shifted, block, mask, "" if mask is None else said_by, family.objective, family.sampler,
-        family.sub_block, family.names_eos,
+        family.shifted, block, mask, "" if mask is None else source, family.objective, family.sampler,
+        family.sub_block,
     )  # fmt: skip
 
 
@@ -122,12 +121,12 @@ def of_objective(objective: Objective, special: SpecialTokens | None) -> Trained
 
 
 def layout_for(spec: TransformerSpec, trained: TrainedAs | None) -> Family | None:
-    """Returns the public layout of such a network trained as such, the first of `FAMILIES`, or None."""
+    """Returns the first of `FAMILIES` with this shape, alignment and visibility, or None."""
     for family in FAMILIES:
-        meant = family.diffusion
-        if trained is None or meant is None or meant.shifted != trained.shifted:
+        published = family.diffusion
+        if trained is None or published is None or published.shifted != trained.shifted:
             continue
-        if (meant.block_key is None) == (trained.block_size is None) and not differences(spec, family):
+        if (published.block_key is None) == (trained.block_size is None) and not differences(spec, family):
             return family
     return None
 
@@ -144,9 +143,9 @@ def objective_gin(trained: TrainedAs) -> str:
 
 
 def sampler_gin(trained: TrainedAs, eos_id: int | None, pad_id: int | None) -> str:
-    """Returns a gin file for `decode --sampler`: the family's sampler, under the checkpoint's ids."""
+    """Returns a gin file for `decode --sampler`: the family's sampler, and the checkpoint's ids."""
     block = trained.block_size
-    text = GinText().comment("The sampler of such a checkpoint, with the settings of the included file.")
+    text = GinText().comment("The sampler of the checkpoint's family, with the settings of the included file.")
     text.imports("diffusion_lm.samplers.denoising").blank()
     text.include(f"samplers/{trained.sampler}.gin").blank().bind("MASK_ID", trained.mask_id)
     fields: dict[str, Value] = {"eos_id": eos_id, "pad_id": pad_id}

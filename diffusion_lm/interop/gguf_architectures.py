@@ -1,7 +1,8 @@
-"""The architectures of GGUF files that are families of ours: other names, other orders of rows, another config.
+"""Translates GGUF architectures to Hugging Face: names of tensors, order of rows, metadata to config.json.
 
-llama.cpp keeps the weights of the Hugging Face checkpoint and changes three things: LLaMA's query and key rows are put
-next to the rows they are rotated with, Gemma's norms have their 1 added, and GPT-2's matrices are transposed.
+llama.cpp's converter changes the weights of the Hugging Face checkpoint in three ways, which are undone here. It
+permutes the rows of LLaMA's queries and keys so that the two entries that RoPE rotates are neighbours, it adds 1 to
+Gemma's norm weights, and it transposes GPT-2's matrices.
 """
 
 import dataclasses
@@ -53,20 +54,20 @@ _GPT2 = {
 }
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""Tensor by which LLaMA 3.1 and later divide the frequencies of RoPE; no weight, and nothing else says it."""
+"""Divisors of the RoPE frequencies in files of LLaMA 3.1 and later. The metadata do not describe the scaling."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufArchitecture:
-    """One value of `general.architecture`.
+    """One architecture of GGUF files.
 
     Attributes:
-      name: the value.
+      name: value of `general.architecture`.
       names: from a module of the Hugging Face checkpoint to that of the file; `{i}` is the number of the layer.
       config: from the metadata to the contents of a config.json.
-      interleaved: the rows of queries and keys stand beside those that RoPE rotates them with.
-      norms_from_zero: the norms of the Hugging Face checkpoint are those of the file less 1.
-      transposed: modules whose matrices lie the other way round in the Hugging Face checkpoint.
+      interleaved: whether the rows of queries and keys are in rotated pairs, (0, E/2, 1, E/2 + 1, ...) of each head.
+      norms_from_zero: whether the norm weights of the Hugging Face checkpoint are those of the file minus 1.
+      transposed: modules whose matrices are transposed in the Hugging Face checkpoint.
     """
 
     name: str
@@ -78,7 +79,7 @@ class GgufArchitecture:
 
 
 def _decoder(data: Metadata) -> dict[str, Any]:
-    """Returns what all decoders with RoPE say in the same words."""
+    """Returns the config keys that all decoders with RoPE share."""
     heads, width = data.need("attention.head_count"), data.need("embedding_length")
     head_dim = data.get("attention.key_length", width // heads)
     data.same("attention.value_length", head_dim)
@@ -104,27 +105,33 @@ def _rope(data: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
     if kind == "none":
         scaling = {"rope_type": "default"} if data.rope_factors is None else _llama3(data, theta, head_dim)
         return {"rope_theta": theta, **scaling}
-    told = {
+    found = {
         "factor": data.get("rope.scaling.factor"),
         "original_max_position_embeddings": data.get("rope.scaling.original_context_length"),
         "attention_factor": data.get("rope.scaling.attn_factor"),
         "beta_fast": data.get("rope.scaling.yarn_beta_fast"),
         "beta_slow": data.get("rope.scaling.yarn_beta_slow"),
     }
-    return {"rope_type": kind, "rope_theta": theta} | {name: value for name, value in told.items() if value is not None}
+    return {"rope_type": kind, "rope_theta": theta} | {
+        name: value for name, value in found.items() if value is not None
+    }
 
 
 def _llama3(data: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
-    """Returns the scaling whose factors the file holds: LLaMA 3's, which was published with one set of numbers."""
+    """Returns LLaMA 3's RoPE scaling, recovered from the divisors in the file.
+
+    The divisors determine `factor` (the largest one). The other parameters are those of the published models; divisors
+    that these parameters do not give are refused.
+    """
     factors = np.asarray(data.rope_factors, np.float64)
-    # The factor itself, but for the rounding of the file.
+    # The largest divisor is the factor, up to the rounding to float32.
     scaling = Llama3Rope(float(f"{factors.max():.6g}"), 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-    ours = np.asarray(base_frequencies(head_dim, theta)) / np.asarray(scaling.frequencies(head_dim, theta))
-    if factors.shape != ours.shape or not np.allclose(factors, ours, rtol=1e-3):
+    expected = np.asarray(base_frequencies(head_dim, theta)) / np.asarray(scaling.frequencies(head_dim, theta))
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         raise ConfigError(
-            f"tensor {ROPE_FACTORS!r} holds other factors of RoPE's frequencies than those of LLaMA 3",
+            f"tensor {ROPE_FACTORS!r} holds RoPE factors other than those of LLaMA 3",
             where=data.file,
-            fix="Import the Hugging Face checkpoint, whose config.json says how they come about.",
+            fix="Import the Hugging Face checkpoint, whose config.json describes the scaling.",
         )
     return {
         "rope_type": "llama3",
@@ -171,10 +178,10 @@ def _gemma2(data: Metadata) -> dict[str, Any]:
 
 def _gemma3(data: Metadata) -> dict[str, Any]:
     fields = _decoder(data)
-    near = {"rope_type": "default", "rope_theta": data.get("rope.freq_base_swa", 10000.0)}
+    window_rope = {"rope_type": "default", "rope_theta": data.get("rope.freq_base_swa", 10000.0)}
     pattern = data.get("attention.sliding_window_pattern", 6)
     layers = range(fields["num_hidden_layers"])
-    inside = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in layers]
+    windowed = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in layers]
     return fields | dict(
         model_type="gemma3_text",
         architectures=["Gemma3ForCausalLM"],
@@ -182,13 +189,17 @@ def _gemma3(data: Metadata) -> dict[str, Any]:
         query_pre_attn_scalar=_query_scale(data, largest=62),
         final_logit_softcapping=data.get("final_logit_softcapping"),
         sliding_window=data.need("attention.sliding_window"),
-        layer_types=["sliding_attention" if near_only else "full_attention" for near_only in inside],
-        rope_parameters={"full_attention": fields["rope_parameters"], "sliding_attention": near},
+        layer_types=["sliding_attention" if has_window else "full_attention" for has_window in windowed],
+        rope_parameters={"full_attention": fields["rope_parameters"], "sliding_attention": window_rope},
     )
 
 
 def _query_scale(data: Metadata, largest: int) -> float:
-    """Returns whose root divides Gemma's scores: the file does not say it, llama.cpp goes by the number of layers."""
+    """Returns `query_pre_attn_scalar`, whose square root divides the attention scores of Gemma 2 and 3.
+
+    The file does not hold it. As in llama.cpp, the number of layers identifies the 27B models, which divide by the
+    width per head; all others divide by the head size.
+    """
     heads, width = data.need("attention.head_count"), data.need("embedding_length")
     per_head = width // heads
     return per_head if data.need("block_count") == largest else data.get("attention.key_length", per_head)
@@ -222,26 +233,25 @@ ARCHITECTURES = {
         GgufArchitecture("gpt2", _GPT2, _gpt2, transposed=("c_attn", "c_proj", "c_fc")),
     )
 }
-"""By `general.architecture`."""
+"""The supported architectures, by `general.architecture`."""
 
 
 def architecture_of(name: str, file: str) -> GgufArchitecture:
-    """Returns an architecture by its name.
+    """Returns the architecture of this name.
 
     Raises:
-      ConfigError: there is none of this name.
+      ConfigError: it is not supported.
     """
     if "moe" in name:
         raise ConfigError(
-            f"the file says general.architecture = {shown(name)}, a mixture of experts, and this network has none",
+            f"general.architecture = {shown(name)} is a mixture of experts, which is not supported",
             where=file,
             fix="Use a dense checkpoint.",
         )
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"the file says general.architecture = {shown(name)}, which is no known family"
-            f"{near_names(name, ARCHITECTURES)}",
+            f"general.architecture = {shown(name)} is not supported{near_names(name, ARCHITECTURES)}",
             where=file,
-            fix=f"Known in GGUF files are {', '.join(ARCHITECTURES)}; other families are read as Hugging Face folders.",
+            fix=f"GGUF files can be {', '.join(ARCHITECTURES)}; import other families from their Hugging Face folders.",
         )
     return ARCHITECTURES[name]

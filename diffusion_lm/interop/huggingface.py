@@ -1,14 +1,13 @@
-"""Released checkpoints as networks of ours: a folder with config.json and its weights, a GGUF file, or one of T5X.
+"""Reads a released checkpoint: a Hugging Face folder (config.json and weights), a GGUF file, or a T5X checkpoint.
 
-Everything is checked before the first tensor is read; then the arrays are made one after the other (`reading.py`).
+`describe` checks config.json and the list of tensors, `plan_weights` assigns a tensor to each parameter, and
+`read_params` reads the parameters one after the other. The first two raise all errors that need no tensor to be read.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -22,10 +21,9 @@ from diffusion_lm.interop.assemble import Meter, plan_weights
 from diffusion_lm.interop.diffusion import TrainedAs, trained_as
 from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
 from diffusion_lm.interop.name_maps import family_of
-from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family, shown
-from diffusion_lm.interop.name_maps.fields import unread_fields
+from diffusion_lm.interop.name_maps.config_checks import check_types, unread_keys
+from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family, JsonObject, SpecFields, shown
 from diffusion_lm.interop.name_maps.gemma import language_model
-from diffusion_lm.interop.name_maps.kinds import check_kinds
 from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
 from diffusion_lm.interop.reading import read_params
 from diffusion_lm.interop.save import save as save
@@ -43,12 +41,12 @@ Network = SingleStream | EncoderDecoder
 
 @dataclasses.dataclass(frozen=True)
 class Specials:
-    """The special tokens that the files name; None or () where they name none.
+    """The special tokens that the files of a checkpoint name; None or () where they name none.
 
     Attributes:
       pad_id: padding.
-      bos_id: opens a text; of an encoder-decoder, what its decoder begins with.
-      eos_ids: end a text; chat models have several.
+      bos_id: first token of a text; of an encoder-decoder, the decoder's start token.
+      eos_ids: tokens that end a text; chat models have several.
       mask_id: MASK.
     """
 
@@ -60,21 +58,20 @@ class Specials:
 
 @dataclasses.dataclass(frozen=True)
 class ImportReport:
-    """What became of the tensors of the files and of the arrays of the network.
+    """Which tensors became which parameters, and what was left out.
 
     Attributes:
-      mapped: (array, tensor) for each array that was read; `{i}` stands for the layers.
-      ignored: tensors that carry nothing of their own.
-      missing: arrays without a tensor, which were initialised afresh because that was asked for.
-      parameters: number of parameters of the network, rows that pad the vocabulary included.
-      largest_array: bytes of the largest array.
-      peak_host: most bytes that the reader held on the host at a time.
+      mapped: (parameter, tensor) for each parameter that was read; `{i}` is the number of the layer.
+      ignored: tensors that were not read: copies, buffers, and tensors that the index of the shards does not list.
+      missing: parameters without a tensor, which were initialised because `fresh_missing` was set.
+      parameters: number of parameters of the network, padding rows of the vocabulary included.
+      largest_array: size of the largest parameter array in bytes.
+      peak_host: largest number of bytes that the reader held on the host at one time.
       seconds: time that reading took.
-      unread_fields: fields of config.json of which nothing is known here; the classes that they belong to may compute
-        something else with them.
-      notes: what else the user should know of how the files were read.
+      unread_fields: keys of config.json that are unknown here; the model's own class may use them.
+      notes: further remarks for the user on how the files were read.
       unread_files: files with tensors in the folder that are not part of the checkpoint.
-      adapter: what was merged into the weights, in words; "" = nothing.
+      adapter: description of the adapter that was merged into the weights; "" = none.
       adapted: tensors that the adapter changed.
     """
 
@@ -101,10 +98,10 @@ class Imported:
       architecture: the network.
       params: its parameters.
       specials: its special tokens.
-      causal: whether it was trained from left to right.
-      report: what became of the tensors.
-      config: the contents of its config.json, or what the metadata of a GGUF file amount to.
-      diffusion: what a diffusion model was trained as; None for all others.
+      causal: whether it was trained autoregressively.
+      report: which tensors became which parameters.
+      config: the contents of config.json, or its equivalent made from the metadata of a GGUF file.
+      diffusion: how a diffusion model was trained; None for all others.
       gguf: the GGUF file that it was read from, or None.
     """
 
@@ -114,7 +111,7 @@ class Imported:
     specials: Specials
     causal: bool
     report: ImportReport
-    config: Mapping[str, Any]
+    config: JsonObject
     diffusion: TrainedAs | None = None
     gguf: GgufFile | None = None
 
@@ -133,21 +130,21 @@ def load(
 
     Args:
       path: a folder with config.json and model.safetensors, pytorch_model.bin, or shards of either with their index;
-        a GGUF file; or a folder of T5X, such as checkpoint_1000000.
+        a GGUF file; or a T5X checkpoint, such as checkpoint_1000000.
       param_dtype: dtype of the parameters, "float32" or "bfloat16".
       dtype: dtype of the computation.
-      mesh: devices to lay the parameters out on; None = the first device.
-      rules: how they are split over the mesh; None = the default rules.
-      fresh_missing: initialises the arrays that the files lack (the head of an encoder without its language model,
-        say) instead of refusing the checkpoint.
-      layout: name of the family, where the files do not tell it from others (DiffuLLaMA's are LLaMA's); None = look.
+      mesh: devices to shard the parameters over; None = the first device only.
+      rules: logical axis rules of the sharding; None = the default rules.
+      fresh_missing: initialises parameters that the files lack (the head of an encoder that was saved without it, say)
+        instead of raising.
+      layout: name of the family, where the files do not show it (DiffuLLaMA has LLaMA's files); None = identify it.
 
     Raises:
-      ConfigError: the checkpoint is of an unknown family, is incomplete, or has tensors that have no place.
+      ConfigError: the family is unknown, the checkpoint is incomplete, or it has tensors that the family does not have.
     """
     start = time.perf_counter()
     source = _source(path)
-    # Everything that the files say is checked before the first tensor is read.
+    # Errors of config.json and of the list of tensors come first: reading the weights can take minutes.
     read = describe(source, layout=layout, param_dtype=param_dtype, dtype=dtype)
     architecture, checkpoint = network_of(read.spec), read.checkpoint
     plan = plan_weights(read.family, architecture, checkpoint, fresh_missing=fresh_missing)
@@ -155,8 +152,11 @@ def load(
     params = read_params(plan, architecture, checkpoint, mesh, rules, meter)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
     report = ImportReport(
-        mapped=tuple((name, checkpoint.called(weight.theirs)) for name, weight in plan.weights.items()),
-        ignored=(*map(checkpoint.called, plan.ignored), *(f"{name} of {file}" for name, file in checkpoint.unindexed)),
+        mapped=tuple((name, checkpoint.name_in_file(weight.tensor)) for name, weight in plan.weights.items()),
+        ignored=(
+            *map(checkpoint.name_in_file, plan.ignored),
+            *(f"{name} of {file}" for name, file in checkpoint.unindexed),
+        ),
         missing=plan.missing,
         parameters=architecture.count_parameters()["total"],
         largest_array=max(sizes),
@@ -183,17 +183,17 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What the files of a checkpoint say, all of it checked, before a tensor is read.
+    """Everything that is known of a checkpoint before its tensors are read.
 
     Attributes:
-      family: whose checkpoint it is.
+      family: the family of the checkpoint.
       config: the contents of its config.json.
       checkpoint: the tensors.
-      spec: the network.
+      spec: the shape of the network.
       specials: its special tokens.
-      trained: what a diffusion model was trained as; None for all others.
-      unread: fields of config.json of which nothing is known.
-      adapter: what is merged into the tensors as they are read, or None.
+      trained: how a diffusion model was trained; None for all others.
+      unread: keys of config.json that are unknown here.
+      adapter: the adapter that is merged into the tensors as they are read, or None.
     """
 
     family: Family
@@ -207,7 +207,7 @@ class Described:
 
 
 def describe(source: Path, *, layout: str | None = None, **dtypes: str) -> Described:
-    """Reads all that the files say but the weights.
+    """Reads and checks everything but the values of the tensors.
 
     Args:
       source: the folder or the GGUF file.
@@ -218,42 +218,42 @@ def describe(source: Path, *, layout: str | None = None, **dtypes: str) -> Descr
       ConfigError: as `load`.
     """
     family, config, checkpoint = _open(source, layout)
-    spec = TransformerSpec(**(family.spec(config) | dtypes | _rows(family, checkpoint)))
+    spec = TransformerSpec(**(family.read_config(config) | dtypes | _vocab_size(family, checkpoint)))
     specials = find_specials(config.values, _json(source / GENERATION_CONFIG, optional=True), spec.vocab_size)
     if source.is_dir():
-        copied_files(source)  # a link that leads out of the folder is an error
+        copied_files(source)  # raises for a tokenizer file that is a link out of the folder
     adapter = None
     if source.is_dir() and family is not T5X:
         adapter = checkpoint.edits = read_adapter(source, family, checkpoint, tied=spec.tied_embeddings)
     trained = None
     if family.diffusion is not None:
-        named = specials.mask_id, GENERATION_CONFIG
+        other_mask = specials.mask_id, GENERATION_CONFIG
         if specials.mask_id is None:
-            named = mask_of_tokenizer(source), "tokenizer"
-        trained = trained_as(family.diffusion, config, spec.vocab_size, named)
+            other_mask = mask_of_tokenizer(source), "tokenizer"
+        trained = trained_as(family.diffusion, config, spec.vocab_size, other_mask)
         specials = dataclasses.replace(specials, mask_id=trained.mask_id)
-    return Described(family, config, checkpoint, spec, specials, trained, unread_fields(config, family.name), adapter)
+    return Described(family, config, checkpoint, spec, specials, trained, unread_keys(config, family), adapter)
 
 
-def _rows(family: Family, checkpoint: Checkpoint) -> dict[str, int]:
-    """Returns the size of the vocabulary where the tensors and not config.json say it."""
-    if family.rows is None or family.rows not in checkpoint.files:
+def _vocab_size(family: Family, checkpoint: Checkpoint) -> SpecFields:
+    """Returns `vocab_size` where the embedding tensor and not config.json gives it."""
+    if family.vocab_tensor is None or family.vocab_tensor not in checkpoint.files:
         return {}
-    return {"vocab_size": checkpoint.shape(family.rows)[0]}
+    return {"vocab_size": checkpoint.shape(family.vocab_tensor)[0]}
 
 
 def network_of(spec: TransformerSpec) -> Network:
-    """Returns the network of a shape: an encoder-decoder where it has encoder layers."""
+    """Returns the network of a spec: an encoder-decoder where it has encoder layers."""
     return EncoderDecoder(spec) if spec.encoder_layers else SingleStream(spec)
 
 
-def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any], rows: int | None = None) -> Specials:
-    """Returns the special tokens; what the generation config says comes first.
+def find_specials(config: JsonObject, generation_config: JsonObject, rows: int | None = None) -> Specials:
+    """Returns the special tokens. generation_config.json takes precedence over config.json.
 
     Args:
       config: the contents of config.json.
       generation_config: the contents of generation_config.json.
-      rows: size of the vocabulary; None = unknown.
+      rows: size of the vocabulary, which bounds the ids; None = unknown.
 
     Raises:
       ConfigError: a value is not an id of the vocabulary, or a list of them.
@@ -261,7 +261,7 @@ def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any
 
     def ids(name: str) -> tuple[int, ...]:
         found: tuple[int, ...] = ()
-        # All files are checked, also where the first one names the token: both are kept and written again.
+        # Both files are checked, also where one is not used: `export` writes their contents again.
         for file, source in ((CONFIG, config), (GENERATION_CONFIG, generation_config)):
             value = source.get(name)
             if value is not None:
@@ -275,35 +275,36 @@ def find_specials(config: Mapping[str, Any], generation_config: Mapping[str, Any
     return Specials(first("pad_token_id"), bos if start is None else start, ids("eos_token_id"), first("mask_token_id"))
 
 
-def _ids(name: str, value: Any, rows: int | None, file: str) -> tuple[int, ...]:
-    """Returns the ids of one field of a file; raises `ConfigError` where they are not tokens."""
+def _ids(name: str, value: object, rows: int | None, file: str) -> tuple[int, ...]:
+    """Returns the ids of one key of a file; raises `ConfigError` where they are not tokens."""
     if name == "pad_token_id" and value == -1 and type(value) is int:
-        return ()  # files of LLaMA 1 say so where there is no padding
+        return ()  # files of LLaMA 1 have -1 for "no padding token"
     many = value if isinstance(value, list) else [value]
-    # Only Python's own int: a bool is one too.
-    if not all(type(one) is int and one >= 0 and (rows is None or one < rows) for one in many):
-        among = "" if rows is None else f" below {rows:,}, the rows of the vocabulary"
+    # `type(...) is int`, because isinstance accepts a bool.
+    if not all(type(token) is int and token >= 0 and (rows is None or token < rows) for token in many):
+        bound = "" if rows is None else f" below the vocabulary size {rows:,}"
         raise ConfigError(
-            f"{file} says {name} = {shown(value)}, where an id{among} (or a list of ids) belongs",
+            f"{file}: {name} = {shown(value)} must be a token id{bound}, or a list of token ids",
             where=name,
-            fix="Correct the file, or remove the field.",
+            fix="Correct the file, or remove the key.",
         )
     return tuple(many)
 
 
 def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]:
-    """Returns the family, what config.json says (or a GGUF file's metadata, or the sizes of T5X), and the tensors."""
+    """Returns family, config and tensors. A GGUF file's metadata or the shapes of T5X take the place of config.json."""
     if _is_gguf(folder):
         checkpoint = Checkpoint(folder)
         assert checkpoint.gguf is not None
         config = Config(checkpoint.gguf.config, str(folder), checkpoint.files)
-        check_kinds(config)
+        check_types(config)
         return family_of(config, checkpoint.files, layout), config, checkpoint
     file = folder / CONFIG
     if not _is_t5x(folder):
         config = Config(language_model(_json(file)), str(file))
-        check_kinds(config)
-        family_of(config, layout=layout)  # before the weights, which may not be there
+        check_types(config)
+        # Once without the tensors: an unknown family is the better error where the weights are missing too.
+        family_of(config, layout=layout)
         if has_adapter(folder) and not has_weights(folder):
             raise base_is_missing(folder)
         checkpoint = Checkpoint(folder)
@@ -326,29 +327,29 @@ def _source(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if _is_gguf(folder):
         if not folder.is_file():
-            raise ConfigError(f"there is no file {folder}", where="PATH", fix="Name a GGUF file or a folder.")
+            raise ConfigError(f"there is no file {folder}", where="PATH", fix="Give a GGUF file or a folder.")
         return folder
     if (folder / CONFIG).is_file() or _is_t5x(folder):
         return folder
     if has_adapter(folder):
         raise base_is_missing(folder)
-    kind, inside = "checkpoints of T5X", sorted(index.parent.name for index in folder.glob(f"checkpoint_*/{INDEX}"))
+    kind, inside = "T5X checkpoints", sorted(index.parent.name for index in folder.glob(f"checkpoint_*/{INDEX}"))
     if not inside:
         kind, inside = "GGUF files", sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
     raise ConfigError(
         f"there is no {CONFIG} in {folder}" + (f", but {kind}: {', '.join(inside)}" if inside else ""),
         where="PATH",
-        fix="Name one of them."
+        fix="Give the path of one of them."
         if inside
-        else "Name a folder with a downloaded checkpoint, such as `hf download NAME --local-dir FOLDER` makes.",
+        else "Give a folder with a downloaded checkpoint, such as `hf download NAME --local-dir FOLDER` makes.",
     )
 
 
-def _json(file: Path, optional: bool = False) -> dict[str, Any]:
+def _json(file: Path, optional: bool = False) -> JsonObject:
     if optional and not file.is_file():
         return {}
     try:
-        # A byte order mark is not text. NaN and infinity are not JSON, though Python reads and writes them.
+        # Some editors write a byte order mark. Python reads NaN and Infinity, which are not JSON.
         values = json.loads(read_text(file).removeprefix("\ufeff"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file.name} is not JSON: {error}", where=str(file), fix="Download it again.") from error
@@ -358,4 +359,4 @@ def _json(file: Path, optional: bool = False) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

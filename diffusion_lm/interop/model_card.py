@@ -1,17 +1,16 @@
-"""The README.md of an exported checkpoint: what it is, what it was made of, how it is decoded, what is not known.
+"""Writes the model card (README.md) of an exported checkpoint.
 
-Everything in it comes from the run folder: `run_card.json`, `metrics.jsonl` and, of an imported checkpoint,
-`import.json`.
+Its contents come from the run directory: `run_card.json`, `metrics.jsonl` and, for an imported checkpoint,
+`import.json`. What these files do not state is marked as unknown.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
 
 from diffusion_lm.core.gin_text import one_line
 from diffusion_lm.interop.diffusion import TrainedAs
-from diffusion_lm.interop.name_maps.family import Family
+from diffusion_lm.interop.name_maps.family import Family, JsonObject
 from diffusion_lm.training.card import installed_versions
 
 MODEL_CARD = "README.md"
@@ -19,30 +18,30 @@ MODEL_CARD = "README.md"
 _BOUNDS = {
     "exact": "the negative log-likelihood itself",
     "nelbo": "an upper bound of the negative log-likelihood",
-    "pseudo": "a training loss, which bounds no likelihood",
+    "pseudo": "a training loss, which is not a bound of a likelihood",
 }
-# Folders of one machine, and what a section of its own says.
+# Fields that are not printed: paths of one machine, and facts with a section of their own.
 _LEFT_OUT = ("root", "class", "manifests", "path")
 
 
 @dataclasses.dataclass(frozen=True)
 class CardFacts:
-    """What a model card is made of.
+    """The contents of a model card.
 
     Attributes:
-      name: its title, normally the folder's name.
-      parameters: number of parameters, rows that pad the vocabulary included.
+      name: its title, normally the name of the folder.
+      parameters: number of parameters, padding rows of the vocabulary included.
       family: the layout that was written.
-      model_type: as config.json says.
-      step: of the checkpoint.
+      model_type: as in config.json.
+      step: step of the checkpoint.
       card: contents of run_card.json; {} where there is none.
-      rows: of metrics.jsonl.
-      trained: what a diffusion model was trained as; None for all others.
+      rows: rows of metrics.jsonl.
+      trained: how a diffusion model was trained; None for all others.
       sampler: the sampler of the run as plain data, or None.
       imported: contents of import.json, or None.
-      files: names of the tokenizer's files that were written.
-      lineage: what the parameters began as, the first one first, in words.
-      bound_kind: what the objective's evaluation is ("exact", "nelbo", "pseudo"), or "".
+      files: names of the tokenizer files that were written.
+      lineage: the checkpoints that the parameters were initialised from, the first one first, in words.
+      bound_kind: kind of the objective's evaluation ("exact", "nelbo", "pseudo"), or "".
     """
 
     name: str
@@ -50,32 +49,32 @@ class CardFacts:
     family: Family
     model_type: str
     step: int
-    card: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]] = ()
+    card: JsonObject
+    rows: Sequence[JsonObject] = ()
     trained: TrainedAs | None = None
-    sampler: Mapping[str, Any] | None = None
-    imported: Mapping[str, Any] | None = None
+    sampler: JsonObject | None = None
+    imported: JsonObject | None = None
     files: tuple[str, ...] = ()
     lineage: tuple[str, ...] = ()
     bound_kind: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
-    """Returns the text of README.md; its first lines are the metadata that model hubs read."""
+    """Returns the text of README.md. It starts with the metadata that model hubs read."""
     kind = "diffusion language model" if facts.trained else "language model"
     tags = ["diffusion-lm", facts.family.name, *(["text-diffusion"] if facts.trained else [])]
     metadata = ["---", "license: unknown", "library_name: diffusion_lm", "tags:", *(f"- {tag}" for tag in tags), "---"]
     what = f"A {kind} of {facts.parameters:,} parameters in the layout `{facts.family.name}` ({facts.family.source})."
     sections = {
-        "Where it comes from": _origin(facts),
+        "Origin": _origin(facts),
         "Data": _data(facts),
         "Objective": _objective(facts),
-        "Measured": _measured(facts),
+        "Evaluation": _evaluation(facts),
         "Decoding": _decoding(facts),
-        "Reading it": _reading(facts),
+        "Loading": _loading(facts),
         "Licence": [
-            "Unknown: nothing in the run folder states one. The licences of the data and of whatever the weights were "
-            "initialised from apply; state yours before you pass this on."
+            "Unknown: the run directory does not state one. The licences of the data and of the checkpoints that the "
+            "weights were initialised from apply; state yours before you distribute this model."
         ],
         "Versions": _versions(facts),
     }
@@ -93,11 +92,11 @@ def _origin(facts: CardFacts) -> list[str]:
         return lines + ([f"An adapter was merged into the weights: {one_line(adapter)}."] if adapter else [])
     identity = _identity(facts)
     if not identity:
-        return ["The run folder has no run_card.json, so that nothing is known of the training."]
-    before = ", then ".join(facts.lineage)
-    started = f"from the parameters of {before}" if before else "from a fresh initialisation"
+        return ["Unknown: the run directory has no run_card.json."]
+    ancestors = ", then ".join(facts.lineage)
+    started = f"from the parameters of {ancestors}" if ancestors else "from random initialisation"
     lines = [
-        f"Trained {started}; this is the checkpoint of step {facts.step:,}, {identity.get('batch_size')} rows a step."
+        f"Trained {started}; this is the checkpoint of step {facts.step:,}, batch size {identity.get('batch_size')}."
     ]
     average = identity.get("ema_decay")
     if average is not None:
@@ -108,15 +107,15 @@ def _origin(facts: CardFacts) -> list[str]:
 def _data(facts: CardFacts) -> list[str]:
     manifests = _identity(facts).get("manifests") or []
     if not manifests:
-        return ["Not known here." if facts.imported else "The run card names none."]
+        return ["Unknown." if facts.imported else "The run card names none."]
     lines = [
         f"- `{one['task']}`, split {one['split']}: {one['count']:,} examples, {one['target_tokens']:,} target tokens"
         for one in manifests
     ]
     hashes = sorted({one["vocabulary_sha256"] for one in manifests})
     window = ((_identity(facts).get("data") or {}).get("converter") or {}).get("target_window")
-    told = [f"Vocabulary: SHA-256 {', '.join(hashes)}."]
-    return [*lines, "", *told, *([] if window is None else ["", *_fields("target window", window)])]
+    vocabulary = f"Vocabulary: SHA-256 {', '.join(hashes)}."
+    return [*lines, "", vocabulary, *([] if window is None else ["", *_fields("target window", window)])]
 
 
 def _objective(facts: CardFacts) -> list[str]:
@@ -134,21 +133,21 @@ def _objective(facts: CardFacts) -> list[str]:
     if facts.trained is not None and facts.trained.objective:
         return [
             *lines,
-            f"Such checkpoints are trained by `gin/objectives/{facts.trained.objective}.gin` of diffusion_lm.",
+            f"The objective of this family is `gin/objectives/{facts.trained.objective}.gin` of diffusion_lm.",
         ]
-    return lines or ["Not known here."]
+    return lines or ["Unknown."]
 
 
-def _measured(facts: CardFacts) -> list[str]:
-    found: dict[str, Any] = {}
+def _evaluation(facts: CardFacts) -> list[str]:
+    found: dict[str, tuple[object, int]] = {}
     for row in facts.rows:
         if row.get("kind") == "evaluation" and row["step"] <= facts.step:
             found |= {key: (value, row["step"]) for key, value in row.items() if key not in ("step", "kind", "timing")}
     if not found:
-        return ["Nothing: the run has no evaluations."]
-    bound = f"What the objective evaluates to is {_BOUNDS[facts.bound_kind]} ({facts.bound_kind}), in nats a token."
+        return ["No evaluations in the run directory."]
+    bound = f"The objective's evaluation is {_BOUNDS[facts.bound_kind]} ({facts.bound_kind}), in nats per token."
     lines = [bound, ""] if facts.bound_kind else []
-    lines += ["| measure | value | step |", "|---|---|---|"]
+    lines += ["| metric | value | step |", "|---|---|---|"]
     for key, (value, step) in found.items():
         shown = f"{value:.5g}" if isinstance(value, int | float) else str(value)
         lines.append(f"| {key} | {shown} | {step:,} |")
@@ -161,28 +160,30 @@ def _decoding(facts: CardFacts) -> list[str]:
     published = facts.family.diffusion
     if facts.trained is not None and published is not None:
         file = f"gin/samplers/{published.sampler}.gin"
-        return [f"The run names no sampler; `{file}` of diffusion_lm fits, with this MASK."]
-    return ["The run names no sampler."]
+        return [f"The run has no sampler. Use `{file}` of diffusion_lm with this MASK."]
+    return ["The run has no sampler."]
 
 
-def _reading(facts: CardFacts) -> list[str]:
-    lines = [f"`config.json` says `model_type = {facts.model_type!r}`; the weights are safetensors."]
+def _loading(facts: CardFacts) -> list[str]:
+    lines = [f"`config.json` has `model_type = {facts.model_type!r}`; the weights are safetensors files."]
     code = facts.family.diffusion and facts.family.diffusion.code
     if code:
         lines.append(
-            f"transformers has no class for it and no code lies here (`auto_map` is left out on purpose). Its class is "
-            f"published in {code}; inference engines that know the layout read these files as they are."
+            "transformers has no class for it, and this folder contains no code (`auto_map` is left out on purpose). "
+            f"The class is published in {code}. Inference engines that support the layout read these files as they are."
         )
     elif facts.trained is not None:
-        lines.append("Its causal class reads the weights, but as a left-to-right model: replace the attention mask.")
+        lines.append("The class of transformers reads the weights, but with a causal mask: replace the attention mask.")
     lines.append("With diffusion_lm: `diffusion-lm import FOLDER --workdir RUN`.")
     tokenizer = ", ".join(f"`{name}`" for name in facts.files)
-    lines.append(f"Tokenizer: {tokenizer}." if tokenizer else "No tokenizer was written: use that of the original.")
+    lines.append(
+        f"Tokenizer: {tokenizer}." if tokenizer else "No tokenizer was written: use that of the original model."
+    )
     return lines
 
 
 def _versions(facts: CardFacts) -> list[str]:
-    def listed(versions: Mapping[str, Any]) -> str:
+    def listed(versions: JsonObject) -> str:
         return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
     trained = facts.card.get("versions")
@@ -190,20 +191,16 @@ def _versions(facts: CardFacts) -> list[str]:
     return ([] if not trained or facts.imported else [f"Trained with {listed(trained)}.", ""]) + [written]
 
 
-def _identity(facts: CardFacts) -> Mapping[str, Any]:
+def _identity(facts: CardFacts) -> JsonObject:
     return {} if facts.imported is not None else facts.card.get("identity", {})
 
 
-def _last(path: Any) -> str:
-    return Path(str(path)).name
-
-
-def _fields(title: str, value: Any) -> list[str]:
-    """Returns a configured object as a line: its class and fields, nested ones in brackets."""
+def _fields(title: str, value: object) -> list[str]:
+    """Returns one line about a configured object: its class and fields, nested objects in brackets."""
     return [f"{title.capitalize()}: `{_shown(value)}`"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, Mapping):
         name = str(value.get("class", "")).rsplit(".", 1)[-1]
         inside = (f"{key}={_shown(item)}" for key, item in value.items() if key not in _LEFT_OUT and item is not None)
@@ -211,5 +208,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
     if isinstance(value, str) and value.startswith("/"):
-        return repr(_last(value))
+        return repr(Path(value).name)  # a path of this machine
     return repr(value)

@@ -1,11 +1,12 @@
-"""From a plan to parameters on the devices, with no more of them on the host than one layer of an array at a time.
+"""Reads parameters onto the devices while holding little of them on the host.
 
-An array of ours holds all layers, a tensor of a file one. A small array is put together on the host; a large one is
-made on the devices as zeros, and its layers are written into it there, one by one.
+Our parameters stack all layers in one array, [layers, ...]; the files have one tensor per layer. A small array is
+filled on the host and sent. A large one is created as zeros on the devices, and its layers are sent and written into it
+one by one, so the host holds one layer at a time.
 """
 
 import functools
-from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -33,12 +34,12 @@ def read_params(
     """Returns the parameters.
 
     Args:
-      plan: which tensors make which array.
-      architecture: whose parameters they are.
+      plan: the tensors of each parameter.
+      architecture: the network.
       checkpoint: the tensors.
-      mesh: devices to lay them out on; None = the first device.
-      rules: how they are split over the mesh; None = the default rules.
-      meter: counts what is held on the host meanwhile.
+      mesh: devices to shard the parameters over; None = the first device only.
+      rules: logical axis rules of the sharding; None = the default rules.
+      meter: counts the bytes that are held on the host.
     """
     abstract = architecture.abstract_params()
     if mesh is None:
@@ -71,7 +72,7 @@ def _layer_by_layer(
     checkpoint: Checkpoint,
     meter: Meter,
 ) -> jax.Array:
-    """Returns a stacked array whose layers were read, sent and written one after the other."""
+    """Returns a stacked array whose layers are read, sent and written one after the other."""
     of_layer = _without_layers(sharding)
     array = jax.jit(lambda: jax.numpy.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
     write = _writer(sharding)
@@ -79,45 +80,51 @@ def _layer_by_layer(
         with meter.holding(leaf.size // leaf.shape[0] * leaf.dtype.itemsize):
             buffer = np.zeros(leaf.shape[1:], leaf.dtype)
             read_layer(buffer, weight, layer, architecture.spec, checkpoint, meter)
-            # The buffer may be what the device reads from, so it is kept until the layer is written.
+            # The transfer is asynchronous and may read from the buffer, so wait before the buffer is freed.
             array = jax.block_until_ready(write(array, _placed(buffer, of_layer), layer))
     return array
 
 
+class _WriteLayer(Protocol):
+    def __call__(self, array: jax.Array, part: jax.Array, layer: int) -> jax.Array: ...
+
+
 @functools.cache
-def _writer(sharding: jax.sharding.Sharding) -> Any:
-    """Returns the program that writes a layer into its array in place."""
+def _writer(sharding: jax.sharding.Sharding) -> _WriteLayer:
+    """Returns the compiled function that writes a layer into its array."""
 
     def write(array: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(array, part, layer, axis=0)
 
+    # Donation makes the update in place; without it the devices would hold the array twice.
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
 def _placed(buffer: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns a buffer on the devices, one shard after the other; on CPU the array may be the buffer itself."""
+    """Returns the buffer as an array on the devices; on CPU the array may share the buffer's memory."""
     return jax.block_until_ready(jax.make_array_from_callback(buffer.shape, sharding, lambda index: buffer[index]))
 
 
 def _whole_layers(sharding: jax.sharding.Sharding) -> bool:
-    """Returns whether every device has its part of every layer."""
+    """Returns whether the axis of layers is not sharded, so that a layer can be written on its own."""
     return not isinstance(sharding, jax.sharding.NamedSharding) or not any(sharding.spec[:1])
 
 
 def _without_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """Returns the sharding of one layer of an array that is sharded like this."""
+    """Returns the sharding of one layer of a stacked array with this sharding."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return sharding
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
 
 
 def _fresh(architecture: SingleStream | EncoderDecoder, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns one array of `init`; the compiled program computes no other."""
+    """Returns one parameter of `init`; XLA removes the computation of all others."""
 
     def pick(key: jax.Array) -> jax.Array:
-        tree: Any = architecture.init(key)
-        for part in name.split("/"):
-            tree = tree[part]
-        return tree
+        params = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(architecture.init(key))
+        }
+        return params[name]
 
     return jax.jit(pick, out_shardings=sharding)(jax.random.key(0))

@@ -1,12 +1,12 @@
-"""An imported checkpoint as a run folder: what `TrainRun.initial`, `Stage.initial`, `decode` and `evaluate` read.
+"""Writes an imported checkpoint as a run directory, for `TrainRun.initial`, `Stage.initial`, `decode` and `evaluate`.
 
 WORKDIR/checkpoints/0   the parameters
 WORKDIR/model.gin       the network, to be included
-WORKDIR/objective.gin   of a diffusion model: the objective that such a model is trained by, to be included behind it
-WORKDIR/sampler.gin     of a diffusion model: the sampler, for `decode --sampler`
-WORKDIR/tokenizer/      its tokenizer files, where it has some; of a GGUF file, what its metadata amount to
-WORKDIR/import.json     where it came from, what became of each tensor, special tokens, config.json
-WORKDIR/run_card.json   says that the folder is taken
+WORKDIR/objective.gin   diffusion models only: the objective to continue training with, to be included after model.gin
+WORKDIR/sampler.gin     diffusion models only: the sampler, for `decode --sampler`
+WORKDIR/tokenizer/      the tokenizer files, if there are any; of a GGUF file, written from its metadata
+WORKDIR/import.json     the source, the tensor of each parameter, special tokens, config.json
+WORKDIR/run_card.json   marks the directory as used
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -28,81 +27,82 @@ from diffusion_lm.interop.tokenizer_folder import TOKENIZER, copied_files, read_
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.training.card import claim_folder, plain
 from diffusion_lm.training.checkpoint import save_params
+from diffusion_lm.training.imported import IMPORT_CARD
 
 MODEL_GIN, OBJECTIVE_GIN, SAMPLER_GIN = "model.gin", "objective.gin", "sampler.gin"
-IMPORT_CARD = "import.json"
 
 
 def check_free(workdir: Path) -> None:
-    """Raises `ConfigError` where `workdir` is there and not empty."""
+    """Raises `ConfigError` where `workdir` is a bucket, or exists and is not empty."""
     require(
         not is_bucket(workdir),
-        f"an import is written to a folder and not to a bucket ({workdir})",
+        f"{workdir} is a bucket, and an import is written to a local folder",
         where="--workdir",
-        fix="Import to a folder and copy that: gcloud storage cp --recursive FOLDER gs://BUCKET/...",
+        fix="Import to a folder and copy it: gcloud storage cp --recursive FOLDER gs://BUCKET/...",
     )
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(
-            f"{workdir} is there already",
+            f"{workdir} already exists and is not empty",
             where="--workdir",
-            fix="Name a new folder; an imported checkpoint is never written over another run.",
+            fix="Give a new folder; an import never overwrites a run.",
         )
 
 
 def write_run_folder(imported: Imported, source: Path, workdir: Path) -> None:
-    """Writes the folder, whole or not at all: under a name beside it, and then renamed.
+    """Writes the run directory under a temporary name and renames it when it is complete.
 
     Args:
       imported: the checkpoint.
-      source: where it was read from.
-      workdir: the folder to be; absent or empty.
+      source: path that it was read from.
+      workdir: the directory to write; absent or empty.
 
     Raises:
-      ConfigError: the folder is taken.
+      ConfigError: the directory is not empty.
     """
     check_free(workdir)
     workdir = workdir.absolute()
-    beside = workdir.with_name(f".{workdir.name}.importing")
+    temporary = workdir.with_name(f".{workdir.name}.importing")
+    # All processes write their shards of the parameters; the first one writes the other files.
     primary = jax.process_index() == 0
     if primary:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_params(beside, imported.params)
+        save_params(temporary, imported.params)
         if primary:
             spec = imported.architecture.spec
             facts = _facts(imported, source)
-            write_text(beside / MODEL_GIN, model_gin(imported, source))
+            write_text(temporary / MODEL_GIN, model_gin(imported, source))
             for name, text in _diffusion_files(imported, source).items():
-                write_text(beside / name, text)
+                write_text(temporary / name, text)
             for file in copied_files(source):
-                (beside / TOKENIZER).mkdir(exist_ok=True)
-                shutil.copyfile(file, beside / TOKENIZER / file.name)
-            write_json(beside / IMPORT_CARD, facts)
+                (temporary / TOKENIZER).mkdir(exist_ok=True)
+                shutil.copyfile(file, temporary / TOKENIZER / file.name)
+            write_json(temporary / IMPORT_CARD, facts)
             if imported.gguf is not None:
-                _write_tokenizer(beside / TOKENIZER, tokenizer_files(imported.gguf.values)[0])
-            claim_folder(beside, {"class": "imported checkpoint", "spec": plain(spec), "source": facts["source"]})
+                _write_tokenizer(temporary / TOKENIZER, tokenizer_files(imported.gguf.values)[0])
+            claim_folder(temporary, {"class": "imported checkpoint", "spec": plain(spec), "source": facts["source"]})
             if workdir.exists():
                 workdir.rmdir()
-            os.replace(beside, workdir)
+            os.replace(temporary, workdir)
     except BaseException:
         if primary:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def model_gin(imported: Imported, source: Path) -> str:
-    """Returns the gin file of the network: every field of its spec, so that nothing of earlier files is left."""
+    """Returns model.gin: every field of the spec, so that no binding of a file that was included before remains."""
     spec, specials = imported.architecture.spec, imported.specials
     kind = type(imported.architecture)
     network = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
-    known = [f"{name} {value}" for name, value in dataclasses.asdict(specials).items() if value not in (None, ())]
+    named = [f"{name} {value}" for name, value in dataclasses.asdict(specials).items() if value not in (None, ())]
     scaling = spec.rope_scaling
     text = GinText()
-    # The folder's name and the ids are a stranger's text; `GinText` escapes what would end the comment.
+    # The folder's name and the ids may be hostile text; `GinText` escapes what would end the comment.
     text.comment(
         f"{source.name!r}: a checkpoint of the family {imported.family}, {imported.report.parameters:,} parameters."
     )
-    text.comment(f"Its special tokens: {', '.join(known) if known else 'none are named'}.")
+    text.comment(f"Its special tokens: {', '.join(named) if named else 'none are named'}.")
     text.imports(kind.__module__).imports(*(["diffusion_lm.nn.rope"] if scaling else []), "diffusion_lm.nn.transformer")
     text.blank().bind("MODEL", Built(network)).bind("VOCAB_SIZE", spec.vocab_size)
     text.bind(f"{network}.spec", Built("transformer.TransformerSpec")).blank()
@@ -114,7 +114,7 @@ def model_gin(imported: Imported, source: Path) -> str:
 
 
 def _diffusion_files(imported: Imported, source: Path) -> dict[str, str]:
-    """Returns the gin files of a diffusion model's objective and sampler; none where nothing names MASK."""
+    """Returns objective.gin and sampler.gin of a diffusion model; {} where MASK is unknown."""
     trained, specials = imported.diffusion, imported.specials
     if trained is None or trained.mask_id is None:
         return {}
@@ -132,7 +132,7 @@ def _write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _bindings(spec: TransformerSpec) -> dict[str, Value]:
-    """Returns every field of a spec as a value of gin."""
+    """Returns the gin value of every field of a spec."""
     found: dict[str, Value] = {}
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
@@ -145,9 +145,9 @@ def _bindings(spec: TransformerSpec) -> dict[str, Value]:
     return found
 
 
-def _facts(imported: Imported, source: Path) -> dict[str, Any]:
+def _facts(imported: Imported, source: Path) -> dict[str, object]:
     return {
-        # Names that are not UTF-8 have characters that no file can hold.
+        # A file name that is not UTF-8 has surrogates in Python, which cannot be written.
         "source": str(source.absolute()).encode("utf-8", "backslashreplace").decode(),
         "family": imported.family,
         "specials": dataclasses.asdict(imported.specials),

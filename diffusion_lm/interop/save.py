@@ -1,4 +1,4 @@
-"""A network of ours as a checkpoint of the Hugging Face ecosystem: the tables of `name_maps`, read backwards."""
+"""Writes a network as a Hugging Face checkpoint, by the same tables of `name_maps` that `load` reads with."""
 
 import json
 import os
@@ -15,16 +15,16 @@ from diffusion_lm.core.errors import ConfigError, near_names
 from diffusion_lm.core.files import write_json
 from diffusion_lm.core.types import Params
 from diffusion_lm.interop.name_maps import FAMILIES, HINT
-from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family, Weight
+from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family, JsonObject, Weight
 from diffusion_lm.nn.transformer import TransformerSpec
 
 SHARD_BYTES = 5 * 10**9
-"""Most bytes of one file, as transformers cuts them."""
+"""Largest size of one file in bytes, as in transformers."""
 
 _REFERENCES = ("auto_map", "_name_or_path", "transformers_version", "quantization_config")
-"""What a config.json says about files and versions that are not those of an export; `auto_map` names code to run."""
+"""Keys of an imported config.json that do not apply to an export: `auto_map` names code that is not written."""
 
-# What a config.json says nothing about: how the network is run, initialised and stored here.
+# Fields of `TransformerSpec` that config.json does not have: how the network is run, initialised and stored here.
 _OURS = (
     *("dtype", "param_dtype", "dropout_rate", "vocab_multiple", "scan_layers", "remat", "logits_chunk", "attention"),
     *("embedding_std", "attention_dropout_rate"),
@@ -37,77 +37,78 @@ def save(
     params: Params,
     *,
     family: str | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: JsonObject | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-    trained_as: Mapping[str, Any] | None = None,
+    trained_as: Mapping[str, object] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> str:
     """Writes config.json and safetensors files that `transformers` reads.
 
     Args:
-      folder: where to; absent or empty. It appears whole or not at all.
+      folder: folder to write; absent or empty. It is renamed into place when it is complete.
       architecture: the network.
       params: its parameters.
-      family: a family or model type of `name_maps`; None = the first that has networks of this shape.
-      config: further contents of config.json (special tokens, say); what follows from the network comes before it.
-      dtype: of the weights in the files, "float32" or "bfloat16"; None = as they are.
-      shard_bytes: most bytes of one file.
-      trained_as: of a diffusion model: `mask_token_id`, `block_size`, and whatever else config.json shall say of it.
+      family: a family or model type of `name_maps`; None = the first family with networks of this shape.
+      config: further contents of config.json, such as special tokens. Keys that follow from the network override it.
+      dtype: dtype of the weights in the files, "float32" or "bfloat16"; None = that of `params`.
+      shard_bytes: largest size of one file in bytes.
+      trained_as: of a diffusion model: `mask_token_id`, `block_size`, and what else config.json should contain.
       files: further files of the folder, by name.
 
     Returns:
-      The model type that was written.
+      The `model_type` that was written.
 
     Raises:
-      ConfigError: no family, or not the named one, has networks of this shape, or the folder is taken.
+      ConfigError: the named family, or every family, cannot hold this network, or the folder is not empty.
     """
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already", where="--to", fix="Name a new folder.")
+        raise ConfigError(f"{folder} already exists and is not empty", where="--to", fix="Give a new folder.")
     chosen, kind = family_for(architecture.spec, family)
-    unknown = _paths(architecture.abstract_params()) - {weight.ours for weight in chosen.weights}
+    unknown = _paths(architecture.abstract_params()) - {weight.param for weight in chosen.weights}
     if unknown:
         raise ConfigError(
-            f"the family {chosen.name} has no place for {', '.join(sorted(unknown)[:3])}",
+            f"the family {chosen.name} has no tensors for {', '.join(sorted(unknown)[:3])}",
             where="--layout",
-            fix="Export the run of the network without what was built on it.",
+            fix="Export a run of the plain network, without learned schedules or other additions.",
         )
-    beside = folder.with_name(f".{folder.name}.exporting")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    # Written under another name and renamed, so that an interrupted export leaves no folder that looks complete.
+    temporary = folder.with_name(f".{folder.name}.exporting")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        _write_weights(beside, chosen, architecture.spec, params, dtype, shard_bytes)
-        write_json(beside / CONFIG, _full_config(architecture.spec, chosen, kind, config, dtype, trained_as))
+        _write_weights(temporary, chosen, architecture.spec, params, dtype, shard_bytes)
+        write_json(temporary / CONFIG, _full_config(architecture.spec, chosen, kind, config, dtype, trained_as))
         for name, content in (files or {}).items():
-            (beside / name).write_bytes(content)
+            (temporary / name).write_bytes(content)
         if folder.exists():
             folder.rmdir()
-        os.replace(beside, folder)
+        os.replace(temporary, folder)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return kind
 
 
 def differences(spec: TransformerSpec, family: Family) -> list[str]:
-    """Returns the fields in which a network differs from what its config.json of this family would be read as."""
+    """Returns the fields that a round trip through this family's config.json would change, in words."""
     try:
-        read = TransformerSpec(**family.spec(Config(family.config(spec))))
+        read = TransformerSpec(**family.read_config(Config(family.write_config(spec))))
     except (ConfigError, KeyError) as error:
         return [str(error)]
     found = []
     for name in TransformerSpec.__dataclass_fields__:
         if name in _OURS:
             continue
-        ours, theirs = _meaning(spec, name), _meaning(read, name)
+        ours, theirs = _canonical(spec, name), _canonical(read, name)
         if ours != theirs:
             found.append(f"{name} = {ours!r}, not {theirs!r}")
     return found
 
 
-def _meaning(spec: TransformerSpec, name: str) -> Any:
-    """Returns what a field amounts to, for fields that several values of mean the same."""
+def _canonical(spec: TransformerSpec, name: str) -> object:
+    """Returns a value that is equal for equal networks: several values of some fields describe the same network."""
     match name:
         case "num_kv_heads":
             return spec.kv_heads
@@ -146,7 +147,7 @@ def family_for(spec: TransformerSpec, name: str | None) -> tuple[Family, str]:
 
     Args:
       spec: the network's shape.
-      name: a family or a model type; None = the first family of autoregressive models or encoders with this shape.
+      name: a family or a model type; None = the first family that is not a diffusion model and has this shape.
 
     Raises:
       ConfigError: as `save`.
@@ -163,7 +164,7 @@ def family_for(spec: TransformerSpec, name: str | None) -> tuple[Family, str]:
             raise ConfigError(
                 f"no family has networks of this shape ({tried})",
                 where="--layout",
-                fix="Only networks of a shape that transformers knows can be exported.",
+                fix="Only networks that a class of transformers can compute can be exported.",
             )
         return fitting, fitting.model_types[0]
     if name not in kinds:
@@ -176,9 +177,9 @@ def family_for(spec: TransformerSpec, name: str | None) -> tuple[Family, str]:
     found = differences(spec, family)
     if found:
         raise ConfigError(
-            f"this network is none of the family {family.name}: {'; '.join(found)}",
+            f"the family {family.name} does not have this network: {'; '.join(found)}",
             where="--layout",
-            fix="Leave the family out to have one looked for.",
+            fix="Leave it out, and the first family with this shape is used.",
         )
     return family, name if name in family.model_types else family.model_types[0]
 
@@ -187,25 +188,26 @@ def _full_config(
     spec: TransformerSpec,
     family: Family,
     kind: str,
-    config: Mapping[str, Any] | None,
+    config: JsonObject | None,
     dtype: str | None,
-    trained_as: Mapping[str, Any] | None,
+    trained_as: Mapping[str, object] | None,
 ) -> dict[str, Any]:
     stored = dtype or spec.param_dtype
     names = [name for name in family.architectures if "For" in name or "LMHead" in name] or [*family.architectures]
     heads = dict(zip(family.model_types, names, strict=False))
     own = {"model_type": kind, "architectures": [heads.get(kind, names[0])], "torch_dtype": stored, "dtype": stored}
     given = {name: value for name, value in (config or {}).items() if name not in (*_REFERENCES, HINT)}
-    told: dict[str, Any] = {}
+    diffusion: dict[str, object] = {}
     if family.diffusion is not None or trained_as:
-        told[HINT] = {"layout": family.name, **(trained_as or {})}
+        diffusion[HINT] = {"layout": family.name, **(trained_as or {})}
     if family.diffusion is not None:
         if (mask := (trained_as or {}).get("mask_token_id")) is not None:
-            told["mask_token_id"] = mask
+            diffusion["mask_token_id"] = mask
         if family.diffusion.block_key is not None:
-            told[family.diffusion.block_key] = (trained_as or {}).get("block_size") or family.diffusion.block_size
-    absent = {name: None for name, token in family.special_ids if token >= spec.vocab_size}
-    return {**absent, **given, **family.config(spec), **told, **own}
+            diffusion[family.diffusion.block_key] = (trained_as or {}).get("block_size") or family.diffusion.block_size
+    absent = {name: None for name, token in family.default_token_ids if token >= spec.vocab_size}
+    # Later entries win: what follows from the network comes before what the caller gives.
+    return {**absent, **given, **family.write_config(spec), **diffusion, **own}
 
 
 def _write_weights(
@@ -246,23 +248,25 @@ def _write_weights(
 def _tensors(
     family: Family, spec: TransformerSpec, params: Params, dtype: str | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of the file; one of our arrays (or the three of one tensor) is on the host at a time."""
+    """Yields the tensors of the files. One parameter at a time is on the host, or those that one tensor joins."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    ours = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    arrays_by_path = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    # Parameters that one tensor joins (queries, keys and values of GPT-2) are written together.
     groups: dict[str, list[Weight]] = {}
     for weight in family.weights:
-        if weight.applies(ours, spec):
-            groups.setdefault(weight.theirs, []).append(weight)
-    for theirs, group in groups.items():
-        arrays = [np.asarray(ours[weight.ours]) for weight in sorted(group, key=lambda weight: weight.part)]
+        if weight.applies(arrays_by_path, spec):
+            groups.setdefault(weight.tensor, []).append(weight)
+    for tensor_name, group in groups.items():
+        arrays = [np.asarray(arrays_by_path[weight.param]) for weight in sorted(group, key=lambda weight: weight.part)]
         if dtype is not None:
             arrays = [array.astype(jax.numpy.dtype(dtype)) for array in arrays]
-        layout, stacked = group[0].layout, group[0].stacked
-        for layer in range(group[0].first, arrays[0].shape[0]) if stacked else (None,):
+        layout, stacked = group[0].transform, group[0].stacked
+        for layer in range(group[0].first_layer, arrays[0].shape[0]) if stacked else (None,):
             slices = [array if layer is None else array[layer] for array in arrays]
             parts = [np.asarray(layout.save(one, spec)) for one in slices]
-            name = theirs if layer is None else theirs.format(i=layer)
+            name = tensor_name if layer is None else tensor_name.format(i=layer)
             yield name, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=group[0].parts_axis)
         for weight in group:
-            if weight.plus_row is not None:
-                yield weight.plus_row, np.zeros((1, arrays[0].shape[-1]), arrays[0].dtype)
+            # The row was added to the table at import, so the table that held it is written as zeros.
+            if weight.add_row is not None:
+                yield weight.add_row, np.zeros((1, arrays[0].shape[-1]), arrays[0].dtype)

@@ -1,7 +1,7 @@
-"""A checkpoint of T5X: the msgpack file `checkpoint`, and a zarr folder beside it for each array that it names.
+"""Reads T5X checkpoints: the msgpack file `checkpoint`, and next to it one zarr folder per array.
 
-Layers that were scanned lie in one array, stacked on axis 1; they are given out one by one, under the names that layers
-have in a checkpoint without scan.
+Arrays can also be in the msgpack file itself. Scanned layers are stored in one array, stacked on axis 1; they are
+presented as one tensor per layer, under the names of a checkpoint without scan.
 """
 
 import re
@@ -17,10 +17,10 @@ INDEX = "checkpoint"
 """Name of the msgpack file."""
 
 BIAS = "relpos_bias.rel_embedding"
-"""The relative bias of a stack, or behind the name of a layer, that of the layer."""
+"""Name of the relative bias, after the name of a stack (one bias for all layers) or of a layer."""
 
 SCAN_AXIS = 1
-"""Where T5X stacks the layers (`param_scan_axis`)."""
+"""Axis of the layers in a scanned array (`param_scan_axis` of T5X)."""
 
 # `layers` in t5x/examples/scalable_t5; a second `encoder` or `decoder` in Flaxformer.
 _STACKED = re.compile(r"(encoder|decoder)\.(?:layers|\1)\.(.+)")
@@ -28,19 +28,23 @@ _OWN_BIAS = re.compile(r"(encoder|decoder)\.layers_(\d+)\.(?:relpos_bias|relativ
 
 
 class T5xFile:
-    """The tensors of one T5X checkpoint, named without `target`, kernels of attention with heads and head size joined.
+    """The tensors of one T5X checkpoint; implements `tensor_files.TensorFile`.
+
+    Names have no `target.` prefix. Attention kernels have heads and head size on one axis, as in T5X; Flaxformer has
+    two.
 
     Args:
       path: the msgpack file.
 
     Raises:
-      ConfigError: the file is no index of T5X, or an array is missing.
+      ConfigError: the file is not an index of a T5X checkpoint, or an array is missing.
     """
 
     def __init__(self, path: Path):
         self._path = path
         self._leaves = dict(_flat(_target(path)))
         self._opened: dict[str, Any] = {}
+        # From the name of a tensor to (name of the stored array, layer in it or None).
         self._places: dict[str, tuple[str, int | None]] = {}
         for name in self._leaves:
             stacked = _STACKED.fullmatch(name)
@@ -73,7 +77,7 @@ class T5xFile:
         """Returns rows of a tensor."""
         place, layer = self._places[name]
         array = self._array(place)
-        # Rows of the joined axis of [H, E, D] are not rows of the stored array.
+        # Flaxformer's [H, E, D] is presented as [H * E, D], whose rows are not rows of the stored array: read it all.
         joined = len(self.shape(name)) < len(array.shape) - (layer is not None)
         part = slice(None) if joined else rows
         region: Any = (part,) if layer is None else (part, layer)
@@ -82,7 +86,7 @@ class T5xFile:
         return read[rows] if joined else read
 
     def _array(self, name: str) -> Any:
-        """Returns an array of the index, or the opened zarr folder that stands for it."""
+        """Returns an array of the index, or the opened zarr folder that the index refers to."""
         if name in self._opened:
             return self._opened[name]
         leaf = self._leaves[name]
@@ -94,13 +98,14 @@ class T5xFile:
     def _open(self, name: str, spec: dict[str, Any]) -> Any:
         import tensorstore
 
-        # Wherever it was written, the path is relative to the index; older versions of TensorStore put it outside.
+        # The path is relative to the index. Older versions of TensorStore store it outside of `kvstore`.
         store = spec["kvstore"] if isinstance(spec["kvstore"], dict) else {}
-        told = str(store.get("path") or spec.get("path") or "").rstrip("/")
-        folder = self._path.parent / told
-        if not told or Path(told).name != told or not folder.is_dir():
+        named = str(store.get("path") or spec.get("path") or "").rstrip("/")
+        folder = self._path.parent / named
+        # Only a folder next to the index is accepted: a hostile index could name any path of this machine.
+        if not named or Path(named).name != named or not folder.is_dir():
             raise ConfigError(
-                f"array {name!r} is not there: {self._path.name} says that it is the folder {told!r}",
+                f"array {name!r} is missing: {self._path.name} refers to the folder {named!r}",
                 where=str(self._path.parent),
                 fix="Download the checkpoint with all of its folders.",
             )
@@ -109,22 +114,23 @@ class T5xFile:
             return tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
         except (ValueError, OSError) as error:
             raise ConfigError(
-                f"cannot read {told}: {error}", where=str(folder), fix="Download the folder again."
+                f"cannot read {named}: {error}", where=str(folder), fix="Download the folder again."
             ) from error
 
     def _join_biases(self) -> None:
-        """Makes the relative biases of the layers the one of their stack where those of every stack are equal.
+        """Replaces the relative biases of the layers by one per stack where all layers of every stack have the same.
 
-        A T5 that was converted to scanned layers has copies; in umT5, and in whatever was trained scanned, they differ.
+        A T5 that was converted to scanned layers has one copy per layer. In umT5, and in networks that were trained
+        with scanned layers, the biases differ and stay.
         """
         found: dict[str, list[str]] = {}
         for name in list(self._places):
             own = _OWN_BIAS.fullmatch(name)
             if own:
                 stack, layer = own.groups()
-                called = f"{stack}.layers_{layer}.{BIAS}"
-                self._places[called] = self._places.pop(name)
-                found.setdefault(stack, []).append(called)
+                renamed = f"{stack}.layers_{layer}.{BIAS}"
+                self._places[renamed] = self._places.pop(name)
+                found.setdefault(stack, []).append(renamed)
         first = {stack: self.read(names[0]) for stack, names in found.items()}
         if not all(np.array_equal(self.read(name), first[stack]) for stack, names in found.items() for name in names):
             return
@@ -143,7 +149,7 @@ def _target(path: Path) -> dict[str, Any]:
         tree = serialization.msgpack_restore(path.read_bytes())["optimizer"]["target"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path.name} is no index of a T5X checkpoint: {error}", where=str(path), fix="Download the file again."
+            f"{path.name} is not an index of a T5X checkpoint: {error}", where=str(path), fix="Download the file again."
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path.name} holds no parameters", where=str(path), fix="Download the file again.")
@@ -160,7 +166,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _joined(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a kernel's shape with heads and head size on one axis, as T5X stores it and Flaxformer does not."""
+    """Returns a kernel's shape with heads and head size joined on one axis."""
     if len(shape) != 3:
         return shape
     if name.endswith(".out.kernel"):

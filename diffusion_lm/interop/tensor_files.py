@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder, whatever files they are in; read one at a time."""
+"""The tensors of a checkpoint under one interface, whatever the file format; they are read one at a time."""
 
 import json
 import struct
@@ -18,7 +18,7 @@ LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-"""The file of a checkpoint in one piece, and the index of one in several; earlier ones are preferred."""
+"""(single file, index of shards) of each format, the preferred one first."""
 
 _FLOATS = {
     "F32": np.dtype(np.float32),
@@ -27,12 +27,12 @@ _FLOATS = {
     "F64": np.dtype(np.float64),
 }
 
-
-_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+# Suffixes of files that may hold tensors.
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
 
 
 class TensorFile(Protocol):
-    """One file of tensors."""
+    """A file of named tensors."""
 
     def names(self) -> list[str]:
         """Returns the names of the tensors."""
@@ -41,25 +41,29 @@ class TensorFile(Protocol):
         """Returns the shape of a tensor."""
 
     def dtype(self, name: str) -> np.dtype | None:
-        """Returns the dtype of a tensor; None where it is no dtype of weights."""
+        """Returns the dtype of a tensor; None where it is not a floating-point dtype of 16 bits or more."""
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Returns rows of a tensor."""
 
 
 class Edits(Protocol):
-    """Changes of some tensors that are made as they are read; `adapters.Adapter` is one."""
+    """Changes some tensors as they are read; `adapters.Adapter` is one.
+
+    Attributes:
+      changed: names of the tensors that it changes.
+    """
 
     changed: frozenset[str]
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of a changed tensor, given that of the base."""
+        """Returns the shape of a changed tensor, given the shape of the base tensor."""
 
     def replaces(self, name: str) -> bool:
-        """Returns whether nothing is read of the base's tensor."""
+        """Returns whether the base tensor is replaced and need not be read."""
 
     def read(self, name: str, rows: slice, base: np.ndarray | None) -> np.ndarray:
-        """Returns rows of a changed tensor, given those of the base (None where they are replaced)."""
+        """Returns rows of a changed tensor, given the rows of the base tensor (None where it is replaced)."""
 
 
 class SafeTensorFile:
@@ -89,7 +93,7 @@ class SafeTensorFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype | None:
-        """Returns the dtype of a tensor; None where it is no dtype of weights."""
+        """Returns the dtype of a tensor; None where it is not a floating-point dtype of 16 bits or more."""
         return _FLOATS.get(self._file.get_slice(name).get_dtype())
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
@@ -100,12 +104,12 @@ class SafeTensorFile:
 
 
 def has_weights(folder: Path) -> bool:
-    """Returns whether a folder has the weights of a checkpoint of Hugging Face, in one file or in shards."""
+    """Returns whether a folder has the weights of a Hugging Face checkpoint, in one file or in shards."""
     return any((folder / name).is_file() for names in LAYOUTS for name in names)
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Returns one file of tensors by its name: safetensors, torch's, or the index of a T5X checkpoint.
+    """Opens a file by its name: safetensors, `pytorch_model.bin`, or the index of a T5X checkpoint.
 
     Raises:
       ConfigError: the file is cut off or damaged.
@@ -119,13 +123,13 @@ class Checkpoint:
     """All tensors of a folder, or of one GGUF file.
 
     Attributes:
-      files: the file of each tensor, by the tensor's name.
+      files: the file of each tensor, by the name of the tensor.
       gguf: the GGUF file, or None.
-      edits: changes of some tensors, or None.
-      unindexed: (tensor, file) that are in a shard and that the index does not assign to it; they are not read.
+      edits: changes some tensors as they are read; None = no changes.
+      unindexed: (tensor, file) of tensors in a shard that the index does not assign to this shard; they are not read.
 
     Args:
-      folder: the folder or the file.
+      folder: the folder or the GGUF file.
 
     Raises:
       ConfigError: there are no weights, a shard is missing or cut off, or the index disagrees with the shards.
@@ -156,40 +160,45 @@ class Checkpoint:
         raise ConfigError(
             f"there are no weights in {folder}",
             where=str(folder),
-            fix=f"It needs {' or '.join(single for single, _ in LAYOUTS)}, or shards with their index.",
+            fix=f"Add {' or '.join(single for single, _ in LAYOUTS)}, or shards with their index.",
         )
 
     def _add_shards(self, index: Path) -> None:
         try:
-            told = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            places = {str(name): str(place) for name, place in dict(told).items()}
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            places = {str(name): str(place) for name, place in dict(weight_map).items()}
             shards = sorted(set(places.values()))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
-                f"{index.name} is no index of shards", where=str(index), fix="Download the file again."
+                f"{index.name} is not an index of shards", where=str(index), fix="Download the file again."
             ) from error
         for shard in shards:
             if Path(shard).name != shard:
-                raise ConfigError(f"{index.name} names {shard!r} outside of the folder", where=str(index))
+                # A hostile index could name any file of this machine.
+                raise ConfigError(
+                    f"{index.name} names {shard!r}, which is outside of the folder",
+                    where=str(index),
+                    fix="Use the index that belongs to these shards.",
+                )
             if not (self._folder / shard).is_file():
                 first = next(name for name, place in places.items() if place == shard)
                 raise ConfigError(
-                    f"the shard {shard} is missing; {index.name} says that it holds {first!r}",
+                    f"the shard {shard} is missing; according to {index.name} it holds {first!r}",
                     where=str(self._folder),
                     fix="Download the missing file.",
                 )
-            # The index is the list of what is read: another shard may hold an older copy.
+            # Only tensors that the index assigns to the shard: another shard may hold an older copy.
             self._add(self._folder / shard, {name for name, place in places.items() if place == shard})
         for name, shard in places.items():
             if self.files.get(name) != self._folder / shard:
                 raise ConfigError(
-                    f"tensor {name!r} is not in {shard}, where {index.name} says it is",
+                    f"tensor {name!r} is not in {shard}, to which {index.name} assigns it",
                     where=str(index),
-                    fix="Download the checkpoint again: its files are of different versions.",
+                    fix="Download the checkpoint again: its files belong to different versions.",
                 )
 
     def _add(self, path: Path, named: Collection[str] | None = None) -> None:
-        """Adds the tensors of a file; with `named`, these alone."""
+        """Adds the tensors of a file; with `named`, only these."""
         file = self._open[path] = open_tensors(path)
         for name in file.names():
             if named is not None and name not in named:
@@ -201,31 +210,31 @@ class Checkpoint:
         """Returns the names of files in the folder that look like tensors and were not opened, in order."""
         if self.gguf is not None:
             return []
-        files = (file for file in self._folder.iterdir() if file.suffix in _TENSORS and file.is_file())
+        files = (file for file in self._folder.iterdir() if file.suffix in _SUFFIXES and file.is_file())
         return sorted(file.name for file in files if file not in self._open)
 
-    def called(self, name: str) -> str:
-        """Returns what the file calls a tensor, present or not: a GGUF file has names of its own."""
-        return name if self.gguf is None else self.gguf.called(name)
+    def name_in_file(self, name: str) -> str:
+        """Returns the name of a tensor in the file, for messages: GGUF files have other names than Hugging Face."""
+        return name if self.gguf is None else self.gguf.name_in_file(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor, as it is read."""
+        """Returns the shape of a tensor after `edits`."""
         shape = self._open[self.files[name]].shape(name)
         return shape if self.edits is None or name not in self.edits.changed else self.edits.shape(name, shape)
 
     def check_dtype(self, name: str) -> None:
-        """Raises `ConfigError` where a tensor is quantised or no weight at all."""
+        """Raises `ConfigError` where a tensor does not hold floats of 16 bits or more, such as a quantised one."""
         dtype = self._open[self.files[name]].dtype(name)
-        # numpy takes None for float64.
+        # None needs a check of its own: numpy says np.dtype("float64") == None.
         if dtype is None or dtype not in _FLOATS.values():
             raise ConfigError(
-                f"tensor {self.called(name)!r} holds no floats of 16 bits or more",
+                f"tensor {self.name_in_file(name)!r} does not hold floats of 16 bits or more",
                 where=str(self.files[name]),
                 fix="Use a checkpoint that is not quantised.",
             )
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Returns rows of a tensor as it is stored, or as `edits` change it.
+        """Returns rows of a tensor after `edits`.
 
         Raises:
           ConfigError: the file cannot be read.
@@ -239,7 +248,7 @@ class Checkpoint:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"cannot read tensor {self.called(name)!r}: {error}",
+                f"cannot read tensor {self.name_in_file(name)!r}: {error}",
                 where=str(self.files[name]),
                 fix="Download the file again.",
             ) from error

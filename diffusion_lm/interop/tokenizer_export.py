@@ -1,10 +1,10 @@
-"""A vocabulary as the tokenizer files that `transformers` reads: tokenizer.json, its roles, a SentencePiece model.
+"""Writes a vocabulary as the tokenizer files that `transformers` reads: tokenizer.json, tokenizer_config.json.
 
-A `Vocabulary` of ours is a `tokenizer.json` with tokens behind it, or a SentencePiece model. The second is written as a
-`tokenizer.json` too (its pieces, its normalisation, its white space), since the classes that read a bare
-`tokenizer.model` each expect the one of their own family. What is written is then tried: on every piece of text and on
-a few awkward texts it must give the ids that the vocabulary gives. One thing differs, as with every tokenizer of
-transformers: text that spells a special token (or a byte, `<0x41>`) becomes it, and with a `Vocabulary` it never does.
+A `Vocabulary` is a `tokenizer.json` with further tokens after it, or a SentencePiece model. The latter is converted to
+a `tokenizer.json` (pieces, normalisation, white space), because each class that reads a bare `tokenizer.model` expects
+the model of its own family. The result is then checked: all pieces and some difficult texts must get the ids that the
+vocabulary gives. One difference remains, as with all tokenizers of transformers. Text that spells a special token (or a
+byte, `<0x41>`) becomes that token, which never happens with a `Vocabulary`.
 """
 
 import base64
@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.vocabulary import Vocabulary
+from diffusion_lm.interop.name_maps.family import JsonObject
 
 TOKENIZER_JSON, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
@@ -31,36 +32,36 @@ _PROBES = (
 
 
 def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
-    """Returns the files by name: tokenizer.json, tokenizer_config.json and, of a plain SentencePiece model, that too.
+    """Returns the files by name; a vocabulary that is a plain SentencePiece model gives tokenizer.model too.
 
     Raises:
-      ConfigError: no tokenizer.json encodes as this vocabulary does.
+      ConfigError: no tokenizer.json encodes like this vocabulary.
     """
     files = {}
     if vocabulary.model.startswith(b"{"):
         content = json.loads(vocabulary.model)
         if "tokenizer" in content:
-            whole = _without_additions(content["tokenizer"])
+            tokenizer = _without_additions(content["tokenizer"])
         elif content["fairseq"]:
-            raise _cannot("it is numbered as fairseq does; copy the files of the original")
+            raise _cannot("its ids are fairseq's; copy the files of the original model")
         else:
-            whole = _from_sentencepiece(base64.b64decode(content["sentencepiece"]))
-        behind = content["added"]
+            tokenizer = _from_sentencepiece(base64.b64decode(content["sentencepiece"]))
+        added = content["added"]
     else:
         files[SENTENCEPIECE] = vocabulary.model
-        whole, behind = _from_sentencepiece(vocabulary.model), ()
+        tokenizer, added = _from_sentencepiece(vocabulary.model), ()
     base = vocabulary.report.base_size
-    known = {token["id"] for token in whole["added_tokens"]}
-    first = vocabulary.size - len(behind)
-    whole["added_tokens"] += [_added(first + n, spelling) for n, spelling in enumerate(behind) if spelling]
+    known = {token["id"] for token in tokenizer["added_tokens"]}
+    first = vocabulary.size - len(added)
+    tokenizer["added_tokens"] += [_added(first + n, spelling) for n, spelling in enumerate(added) if spelling]
     roles = {role.name: role for role in vocabulary.report.roles}
-    # A token of another use that serves as MASK stays a token of text.
+    # Only tokens that exist for their role become special. An ordinary token that serves as MASK stays ordinary text.
     for role in roles.values():
         if role.how == "found" and role.token not in known and role.token < base:
-            whole["added_tokens"].append(_added(role.token, role.piece))
-    whole["added_tokens"].sort(key=lambda token: token["id"])
-    text = json.dumps(whole, ensure_ascii=False, allow_nan=False)
-    _try(text, vocabulary)
+            tokenizer["added_tokens"].append(_added(role.token, role.piece))
+    tokenizer["added_tokens"].sort(key=lambda token: token["id"])
+    text = json.dumps(tokenizer, ensure_ascii=False, allow_nan=False)
+    _check_encoding(text, vocabulary)
     named = {f"{name}_token": role.piece for name, role in roles.items() if role.how != "reused" or name == "mask"}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -77,8 +78,8 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     return files
 
 
-def _without_additions(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Returns a tokenizer.json that adds nothing around a text, cuts nothing and pads nothing."""
+def _without_additions(tokenizer: JsonObject) -> dict[str, Any]:
+    """Returns a tokenizer.json that adds no special tokens, and neither truncates nor pads."""
     return {**tokenizer, "post_processor": None, "truncation": None, "padding": None}
 
 
@@ -88,7 +89,7 @@ def _added(token: int, spelling: str, special: bool = True) -> dict[str, Any]:
 
 
 def _from_sentencepiece(proto: bytes) -> dict[str, Any]:
-    """Returns an object as in tokenizer.json that splits text as the SentencePiece model does."""
+    """Returns the contents of a tokenizer.json that encodes like the SentencePiece model."""
     from sentencepiece import sentencepiece_model_pb2
 
     messages: Any = sentencepiece_model_pb2
@@ -96,10 +97,11 @@ def _from_sentencepiece(proto: bytes) -> dict[str, Any]:
     model.ParseFromString(proto)
     pieces, trainer, normalizer = list(model.pieces), model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE):
-        raise _cannot("only unigram and BPE models of SentencePiece have a counterpart")
+        raise _cannot("only unigram and BPE models of SentencePiece can be converted")
     unknown = next(number for number, piece in enumerate(pieces) if piece.type == _UNKNOWN)
     if trainer.model_type == _UNIGRAM:
-        # The library scores what it does not know from the lowest score of all; SentencePiece looks at normal pieces.
+        # `tokenizers` derives the score of unknown text from the lowest score of all pieces, SentencePiece from that of
+        # normal pieces. So the other pieces get the lowest score of a normal one.
         lowest = min(piece.score for piece in pieces if piece.type == _NORMAL)
         scores = [[piece.piece, piece.score if piece.type in (_NORMAL, _USER) else lowest] for piece in pieces]
         kind: dict[str, Any] = {"type": "Unigram", "unk_id": unknown, "vocab": scores}
@@ -127,15 +129,16 @@ def _from_sentencepiece(proto: bytes) -> dict[str, Any]:
         "padding": None,
         "added_tokens": symbols,
         "normalizer": {"type": "Sequence", "normalizers": parts},
-        "pre_tokenizer": _kept_whole(pieces),
+        "pre_tokenizer": _split_at_symbols(pieces),
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": kind,
     }
 
 
-def _kept_whole(pieces: list[Any]) -> dict[str, Any] | None:
-    """Returns what parts a text at the symbols of the user, which SentencePiece never joins with anything."""
+def _split_at_symbols(pieces: list[Any]) -> dict[str, Any] | None:
+    """Returns a pre-tokenizer that splits at user-defined symbols, which SentencePiece never merges with other text."""
+    # Longest first, so that a symbol is not split by another one that it contains.
     symbols = sorted((piece.piece for piece in pieces if piece.type == _USER), key=len, reverse=True)
     if not symbols:
         return None
@@ -149,7 +152,11 @@ def _kept_whole(pieces: list[Any]) -> dict[str, Any] | None:
 
 
 def _bpe(pieces: list[Any], unknown: int) -> dict[str, Any]:
-    """Returns a BPE model: every way to halve a piece into two others is a merge, in the order of the scores."""
+    """Returns a BPE model with explicit merges, which a SentencePiece model does not store.
+
+    Each way to split a piece into two other pieces is a merge. Merges are ordered by the score of the piece they make,
+    because SentencePiece always merges the pair with the best result.
+    """
     ids = {piece.piece: number for number, piece in enumerate(pieces)}
     merges = []
     for number, piece in enumerate(pieces):
@@ -157,8 +164,8 @@ def _bpe(pieces: list[Any], unknown: int) -> dict[str, Any]:
             continue
         text = piece.piece
         halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
-        whole = [(left, right) for left, right in halves if left in ids and right in ids]
-        merges += [(-piece.score, number, ids[left], ids[right], left, right) for left, right in whole]
+        known = [(left, right) for left, right in halves if left in ids and right in ids]
+        merges += [(-piece.score, number, ids[left], ids[right], left, right) for left, right in known]
     pairs = [[left, right] for *_, left, right in sorted(merges)]
     return {
         "type": "BPE",
@@ -173,14 +180,17 @@ def _bpe(pieces: list[Any], unknown: int) -> dict[str, Any]:
     }
 
 
-def _try(text: str, vocabulary: Vocabulary) -> None:
-    """Raises `ConfigError` where the tokenizer does not encode as the vocabulary, or numbers a role otherwise."""
+def _check_encoding(text: str, vocabulary: Vocabulary) -> None:
+    """Raises `ConfigError` where the tokenizer encodes unlike the vocabulary, or gives a special token another id."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_str(text)
     for role in vocabulary.report.roles:
         if tokenizer.token_to_id(role.piece) != role.token:
-            raise _cannot(f"{role.piece!r} would have the id {tokenizer.token_to_id(role.piece)} and not {role.token}")
+            raise _cannot(
+                f"{role.piece!r} would have the id {tokenizer.token_to_id(role.piece)} instead of {role.token}"
+            )
+    # Special tokens are left out: their text becomes the token in transformers, and never in a `Vocabulary`.
     special = {token["id"] for token in json.loads(text)["added_tokens"]}
     spellings = {token: vocabulary.piece(token) for token in range(vocabulary.size) if token not in special}
     pieces = [piece.replace("▁", " ") for piece in spellings.values() if not _BYTE.fullmatch(piece)]
@@ -188,12 +198,12 @@ def _try(text: str, vocabulary: Vocabulary) -> None:
     for probe in (*_PROBES, *spelled):
         ours, theirs = vocabulary.encode(probe), tokenizer.encode(probe, add_special_tokens=False).ids
         if ours != theirs:
-            raise _cannot(f"{probe[:40]!r} would give {theirs[:8]} and not {ours[:8]}")
+            raise _cannot(f"{probe[:40]!r} would give {theirs[:8]} instead of {ours[:8]}")
 
 
-def _cannot(why: str) -> ConfigError:
+def _cannot(reason: str) -> ConfigError:
     return ConfigError(
-        f"this vocabulary cannot be written as a tokenizer.json: {why}",
+        f"this vocabulary cannot be written as a tokenizer.json: {reason}",
         where="Vocabulary",
-        fix="Give the files of the original to whoever uses the model.",
+        fix="Use the tokenizer files of the original model.",
     )

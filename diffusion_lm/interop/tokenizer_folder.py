@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a checkpoint: which files it has, which are copied, what it takes for MASK."""
+"""The tokenizer files of a checkpoint folder: which ones are copied, and which token they name as MASK."""
 
 from pathlib import Path
 
@@ -7,32 +7,34 @@ from diffusion_lm.data.tokenizer_files import CONFIGS, LAYOUTS
 from diffusion_lm.data.vocabulary import Vocabulary
 
 TOKENIZER = "tokenizer"
-"""Folder of the files in a run folder."""
+"""Subfolder of a run directory for the tokenizer files."""
 
-# Those of `CONFIGS` that are a tokenizer's, and a chat's template. Python files are never copied.
-_BESIDE = tuple(f"{name}.json" for name in CONFIGS if name not in ("config", "generation_config"))
+# The files of `CONFIGS` that describe the tokenizer, and the chat template. Python files are never copied.
+_CONFIGS = tuple(f"{name}.json" for name in CONFIGS if name not in ("config", "generation_config"))
 _TEMPLATE = "chat_template.jinja"
 
 
 def copied_files(folder: Path) -> tuple[Path, ...]:
-    """Returns the tokenizer files of `folder`: every layout's, and what says which token is which.
+    """Returns the tokenizer files of `folder`, with the files that name special tokens; () where there is no tokenizer.
 
     Raises:
       ConfigError: one of them is a link to a file outside of the folder.
     """
-    names = dict.fromkeys([*(name for layout in LAYOUTS for name in layout), *_BESIDE, _TEMPLATE])
+    names = dict.fromkeys([*(name for layout in LAYOUTS for name in layout), *_CONFIGS, _TEMPLATE])
     found = [folder / name for name in names if (folder / name).is_file()]
     for file in found:
         check_inside(file)
-    own = [file for file in found if file.name not in (*_BESIDE, _TEMPLATE)]
+    # Without the tokenizer itself, its configuration files are of no use.
+    own = [file for file in found if file.name not in (*_CONFIGS, _TEMPLATE)]
     return tuple(found) if own else ()
 
 
 def check_inside(file: Path) -> None:
-    """Raises `ConfigError` where a file that is to be copied is a link that leads out of its folder.
+    """Raises `ConfigError` where a file to be copied is a link to a file outside of its folder.
 
-    A stranger's folder could name any file of this machine so, and the copy would be published with an export. The
-    cache of the Hugging Face Hub is made of links, `models--ORG--NAME/snapshots/HASH/FILE` to `../../blobs/HASH`.
+    Such a link could name any private file of this machine, and the copy would be published with an export. Links
+    inside the cache of the Hugging Face Hub are accepted: `models--ORG--NAME/snapshots/HASH/FILE` to
+    `../../blobs/HASH`.
     """
     if not file.is_symlink():
         return
@@ -44,19 +46,20 @@ def check_inside(file: Path) -> None:
     raise ConfigError(
         f"{file.name} is a link to a file outside of its folder, {target}",
         where=str(file),
-        fix="Replace the link by a copy of the file if it belongs to the checkpoint, else remove it.",
+        fix="If the file belongs to the checkpoint, replace the link by a copy; otherwise remove it.",
     )
 
 
 def read_vocabulary(folder: Path, mask: int | None = None) -> Vocabulary | None:
-    """Returns the tokenizer of `folder` as data would be written with it; None where there is none that is understood.
+    """Returns the tokenizer of `folder` as a `Vocabulary`; None where there is none or it is not supported.
 
     Args:
-      folder: of the checkpoint.
-      mask: the checkpoint's MASK; it may be an ordinary token of the tokenizer.
+      folder: folder of the checkpoint.
+      mask: id of the checkpoint's MASK, which may be an ordinary token of the tokenizer; None = that of the files.
     """
     if not copied_files(folder):
         return None
+    # First without `mask`: where the files name the same token, it needs no override.
     for named in (None, mask):
         try:
             vocabulary = Vocabulary.load(folder, mask=named)
@@ -68,7 +71,7 @@ def read_vocabulary(folder: Path, mask: int | None = None) -> Vocabulary | None:
 
 
 def mask_of_tokenizer(folder: Path) -> int | None:
-    """Returns the MASK that the tokenizer files of `folder` name, or None."""
+    """Returns the id of the MASK that the tokenizer files of `folder` name, or None."""
     vocabulary = read_vocabulary(folder)
     roles = () if vocabulary is None else vocabulary.report.roles
     return next((role.token for role in roles if role.name == "mask" and role.how == "found"), None)

@@ -1,14 +1,15 @@
-"""Reads `pytorch_model.bin` without torch and without running what is in it.
+"""Reads `pytorch_model.bin` without torch and without executing code from the file.
 
-Such a file is a zip archive of a pickle and the bytes of each storage. A pickle is a program; this reader knows the
-four words that a dict of tensors is written with, and refuses every other by its name.
+Such a file is a zip archive of a pickle and the bytes of each storage. A pickle is a program that may import and call
+any function. This reader accepts only the names that a dict of tensors needs, and raises an error for any other name.
 """
 
 import collections
 import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +28,7 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_LOCAL_HEADER = 30
+_LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
 
 
 class _Storage(NamedTuple):
@@ -44,13 +45,13 @@ class _Tensor(NamedTuple):
 
 
 class TorchFile:
-    """The tensors of one file, read one at a time.
+    """The tensors of one file; implements `tensor_files.TensorFile`.
 
     Args:
       path: the file.
 
     Raises:
-      ConfigError: the file is cut off, is no zip archive, or its pickle holds more than a dict of tensors.
+      ConfigError: the file is cut off or not a zip archive, or its pickle holds something other than a dict of tensors.
     """
 
     def __init__(self, path: Path):
@@ -67,16 +68,16 @@ class TorchFile:
             with self._zip.open(pickles[0]) as stream:
                 found = _Unpickler(stream, path).load()
         except (zipfile.BadZipFile, EOFError) as error:
-            raise self._refused("it is cut off, or was written by a torch before 1.6") from error
+            raise self._refused("it is cut off, or was written by a version of torch before 1.6") from error
         except (pickle.UnpicklingError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise self._refused(f"its pickle is damaged: {error}") from error
         if not isinstance(found, dict):
-            raise self._refused(f"it holds a {type(found).__name__} and no dict of tensors")
+            raise self._refused(f"it holds a {type(found).__name__} instead of a dict of tensors")
         for name, value in found.items():
             if not isinstance(value, _Tensor):
-                raise self._refused(f"its entry {name!r} is a {type(value).__name__} and no tensor")
+                raise self._refused(f"its entry {name!r} is a {type(value).__name__} instead of a tensor")
         self._tensors: dict[str, _Tensor] = {str(name): value for name, value in found.items()}
 
     def names(self) -> list[str]:
@@ -92,13 +93,14 @@ class TorchFile:
         return self._tensors[name].storage.dtype
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Returns rows of a tensor, mapped from the file where its bytes lie there uncompressed."""
+        """Returns rows of a tensor, memory-mapped where the archive stores it uncompressed."""
         storage, offset, shape, strides = self._tensors[name]
+        # `as_strided` checks no bounds, so sizes from a hostile file would read other memory of this process.
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if any(size < 0 for size in shape) or any(stride < 0 for stride in strides) or offset < 0:
             raise self._refused(f"tensor {name!r} has a negative size")
         if 0 not in shape and last >= storage.size:
-            raise self._refused(f"tensor {name!r} reaches behind the end of its storage")
+            raise self._refused(f"tensor {name!r} extends past the end of its storage")
         flat = self._storage(storage)
         steps = tuple(stride * storage.dtype.itemsize for stride in strides)
         return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps, writeable=False)[rows]
@@ -112,6 +114,7 @@ class TorchFile:
             with open(self._path, "rb") as stream:
                 stream.seek(entry.header_offset)
                 header = stream.read(_LOCAL_HEADER)
+            # The header's own lengths of name and extra field: torch pads the latter to align the data.
             start = entry.header_offset + _LOCAL_HEADER
             start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             if storage.size * storage.dtype.itemsize > entry.file_size:
@@ -122,18 +125,18 @@ class TorchFile:
                 raise
             raise self._refused(f"storage {storage.key} is missing or cut off") from error
 
-    def _refused(self, why: str) -> ConfigError:
+    def _refused(self, reason: str) -> ConfigError:
         return ConfigError(
-            f"cannot read {self._path.name}: {why}",
+            f"cannot read {self._path.name}: {reason}",
             where=str(self._path),
-            fix="Use the .safetensors files of the checkpoint, or save it anew with transformers.",
+            fix="Use the .safetensors files of the checkpoint, or save it again with transformers.",
         )
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds descriptions of tensors; nothing that the file names is imported."""
+    """Builds descriptions of tensors; names in the file are looked up in a fixed list and never imported."""
 
-    def __init__(self, stream: Any, path: Path):
+    def __init__(self, stream: IO[bytes], path: Path):
         super().__init__(stream)
         self._file = path
 
@@ -147,9 +150,9 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         raise ConfigError(
-            f"{self._file.name} asks for {module}.{name}, which a file of weights has no use for, so it is not read",
+            f"{self._file.name} refers to {module}.{name}, which a file of weights does not need; the file is not read",
             where=str(self._file),
-            fix="Use the .safetensors files of the checkpoint; such a file may run code when torch loads it.",
+            fix="Use the .safetensors files of the checkpoint. Loading this file with torch may execute code.",
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -159,11 +162,13 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(dtype, str(key), count)
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *unused: Any) -> _Tensor:
+def _rebuild_tensor(
+    storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *unused: object
+) -> _Tensor:
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
 
-def _rebuild_parameter(tensor: _Tensor, *unused: Any) -> _Tensor:
+def _rebuild_parameter(tensor: _Tensor, *unused: object) -> _Tensor:
     return tensor

@@ -26,6 +26,7 @@ from diffusion_lm.training.card import claim_folder
 from diffusion_lm.training.checkpoint import Checkpointer, Progress, restore_params, selected
 from diffusion_lm.training.finite import require_finite
 from diffusion_lm.training.hooks import Adjusting, Log, Preempted, Preemption, evaluation_due
+from diffusion_lm.training.imported import check_mask
 from diffusion_lm.training.profile import Profile
 from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
@@ -187,6 +188,8 @@ def _start(
     if isinstance(source, str | PurePath):
         folder = as_path(source)
         rows = _vocabulary_rows(run, folder)
+        if rows is None:  # a pruned vocabulary has ids of its own
+            check_mask(folder, getattr(run.data, "specials", None))
         source = restore_params(folder, like=program.abstract_state.params)
     elif source is not None:
         require_finite(source, "the initial parameters hold", where="init_params", fix="Start from other parameters.")

@@ -108,7 +108,7 @@ def test_sizes_take_the_released_checkpoints(size, kind, longest):
             "pad_token_id": 1,
         }
     )
-    imported = TransformerSpec(**family_of(released).spec(released))
+    imported = TransformerSpec(**family_of(released).read_config(released))
     execution = ("dtype", "remat", "dropout_rate", "attention_dropout_rate", "vocab_multiple")
     assert dataclasses.asdict(imported) == dataclasses.asdict(
         dataclasses.replace(spec, **{name: getattr(imported, name) for name in execution})

@@ -1,4 +1,4 @@
-"""`bench --against torch`: both sides are the same network, live. Nothing here asserts a time."""
+"""`bench --against torch` runs the same network in both frameworks. No test asserts a time."""
 
 import json
 

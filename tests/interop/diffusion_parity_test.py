@@ -1,4 +1,4 @@
-"""Diffusion layouts against transformers' models of the same shape, and exported tokenizers against its loader."""
+"""Compares diffusion layouts with transformers' models of the same layers, and exported tokenizers with its loader."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from diffusion_lm.interop.tokenizer_export import tokenizer_files  # noqa: E402
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_logits_are_those_of_the_model_with_the_mask_replaced(name, tmp_path):
+def test_logits_are_those_of_the_model_with_another_attention_mask(name, tmp_path):
     model = cases.build(name)
     write(tmp_path / "in", name, model)
     tokens, block = cases.ids(), cases.CASES[name].block
@@ -33,8 +33,8 @@ def test_logits_are_those_of_the_model_with_the_mask_replaced(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_what_is_exported_is_the_same_torch_model(name, tmp_path):
-    """The tensors go back into a fresh model by the published names, each into one place, bit for bit."""
+def test_the_export_is_the_same_torch_model(name, tmp_path):
+    """The tensors load into a new model by their published names, each exactly once, bit for bit."""
     model = cases.build(name)
     write(tmp_path / "in", name, model)
     one = load(tmp_path / "in")
@@ -62,7 +62,7 @@ def test_what_is_exported_is_the_same_torch_model(name, tmp_path):
     ("base", "family"), [("gpt2", "diffugpt"), ("llama", "llada"), ("qwen2_tied", "dream"), ("qwen3", "sdar")]
 )
 def test_an_autoregressive_checkpoint_exports_as_diffusion(base, family, tmp_path):
-    """What a run that starts from an AR model and trains nothing would write; logits under full visibility agree."""
+    """A run that starts from an AR model and does not train: logits with full attention agree."""
     model = huggingface_cases.build(base)
     model.save_pretrained(tmp_path / "in")
     one = load(tmp_path / "in")

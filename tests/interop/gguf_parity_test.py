@@ -1,4 +1,4 @@
-"""The same logits as transformers' own reader of GGUF files."""
+"""Compares logits with those of transformers' own reader of GGUF files."""
 
 import huggingface_cases as cases
 import pytest

@@ -1,4 +1,4 @@
-"""The same logits as `transformers` for every family and awkward shapes, in and out; `make test-interop` runs it."""
+"""Compares logits with `transformers` for every family, imported and exported; `make test-interop` runs it."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_logits_are_equal(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_transformers_loads_what_is_exported(name, tmp_path):
+def test_transformers_loads_the_export(name, tmp_path):
     model = cases.build(name)
     model.save_pretrained(tmp_path / "in")
     imported = load(tmp_path / "in")
@@ -56,7 +56,7 @@ def test_transformers_loads_what_is_exported(name, tmp_path):
             assert torch.equal(weight, after[path]), path
 
 
-def test_the_language_model_of_a_gemma3_that_reads_images(tmp_path):
+def test_the_language_model_of_a_gemma3_with_images(tmp_path):
     text = cases.build("gemma3")
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Gemma3Config(
@@ -77,7 +77,7 @@ def test_the_language_model_of_a_gemma3_that_reads_images(tmp_path):
     )
 
 
-def test_the_family_is_found_without_being_named(tmp_path):
+def test_export_finds_the_family(tmp_path):
     for name in ALL:
         cases.build(name).save_pretrained(tmp_path / name)
         imported = load(tmp_path / name)

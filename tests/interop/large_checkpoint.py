@@ -1,9 +1,9 @@
-"""Writes a random checkpoint of LLaMA 7B's shape in shards, and measures the host's memory while it is read sharded.
+"""Writes a random checkpoint with LLaMA 7B's sizes, and measures the host memory while it is read onto eight devices.
 
 python tests/interop/large_checkpoint.py write FOLDER [--layers 32]     (13.5 GB with all 32 layers)
 python tests/interop/large_checkpoint.py load FOLDER                    (8 devices, fsdp, bfloat16)
 
-On fake CPU devices the arrays themselves are host memory; what counts is what is needed beside them.
+On fake CPU devices the arrays themselves are in host memory; the overhead is what the process needs beyond them.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def write(folder: pathlib.Path, layers: int) -> None:
 
 
 class MemoryWatch:
-    """Looks every few milliseconds how much memory of its own, and how much mapped from files, the process has."""
+    """Records the peaks of the process's own memory and of all its pages, every 5 ms."""
 
     def __init__(self) -> None:
         self.anonymous = self.total = 0
@@ -100,7 +100,7 @@ def resident() -> dict[str, int]:
 
 
 def load(folder: pathlib.Path) -> None:
-    """Reads the folder, compares some rows with the file, and prints what it took."""
+    """Reads the folder, compares some rows with the file, and prints time and memory."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -113,7 +113,7 @@ def load(folder: pathlib.Path) -> None:
     before, start = resident()["RssAnon"], time.perf_counter()
     with MemoryWatch() as watch:
         imported = huggingface.load(folder, param_dtype="bfloat16", dtype="bfloat16", mesh=MeshSpec(fsdp=DEVICES))
-    seconds, kept = time.perf_counter() - start, resident()["RssAnon"] - before
+    seconds, held = time.perf_counter() - start, resident()["RssAnon"] - before
     leaves = jax.tree.leaves(imported.params)
     arrays = sum(leaf.nbytes for leaf in leaves)
     shards = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
@@ -131,9 +131,9 @@ def load(folder: pathlib.Path) -> None:
         "arrays": arrays,
         "their shards on all devices": shards,
         "largest array": imported.report.largest_array,
-        "most that the reader held beside them (its own count)": imported.report.peak_host,
+        "peak of the reader's own buffers (its own count)": imported.report.peak_host,
         "memory of the process before": before,
-        "memory of the process behind, less before": kept,
+        "memory of the process after the import, minus before": held,
         "peak of its own memory, less before": watch.anonymous - before,
         "peak beyond the shards": watch.anonymous - before - shards,
         "peak with the mapped pages of the files": watch.total,

@@ -1,9 +1,10 @@
-"""Perplexity of one checkpoint on one text, by our network and by transformers, over the same windows.
+"""Computes the perplexity of a checkpoint on a text with our network and with transformers, over the same windows.
 
 python tests/interop/perplexity.py CHECKPOINT TOKENIZER TEXT [--reference FOLDER_OR_GGUF ...]
 
-CHECKPOINT is what `import` reads, TOKENIZER a folder with tokenizer.json, TEXT a text file, plain or .gz. The tokens
-are cut into windows without overlap; the first token of each is given, the others are scored. Float32, on the CPU.
+CHECKPOINT is any path that `import` reads, TOKENIZER a folder with tokenizer.json, TEXT a text file, plain or .gz. The
+tokens are split into windows without overlap. The first token of each window is given, the others are scored. Float32,
+on the CPU.
 """
 
 import argparse
@@ -26,15 +27,15 @@ def windows(tokenizer: pathlib.Path, text: pathlib.Path, count: int, length: int
     """Returns the first `count` windows of the text, i32[count, length]."""
     data = text.read_bytes()
     content = (gzip.decompress(data) if text.suffix == ".gz" else data).decode()
-    # A token has four characters on average, so this is more than enough, and not all of a long text.
+    # A token has about four characters, so 16 per token are enough, and a long text is not encoded in full.
     ids = Vocabulary.load(tokenizer).encode(content[: 16 * count * length])
     if len(ids) < count * length:
-        raise SystemExit(f"the text has {len(ids)} tokens and {count} windows of {length} need {count * length}")
+        raise SystemExit(f"the text has {len(ids)} tokens, but {count} windows of {length} need {count * length}")
     return np.asarray(ids[: count * length], np.int32).reshape(count, length)
 
 
 def ours(checkpoint: pathlib.Path, rows: np.ndarray, batch: int) -> np.ndarray:
-    """Returns nats, f64[count, length - 1]."""
+    """Returns the negative log-likelihood per token in nats by our network, f64[count, length - 1]."""
     imported = load(checkpoint)
 
     @jax.jit
@@ -49,7 +50,7 @@ def ours(checkpoint: pathlib.Path, rows: np.ndarray, batch: int) -> np.ndarray:
 
 
 def theirs(reference: pathlib.Path, rows: np.ndarray) -> np.ndarray:
-    """Returns the same by transformers, which reads a folder or, with its own reader, a GGUF file."""
+    """Returns the same by transformers, from a folder or a GGUF file (with transformers' own reader)."""
     import torch
     import transformers
 
@@ -59,14 +60,14 @@ def theirs(reference: pathlib.Path, rows: np.ndarray) -> np.ndarray:
     parts = []
     with torch.no_grad():
         for row in torch.tensor(rows).long():
-            # In float64: PyTorch's float32 sum over 49,152 classes is off by 1e-4 nats, always to the same side.
+            # In float64: PyTorch's float32 sum over 49,152 classes is off by 1e-4 nats, always in the same direction.
             log_probs = model(row[None]).logits[0, :-1].double().log_softmax(dim=-1)
             parts.append(-log_probs.gather(1, row[1:, None])[:, 0].numpy())
     return np.stack(parts)
 
 
 def main() -> None:
-    """Prints a line for us and one for each reference."""
+    """Prints one line for our network and one per reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("checkpoint", "tokenizer", "text"):
         parser.add_argument(name, type=pathlib.Path)
@@ -74,12 +75,12 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
-    given = parser.parse_args()
-    rows = windows(given.tokenizer, given.text, given.windows, given.length)
-    print(f"{rows[:, 1:].size:,} tokens scored in {given.windows} windows of {given.length}")
-    mine = ours(given.checkpoint, rows, given.batch)
-    print(f"{math.exp(mine.mean()):.6f}  diffusion_lm on jax {version('jax')}: {given.checkpoint.name}", flush=True)
-    for reference in given.reference:
+    arguments = parser.parse_args()
+    rows = windows(arguments.tokenizer, arguments.text, arguments.windows, arguments.length)
+    print(f"{rows[:, 1:].size:,} tokens scored in {arguments.windows} windows of {arguments.length}")
+    mine = ours(arguments.checkpoint, rows, arguments.batch)
+    print(f"{math.exp(mine.mean()):.6f}  diffusion_lm on jax {version('jax')}: {arguments.checkpoint.name}", flush=True)
+    for reference in arguments.reference:
         other = theirs(reference, rows)
         name = f"transformers {version('transformers')} on torch {version('torch')}"
         apart = np.abs(mine - other).max()

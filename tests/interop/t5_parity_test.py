@@ -1,4 +1,4 @@
-"""The same logits as `transformers` for encoder-decoders of awkward shapes, in and out; `make test-interop` runs it."""
+"""Compares logits of encoder-decoders with `transformers`, imported and exported; `make test-interop` runs it."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ ALL = [*cases.GOLDEN, *cases.LIVE]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_logits_are_equal_and_transformers_loads_what_is_exported(name, tmp_path):
+def test_logits_are_equal_and_transformers_loads_the_export(name, tmp_path):
     model, arrays = cases.build(name), cases.inputs()
     model.save_pretrained(tmp_path / "in")
     imported = load(tmp_path / "in")
@@ -38,7 +38,7 @@ def test_logits_are_equal_and_transformers_loads_what_is_exported(name, tmp_path
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_family_is_found_without_being_named(name, tmp_path):
+def test_export_finds_the_family(name, tmp_path):
     cases.build(name).save_pretrained(tmp_path / "in")
     imported = load(tmp_path / "in")
     kind = "umt5" if name.startswith("umt5") else "t5"
@@ -66,7 +66,7 @@ def test_bins_hold_every_copy(tmp_path):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 10), (64, 256)])
 def test_buckets_are_those_of_transformers(bidirectional, buckets, max_distance):
-    """Also where a logarithm falls on the border of two buckets."""
+    """Also at distances whose logarithm is on the border of two buckets."""
     from transformers.models.t5.modeling_t5 import T5Attention
 
     distance = np.arange(-1100, 1101)

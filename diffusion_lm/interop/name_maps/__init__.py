@@ -1,4 +1,4 @@
-"""The families of released checkpoints, one file per family."""
+"""The families of released checkpoints: one file per family, and the choice of a family by config.json and tensors."""
 
 import re
 from collections.abc import Iterable
@@ -23,9 +23,9 @@ FAMILIES: tuple[Family, ...] = (
     *(LLADA, *CONVERTED),
 )
 HINT = "diffusion_lm"
-"""The field of config.json that `export` adds: what transformers' classes cannot say of a diffusion model."""
+"""The key of config.json that `export` adds: how a diffusion model was trained. transformers ignores it."""
 
-# Of the families of one model type, the first is meant where nothing tells them apart.
+# Several families can have one model type. The first is taken where neither tensors nor `HINT` identify one.
 _BY_TYPE = {name: family for family in reversed(FAMILIES) for name in family.model_types}
 _BY_NAME = {family.name: family for family in FAMILIES}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -36,34 +36,34 @@ def family_of(config: Config, tensors: Iterable[str] = (), layout: str | None = 
 
     Args:
       config: its contents.
-      tensors: names of the tensors beside it, by which families of one model type are told apart.
-      layout: the family that the caller knows it to be; None = look.
+      tensors: names of the checkpoint's tensors, which distinguish families of one model type.
+      layout: name of the family, where the caller knows it; None = identify it.
 
     Raises:
-      ConfigError: it is of no family that is known, a mixture of experts, quantised, or has another head.
+      ConfigError: the family is unknown, a mixture of experts, quantised, or has another head.
     """
     kind = config.get("model_type", "")
     experts = next((name for name in _EXPERTS if config.get(name, 0)), None)
     if experts is not None or any(word in kind for word in ("moe", "mixtral")):
-        counted = f", {experts} = {config.get(experts)}" if experts else ""
+        count = f", {experts} = {config.get(experts)}" if experts else ""
         raise ConfigError(
-            f"{config.file} describes a mixture of experts (model_type = {kind!r}{counted}), and this network has none",
+            f"{config.file}: a mixture of experts (model_type = {kind!r}{count}) is not supported",
             where="model_type",
             fix="Use a dense checkpoint.",
         )
     if kind not in _BY_TYPE:
         raise ConfigError(
-            f"{config.file} says model_type = {kind!r}, which is no known family{near_names(kind, _BY_TYPE)}",
+            f"{config.file}: model_type = {kind!r} is not a known family{near_names(kind, _BY_TYPE)}",
             where="model_type",
-            fix=f"Known are {', '.join(_BY_TYPE)}; a new one is a table in interop/name_maps.",
+            fix=f"Known: {', '.join(_BY_TYPE)}. To add a family, write a table in interop/name_maps.",
         )
     if config.get("quantization_config"):
-        raise config.unsupported("quantization_config", "weights as they were trained")
+        raise config.unsupported("quantization_config", "supported: unquantised weights")
     family = _chosen(config, kind, tuple(tensors), layout)
     classes = config.get("architectures", [])
     if classes and not set(classes) & set(family.architectures):
         raise ConfigError(
-            f"{config.file} says architectures = {classes}, which has another head than the language model"
+            f"{config.file}: architectures = {classes} has no language model head"
             f"{near_names(classes[0], family.architectures)}",
             where="architectures",
             fix=f"Use a checkpoint of {' or '.join(family.architectures)}.",
@@ -72,13 +72,13 @@ def family_of(config: Config, tensors: Iterable[str] = (), layout: str | None = 
 
 
 def _chosen(config: Config, kind: str, tensors: tuple[str, ...], layout: str | None) -> Family:
-    """Returns which family of this model type is meant: the named one, that of the tensors, or that of `HINT`."""
+    """Returns the family of this model type: the named one, or the one that the tensors or `HINT` identify."""
     same = [family for family in FAMILIES if kind in family.model_types]
     if layout is not None:
         named = _BY_NAME.get(layout)
         if named is None or named not in same:
             raise ConfigError(
-                f"{config.file} says model_type = {kind!r}, which is not of the layout {layout!r}",
+                f"{config.file}: model_type = {kind!r} does not belong to the layout {layout!r}",
                 where="--layout",
                 fix=f"Leave it out, or choose one of {', '.join(family.name for family in same)}.",
             )
@@ -87,5 +87,5 @@ def _chosen(config: Config, kind: str, tensors: tuple[str, ...], layout: str | N
         if family.signature and any(re.fullmatch(family.signature, name) for name in tensors):
             return family
     hint = config.get(HINT, {})
-    told = hint.get("layout") if isinstance(hint, dict) else None
-    return next((family for family in same if family.name == told), _BY_TYPE[kind])
+    name = hint.get("layout") if isinstance(hint, dict) else None
+    return next((family for family in same if family.name == name), _BY_TYPE[kind])

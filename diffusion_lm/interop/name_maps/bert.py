@@ -1,13 +1,13 @@
-"""BERT with its masked language model: as RoBERTa, but positions are counted from 0 and the head has other names.
+"""BERT with its masked language model: as RoBERTa, but positions start at 0 and the head has other names.
 
-Of token types only type 0 is read (a single text, no pairs); its vector is added to the table of positions.
+Inputs are single texts, so only token type 0 is used; its vector is added to the position table.
 """
 
 import dataclasses
 from typing import Any
 
 from diffusion_lm.interop.name_maps import roberta
-from diffusion_lm.interop.name_maps.family import Config, Family
+from diffusion_lm.interop.name_maps.family import Family
 from diffusion_lm.nn.transformer import TransformerSpec
 
 _HEAD = {
@@ -25,12 +25,8 @@ def _renamed(name: str) -> str:
     raise AssertionError(name)
 
 
-def _config(spec: TransformerSpec) -> dict[str, Any]:
+def _write_config(spec: TransformerSpec) -> dict[str, Any]:
     return roberta.encoder_config(spec) | {"type_vocab_size": 1}
-
-
-def _spec(config: Config) -> dict[str, Any]:
-    return roberta.encoder_spec(config)
 
 
 FAMILY = Family(
@@ -43,22 +39,24 @@ FAMILY = Family(
     weights=tuple(
         dataclasses.replace(
             line,
-            theirs=_renamed(line.theirs),
-            plus_row=None if line.plus_row is None else _renamed(line.plus_row),
+            tensor=_renamed(line.tensor),
+            add_row=None if line.add_row is None else _renamed(line.add_row),
         )
         for line in roberta.ROBERTA.weights
     ),
-    copies=(
+    read_config=roberta.encoder_spec,
+    write_config=_write_config,
+    keys=roberta.ENCODER_KEYS,
+    ignored_keys=roberta.IGNORED_KEYS,
+    tied=(
         ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
         ("cls.predictions.decoder.bias", "cls.predictions.bias"),
     ),
-    ignorable=(
+    ignored_tensors=(
         r"bert\.embeddings\.(position_ids|token_type_ids)",
         r"bert\.pooler\.dense\.(weight|bias)",
-        r"cls\.seq_relationship\.(weight|bias)",  # says whether two texts belong together
+        r"cls\.seq_relationship\.(weight|bias)",  # next sentence prediction
     ),
-    renames=roberta.NORM_RENAMES,
-    spec=_spec,
-    config=_config,
+    old_names=roberta.OLD_NORM_NAMES,
     causal=False,
 )

@@ -1,46 +1,52 @@
-"""Diffusion models that began as autoregressive ones and kept their shape: GPT-2, LLaMA, Qwen 2.5 and Qwen 3."""
+"""Diffusion models that were initialised from autoregressive ones: GPT-2, LLaMA, Qwen 2.5 and Qwen 3.
+
+Each is the family of its base model with other names, and with a `Diffusion` that says how it was trained.
+"""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from diffusion_lm.interop.name_maps import gpt2, llama
-from diffusion_lm.interop.name_maps.family import Config, Diffusion, Family, Weight
+from diffusion_lm.interop.name_maps.config_keys import BOOL, ConfigKey, config_keys, off
+from diffusion_lm.interop.name_maps.family import Config, Diffusion, Family, SpecFields, Weight
 from diffusion_lm.interop.name_maps.qwen import QWEN2, QWEN3
 
 
 def _diffugpt_name(name: str) -> str:
-    """Returns what `DiscreteDiffusionModel` calls a tensor of GPT-2: the table stands apart from the stack."""
+    """Returns the name in `DiscreteDiffusionModel`, which keeps the embedding outside of the stack `denoise_model`."""
     return name.replace("transformer.wte.", "embed_tokens.").replace("transformer.", "denoise_model.")
 
 
 def _renamed(weight: Weight) -> Weight:
-    return dataclasses.replace(weight, theirs=_diffugpt_name(weight.theirs))
+    return dataclasses.replace(weight, tensor=_diffugpt_name(weight.tensor))
 
 
-def _without_windows(family: Family) -> Callable[[Config], dict[str, Any]]:
-    """Returns the family's `spec` for models whose code shows every token of a block whatever their files say."""
+def _without_windows(family: Family) -> Callable[[Config], SpecFields]:
+    """Returns the family's `read_config` for models whose code has no sliding window: enabling one is refused."""
 
-    def spec(config: Config) -> dict[str, Any]:
+    def read_config(config: Config) -> SpecFields:
         config.refuse(use_sliding_window=False, use_mrope=False)
-        return family.spec(config)
+        return family.read_config(config)
 
-    return spec
+    return read_config
+
+
+_MROPE_KEYS = config_keys(BOOL, "use_mrope", is_neutral=off)
 
 
 DIFFUGPT = dataclasses.replace(
     gpt2.FAMILY,
     name="diffugpt",
-    description="DiffuGPT, from GPT-2: masked diffusion, full visibility, shifted",
+    description="DiffuGPT, from GPT-2: masked diffusion, full attention, shifted",
     source="arXiv 2410.17891",
     prefix="",
     weights=tuple(_renamed(weight) for weight in gpt2.FAMILY.weights),
-    copies=tuple((_diffugpt_name(copy), _diffugpt_name(name)) for copy, name in gpt2.FAMILY.copies),
-    ignorable=(r"denoise_model\.h\.\d+\.attn\.(bias|masked_bias)",),
+    tied=tuple((_diffugpt_name(copy), _diffugpt_name(name)) for copy, name in gpt2.FAMILY.tied),
+    ignored_tensors=(r"denoise_model\.h\.\d+\.attn\.(bias|masked_bias)",),
     causal=False,
     signature=r"denoise_model\.h\..*",
-    # A row for MASK was added to the medium model, and its config.json is GPT-2's.
-    rows="embed_tokens.weight",
+    # The medium model has an extra row for MASK, which its config.json, GPT-2's, does not count.
+    vocab_tensor="embed_tokens.weight",
     diffusion=Diffusion(
         shifted=True,
         objective="diffullama",
@@ -53,11 +59,11 @@ DIFFUGPT = dataclasses.replace(
 DIFFULLAMA = dataclasses.replace(
     llama.LLAMA,
     name="diffullama",
-    description="DiffuLLaMA, from LLaMA 2: masked diffusion, full visibility, shifted; plain LLaMA files need --layout",
+    description="DiffuLLaMA, from LLaMA 2: masked diffusion, full attention, shifted; plain LLaMA files need --layout",
     source="arXiv 2410.17891",
-    # The published files have LLaMA's names; a model saved from the training code has these.
-    renames=((r"^model\.embed_tokens\.", "embed_tokens."), (r"^model\.(layers|norm)\.", r"denoise_model.\1.")),
-    ignorable=(*llama.IGNORABLE, r"denoise_model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+    # The published files have LLaMA's names. A model that is saved by the training code has these.
+    old_names=((r"^model\.embed_tokens\.", "embed_tokens."), (r"^model\.(layers|norm)\.", r"denoise_model.\1.")),
+    ignored_tensors=(*llama.IGNORED_TENSORS, r"denoise_model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
     causal=False,
     signature=r"denoise_model\.layers\..*",
     diffusion=Diffusion(
@@ -68,18 +74,18 @@ DIFFULLAMA = dataclasses.replace(
 DREAM = dataclasses.replace(
     QWEN2,
     name="dream",
-    description="Dream 7B, Dream-Coder and DiffuCoder, from Qwen 2.5: masked diffusion, full visibility, shifted",
+    description="Dream 7B, Dream-Coder and DiffuCoder, from Qwen 2.5: masked diffusion, full attention, shifted",
     source="arXiv 2508.15487, 2506.20639",
     model_types=("Dream",),
     architectures=("DreamModel",),
-    spec=_without_windows(QWEN2),
+    read_config=_without_windows(QWEN2),
+    keys=(*QWEN2.keys, *_MROPE_KEYS),
     causal=False,
     diffusion=Diffusion(
         shifted=True,
         objective="dream",
         sampler="dream_entropy",
         mask_ids=((152064, 151666),),
-        names_eos=True,
         code="Dream-org/Dream-v0-Base-7B",
     ),
 )
@@ -91,7 +97,8 @@ SDAR = dataclasses.replace(
     source="arXiv 2510.06303",
     model_types=("sdar",),
     architectures=("SDARForCausalLM",),
-    spec=_without_windows(QWEN3),
+    read_config=_without_windows(QWEN3),
+    keys=(*QWEN3.keys, *_MROPE_KEYS, ConfigKey("block_size")),
     causal=False,
     diffusion=Diffusion(
         shifted=False,
@@ -111,7 +118,8 @@ FAST_DLLM_V2 = dataclasses.replace(
     source="arXiv 2509.26328",
     model_types=("Fast_dLLM_Qwen",),
     architectures=("Fast_dLLM_QwenForCausalLM",),
-    spec=_without_windows(QWEN2),
+    read_config=_without_windows(QWEN2),
+    keys=(*QWEN2.keys, *_MROPE_KEYS, ConfigKey("bd_size")),
     causal=False,
     diffusion=Diffusion(
         shifted=True,

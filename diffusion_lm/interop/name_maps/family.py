@@ -1,138 +1,164 @@
-"""What a family of released checkpoints is: a table of weights, and how config.json says the network's shape."""
+"""A family of released checkpoints: its table of weights, and the translation of config.json to a `TransformerSpec`.
+
+A table has one `Weight` per pair of a parameter and a tensor of the files. `load` reads it in one direction and `save`
+in the other, so a family is written once.
+"""
 
 import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import numpy as np
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.interop.name_maps.config_keys import ConfigKey
 from diffusion_lm.nn.transformer import TransformerSpec
 
 CONFIG = "config.json"
 
+JsonObject: TypeAlias = Mapping[str, Any]
+"""A JSON object of a file. Its values have any type until `config_checks.check_types` has checked them."""
 
-def shown(value: Any) -> str:
-    """Returns a value of a stranger's file for an error message: on one line, and not longer than a line."""
+SpecFields: TypeAlias = dict[str, Any]
+"""Fields of a `TransformerSpec`, by name."""
+
+Tensor: TypeAlias = np.ndarray | jax.Array
+
+_K = TypeVar("_K", bound=Hashable)
+_V = TypeVar("_V")
+
+
+def shown(value: object) -> str:
+    """Returns the repr of a value for an error message, cut to 80 characters: the value may be hostile."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How one tensor of a file becomes one array of ours (of one layer), and back.
+class Transform:
+    """How a tensor of a file becomes one of our parameters (one layer of it), and back.
 
-    Both functions take an array and the spec, only move and cut, and work on numpy arrays and on JAX tracers.
+    Both functions only move and cut numbers, so that a round trip is exact. They accept numpy arrays and JAX tracers.
 
     Attributes:
-      load: from the file's tensor to ours; where ours is longer (a padded vocabulary), the rest is zeros.
-      save: from ours to the file's.
-      row_by_row: whether row i of the tensor is row i of ours, so that large ones can be read in slices.
+      load: from tensor to parameter. The parameter may have more rows (a padded vocabulary); they are zeros.
+      save: from parameter to tensor.
+      row_by_row: whether row i of the tensor is row i of the parameter, so that large tensors can be read in slices.
     """
 
-    load: Callable[[Any, TransformerSpec], Any]
-    save: Callable[[Any, TransformerSpec], Any]
+    load: Callable[[Tensor, TransformerSpec], Tensor]
+    save: Callable[[Tensor, TransformerSpec], Tensor]
     row_by_row: bool = False
 
 
-SAME = Layout(lambda x, spec: x, lambda x, spec: x, row_by_row=True)
-"""Vectors, tables of positions."""
+# Letters of the shapes: D model width, H query heads, K heads of queries, keys or values, E head size, V vocabulary.
+IDENTITY = Transform(lambda x, spec: x, lambda x, spec: x, row_by_row=True)
+"""Vectors and tables of positions."""
 
-TRANSPOSED = Layout(lambda x, spec: x.T, lambda x, spec: x.T)
-"""PyTorch's Linear, [out, in], to [in, out]."""
+TRANSPOSE = Transform(lambda x, spec: x.T, lambda x, spec: x.T)
+"""`torch.nn.Linear` stores [out, in], we store [in, out]."""
 
-VOCABULARY = Layout(lambda x, spec: x, lambda x, spec: x[: spec.vocab_size], row_by_row=True)
-"""[V, ...] to [padded V, ...]."""
+VOCABULARY = Transform(lambda x, spec: x, lambda x, spec: x[: spec.vocab_size], row_by_row=True)
+"""[V, ...] to [padded V, ...]; the padding is cut off again on the way out."""
 
-HEADS_OUT = Layout(
+HEADS_OUT = Transform(
     lambda x, spec: x.T.reshape(x.shape[1], -1, spec.head_dim), lambda x, spec: x.reshape(x.shape[0], -1).T
 )
-"""Linear of queries, keys or values, [heads * E, D], to [D, heads, E]."""
+"""Linear of queries, keys or values: [K * E, D] to [D, K, E]."""
 
-HEADS_IN = Layout(
+HEADS_IN = Transform(
     lambda x, spec: x.T.reshape(-1, spec.head_dim, x.shape[0]), lambda x, spec: x.reshape(-1, x.shape[-1]).T
 )
-"""Linear of attention's output, [D, H * E], to [H, E, D]."""
+"""Linear of the attention output: [D, H * E] to [H, E, D]."""
 
-HEADS_BIAS = Layout(lambda x, spec: x.reshape(-1, spec.head_dim), lambda x, spec: x.reshape(-1))
-"""[heads * E] to [heads, E]."""
+HEADS_BIAS = Transform(lambda x, spec: x.reshape(-1, spec.head_dim), lambda x, spec: x.reshape(-1))
+"""[K * E] to [K, E]."""
 
-CONV_HEADS_OUT = Layout(
+CONV_HEADS_OUT = Transform(
     lambda x, spec: x.reshape(x.shape[0], -1, spec.head_dim), lambda x, spec: x.reshape(x.shape[0], -1)
 )
-"""GPT-2's Conv1D, [D, heads * E], to [D, heads, E]."""
+"""GPT-2's Conv1D stores [in, out]: [D, K * E] to [D, K, E]."""
 
-CONV_HEADS_IN = Layout(
+CONV_HEADS_IN = Transform(
     lambda x, spec: x.reshape(-1, spec.head_dim, x.shape[-1]), lambda x, spec: x.reshape(-1, x.shape[-1])
 )
-"""GPT-2's Conv1D, [H * E, D], to [H, E, D]."""
+"""GPT-2's Conv1D: [H * E, D] to [H, E, D]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One line of a family's table. Lines whose `ours` the network does not have (a bias, say) do not apply.
+    """One line of a family's table: a parameter and the tensor that holds it.
+
+    A line applies only to networks that have the parameter, so one table covers networks with and without biases.
 
     Attributes:
-      ours: path in our parameter tree, such as `blocks/attention/query`.
-      theirs: name in the file; `{i}` is the number of the layer.
-      layout: from one to the other.
-      part: which of the `parts` equal slices of one of the tensor's axes this is (GPT-2 joins queries, keys, values).
-      parts: number of slices.
-      parts_axis: the axis that is cut, counted as the file does; -1 or 0.
-      first: number of the first layer that has such a tensor; the rows of ours before it are never read, and 0.
-      plus_row: name of a table whose row 0 is added to every row: token type 0, which is everywhere the same.
-      gated: whether the line is for networks with gated feed-forward layers or for the others; None = for both.
+      param: path in our parameter tree, such as `blocks/attention/query`.
+      tensor: name in the file; `{i}` is the number of the layer.
+      transform: from the tensor to the parameter.
+      part: index of this parameter among the `parts` that the tensor joins (GPT-2 joins queries, keys and values).
+      parts: number of equal parts that the tensor is cut into.
+      parts_axis: the axis that is cut, an axis of the tensor in the file; -1 or 0.
+      first_layer: first layer that has such a tensor. Rows of the stacked parameter before it are zeros and unused.
+      add_row: name of a table whose row 0 is added to every row. BERT-like encoders add the vector of token type 0 at
+        every position, so it can be folded into the position table.
+      gated: True for networks with gated feed-forward layers only, False for the others only, None for both.
     """
 
-    ours: str
-    theirs: str
-    layout: Layout = SAME
+    param: str
+    tensor: str
+    transform: Transform = IDENTITY
     part: int = 0
     parts: int = 1
     parts_axis: int = -1
-    first: int = 0
-    plus_row: str | None = None
+    first_layer: int = 0
+    add_row: str | None = None
     gated: bool | None = None
 
     @property
     def stacked(self) -> bool:
-        """Whether there is a tensor for every layer."""
-        return "{i}" in self.theirs
+        """Whether each layer has a tensor of its own; the parameter holds all layers, [layers, ...]."""
+        return "{i}" in self.tensor
 
-    def applies(self, arrays: Collection[str], spec: TransformerSpec) -> bool:
-        """Returns whether the line is about a network of this shape with these arrays."""
-        return self.ours in arrays and self.gated in (None, spec.gated)
+    def applies(self, params: Collection[str], spec: TransformerSpec) -> bool:
+        """Returns whether a network of this shape with these parameter paths has the parameter."""
+        return self.param in params and self.gated in (None, spec.gated)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The contents of a config.json.
+    """The contents of a config.json, and a record of which keys were read.
 
     Attributes:
       values: the JSON object.
       file: its path, for errors.
-      tensors: names of the tensors of the checkpoint, for families whose config.json does not say which there are.
-      asked: names of the fields that were read, absent ones included; shared with what `replaced` returns.
-      notes: what the user should know of how the file was read; shared likewise.
+      tensors: names of the tensors of the checkpoint. T5's config.json does not show whether there is a separate head.
+      read: names of the keys that were read, absent keys included. `replaced` shares it.
+      notes: lines for the user about how the file was read. `replaced` shares them.
     """
 
-    values: Mapping[str, Any]
+    values: JsonObject
     file: str = CONFIG
     tensors: Collection[str] = ()
-    asked: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)
+    read: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)
     notes: list[str] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: object = None) -> Any:
         """Returns a value; `default` where it is absent or null."""
-        self.asked.add(name)
+        self.read.add(name)
         value = self.values.get(name)
         return default if value is None else value
 
-    def given(self, name: str, default: Any) -> Any:
-        """Returns a value, None where it is null; `default` where it is absent, as the class of transformers does."""
-        self.asked.add(name)
+    def get_or_null(self, name: str, default: object) -> Any:
+        """Returns a value, None where it is null; `default` only where it is absent.
+
+        For keys where transformers distinguishes the two: an absent key takes the default of the class, null is "off".
+        """
+        self.read.add(name)
         return self.values.get(name, default)
 
-    def replaced(self, **values: Any) -> "Config":
-        """Returns the contents with other values for some fields; what is read of it counts as read here."""
+    def replaced(self, **values: object) -> "Config":
+        """Returns a copy with other values for some keys. Reading the copy counts as reading this config."""
         return dataclasses.replace(self, values={**self.values, **values})
 
     def note(self, text: str) -> None:
@@ -143,27 +169,27 @@ class Config:
         """Returns a value; raises `ConfigError` where it is absent or null."""
         value = self.get(name)
         if value is None:
-            raise ConfigError(f"{self.file} does not say {name!r}", where=name, fix="Complete the file.")
+            raise ConfigError(f"{self.file}: the key {name!r} is missing", where=name, fix="Complete the file.")
         return value
 
-    def choose(self, name: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
+    def choose(self, name: str, choices: Mapping[_K, _V], default: _K | None = None) -> _V:
         """Returns `choices[value]`; raises `ConfigError` for any other value."""
         value = self.get(name, default)
-        # A list or an object of a damaged file cannot be looked up.
+        # A list or an object of a damaged file is not hashable.
         if not isinstance(value, Hashable) or value not in choices:
             raise self.unsupported(name, f"supported: {', '.join(map(repr, choices))}")
-        return choices[value]
+        return choices[value]  # type: ignore[index]
 
-    def refuse(self, **supported: Any) -> None:
-        """Raises `ConfigError` where a value is given and is not the supported one."""
+    def refuse(self, **supported: object) -> None:
+        """Raises `ConfigError` where a key has a value other than the supported one; absent and null are accepted."""
         for name, value in supported.items():
             if self.get(name, value) != value:
                 raise self.unsupported(name, f"supported: {value!r}")
 
-    def unsupported(self, name: str, why: str) -> ConfigError:
-        """Returns the error about a value that the network cannot have."""
+    def unsupported(self, name: str, reason: str) -> ConfigError:
+        """Returns the error about a value that this network cannot have."""
         return ConfigError(
-            f"{self.file} says {name} = {shown(self.values.get(name))}, which this network cannot do ({why})",
+            f"{self.file}: {name} = {shown(self.values.get(name))} is not supported ({reason})",
             where=name,
             fix="Use a checkpoint without it.",
         )
@@ -171,18 +197,17 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
-    """What a family of diffusion models was trained as: nothing of it shows in the weights.
+    """How the checkpoints of a diffusion family were trained. Nothing of it shows in the weights.
 
     Attributes:
       shifted: whether the state at slot i - 1 predicts token i (as in an autoregressive model), not that at slot i.
-      objective: its file in gin/objectives, without the ending.
-      sampler: its file in gin/samplers, without the ending.
-      mask_ids: (rows of the vocabulary, MASK) of the published checkpoints, for those whose files name no MASK.
-      block_key: what config.json calls the number of tokens of a block; None where every token sees every other.
-      block_size: of the published checkpoints whose config.json does not say it.
-      sub_block: tokens that the sampler fills at a time; None = a whole block.
-      names_eos: whether the objective's file has a macro EOS_ID.
-      code: repository that holds the class that config.json names; None where transformers has it.
+      objective: file in gin/objectives, without the suffix.
+      sampler: file in gin/samplers, without the suffix.
+      mask_ids: (rows of the vocabulary, id of MASK) of the published checkpoints whose files do not name MASK.
+      block_key: key of config.json that holds the block size; None where every token attends to every other.
+      block_size: of the published checkpoints whose config.json does not give it.
+      sub_block: tokens that the sampler decodes at a time; None = a whole block.
+      code: repository that holds the class that config.json names; None where transformers has the class.
     """
 
     shifted: bool
@@ -192,7 +217,6 @@ class Diffusion:
     block_key: str | None = None
     block_size: int | None = None
     sub_block: int | None = None
-    names_eos: bool = False
     code: str | None = None
 
     @property
@@ -206,25 +230,30 @@ class Family:
     """A family of checkpoints.
 
     Attributes:
-      name: what `diffusion-lm list families` calls it.
+      name: as `diffusion-lm list families` prints it.
       description: one sentence.
       source: where the family is published.
       model_types: values of `model_type` in config.json.
-      architectures: classes in config.json's `architectures` whose weights have these names.
-      prefix: of the names of all weights but the head's; a checkpoint may have been saved without it.
+      architectures: classes in `architectures` of config.json whose weights have these names.
+      prefix: of the names of all weights but those of the head; a checkpoint may be saved without it.
       weights: the table.
-      copies: (name, name that it repeats where the embeddings are tied): may be in the file, must be equal.
-      ignorable: regular expressions of tensors that carry nothing: masks and tables that follow from the config.
-      spec: from config.json to the fields of a `TransformerSpec`.
-      config: from a `TransformerSpec` to what is particular to the family in config.json; inverse of `spec`.
-      renames: (regular expression, replacement) that make an older name of a tensor from the one in the table.
-      causal: whether the family was trained from left to right.
-      told_by: what says the network's shape, for errors.
-      diffusion: what a family of diffusion models was trained as; None for all others.
-      signature: regular expression of tensors that tell the family from others of its model types; "" = none does.
-      special_ids: (field, id) of special tokens that transformers' class takes where config.json says none, for classes
-        whose ids a smaller vocabulary does not have; `export` writes null for those.
-      rows: tensor whose rows are the size of the vocabulary, whatever config.json says; None = config.json is right.
+      read_config: from config.json to the fields of a `TransformerSpec`.
+      write_config: from a `TransformerSpec` to the family's part of config.json; inverse of `read_config`.
+      keys: the keys of config.json that `read_config` reads.
+      ignored_keys: regular expressions of keys of the family's class that change nothing in its network. Those of all
+        classes are in `config_checks.IGNORED_KEYS`.
+      tied: (tensor, tensor that it repeats where the embeddings are tied). If the first one is in the file, it must be
+        equal to the second.
+      ignored_tensors: regular expressions of tensors that hold no weights, such as causal masks.
+      old_names: (regular expression, replacement) that turn a name of the table into the name in older files.
+      causal: whether the family was trained autoregressively.
+      shape_source: what the shape of the network is read from, for errors.
+      diffusion: how a family of diffusion models was trained; None for all others.
+      signature: regular expression of tensors that only this family has among those of its model type; "" = none.
+      default_token_ids: (key, id) of special tokens that transformers assumes where config.json names none. `export`
+        writes null for those that a smaller vocabulary does not have.
+      vocab_tensor: tensor whose number of rows is the vocabulary size, whatever config.json says; None where
+        config.json is right.
     """
 
     name: str
@@ -234,14 +263,16 @@ class Family:
     architectures: tuple[str, ...]
     prefix: str
     weights: tuple[Weight, ...]
-    spec: Callable[[Config], dict[str, Any]]
-    config: Callable[[TransformerSpec], dict[str, Any]]
-    copies: tuple[tuple[str, str], ...] = ()
-    ignorable: tuple[str, ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
+    read_config: Callable[[Config], SpecFields]
+    write_config: Callable[[TransformerSpec], dict[str, Any]]
+    keys: tuple[ConfigKey, ...]
+    ignored_keys: tuple[str, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+    ignored_tensors: tuple[str, ...] = ()
+    old_names: tuple[tuple[str, str], ...] = ()
     causal: bool = True
-    told_by: str = CONFIG
+    shape_source: str = CONFIG
     diffusion: Diffusion | None = None
     signature: str = ""
-    special_ids: tuple[tuple[str, int], ...] = ()
-    rows: str | None = None
+    default_token_ids: tuple[tuple[str, int], ...] = ()
+    vocab_tensor: str | None = None

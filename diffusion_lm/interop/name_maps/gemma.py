@@ -1,36 +1,48 @@
-"""Gemma 1, 2 and 3 (text): scaled embeddings, norms around one, and from 2 on norms on both sides of each layer."""
+"""Gemma 1, 2 and 3 (text): scaled embeddings, RMSNorm times 1 + weight, from Gemma 2 on two norms per sublayer."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from diffusion_lm.interop.name_maps import llama
-from diffusion_lm.interop.name_maps.family import Config, Family, Weight
-from diffusion_lm.interop.name_maps.rope_fields import fields_of, layered_rope
+from diffusion_lm.interop.name_maps.config_keys import BOOL, COUNT, POSITIVE, STRING, config_keys, never, off
+from diffusion_lm.interop.name_maps.family import Config, Family, JsonObject, SpecFields, Weight
+from diffusion_lm.interop.name_maps.rope_keys import fields_of, layered_rope
 from diffusion_lm.nn.transformer import TransformerSpec
 
 _TANH = {"gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
+# Every n-th layer has full attention where config.json has no `layer_types`.
 _PATTERNS = {"gemma2": 2, "gemma3_text": 6}
+_KEYS = (
+    *llama.DECODER_KEYS,
+    *config_keys(BOOL, "attention_bias"),
+    *config_keys(STRING, "hidden_activation"),
+    *config_keys(BOOL, "use_bidirectional_attention", is_neutral=off),
+)
+_WINDOW_KEYS = (
+    *llama.WINDOW_KEYS,
+    *config_keys(COUNT, "sliding_window_pattern"),
+    *config_keys(POSITIVE, "query_pre_attn_scalar", is_neutral=never),
+    *config_keys(POSITIVE, "attn_logit_softcapping", "final_logit_softcapping", is_neutral=never),
+)
+
+# Defaults of the text model's class, which the config.json of a model with images may leave out.
+_TEXT_DEFAULTS = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1 << 17)
 
 
-# What the class of the language model takes where the config.json of a model with images says nothing.
-_TEXT = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1 << 17)
-
-
-def language_model(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the config.json of the language model alone where `values` are those of a Gemma 3 that reads images."""
+def language_model(values: JsonObject) -> JsonObject:
+    """Returns the config.json of the language model where `values` belong to a Gemma 3 with a vision tower."""
     text = values.get("text_config")
     if values.get("model_type") != "gemma3" or not isinstance(text, dict):
         return values
     specials = {name: value for name, value in values.items() if name.endswith("_token_id")}
     own = {"model_type": GEMMA3.model_types[0], "architectures": [GEMMA3.architectures[0]]}
     shared = {name: values[name] for name in ("torch_dtype", "dtype", "transformers_version") if name in values}
-    return _TEXT | shared | specials | text | own
+    return _TEXT_DEFAULTS | shared | specials | text | own
 
 
-def _spec(config: Config) -> dict[str, Any]:
+def _read_common(config: Config) -> SpecFields:
     config.refuse(use_bidirectional_attention=False)
     bias = config.get("attention_bias", False)
-    # The families choose their activation before; a LLaMA's would be SiLU.
+    # The caller has checked the activation; `decoder_spec` would accept SiLU only.
     fields = llama.decoder_spec(config.replaced(hidden_act=None))
     return fields | dict(
         head_dim=config.get("head_dim", 256),
@@ -44,43 +56,45 @@ def _spec(config: Config) -> dict[str, Any]:
     )
 
 
-def _gemma_spec(config: Config) -> dict[str, Any]:
-    # The first files say "gelu" and mean the approximation that the models were trained with.
+def _read_gemma(config: Config) -> SpecFields:
+    # The first files say "gelu" and mean its tanh approximation, with which the models were trained.
     name = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
     config.choose(name, _TANH | {"gelu": "tanh"}, "gelu_pytorch_tanh")
-    return _spec(config)
+    return _read_common(config)
 
 
-def _gemma2_spec(config: Config) -> dict[str, Any]:
+def _read_gemma2(config: Config) -> SpecFields:
     config.choose("hidden_activation", _TANH, "gelu_pytorch_tanh")
     config.refuse(sliding_window_pattern=2)
     return (
-        _spec(config)
+        _read_common(config)
         | _windows(config, "gemma2")
         | dict(
             norm_placement="both",
             attention_scale_size=config.get("query_pre_attn_scalar", 256),
-            # Absent, they are those of the class; null, they are off.
-            attention_softcap=config.given("attn_logit_softcapping", 50.0),
-            logit_softcap=config.given("final_logit_softcapping", 30.0),
+            # Absent keys take the defaults of the class, null turns the cap off.
+            attention_softcap=config.get_or_null("attn_logit_softcapping", 50.0),
+            logit_softcap=config.get_or_null("final_logit_softcapping", 30.0),
         )
     )
 
 
-def _gemma3_spec(config: Config) -> dict[str, Any]:
+def _read_gemma3(config: Config) -> SpecFields:
     config.choose("hidden_activation", _TANH, "gelu_pytorch_tanh")
     if config.get("attn_logit_softcapping") is not None:
-        raise config.unsupported("attn_logit_softcapping", "Gemma 3 caps no scores")
-    far, near = layered_rope(config, far=("rope_theta", 1e6), near=("rope_local_base_freq", 1e4), scales_near=False)
+        raise config.unsupported("attn_logit_softcapping", "Gemma 3 has no soft cap on attention scores")
+    full, window = layered_rope(
+        config, full=("rope_theta", 1e6), window=("rope_local_base_freq", 1e4), scales_window=False
+    )
     windows = _windows(config, "gemma3_text")
-    chosen = far
+    chosen = full
     if windows.get("window_layers") is not None:
-        windows["window_rope_theta"] = fields_of(config, near)["rope_theta"]
+        windows["window_rope_theta"] = fields_of(config, window)["rope_theta"]
     elif windows:
-        chosen = near
+        chosen = window  # every layer has a window
     plain = config.replaced(rope_parameters=chosen, rope_scaling=None)
     return (
-        _spec(plain)
+        _read_common(plain)
         | windows
         | dict(
             norm_placement="both",
@@ -91,20 +105,20 @@ def _gemma3_spec(config: Config) -> dict[str, Any]:
     )
 
 
-def _windows(config: Config, kind: str) -> dict[str, Any]:
-    """Returns the window and its layers; files without `layer_types` leave out every second or every sixth layer."""
-    every, window = config.get("sliding_window_pattern", _PATTERNS[kind]), config.given("sliding_window", 4096)
+def _windows(config: Config, kind: str) -> SpecFields:
+    """Returns the window and its layers. Without `layer_types`, every second or sixth layer has full attention."""
+    every, window = config.get("sliding_window_pattern", _PATTERNS[kind]), config.get_or_null("sliding_window", 4096)
     return llama.layer_windows(config, config.need("num_hidden_layers"), window, lambda layer: (layer + 1) % every != 0)
 
 
-def _gemma_config(spec: TransformerSpec) -> dict[str, Any]:
+def _write_gemma(spec: TransformerSpec) -> dict[str, Any]:
     names = ("hidden_act", "hidden_activation")
     return llama.decoder_config(spec) | dict.fromkeys(names, "gelu_pytorch_tanh") | {"attention_bias": spec.qkv_bias}
 
 
-def _gemma2_config(spec: TransformerSpec) -> dict[str, Any]:
+def _write_gemma2(spec: TransformerSpec) -> dict[str, Any]:
     windows = llama.window_config(spec)
-    return _gemma_config(spec) | dict(
+    return _write_gemma(spec) | dict(
         query_pre_attn_scalar=spec.head_dim if spec.attention_scale_size is None else spec.attention_scale_size,
         attn_logit_softcapping=spec.attention_softcap,
         final_logit_softcapping=spec.logit_softcap,
@@ -113,18 +127,19 @@ def _gemma2_config(spec: TransformerSpec) -> dict[str, Any]:
     )
 
 
-def _gemma3_config(spec: TransformerSpec) -> dict[str, Any]:
-    config = _gemma2_config(spec)
-    near = spec.rope_theta if spec.window_rope_theta is None else spec.window_rope_theta
+def _write_gemma3(spec: TransformerSpec) -> dict[str, Any]:
+    config = _write_gemma2(spec)
+    window_theta = spec.rope_theta if spec.window_rope_theta is None else spec.window_rope_theta
     parameters = {
         "full_attention": config["rope_parameters"],
-        "sliding_attention": {"rope_type": "default", "rope_theta": near},
+        "sliding_attention": {"rope_type": "default", "rope_theta": window_theta},
     }
-    return config | {"rope_parameters": parameters, "rope_local_base_freq": near}
+    return config | {"rope_parameters": parameters, "rope_local_base_freq": window_theta}
 
 
-_BOTH = (
-    *(line for line in llama.WEIGHTS if not line.ours.startswith("blocks/mlp_norm/")),
+# Gemma 2 and 3 have a norm before and after each sublayer, and `post_attention_layernorm` is the one after attention.
+_BOTH_NORMS = (
+    *(line for line in llama.WEIGHTS if not line.param.startswith("blocks/mlp_norm/")),
     Weight("blocks/attention_output_norm/scale", "model.layers.{i}.post_attention_layernorm.weight"),
     Weight("blocks/mlp_norm/scale", "model.layers.{i}.pre_feedforward_layernorm.weight"),
     Weight("blocks/mlp_output_norm/scale", "model.layers.{i}.post_feedforward_layernorm.weight"),
@@ -138,41 +153,47 @@ GEMMA = Family(
     architectures=("GemmaForCausalLM", "GemmaModel"),
     prefix="model.",
     weights=llama.WEIGHTS,
-    copies=llama.COPIES,
-    ignorable=llama.IGNORABLE,
-    spec=_gemma_spec,
-    config=_gemma_config,
+    read_config=_read_gemma,
+    write_config=_write_gemma,
+    keys=_KEYS,
+    ignored_keys=("_sliding_window_pattern",),
+    tied=llama.TIED,
+    ignored_tensors=llama.IGNORED_TENSORS,
 )
 
 GEMMA2 = Family(
     name="gemma2",
-    description="Gemma 2, with soft caps and a window in every second layer",
+    description="Gemma 2, with soft caps and a sliding window in every second layer",
     source="arXiv 2408.00118",
     model_types=("gemma2",),
     architectures=("Gemma2ForCausalLM", "Gemma2Model"),
     prefix="model.",
-    weights=_BOTH,
-    copies=llama.COPIES,
-    ignorable=llama.IGNORABLE,
-    spec=_gemma2_spec,
-    config=_gemma2_config,
+    weights=_BOTH_NORMS,
+    read_config=_read_gemma2,
+    write_config=_write_gemma2,
+    keys=(*_KEYS, *_WINDOW_KEYS),
+    ignored_keys=("_sliding_window_pattern",),
+    tied=llama.TIED,
+    ignored_tensors=llama.IGNORED_TENSORS,
 )
 
 GEMMA3 = Family(
     name="gemma3",
-    description="Gemma 3 with a window in five of six layers; of one that reads images, the language model",
+    description="Gemma 3, with a sliding window in five of six layers; of models with images, the language model",
     source="arXiv 2503.19786",
     model_types=("gemma3_text",),
     architectures=("Gemma3ForCausalLM", "Gemma3TextModel"),
     prefix="model.",
-    weights=_BOTH,
-    copies=(*llama.COPIES, *((f"language_model.{copy}", f"language_model.{name}") for copy, name in llama.COPIES)),
-    ignorable=(*llama.IGNORABLE, r"(model\.)?(vision_tower|multi_modal_projector)\..+"),
-    renames=(
-        # With images: of transformers before version 5, and since then.
+    weights=_BOTH_NORMS,
+    read_config=_read_gemma3,
+    write_config=_write_gemma3,
+    keys=(*_KEYS, *_WINDOW_KEYS, *config_keys(POSITIVE, "rope_local_base_freq")),
+    ignored_keys=("_sliding_window_pattern",),
+    tied=(*llama.TIED, *((f"language_model.{copy}", f"language_model.{name}") for copy, name in llama.TIED)),
+    ignored_tensors=(*llama.IGNORED_TENSORS, r"(model\.)?(vision_tower|multi_modal_projector)\..+"),
+    old_names=(
+        # Models with images: names of transformers before version 5, and of version 5.
         (r"^(model|lm_head)\.", r"language_model.\1."),
         (r"^model\.", "model.language_model."),
     ),
-    spec=_gemma3_spec,
-    config=_gemma3_config,
 )

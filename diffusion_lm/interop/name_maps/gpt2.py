@@ -1,7 +1,8 @@
-"""GPT-2: learned positions, LayerNorm in front of each layer, queries, keys and values in one tensor [in, out]."""
+"""GPT-2: learned positions, LayerNorm before each sublayer, queries, keys and values in one Conv1D tensor [in, out]."""
 
 from typing import Any
 
+from diffusion_lm.interop.name_maps.config_keys import BOOL, COUNT, LAYERS, POSITIVE, STRING, config_keys, off
 from diffusion_lm.interop.name_maps.family import (
     CONV_HEADS_IN,
     CONV_HEADS_OUT,
@@ -9,6 +10,7 @@ from diffusion_lm.interop.name_maps.family import (
     VOCABULARY,
     Config,
     Family,
+    SpecFields,
     Weight,
 )
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -21,7 +23,7 @@ _ACTIVATIONS = {
 }
 
 
-def _spec(config: Config) -> dict[str, Any]:
+def _read_config(config: Config) -> SpecFields:
     config.refuse(add_cross_attention=False, scale_attn_by_inverse_layer_idx=False)
     mlp, gelu = config.choose("activation_function", _ACTIVATIONS, "gelu_new")
     width, heads = config.need("n_embd"), config.need("n_head")
@@ -46,7 +48,7 @@ def _spec(config: Config) -> dict[str, Any]:
     )
 
 
-def _config(spec: TransformerSpec) -> dict[str, Any]:
+def _write_config(spec: TransformerSpec) -> dict[str, Any]:
     return dict(
         vocab_size=spec.vocab_size,
         n_layer=spec.num_layers,
@@ -65,7 +67,7 @@ def _config(spec: TransformerSpec) -> dict[str, Any]:
 
 FAMILY = Family(
     name="gpt2",
-    description="GPT-2 and models of its shape",
+    description="GPT-2 and models with the same layers",
     source="Radford et al. 2019",
     model_types=("gpt2",),
     architectures=("GPT2LMHeadModel", "GPT2Model"),
@@ -93,8 +95,20 @@ FAMILY = Family(
         Weight("final_norm/bias", "transformer.ln_f.bias"),
         Weight("head/tokens", "lm_head.weight", VOCABULARY),
     ),
-    copies=(("lm_head.weight", "transformer.wte.weight"),),
-    ignorable=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
-    spec=_spec,
-    config=_config,
+    read_config=_read_config,
+    write_config=_write_config,
+    keys=(
+        *config_keys(COUNT, "vocab_size", "n_embd", "n_head", "n_inner", "n_positions"),
+        *config_keys(LAYERS, "n_layer"),
+        *config_keys(STRING, "activation_function"),
+        *config_keys(POSITIVE, "layer_norm_epsilon"),
+        *config_keys(BOOL, "tie_word_embeddings", "scale_attn_weights"),
+        *config_keys(BOOL, "add_cross_attention", "scale_attn_by_inverse_layer_idx", is_neutral=off),
+    ),
+    ignored_keys=(
+        # `n_ctx` repeats `n_positions`. Upcasting is a matter of precision; the summary is a classification head.
+        *("n_ctx", "reorder_and_upcast_attn", "summary_.*"),
+    ),
+    tied=(("lm_head.weight", "transformer.wte.weight"),),
+    ignored_tensors=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),  # the causal mask
 )

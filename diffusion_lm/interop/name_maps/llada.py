@@ -1,27 +1,41 @@
-"""LLaDA: the shape of LLaMA under the names of OLMo, trained from scratch as masked diffusion under full visibility.
+"""LLaDA: LLaMA's layers under the names of OLMo, trained from scratch as masked diffusion with full attention.
 
-Names and fields are those of `LLaDALlamaBlock` and `LLaDAModel` in the model code that GSAI-ML publishes with the
-weights. Its RoPE turns the two halves of a head against each other, as LLaMA's does, and its gate is `ff_proj`.
+Names and keys are those of `LLaDALlamaBlock` and `LLaDAModel` in the model code that GSAI-ML publishes with the
+weights. RoPE pairs entry j of a head with entry j + E/2, as LLaMA's does, so no permutation is needed. The gate of the
+feed-forward layer is `ff_proj`.
 """
 
 from typing import Any
 
+from diffusion_lm.interop.name_maps.config_keys import (
+    BOOL,
+    COUNT,
+    LAYERS,
+    NUMBER,
+    POSITIVE,
+    STRING,
+    config_keys,
+    never,
+    off,
+)
 from diffusion_lm.interop.name_maps.family import (
     HEADS_BIAS,
     HEADS_IN,
     HEADS_OUT,
-    TRANSPOSED,
+    TRANSPOSE,
     VOCABULARY,
     Config,
     Diffusion,
     Family,
+    SpecFields,
     Weight,
 )
 from diffusion_lm.nn.transformer import TransformerSpec
 
 _BLOCK = "model.transformer.blocks.{i}."
 
-# What the code behind the files can be set to and this network cannot, besides the fields that are chosen below.
+# Switches of the published code that this network does not have; `_read_config` checks some more.
+# `write_config` writes them too, so that the published class builds this network.
 _FIXED = dict(
     alibi=False,
     attention_layer_norm=False,
@@ -34,7 +48,7 @@ _FIXED = dict(
 )
 
 
-def _spec(config: Config) -> dict[str, Any]:
+def _read_config(config: Config) -> SpecFields:
     config.refuse(**_FIXED)
     config.choose("block_type", {"llama": None})
     config.choose("layer_norm_type", {"rms": None})
@@ -43,7 +57,7 @@ def _spec(config: Config) -> dict[str, Any]:
     width, heads = config.need("d_model"), config.need("n_heads")
     one_head = config.get("multi_query_attention", False)
     return dict(
-        # The rows of both tables; the code scores all of them, whatever `vocab_size` says.
+        # `embedding_size` is the number of rows of both tables, and the published code computes logits for all rows.
         vocab_size=config.get("embedding_size") or config.need("vocab_size"),
         num_layers=config.need("n_layers"),
         model_dim=width,
@@ -64,7 +78,7 @@ def _spec(config: Config) -> dict[str, Any]:
     )
 
 
-def _config(spec: TransformerSpec) -> dict[str, Any]:
+def _write_config(spec: TransformerSpec) -> dict[str, Any]:
     return dict(
         _FIXED,
         block_type="llama",
@@ -84,7 +98,7 @@ def _config(spec: TransformerSpec) -> dict[str, Any]:
         max_sequence_length=spec.max_positions or 4096,
         weight_tying=spec.tied_embeddings,
         include_qkv_bias=spec.qkv_bias,
-        # Their defaults are no dropout-free network.
+        # The defaults of the published class are not 0.
         attention_dropout=0.0,
         embedding_dropout=0.0,
         residual_dropout=0.0,
@@ -94,7 +108,7 @@ def _config(spec: TransformerSpec) -> dict[str, Any]:
 
 LLADA = Family(
     name="llada",
-    description="LLaDA 8B and 1.5, dense: masked diffusion, full visibility, same position",
+    description="LLaDA 8B and 1.5, dense: masked diffusion, full attention, same position",
     source="arXiv 2502.09992",
     model_types=("llada",),
     architectures=("LLaDAModelLM",),
@@ -110,15 +124,35 @@ LLADA = Family(
         Weight("blocks/attention/key_bias", _BLOCK + "k_proj.bias", HEADS_BIAS),
         Weight("blocks/attention/value_bias", _BLOCK + "v_proj.bias", HEADS_BIAS),
         Weight("blocks/mlp_norm/scale", _BLOCK + "ff_norm.weight"),
-        Weight("blocks/mlp/gate", _BLOCK + "ff_proj.weight", TRANSPOSED),
-        Weight("blocks/mlp/up", _BLOCK + "up_proj.weight", TRANSPOSED),
-        Weight("blocks/mlp/down", _BLOCK + "ff_out.weight", TRANSPOSED),
+        Weight("blocks/mlp/gate", _BLOCK + "ff_proj.weight", TRANSPOSE),
+        Weight("blocks/mlp/up", _BLOCK + "up_proj.weight", TRANSPOSE),
+        Weight("blocks/mlp/down", _BLOCK + "ff_out.weight", TRANSPOSE),
         Weight("final_norm/scale", "model.transformer.ln_f.weight"),
         Weight("head/tokens", "model.transformer.ff_out.weight", VOCABULARY),
     ),
-    copies=(("model.transformer.ff_out.weight", "model.transformer.wte.weight"),),
-    spec=_spec,
-    config=_config,
+    read_config=_read_config,
+    write_config=_write_config,
+    keys=(
+        *config_keys(COUNT, "vocab_size", "embedding_size", "max_sequence_length", "d_model", "mlp_hidden_size"),
+        *config_keys(COUNT, "n_heads", "n_kv_heads"),
+        *config_keys(LAYERS, "n_layers"),
+        *config_keys(POSITIVE, "rms_norm_eps", "rope_theta", "mlp_ratio"),
+        *config_keys(NUMBER, "block_group_size"),
+        *config_keys(STRING, "activation_type"),
+        *config_keys(STRING, "block_type", "layer_norm_type", is_neutral=never),
+        *config_keys(BOOL, "rope", "weight_tying", "multi_query_attention", "include_bias", "include_qkv_bias"),
+        *config_keys(BOOL, "attention_layer_norm", "bias_for_layer_norm", "input_emb_norm", "layer_norm_with_affine"),
+        *config_keys(BOOL, "alibi", "scale_logits", is_neutral=off),
+    ),
+    ignored_keys=(
+        # Options of parts that are refused, such as ALiBi.
+        *("alibi_bias_max", "attention_layer_norm_with_affine"),
+        # Read only where the key that comes first is absent.
+        "mlp_ratio",
+        # Precision and kernels.
+        *("rope_full_precision", "precision", "flash_attention"),
+    ),
+    tied=(("model.transformer.ff_out.weight", "model.transformer.wte.weight"),),
     causal=False,
     diffusion=Diffusion(
         shifted=False,

@@ -1,32 +1,34 @@
-"""ModernBERT: an encoder with RoPE, gated layers, and attention that is local in all but every third layer."""
+"""ModernBERT: an encoder with RoPE and GeGLU; every third layer has full attention, the others a sliding window."""
 
 from typing import Any
 
 from diffusion_lm.interop.name_maps import llama
+from diffusion_lm.interop.name_maps.config_keys import BOOL, COUNT, LAYERS, POSITIVE, STRING, config_keys
 from diffusion_lm.interop.name_maps.family import (
     HEADS_BIAS,
     HEADS_IN,
     HEADS_OUT,
-    TRANSPOSED,
+    TRANSPOSE,
     VOCABULARY,
     Config,
     Family,
+    SpecFields,
     Weight,
 )
-from diffusion_lm.interop.name_maps.rope_fields import fields_of, layered_rope
+from diffusion_lm.interop.name_maps.rope_keys import ROPE_KEYS, fields_of, layered_rope
 from diffusion_lm.nn.transformer import TransformerSpec
 
 _LAYER, _QKV, _WI = "model.layers.{i}.", "model.layers.{i}.attn.Wqkv.", "model.layers.{i}.mlp.Wi."
 _ACTIVATIONS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-_FAR, _NEAR, _EVERY = 160000.0, 10000.0, 3
+# Defaults of transformers' class: theta of layers with full attention and with a window, and how often full comes.
+_FULL_THETA, _WINDOW_THETA, _EVERY = 160000.0, 10000.0, 3
 
 
-def _spec(config: Config) -> dict[str, Any]:
+def _read_config(config: Config) -> SpecFields:
     config.refuse(norm_bias=False)
-    config.asked.add("layer_norm_eps")  # of the published files; the class reads `norm_eps`
     gelu = config.choose("hidden_activation", _ACTIVATIONS, "gelu")
     if config.choose("classifier_activation", _ACTIVATIONS, "gelu") != gelu:
-        raise config.unsupported("classifier_activation", "the head has the GELU of the layers")
+        raise config.unsupported("classifier_activation", "it must be the activation of the layers")
     width, heads, layers = (config.need(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     attention_bias = config.get("attention_bias", False)
     return dict(
@@ -58,25 +60,28 @@ def _spec(config: Config) -> dict[str, Any]:
     )
 
 
-def _layers(config: Config, layers: int) -> dict[str, Any]:
-    """Returns windows and RoPE, from `layer_types` and `rope_parameters` or from what older files say instead."""
+def _layers(config: Config, layers: int) -> SpecFields:
+    """Returns windows and RoPE, from `layer_types` and `rope_parameters` or from the keys of older files."""
     every = config.get("global_attn_every_n_layers", _EVERY)
-    # `local_attention` counts both sides; a token sees half of it ahead, half of it back, and itself.
+    # `local_attention` counts both directions. Ours counts one direction and the token itself.
     reach = config.get("local_attention", 128) // 2 + 1
     windows = llama.layer_windows(config, layers, reach, lambda layer: layer % every != 0)
-    far, near = layered_rope(
-        config, far=("global_rope_theta", _FAR), near=("local_rope_theta", _NEAR), scales_near=True
+    full, window = layered_rope(
+        config,
+        full=("global_rope_theta", _FULL_THETA),
+        window=("local_rope_theta", _WINDOW_THETA),
+        scales_window=True,
     )
     if not windows:
-        return fields_of(config, far)
+        return fields_of(config, full)
     if windows["window_layers"] is None:
-        return windows | fields_of(config, near)
-    return windows | fields_of(config, far) | {"window_rope_theta": fields_of(config, near)["rope_theta"]}
+        return windows | fields_of(config, window)
+    return windows | fields_of(config, full) | {"window_rope_theta": fields_of(config, window)["rope_theta"]}
 
 
-def _config(spec: TransformerSpec) -> dict[str, Any]:
+def _write_config(spec: TransformerSpec) -> dict[str, Any]:
     plain = llama.decoder_config(spec)
-    near = spec.rope_theta if spec.window_rope_theta is None else spec.window_rope_theta
+    window_theta = spec.rope_theta if spec.window_rope_theta is None else spec.window_rope_theta
     activation = {value: key for key, value in reversed(_ACTIVATIONS.items())}[spec.gelu]
     return dict(
         vocab_size=spec.vocab_size,
@@ -98,10 +103,10 @@ def _config(spec: TransformerSpec) -> dict[str, Any]:
         layer_types=llama.window_config(spec)["layer_types"],
         rope_parameters={
             "full_attention": plain["rope_parameters"],
-            "sliding_attention": {"rope_type": "default", "rope_theta": near},
+            "sliding_attention": {"rope_type": "default", "rope_theta": window_theta},
         },
         global_rope_theta=spec.rope_theta,
-        local_rope_theta=near,
+        local_rope_theta=window_theta,
     )
 
 
@@ -115,8 +120,8 @@ FAMILY = Family(
     weights=(
         Weight("embed/tokens", "model.embeddings.tok_embeddings.weight", VOCABULARY),
         Weight("embedding_norm/scale", "model.embeddings.norm.weight"),
-        # The first layer reads what the norm of the embeddings returns.
-        Weight("blocks/attention_norm/scale", _LAYER + "attn_norm.weight", first=1),
+        # The first layer has no norm of its own: the embeddings were just normalised.
+        Weight("blocks/attention_norm/scale", _LAYER + "attn_norm.weight", first_layer=1),
         Weight("blocks/attention/query", _QKV + "weight", HEADS_OUT, 0, 3, parts_axis=0),
         Weight("blocks/attention/key", _QKV + "weight", HEADS_OUT, 1, 3, parts_axis=0),
         Weight("blocks/attention/value", _QKV + "weight", HEADS_OUT, 2, 3, parts_axis=0),
@@ -126,24 +131,40 @@ FAMILY = Family(
         Weight("blocks/attention/output", _LAYER + "attn.Wo.weight", HEADS_IN),
         Weight("blocks/attention/output_bias", _LAYER + "attn.Wo.bias"),
         Weight("blocks/mlp_norm/scale", _LAYER + "mlp_norm.weight"),
-        Weight("blocks/mlp/gate", _WI + "weight", TRANSPOSED, 0, 2, parts_axis=0),
-        Weight("blocks/mlp/up", _WI + "weight", TRANSPOSED, 1, 2, parts_axis=0),
+        Weight("blocks/mlp/gate", _WI + "weight", TRANSPOSE, 0, 2, parts_axis=0),
+        Weight("blocks/mlp/up", _WI + "weight", TRANSPOSE, 1, 2, parts_axis=0),
         Weight("blocks/mlp/gate_bias", _WI + "bias", part=0, parts=2),
         Weight("blocks/mlp/up_bias", _WI + "bias", part=1, parts=2),
-        Weight("blocks/mlp/down", _LAYER + "mlp.Wo.weight", TRANSPOSED),
+        Weight("blocks/mlp/down", _LAYER + "mlp.Wo.weight", TRANSPOSE),
         Weight("blocks/mlp/down_bias", _LAYER + "mlp.Wo.bias"),
         Weight("final_norm/scale", "model.final_norm.weight"),
-        Weight("head/transform/dense", "head.dense.weight", TRANSPOSED),
+        Weight("head/transform/dense", "head.dense.weight", TRANSPOSE),
         Weight("head/transform/dense_bias", "head.dense.bias"),
         Weight("head/transform/norm/scale", "head.norm.weight"),
         Weight("head/tokens", "decoder.weight", VOCABULARY),
         Weight("head/bias", "decoder.bias", VOCABULARY),
     ),
-    copies=(("decoder.weight", "model.embeddings.tok_embeddings.weight"),),
-    spec=_spec,
-    config=_config,
+    read_config=_read_config,
+    write_config=_write_config,
+    keys=(
+        *config_keys(COUNT, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+        *config_keys(COUNT, "local_attention", "global_attn_every_n_layers"),
+        *config_keys(LAYERS, "num_hidden_layers"),
+        *config_keys(POSITIVE, "norm_eps", "global_rope_theta", "local_rope_theta"),
+        *config_keys(STRING, "hidden_activation", "classifier_activation"),
+        *config_keys(BOOL, "norm_bias", "classifier_bias", "decoder_bias", "tie_word_embeddings"),
+        *llama.BIAS_KEYS,
+        *llama.LAYER_TYPE_KEYS,
+        *ROPE_KEYS,
+    ),
+    ignored_keys=(
+        "layer_norm_eps",  # in the published files; the class reads `norm_eps`
+        *("classifier_.*", "sparse_prediction", "sparse_pred_ignore_index"),
+        *("deterministic_flash_attn", "reference_compile", "repad_logits_with_grad"),
+    ),
+    tied=(("decoder.weight", "model.embeddings.tok_embeddings.weight"),),
     causal=False,
-    special_ids=(
+    default_token_ids=(
         *(("bos_token_id", 50281), ("cls_token_id", 50281), ("eos_token_id", 50282)),
         *(("sep_token_id", 50282), ("pad_token_id", 50283)),
     ),

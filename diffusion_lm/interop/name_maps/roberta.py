@@ -1,19 +1,22 @@
-"""RoBERTa, XLM-R and XLM-R-XL: encoders whose learned positions are counted from the id of the padding token + 1.
+"""RoBERTa, XLM-R and XLM-R-XL: encoders whose learned positions start at the id of the padding token + 1.
 
-Padding has no position of its own there and moves nobody else's, which is what `positions` and `segment_ids` mean here.
-Token types: these models know only type 0, whose vector is added to the table of positions.
+transformers counts only real tokens, so padding never shifts a position. `positions` and `segment_ids` count the same
+way here, and `TransformerSpec.position_offset` holds the start. These models have token type 0 only; its vector is
+added to the position table.
 """
 
 from typing import Any
 
+from diffusion_lm.interop.name_maps.config_keys import BOOL, COUNT, LAYERS, POSITIVE, STRING, config_keys, off
 from diffusion_lm.interop.name_maps.family import (
     HEADS_BIAS,
     HEADS_IN,
     HEADS_OUT,
-    TRANSPOSED,
+    TRANSPOSE,
     VOCABULARY,
     Config,
     Family,
+    SpecFields,
     Weight,
 )
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -31,7 +34,7 @@ _COMMON = (
     Weight(
         "positions",
         "roberta.embeddings.position_embeddings.weight",
-        plus_row="roberta.embeddings.token_type_embeddings.weight",
+        add_row="roberta.embeddings.token_type_embeddings.weight",
     ),
     Weight("blocks/attention/query", _SELF + "query.weight", HEADS_OUT),
     Weight("blocks/attention/key", _SELF + "key.weight", HEADS_OUT),
@@ -41,32 +44,52 @@ _COMMON = (
     Weight("blocks/attention/value_bias", _SELF + "value.bias", HEADS_BIAS),
     Weight("blocks/attention/output", _LAYER + "attention.output.dense.weight", HEADS_IN),
     Weight("blocks/attention/output_bias", _LAYER + "attention.output.dense.bias"),
-    Weight("blocks/mlp/up", _LAYER + "intermediate.dense.weight", TRANSPOSED),
+    Weight("blocks/mlp/up", _LAYER + "intermediate.dense.weight", TRANSPOSE),
     Weight("blocks/mlp/up_bias", _LAYER + "intermediate.dense.bias"),
-    Weight("blocks/mlp/down", _LAYER + "output.dense.weight", TRANSPOSED),
+    Weight("blocks/mlp/down", _LAYER + "output.dense.weight", TRANSPOSE),
     Weight("blocks/mlp/down_bias", _LAYER + "output.dense.bias"),
-    Weight("head/transform/dense", "lm_head.dense.weight", TRANSPOSED),
+    Weight("head/transform/dense", "lm_head.dense.weight", TRANSPOSE),
     Weight("head/transform/dense_bias", "lm_head.dense.bias"),
     Weight("head/transform/norm/scale", "lm_head.layer_norm.weight"),
     Weight("head/transform/norm/bias", "lm_head.layer_norm.bias"),
     Weight("head/bias", "lm_head.bias", VOCABULARY),
 )
-NORM_RENAMES = ((r"LayerNorm\.weight$", "LayerNorm.gamma"), (r"LayerNorm\.bias$", "LayerNorm.beta"))
-"""What files converted from TensorFlow call them."""
+OLD_NORM_NAMES = ((r"LayerNorm\.weight$", "LayerNorm.gamma"), (r"LayerNorm\.bias$", "LayerNorm.beta"))
+"""Names of the norms in files that were converted from TensorFlow."""
 
-_COPIES = (
+_TIED = (
     ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
     ("lm_head.decoder.bias", "lm_head.bias"),
 )
-_IGNORABLE = (
+_IGNORED_TENSORS = (
     r"roberta\.embeddings\.(position_ids|token_type_ids)",
-    r"roberta\.pooler\.dense\.(weight|bias)",  # reads one token for a classifier, is no part of the language model
+    r"roberta\.pooler\.dense\.(weight|bias)",  # the input of a classifier, not of the language model
 )
 
 
-def encoder_spec(config: Config) -> dict[str, Any]:
-    """Returns the fields that the encoders of the BERT family say in the same words; norms stand behind the layers."""
-    # Untied, transformers gives the decoder a second bias, and versions differ in which of the two they use.
+def _absolute_or_rope(value: object) -> bool:
+    return value in ("absolute", "rope")
+
+
+ENCODER_KEYS = (
+    *config_keys(COUNT, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *config_keys(COUNT, "max_position_embeddings", "type_vocab_size"),
+    *config_keys(LAYERS, "num_hidden_layers"),
+    *config_keys(STRING, "hidden_act"),
+    *config_keys(POSITIVE, "layer_norm_eps"),
+    *config_keys(BOOL, "tie_word_embeddings"),
+    *config_keys(BOOL, "is_decoder", "add_cross_attention", is_neutral=off),
+    *config_keys(STRING, "position_embedding_type", is_neutral=_absolute_or_rope),
+)
+IGNORED_KEYS = (
+    "type_vocab_size",  # the shape of the tensor of token types gives it
+    *("pooler_.*", "classifier_.*", "directionality"),
+)
+
+
+def encoder_spec(config: Config) -> SpecFields:
+    """Returns the fields that BERT and RoBERTa share; norms come after the sublayers (post-norm)."""
+    # With an untied head, transformers gives the decoder a second bias, and versions differ in which one they use.
     config.refuse(tie_word_embeddings=True)
     config.refuse(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
     mlp, gelu = config.choose("hidden_act", _ACTIVATIONS, "gelu")
@@ -96,7 +119,7 @@ def encoder_spec(config: Config) -> dict[str, Any]:
 
 
 def encoder_config(spec: TransformerSpec) -> dict[str, Any]:
-    """Returns what the encoders of the BERT family say in the same words; inverse of `encoder_spec`."""
+    """Returns the keys that BERT and RoBERTa share; inverse of `encoder_spec`."""
     activations = {value: key for key, value in reversed(_ACTIVATIONS.items())}
     return dict(
         vocab_size=spec.vocab_size,
@@ -111,22 +134,22 @@ def encoder_config(spec: TransformerSpec) -> dict[str, Any]:
     )
 
 
-def _roberta_spec(config: Config) -> dict[str, Any]:
+def _read_roberta(config: Config) -> SpecFields:
     fields = encoder_spec(config)
     padding = config.get("pad_token_id", 1)
     if type(padding) is not int or padding < 0:
-        raise config.unsupported("pad_token_id", "positions are counted from the id of the padding")
+        raise config.unsupported("pad_token_id", "positions start at the id of the padding token + 1")
     offset = padding + 1
     return fields | {"position_offset": offset, "max_positions": fields["max_positions"] - offset}
 
 
-def _roberta_config(spec: TransformerSpec) -> dict[str, Any]:
+def _write_roberta(spec: TransformerSpec) -> dict[str, Any]:
     return encoder_config(spec) | {"pad_token_id": spec.position_offset - 1, "type_vocab_size": 1}
 
 
-def _xl_spec(config: Config) -> dict[str, Any]:
+def _read_xl(config: Config) -> SpecFields:
     own = {"norm_placement": "pre", "embedding_norm": False, "norm_eps": config.get("layer_norm_eps", 1e-5)}
-    return _roberta_spec(config) | own
+    return _read_roberta(config) | own
 
 
 ROBERTA = Family(
@@ -145,17 +168,19 @@ ROBERTA = Family(
         Weight("blocks/mlp_norm/scale", _LAYER + "output.LayerNorm.weight"),
         Weight("blocks/mlp_norm/bias", _LAYER + "output.LayerNorm.bias"),
     ),
-    copies=_COPIES,
-    ignorable=_IGNORABLE,
-    renames=NORM_RENAMES,
-    spec=_roberta_spec,
-    config=_roberta_config,
+    read_config=_read_roberta,
+    write_config=_write_roberta,
+    keys=ENCODER_KEYS,
+    ignored_keys=IGNORED_KEYS,
+    tied=_TIED,
+    ignored_tensors=_IGNORED_TENSORS,
+    old_names=OLD_NORM_NAMES,
     causal=False,
 )
 
 XLM_ROBERTA_XL = Family(
     name="xlm-roberta-xl",
-    description="XLM-R XL and XXL: XLM-R with norms in front of the layers",
+    description="XLM-R XL and XXL: XLM-R with pre-norm layers",
     source="arXiv 2105.00572",
     model_types=("xlm-roberta-xl",),
     architectures=("XLMRobertaXLForMaskedLM",),
@@ -169,9 +194,11 @@ XLM_ROBERTA_XL = Family(
         Weight("final_norm/scale", "roberta.encoder.LayerNorm.weight"),
         Weight("final_norm/bias", "roberta.encoder.LayerNorm.bias"),
     ),
-    copies=_COPIES,
-    ignorable=_IGNORABLE,
-    spec=_xl_spec,
-    config=_roberta_config,
+    read_config=_read_xl,
+    write_config=_write_roberta,
+    keys=ENCODER_KEYS,
+    ignored_keys=IGNORED_KEYS,
+    tied=_TIED,
+    ignored_tensors=_IGNORED_TENSORS,
     causal=False,
 )

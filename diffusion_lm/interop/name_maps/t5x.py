@@ -1,4 +1,7 @@
-"""T5 as T5X stores it: the names of `t5x/examples/t5/network.py`, kernels [in, out], sizes in the shapes alone."""
+"""T5 as T5X stores it: names of `t5x/examples/t5/network.py`, kernels [in, out].
+
+There is no config.json, so the sizes are read from the shapes of the tensors.
+"""
 
 import ast
 import re
@@ -11,21 +14,22 @@ from diffusion_lm.core.gin_text import one_line
 from diffusion_lm.interop.name_maps.family import (
     CONV_HEADS_IN,
     CONV_HEADS_OUT,
-    TRANSPOSED,
+    TRANSPOSE,
     VOCABULARY,
     Config,
     Family,
-    Layout,
+    SpecFields,
+    Transform,
     Weight,
 )
 from diffusion_lm.interop.name_maps.t5 import T5
 from diffusion_lm.interop.t5x_files import BIAS
 
 OPERATIVE = "config.gin"
-"""The file that T5X writes beside its checkpoints."""
+"""The gin file that T5X writes next to its checkpoints."""
 
 _HEAD = "decoder.logits_dense.kernel"
-_VOCABULARY_LAST = Layout(lambda x, spec: x.T, lambda x, spec: x[: spec.vocab_size].T)
+_VOCABULARY_LAST = Transform(lambda x, spec: x.T, lambda x, spec: x[: spec.vocab_size].T)
 _FEED_FORWARD = {
     ("gelu", "linear"): "gated-gelu",
     ("silu", "linear"): "gated-silu",
@@ -36,38 +40,38 @@ _FEED_FORWARD = {
 _ACTIVATIONS = re.compile(r"^[ \t\w./]*\bmlp_activations\s*=[\s\\]*(\(.*?\)|\[.*?\])", re.MULTILINE | re.DOTALL)
 
 
-def _stream(ours: str, theirs: str, attentions: Mapping[str, str]) -> Iterator[Weight]:
-    """Yields the lines of one stack."""
-    layer = f"{theirs}.layers_{{i}}."
-    yield Weight(f"{ours}relative_bias", f"{theirs}.{BIAS}", TRANSPOSED)
-    yield Weight(f"{ours}blocks/attention/relative_bias", f"{layer}{BIAS}", TRANSPOSED)
+def _stack(path: str, stack: str, attentions: Mapping[str, str]) -> Iterator[Weight]:
+    """Yields the lines of the encoder or the decoder."""
+    layer = f"{stack}.layers_{{i}}."
+    yield Weight(f"{path}relative_bias", f"{stack}.{BIAS}", TRANSPOSE)
+    yield Weight(f"{path}blocks/attention/relative_bias", f"{layer}{BIAS}", TRANSPOSE)
     for name, module in attentions.items():
         norm = module.replace("encoder_decoder", "cross")
-        yield Weight(f"{ours}blocks/{name}_norm/scale", f"{layer}pre_{norm}_layer_norm.scale")
+        yield Weight(f"{path}blocks/{name}_norm/scale", f"{layer}pre_{norm}_layer_norm.scale")
         for array in ("query", "key", "value"):
-            yield Weight(f"{ours}blocks/{name}/{array}", f"{layer}{module}.{array}.kernel", CONV_HEADS_OUT)
-        yield Weight(f"{ours}blocks/{name}/output", f"{layer}{module}.out.kernel", CONV_HEADS_IN)
-    yield Weight(f"{ours}blocks/mlp_norm/scale", f"{layer}pre_mlp_layer_norm.scale")
-    yield Weight(f"{ours}blocks/mlp/gate", f"{layer}mlp.wi_0.kernel", gated=True)
-    yield Weight(f"{ours}blocks/mlp/up", f"{layer}mlp.wi_1.kernel", gated=True)
-    yield Weight(f"{ours}blocks/mlp/up", f"{layer}mlp.wi.kernel", gated=False)
-    yield Weight(f"{ours}blocks/mlp/down", f"{layer}mlp.wo.kernel")
-    yield Weight(f"{ours}final_norm/scale", f"{theirs}.{theirs}_norm.scale")
+            yield Weight(f"{path}blocks/{name}/{array}", f"{layer}{module}.{array}.kernel", CONV_HEADS_OUT)
+        yield Weight(f"{path}blocks/{name}/output", f"{layer}{module}.out.kernel", CONV_HEADS_IN)
+    yield Weight(f"{path}blocks/mlp_norm/scale", f"{layer}pre_mlp_layer_norm.scale")
+    yield Weight(f"{path}blocks/mlp/gate", f"{layer}mlp.wi_0.kernel", gated=True)
+    yield Weight(f"{path}blocks/mlp/up", f"{layer}mlp.wi_1.kernel", gated=True)
+    yield Weight(f"{path}blocks/mlp/up", f"{layer}mlp.wi.kernel", gated=False)
+    yield Weight(f"{path}blocks/mlp/down", f"{layer}mlp.wo.kernel")
+    yield Weight(f"{path}final_norm/scale", f"{stack}.{stack}_norm.scale")
 
 
 def read_sizes(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Any]:
     """Returns the config.json that Hugging Face would have for the network of these tensors.
 
-    Heads are the rows of the relative bias, and a gate is a second input matrix. Only the activation is in no shape: it
-    is read from `config.gin` in the folder or above it, and else is T5's own, GELU where there is a gate and ReLU where
-    there is none.
+    The number of heads is the number of rows of the relative bias; a second input matrix (`wi_0`, `wi_1`) is a gate.
+    The activation shows in no shape. It is read from `config.gin` in the folder or its parent. Without such a file it
+    is T5's own: GELU with a gate, ReLU without one.
 
     Args:
       shapes: of all tensors, by name.
-      folder: of the checkpoint.
+      folder: folder of the checkpoint.
 
     Raises:
-      ConfigError: a tensor that tells a size is missing, or the activation is none that this network has.
+      ConfigError: a tensor that gives a size is missing, or the network does not have the activation.
     """
     vocabulary, width = _shape(shapes, "token_embedder.embedding")
     per_layer = f"encoder.{BIAS}" not in shapes and f"encoder.layers_0.{BIAS}" in shapes
@@ -79,7 +83,7 @@ def read_sizes(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str,
         raise ConfigError(
             f"'encoder.layers_0.attention.query.kernel' has {queries} columns for the {heads} heads of {bias!r}",
             where=str(folder),
-            fix="Use a checkpoint whose tensors are of one network.",
+            fix="Use a checkpoint whose tensors belong to one network.",
         )
     return dict(
         model_type="umt5" if per_layer else "t5",
@@ -105,11 +109,11 @@ def read_sizes(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str,
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
     shape = shapes.get(name, ())
     if len(shape) != 2:
-        found = f"has shape {list(shape)} and not two axes" if name in shapes else "is missing"
+        found = f"has shape {list(shape)} instead of two axes" if name in shapes else "is missing"
         raise ConfigError(
-            f"tensor {name!r} {found}, and the sizes of a T5X checkpoint are read from it",
+            f"tensor {name!r} {found}; the sizes of a T5X checkpoint are read from it",
             where="PATH",
-            fix="Use a checkpoint of t5x/examples/t5, complete.",
+            fix="Use a complete checkpoint of t5x/examples/t5.",
         )
     return shape
 
@@ -120,19 +124,19 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
 
 
 def _activation(folder: Path) -> str | None:
-    """Returns what the run's gin file says about the feed-forward layers; None where there is none."""
+    """Returns `feed_forward_proj` from `mlp_activations` of the run's gin file; None where there is no such file."""
     for file in (folder / OPERATIVE, folder.parent / OPERATIVE):
-        told = _ACTIVATIONS.findall(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else []
-        if not told:
+        found = _ACTIVATIONS.findall(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else []
+        if not found:
             continue
         try:
-            names = tuple(ast.literal_eval(told[-1]))
+            names = tuple(ast.literal_eval(found[-1]))
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            names = (told[-1],)
-        # What is in the file is compared, never evaluated or written.
+            names = (found[-1],)
+        # The file may be hostile: its text is parsed as a literal and compared, never executed.
         if not all(isinstance(name, str) for name in names) or names not in _FEED_FORWARD:
             raise ConfigError(
-                f"{file.name} says mlp_activations = {one_line(told[-1])[:80]}, which this network cannot do "
+                f"{file.name}: mlp_activations = {one_line(found[-1])[:80]} is not supported "
                 f"(supported: {', '.join(map(str, _FEED_FORWARD))})",
                 where=str(file),
                 fix="Use another checkpoint.",
@@ -141,8 +145,8 @@ def _activation(folder: Path) -> str | None:
     return None
 
 
-def _spec(config: Config) -> dict[str, Any]:
-    return T5.spec(config) | {"relative_per_layer": config.get("model_type") == "umt5"}
+def _read_config(config: Config) -> SpecFields:
+    return T5.read_config(config) | {"relative_per_layer": config.get("model_type") == "umt5"}
 
 
 T5X = Family(
@@ -154,11 +158,13 @@ T5X = Family(
     prefix="",
     weights=(
         Weight("embed/tokens", "token_embedder.embedding", VOCABULARY),
-        *_stream("encoder/", "encoder", {"attention": "attention"}),
-        *_stream("", "decoder", {"attention": "self_attention", "cross_attention": "encoder_decoder_attention"}),
+        *_stack("encoder/", "encoder", {"attention": "attention"}),
+        *_stack("", "decoder", {"attention": "self_attention", "cross_attention": "encoder_decoder_attention"}),
         Weight("head/tokens", _HEAD, _VOCABULARY_LAST),
     ),
-    spec=_spec,
-    config=T5.config,
-    told_by="the rest of the checkpoint",
+    read_config=_read_config,
+    write_config=T5.write_config,
+    keys=T5.keys,
+    ignored_keys=T5.ignored_keys,
+    shape_source="the rest of the checkpoint",
 )

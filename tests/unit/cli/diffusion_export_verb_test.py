@@ -211,13 +211,13 @@ def test_a_trained_model_gets_the_public_layout_card_and_tokenizer(folder):
     for expected in (
         "# trained",
         "from the parameters of `imported` (imported from `checkpoint`, family llada)",
-        "step 1, 4 rows a step",
+        "step 1, batch size 4",
         "`toy`, split train: 16 examples",
         "MaskedDiffusion(",
         "an upper bound of the negative log-likelihood (nelbo)",
         "| bound/loss |",
         "published in GSAI-ML/LLaDA-8B-Base",
-        "Unknown: nothing in the run folder states one.",
+        "Unknown: the run directory does not state one.",
         f"jax {jax.__version__}",
     ):
         assert expected in card, expected

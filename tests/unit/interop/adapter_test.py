@@ -1,4 +1,4 @@
-"""An adapter next to the weights: W + s B A by hand in float64, and what cannot be merged is refused by its name."""
+"""Adapters are merged as W + s B A, computed here in float64; what cannot be merged is refused by name."""
 
 import json
 import math
@@ -33,7 +33,7 @@ class Case:
         self.adapter = {}
 
     def lora(self, module, rank=3, conv=False):
-        """Adds the matrices of a module and returns B A in float64, the way round that the tensor is."""
+        """Adds the matrices of a module and returns B A in float64, in the axis order of the tensor."""
         rows, columns = self.base[f"{module}.weight"].shape
         into, out = (rows, columns) if conv else (columns, rows)
         down, up = _random(rank, into), _random(out, rank)
@@ -46,7 +46,7 @@ class Case:
         (self.path / "adapter_config.json").write_text(json.dumps(LORA | config))
 
     def check(self, changed):
-        """The import is that of the base with these tensors in the place of its own."""
+        """The import equals that of a base in which these tensors replace the original ones."""
         merged = self.path.parent / "merged"
         shutil.copytree(self.path, merged, ignore=shutil.ignore_patterns("adapter*"))
         tensors = self.base | {name: value.astype(np.float32) for name, value in changed.items()}
@@ -72,8 +72,8 @@ def _flat(tree, place=""):
     return {name: leaf for key, value in tree.items() for name, leaf in _flat(value, f"{place}/{key}").items()}
 
 
-def test_lora_of_a_llama_with_its_patterns(tmp_path, monkeypatch):
-    """In slices of the embedding's rows, too."""
+def test_rank_and_alpha_patterns(tmp_path, monkeypatch):
+    """The embedding is read in slices of rows."""
     monkeypatch.setattr(assemble, "SLICE_BYTES", 16 * 4 * 5)
     case = Case(tmp_path, "llama")
     layer = "model.layers.1."
@@ -94,8 +94,8 @@ def test_lora_of_a_llama_with_its_patterns(tmp_path, monkeypatch):
     )
 
 
-def test_conv1d_of_gpt2_is_the_other_way_round_whatever_the_config_says(tmp_path):
-    """`attn.c_proj` is square, so that its shape does not show it. With rank-stabilised scales."""
+def test_conv1d_of_gpt2_is_transposed_whatever_fan_in_fan_out_is(tmp_path):
+    """`attn.c_proj` is square, so its shape does not show the order. With rank-stabilised scales."""
     case = Case(tmp_path, "gpt2")
     names = [f"transformer.h.0.{module}" for module in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     changes = {f"{name}.weight": case.lora(name, conv=True) for name in names}
@@ -103,7 +103,7 @@ def test_conv1d_of_gpt2_is_the_other_way_round_whatever_the_config_says(tmp_path
     case.check({name: case.base[name] + 5 / math.sqrt(3) * change for name, change in changes.items()})
 
 
-def test_modules_that_were_trained_whole_and_biases_replace_those_of_the_base(tmp_path):
+def test_modules_to_save_and_biases_replace_those_of_the_base(tmp_path):
     case = Case(tmp_path, "gpt2")
     change = case.lora("transformer.h.1.mlp.c_fc", conv=True)
     norm, bias, other = _random(16), _random(64), _random(48)
@@ -161,10 +161,10 @@ def _refusal(case, **config):
         ({"target_parameters": ["a"]}, "target_parameters = ['a']"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices = [1]"),
         ({"something_new": 3}, "something_new = 3"),
-        ({"init_lora_weights": "pissa_niter_4"}, "which changes the base weights too"),
-        ({"r": None}, "does not say 'r'"),
-        ({"r": 2}, "and a rank of 2"),
-        ({"r": "3"}, "r = '3', which is not a rank"),
+        ({"init_lora_weights": "pissa_niter_4"}, "which also changes the base weights"),
+        ({"r": None}, "the key 'r' is missing"),
+        ({"r": 2}, "and rank 2 do not fit"),
+        ({"r": "3"}, "r = '3', which is not a whole number above 0"),
         ({"lora_alpha": "x"}, "lora_alpha = 'x'"),
         ({"rank_pattern": {"(": 2}}, "which is not a pattern"),
         ({"rank_pattern": [1]}, "rank_pattern = [1]"),
@@ -181,11 +181,11 @@ def test_what_is_not_a_plain_lora_is_refused_by_name(config, complaint, tmp_path
     [
         ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", "lora_magnitude_vector"),
         ("model.layers.0.self_attn.o_proj.lora_A.weight", "one of the two matrices of model.layers.0.self_attn.o_proj"),
-        ("model.layers.7.self_attn.o_proj.lora_A.weight", "which is not a tensor of the checkpoint"),
-        ("score.weight", "'score.weight', which is not a tensor of the checkpoint"),
+        ("model.layers.7.self_attn.o_proj.lora_A.weight", "which the checkpoint does not have"),
+        ("score.weight", "'score.weight', which the checkpoint does not have"),
     ],
 )
-def test_tensors_of_something_else(name, complaint, tmp_path):
+def test_tensors_that_are_not_of_a_lora_are_refused(name, complaint, tmp_path):
     case = Case(tmp_path, "llama")
     case.lora("model.layers.0.self_attn.q_proj")
     case.adapter[ROOT + name] = _random(3, 16)
@@ -197,10 +197,10 @@ def test_one_end_of_tied_embeddings_cannot_be_trained_alone(tmp_path):
     words = case.base["transformer.wte.weight"].shape
     name = f"{ROOT}transformer.wte.lora_embedding_"
     case.adapter |= {f"{name}A": _random(3, words[0]), f"{name}B": _random(words[1], 3)}
-    assert "one array for at both ends" in _refusal(case)
+    assert "which is tied" in _refusal(case)
 
 
-def test_half_an_adapter(tmp_path):
+def test_an_adapter_with_a_missing_file_is_refused(tmp_path):
     case = Case(tmp_path, "llama")
     case.lora("model.layers.0.self_attn.q_proj")
     case.save()
@@ -214,7 +214,7 @@ def test_half_an_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("without", [["config.json", "model.safetensors"], ["model.safetensors"]])
-def test_a_folder_with_an_adapter_alone_says_what_it_needs(without, tmp_path, capsys):
+def test_a_folder_with_only_an_adapter_names_the_base_model(without, tmp_path, capsys):
     case = Case(tmp_path, "llama")
     case.lora("model.layers.0.self_attn.q_proj")
     case.save()
@@ -222,11 +222,11 @@ def test_a_folder_with_an_adapter_alone_says_what_it_needs(without, tmp_path, ca
         (case.path / name).unlink()
     assert main(["import", str(case.path), "--workdir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert "holds an adapter alone, and the network that it changes is 'some/base'" in said
-    assert "Download that model" in said
+    assert "holds an adapter without its base model, which is 'some/base'" in said
+    assert "Download the base model" in said
 
 
-def test_the_verb_says_what_it_merged_and_which_files_it_did_not_read(tmp_path, capsys):
+def test_import_prints_the_merged_adapter_and_unread_files(tmp_path, capsys):
     case = Case(tmp_path, "llama")
     case.lora("model.layers.0.self_attn.q_proj")
     case.save()

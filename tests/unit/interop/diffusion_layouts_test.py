@@ -1,4 +1,4 @@
-"""Which public layout a diffusion model has: read from a checkpoint's files, asked of an objective."""
+"""The public layout of a diffusion model follows from the files of a checkpoint, or from the objective of a run."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def _objective(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_objective_says_what_its_network_is(name):
+def test_an_objective_determines_how_its_network_is_trained(name):
     found, expected = of_objective(_objective(name), SPECIAL), OBJECTIVES[name]
     assert (found and (found.shifted, found.block_size)) == expected
     assert found is None or found.mask_id == 4
@@ -94,7 +94,7 @@ def test_a_mask_outside_of_the_vocabulary_is_refused(mask):
 
 
 @pytest.mark.parametrize("block", [0, -4, "four"])
-def test_a_block_that_is_no_number_is_refused(block):
+def test_a_block_size_that_is_not_a_number_is_refused(block):
     with pytest.raises(ConfigError, match="bd_size"):
         trained_as(FAST_DLLM_V2.diffusion, Config({"bd_size": block}), 100, (None, ""))
     assert trained_as(FAST_DLLM_V2.diffusion, Config({}), 100, (None, "")).block_size == 32
@@ -116,7 +116,7 @@ def test_a_block_that_is_no_number_is_refused(block):
         ("rope", False),
     ],
 )
-def test_what_llada_code_can_be_set_to_and_this_network_cannot(field, value, tmp_path):
+def test_options_of_the_llada_code_that_this_network_does_not_have_are_refused(field, value, tmp_path):
     shutil.copytree(FOLDER / "llada", tmp_path / "in")
     path = tmp_path / "in" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -124,7 +124,7 @@ def test_what_llada_code_can_be_set_to_and_this_network_cannot(field, value, tmp
         load(tmp_path / "in")
 
 
-def test_plain_llama_files_are_diffullama_where_the_caller_says_so(tmp_path):
+def test_plain_llama_files_are_diffullama_with_that_layout(tmp_path):
     assert load(PLAIN / "llama").diffusion is None
     one = load(PLAIN / "llama", layout="diffullama")
     assert (one.family, one.diffusion.shifted, one.diffusion.mask_id) == ("diffullama", True, None)
@@ -143,7 +143,7 @@ def test_a_layout_of_another_model_type_is_refused(layout):
         load(PLAIN / "llama", layout=layout)
 
 
-def test_the_rows_of_the_table_say_the_size_of_diffugpts_vocabulary():
+def test_the_embedding_gives_the_size_of_diffugpts_vocabulary():
     """The published config is GPT-2's, which does not count the row of MASK."""
     told = json.loads((FOLDER / "diffugpt" / "config.json").read_text())["vocab_size"]
     assert load(FOLDER / "diffugpt").architecture.spec.vocab_size == told + 1
@@ -159,7 +159,7 @@ def test_mixtures_of_experts_are_still_refused(tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_gin_files_of_a_checkpoint_build(name, tmp_path):
-    """Objective and sampler read the same state, show the same, and mean the same MASK as the checkpoint."""
+    """Objective and sampler have the alignment, the visibility and the MASK of the checkpoint."""
     trained = load(FOLDER / name).diffusion
     (tmp_path / "objective.gin").write_text(objective_gin(trained))
     (tmp_path / "sampler.gin").write_text(sampler_gin(trained, 2, 3))

@@ -1,4 +1,4 @@
-"""Of a Gemma 3 that reads images the language model is imported, whichever version of transformers wrote it."""
+"""Of a Gemma 3 with images the language model is imported, whichever version of transformers wrote it."""
 
 import json
 
@@ -34,7 +34,7 @@ def _write(folder, style, change=lambda tensors: None, **top):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_it_is_the_language_model(style, tmp_path):
+def test_the_language_model_is_imported(style, tmp_path):
     _write(tmp_path / "in", style)
     imported, alone = load(tmp_path / "in"), load(FOLDER / "gemma3")
     assert imported.architecture == alone.architecture
@@ -50,7 +50,7 @@ def test_it_is_the_language_model(style, tmp_path):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_what_is_wrong_is_said_by_the_names_of_the_file(style, tmp_path):
+def test_errors_use_the_names_of_the_file(style, tmp_path):
     body = STYLES[style][0]
     missing = f"{body}layers.1.mlp.up_proj.weight"
     _write(tmp_path / "missing", style, lambda t: t.pop(missing))
@@ -59,7 +59,7 @@ def test_what_is_wrong_is_said_by_the_names_of_the_file(style, tmp_path):
     assert missing in str(caught.value)
     other = {f"{body}layers.1.mlp.up_proj.bias": np.ones(24, np.float32)}
     _write(tmp_path / "more", style, lambda t: t.update(other))
-    with pytest.raises(ConfigError, match="tensors have no place in the gemma3 model"):
+    with pytest.raises(ConfigError, match="tensors do not belong to the gemma3 model"):
         load(tmp_path / "more")
 
 
@@ -74,10 +74,10 @@ def test_a_copy_of_the_embeddings_must_be_equal(tmp_path):
         load(tmp_path / "other")
 
 
-def test_sizes_that_such_a_file_leaves_out(tmp_path):
-    """The published ones say neither the vocabulary nor the heads: the class of transformers knows them."""
+def test_absent_sizes_take_the_defaults_of_the_class(tmp_path):
+    """The published files give neither the vocabulary size nor the number of heads."""
     text = json.loads((FOLDER / "gemma3" / "config.json").read_text())
     del text["vocab_size"], text["num_attention_heads"]
     _write(tmp_path / "in", "4", text_config=text)
-    with pytest.raises(ConfigError, match=r"has shape \[43, 16\] and config.json asks for \[262208, 16\]"):
+    with pytest.raises(ConfigError, match=r"has shape \[43, 16\], but config.json requires \[262208, 16\]"):
         load(tmp_path / "in")

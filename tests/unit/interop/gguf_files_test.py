@@ -1,4 +1,4 @@
-"""GGUF files give the parameters of the Hugging Face folder they were made from, and say what is wrong with them."""
+"""GGUF files give the parameters of the Hugging Face folder that they were made from; errors use the file's names."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from diffusion_lm.nn.rope import Llama3Rope  # noqa: E402
 from diffusion_lm.nn.transformer import TransformerSpec  # noqa: E402
 
 SAME = ("llama", "llama_yarn", "qwen3", "gpt2")
-"""Fixtures whose parameters come back bit for bit; Gemma's norms lose a bit where 1 is added and taken away."""
+"""Fixtures whose parameters are equal bit for bit. Gemma's norms may lose a bit, as 1 is added and subtracted."""
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def test_logits_are_those_of_transformers(name, path):
     assert difference(ours, golden["logits"], golden["mask"]) < TOLERANCE
 
 
-def test_biases_turn_with_their_rows(tmp_path, path):
-    """LLaMA with biases, and LLaMA 3's frequencies, which the file holds as factors and not as numbers."""
+def test_biases_are_permuted_with_their_rows(tmp_path, path):
+    """LLaMA with biases, and with LLaMA 3's RoPE, which the file holds as a tensor of factors."""
     shutil.copytree(FOLDER / "llama3_biases_tied", tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     scaling = Llama3Rope(8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -84,7 +84,7 @@ def test_biases_turn_with_their_rows(tmp_path, path):
     assert here.architecture.spec.rope_scaling == scaling
     _compare(there.params, here.params, np.testing.assert_array_equal)
     write_gguf(tmp_path / "folder", path, add={"rope_freqs.weight": factors * np.asarray([2.0, 1.0], np.float32)})
-    assert "tensor 'rope_freqs.weight' holds other factors" in _error(path)
+    assert "tensor 'rope_freqs.weight' holds RoPE factors other than" in _error(path)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def wide(tmp_path_factory):
     ("kind", "bound"), [(F16, 1e-3), (BF16, 8e-3), (Q8_0, 0.01), (gguf.GGMLQuantizationType.Q4_1, 0.08)]
 )
 def test_shorter_floats_and_quantised_tensors(kind, bound, wide, path, monkeypatch):
-    """Each weight is off by less than its block's largest times the step of the quantisation."""
+    """The error of each weight is below the largest weight of its block times the quantisation step."""
     monkeypatch.setattr(assemble, "SLICE_BYTES", 64 * 4 * 7)  # slices of 7 rows
     write_gguf(wide, path, kind)
     here = load(path)
@@ -123,7 +123,7 @@ def test_shorter_floats_and_quantised_tensors(kind, bound, wide, path, monkeypat
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q4_K", "Q6_K", "IQ4_XS"])
 def test_every_quantisation_of_the_package_is_read_in_the_folders_order(kind, wide, path):
-    """Random blocks: the halves of each head are apart again, whatever the rows are stored as."""
+    """Random blocks: the rows are in the order of RoPE's halves, for every storage type."""
     stored = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[stored]
     shape = (64, 64) if 64 % block == 0 else (64, 256)
@@ -144,7 +144,7 @@ def test_every_quantisation_of_the_package_is_read_in_the_folders_order(kind, wi
         np.testing.assert_array_equal(params["attention"]["query"][1][:, head], apart.T)
 
 
-def test_a_kind_that_the_package_cannot_dequantise(wide, path, monkeypatch):
+def test_a_type_that_the_package_cannot_dequantise_is_refused(wide, path, monkeypatch):
     write_gguf(wide, path, Q8_0)
 
     def unable(*_):
@@ -156,28 +156,31 @@ def test_a_kind_that_the_package_cannot_dequantise(wide, path, monkeypatch):
     assert str(path) in message
 
 
-def test_integers_are_no_weights(path):
+def test_integer_tensors_are_refused(path):
     whole = np.ones(16, np.int8)
     write_gguf(FOLDER / "llama", path, raw={"output_norm.weight": (whole, gguf.GGMLQuantizationType.I8)})
     message = _error(path)
-    assert "tensor 'output_norm.weight' holds no floats" in message
+    assert "tensor 'output_norm.weight' does not hold floats" in message
 
 
 @pytest.mark.parametrize(
     ("metadata", "complaint"),
     [
-        ({"llama.attention.layer_norm_rms_epsilon": None}, "do not say 'llama.attention.layer_norm_rms_epsilon'"),
+        (
+            {"llama.attention.layer_norm_rms_epsilon": None},
+            "the key 'llama.attention.layer_norm_rms_epsilon' is missing",
+        ),
         ({"llama.expert_count": 8}, "mixture of experts"),
-        ({"llama.rope.dimension_count": 2}, "llama.rope.dimension_count = 2, which this network cannot do"),
+        ({"llama.rope.dimension_count": 2}, "llama.rope.dimension_count = 2 is not supported"),
         ({"llama.rope.scaling.type": "longrope"}, "rope_type = 'longrope'"),
-        ({"llama.logit_scale": 0.5}, "llama.logit_scale = 0.5, which this network cannot do"),
+        ({"llama.logit_scale": 0.5}, "llama.logit_scale = 0.5 is not supported"),
         ({"llama.attention.head_count_kv": [2, 1]}, "one number for all layers"),
-        ({"llama.feed_forward_length": 25}, "'blk.0.ffn_gate.weight' has shape [24, 16] and its metadata asks for"),
-        ({"split.count": 3}, "is one of 3 files"),
-        ({"general.architecture": "qwen2moe"}, "general.architecture = 'qwen2moe', a mixture of experts"),
+        ({"llama.feed_forward_length": 25}, "'blk.0.ffn_gate.weight' has shape [24, 16], but its metadata requires"),
+        ({"split.count": 3}, "is one of 3 parts"),
+        ({"general.architecture": "qwen2moe"}, "general.architecture = 'qwen2moe' is a mixture of experts"),
         (
             {"general.architecture": "qwen"},
-            "general.architecture = 'qwen', which is no known family; did you mean qwen",
+            "general.architecture = 'qwen' is not supported; did you mean qwen",
         ),
     ],
 )
@@ -188,12 +191,12 @@ def test_metadata_that_this_network_cannot_have(metadata, complaint, path):
     assert str(path) in message
 
 
-def test_missing_and_unknown_tensors_go_by_the_names_of_the_file(path):
+def test_missing_and_unknown_tensors_are_named_as_in_the_file(path):
     write_gguf(FOLDER / "llama", path, drop=("blk.1.attn_k.weight",))
     assert "1 tensors of a llama model are missing: blk.1.attn_k.weight" in _error(path)
     write_gguf(FOLDER / "llama", path, add={"blk.1.attn_sinks.weight": np.ones(4, np.float32)})
     message = _error(path)
-    assert "1 tensors have no place in the llama model of its metadata: blk.1.attn_sinks.weight" in message
+    assert "1 tensors do not belong to the llama model of its metadata: blk.1.attn_sinks.weight" in message
     write_gguf(FOLDER / "llama", path, drop=("token_embd.weight",))
     assert "tensor 'token_embd.weight' is missing" in _error(path)
 
@@ -211,7 +214,7 @@ def test_a_file_that_is_cut_off(path):
     assert "there is no file" in _error(path.with_name("other.gguf"))
 
 
-def test_a_folder_with_a_file_in_it_is_pointed_at_it(path):
+def test_a_folder_with_gguf_files_lists_them(path):
     write_gguf(FOLDER / "llama", path)
     assert f"but GGUF files: {path.name}" in _error(path.parent)
 
@@ -222,8 +225,8 @@ def test_the_package_is_named_where_it_is_missing(path, monkeypatch):
     assert "pip install 'diffusion-lm[gguf]'" in _error(path)
 
 
-def test_what_is_imported_can_be_exported_for_transformers(wide, path, tmp_path):
-    """The folder that comes out of a file of floats is the one that went in."""
+def test_an_import_can_be_exported_for_transformers(wide, path, tmp_path):
+    """A file of floats exports as the folder that it was made from."""
     write_gguf(wide, path)
     imported = load(path)
     save(tmp_path / "out", imported.architecture, imported.params, family="llama", config=imported.config)

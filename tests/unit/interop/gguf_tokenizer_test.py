@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file tokenises as the library that it was trained with."""
+"""The tokenizer of a GGUF file gives the ids of the library that it was trained with."""
 
 import io
 import json
@@ -29,7 +29,7 @@ _QWEN2 = (
 
 
 def _trained(pre: str) -> tokenizers.Tokenizer:
-    """A tokenizer whose parts the library itself puts together."""
+    """A tokenizer that the library itself builds."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "qwen2")
     if pre == "smollm":
@@ -105,8 +105,8 @@ def test_sentencepiece(tmp_path):
     assert vocabulary.specials.eos_id == original.eos_id()
 
 
-def test_a_tokenizer_that_is_not_understood_is_left_out_and_named(tmp_path, capsys):
+def test_an_unsupported_tokenizer_is_not_written_and_is_named(tmp_path, capsys):
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "viking", "tokenizer.ggml.tokens": ["a", "b"]}
     folder = _import(tmp_path, metadata)
-    assert "its pre-tokenizer 'viking' is unknown here" in capsys.readouterr().out.replace("\n", " ")
+    assert "its pre-tokenizer 'viking' is not supported" in capsys.readouterr().out.replace("\n", " ")
     assert not (tmp_path / "run" / folder).exists()

@@ -1,4 +1,4 @@
-"""A stranger's checkpoint: nothing that its files or its name say runs, in any gin file that `import` writes."""
+"""A hostile checkpoint: no text of its files or its name is executed through a gin file that `import` writes."""
 
 import json
 import pathlib
@@ -47,8 +47,8 @@ def test_special_tokens_are_ids_of_the_vocabulary(field, value):
             find_specials(config, generation, 43)
 
 
-def test_several_ends_and_the_padding_that_stands_for_none():
-    """LLaMA 1's files have a padding of -1, which is no token."""
+def test_several_eos_ids_and_a_padding_of_minus_one():
+    """LLaMA 1's files have a padding of -1, which means none."""
     found = find_specials({"eos_token_id": [7, 8], "pad_token_id": -1, "bos_token_id": None}, {}, rows=9)
     assert found == Specials(eos_ids=(7, 8))
     with pytest.raises(ConfigError, match=r"eos_token_id = \[7, 9\]"):
@@ -57,7 +57,7 @@ def test_several_ends_and_the_padding_that_stands_for_none():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_text_of_config_json_reaches_a_network(family, tmp_path):
-    """Every field in turn holds code; the import is refused, or its network and tokens are those without it."""
+    """Every key in turn holds code. The import is refused, or gives the same network and tokens as without it."""
     source = FAMILIES[family]
     plain = describe(source)
     folder = _copy(source, tmp_path / "in")
@@ -85,8 +85,8 @@ def test_the_name_of_the_folder_is_text(name, tmp_path, imported):
     assert read[0].build_macro("MODEL") == imported.architecture
 
 
-def test_a_run_folder_of_a_folder_with_such_a_name(tmp_path):
-    """All of its gin files bind what those of a plain name bind."""
+def test_gin_files_of_a_folder_whose_name_is_code(tmp_path):
+    """They have the same bindings as those of a folder with a plain name."""
     for name, run in ((NAMES[0] + NAMES[-1], "run"), ("plain", "other")):
         folder = _copy(FAMILIES["sdar"], tmp_path / name)
         write_run_folder(load(folder), folder, tmp_path / run)

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said with the tensor and the file, before anything is read or written."""
+"""Errors about a checkpoint name the tensor and the file, and come before anything is read or written."""
 
 import dataclasses
 import json
@@ -94,13 +94,13 @@ def test_a_shard_without_a_tensor_that_the_index_promises(folder):
 def test_a_wrong_shape_names_tensor_and_file(folder):
     folder.weights(lambda t: t.update({"model.layers.1.mlp.up_proj.weight": np.zeros((24, 15), np.float32)}))
     message = _error(folder.path)
-    assert "'model.layers.1.mlp.up_proj.weight' has shape [24, 15] and config.json asks for [24, 16]" in message
+    assert "'model.layers.1.mlp.up_proj.weight' has shape [24, 15], but config.json requires [24, 16]" in message
     assert str(folder.path / "model.safetensors") in message
 
 
 def test_a_vocabulary_of_another_size(folder):
     folder.config(vocab_size=44)
-    assert "'model.embed_tokens.weight' has shape [43, 16] and config.json asks for [44, 16]" in _error(folder.path)
+    assert "'model.embed_tokens.weight' has shape [43, 16], but config.json requires [44, 16]" in _error(folder.path)
 
 
 def test_a_missing_tensor(folder):
@@ -116,7 +116,7 @@ def test_leftover_tensors_are_refused_and_known_ones_ignored(folder):
     assert load(folder.path).report.ignored == ("model.layers.0.self_attn.rotary_emb.inv_freq",)
     folder.weights(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(16, np.float32)}))
     message = _error(folder.path)
-    assert "1 tensors have no place in the llama model of config.json: model.layers.0.self_attn.q_proj.bias" in message
+    assert "1 tensors do not belong to the llama model of config.json: model.layers.0.self_attn.q_proj.bias" in message
     assert "did you mean" in message
 
 
@@ -132,7 +132,7 @@ def test_tied_weights_may_be_there_twice_but_not_differ(tmp_path):
     folder.weights(lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].copy()}))
     assert load(folder.path).report.ignored == ("lm_head.weight",)
     folder.weights(lambda t: t["lm_head.weight"].__setitem__((5, 3), 9.0))
-    assert "'lm_head.weight' differs from 'transformer.wte.weight', though config.json ties them" in _error(folder.path)
+    assert "'lm_head.weight' differs from 'transformer.wte.weight', but config.json ties them" in _error(folder.path)
 
 
 def test_tied_weights_may_be_there_under_the_other_name(tmp_path):
@@ -150,22 +150,22 @@ def test_untied_weights_are_not_filled_in_from_each_other(folder):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model_type": "lama"}, "no known family; did you mean llama"),
+        ({"model_type": "lama"}, "is not a known family; did you mean llama"),
         ({"model_type": "mixtral"}, "mixture of experts (model_type = 'mixtral'"),
         ({"num_local_experts": 8}, "mixture of experts (model_type = 'llama', num_local_experts = 8)"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "another head than the language model"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "has no language model head"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"n_routed_experts": 64}, "mixture of experts (model_type = 'llama', n_routed_experts = 64)"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"hidden_size": None}, "does not say 'hidden_size'"),
+        ({"hidden_size": None}, "the key 'hidden_size' is missing"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "does not say 'factor'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "the key 'factor' of RoPE is missing"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": None},
-            "does not say 'max_position_embeddings'",
+            "the key 'max_position_embeddings' is missing",
         ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}}, "whole heads"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "does not say 'low_freq_factor'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "the key 'low_freq_factor' of RoPE is missing"),
     ],
 )
 def test_configs_that_this_network_cannot_have(changes, complaint, folder):
@@ -182,14 +182,14 @@ def test_configs_that_this_network_cannot_have(changes, complaint, folder):
         ("llama", "num_key_value_heads", "4", "a whole number above 0"),
         ("llama", "hidden_size", True, "a whole number above 0"),
         ("llama", "rms_norm_eps", "1e-5", "a number above 0"),
-        ("llama", "model_type", ["llama"], "a text"),
-        ("llama", "architectures", "LlamaForCausalLM", "a list of texts"),
+        ("llama", "model_type", ["llama"], "a string"),
+        ("llama", "architectures", "LlamaForCausalLM", "a list of strings"),
         ("llama", "rope_parameters", [1], "an object"),
         ("gemma3", "query_pre_attn_scalar", -1, "a number above 0"),
         ("gemma3", "sliding_window", 4.5, "a whole number"),
-        ("modernbert", "layer_types", 3, "a list of texts"),
-        ("modernbert", "hidden_activation", {}, "a text"),
-        ("t5", "num_decoder_layers", [2], "a whole number above 0"),
+        ("modernbert", "layer_types", 3, "a list of strings"),
+        ("modernbert", "hidden_activation", {}, "a string"),
+        ("t5", "num_decoder_layers", [2], "a whole number from 1 to 10,000"),
         ("gpt2", "n_head", None, None),
     ],
 )
@@ -197,32 +197,32 @@ def test_values_of_another_kind(name, field, value, kind, tmp_path):
     """Such a file is damaged, or of a network with sizes that differ from layer to layer."""
     folder = Folder(tmp_path, name)
     folder.config(**{field: value})
-    expected = f"does not say {field!r}" if kind is None else f"says {field} = {value!r}, where {kind} belongs"
+    expected = f"the key {field!r} is missing" if kind is None else f"{field} = {value!r} must be {kind}"
     assert expected in _error(folder.path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}'])
-def test_an_index_that_is_none(content, folder):
+def test_a_damaged_index_is_refused(content, folder):
     folder.shards()
     (folder.path / "model.safetensors.index.json").write_text(content)
-    assert "model.safetensors.index.json is no index of shards" in _error(folder.path)
+    assert "model.safetensors.index.json is not an index of shards" in _error(folder.path)
 
 
-def test_an_index_names_files_of_its_folder_alone(folder, tmp_path):
+def test_an_index_may_only_name_files_of_its_folder(folder, tmp_path):
     folder.shards()
     index = folder.path / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"] | {"model.norm.weight": "../other.safetensors"}
     index.write_text(json.dumps({"weight_map": places}))
-    assert "names '../other.safetensors' outside of the folder" in _error(folder.path)
+    assert "names '../other.safetensors', which is outside of the folder" in _error(folder.path)
 
 
-def test_encoders_whose_head_is_not_tied(tmp_path):
+def test_encoders_with_an_untied_head_are_refused(tmp_path):
     folder = Folder(tmp_path, "roberta")
     folder.config(tie_word_embeddings=False)
     assert "tie_word_embeddings = False" in _error(folder.path)
 
 
-def test_older_and_newer_configs_of_modernbert_say_the_same(tmp_path):
+def test_older_and_newer_configs_of_modernbert_give_the_same_network(tmp_path):
     folder = Folder(tmp_path, "modernbert")
     before = load(folder.path).architecture
     assert before.spec.window_layers == (1, 2)
@@ -239,18 +239,18 @@ def test_older_and_newer_configs_of_modernbert_say_the_same(tmp_path):
 def test_the_first_layer_of_modernbert_has_no_norm(tmp_path):
     folder = Folder(tmp_path, "modernbert")
     folder.weights(lambda t: t.update({"model.layers.0.attn_norm.weight": np.ones(16, np.float32)}))
-    assert "tensors have no place in the modernbert model" in _error(folder.path)
+    assert "tensors do not belong to the modernbert model" in _error(folder.path)
     folder = Folder(tmp_path / "other", "modernbert")
     folder.weights(lambda t: t.pop("model.layers.1.attn_norm.weight"))
     assert "are missing: model.layers.1.attn_norm.weight" in _error(folder.path)
 
 
-def test_quantised_tensors(folder):
+def test_quantised_tensors_are_refused(folder):
     folder.weights(lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}))
-    assert "'model.norm.weight' holds no floats" in _error(folder.path)
+    assert "'model.norm.weight' does not hold floats" in _error(folder.path)
 
 
-def test_a_missing_head_can_be_initialised_afresh(tmp_path):
+def test_a_missing_head_can_be_initialised(tmp_path):
     folder = Folder(tmp_path, "roberta")
     folder.weights(lambda t: [t.pop(name) for name in list(t) if name.startswith("lm_head")])
     assert "5 tensors of a roberta model are missing: lm_head.dense.weight" in _error(folder.path)
@@ -280,7 +280,7 @@ def test_specials_come_from_both_files():
 
 
 def test_the_host_holds_little_more_than_the_largest_array(tmp_path, monkeypatch):
-    """Counted by the reader, and what Python and numpy allocate agrees."""
+    """By the count of the reader, which agrees with what Python and numpy allocate."""
     import tracemalloc
 
     from diffusion_lm.interop import assemble
@@ -304,32 +304,32 @@ def test_the_host_holds_little_more_than_the_largest_array(tmp_path, monkeypatch
     assert peak < 2.2 * report.largest_array
 
 
-def test_export_refuses_what_has_no_counterpart(tmp_path):
+def test_export_refuses_other_families_and_taken_folders(tmp_path):
     source = load(FOLDER / "llama")
-    with pytest.raises(ConfigError, match="none of the family qwen3: qk_norm = False, not True"):
+    with pytest.raises(ConfigError, match="family qwen3 does not have this network: qk_norm = False, not True"):
         save(tmp_path / "a", source.architecture, source.params, family="qwen3")
     with pytest.raises(ConfigError, match="no family 'lama'; did you mean llama"):
         save(tmp_path / "a", source.architecture, source.params, family="lama")
     assert not list(tmp_path.iterdir())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         save(tmp_path / "taken", source.architecture, source.params)
 
 
-def test_export_refuses_what_was_built_on_a_network(tmp_path):
+def test_export_refuses_additions_to_a_network(tmp_path):
     source = load(FOLDER / "llama")
     extended = WithTokenSchedules(source.architecture)
-    with pytest.raises(ConfigError, match="the family llama has no place for exponents"):
+    with pytest.raises(ConfigError, match="the family llama has no tensors for exponents"):
         save(tmp_path / "a", extended, extended.init(jax.random.key(0)))
     assert not list(tmp_path.iterdir())
 
 
-def test_export_refuses_a_network_that_is_told_the_time(tmp_path):
+def test_export_refuses_a_network_with_time_conditioning(tmp_path):
     plain = load(FOLDER / "llama").architecture
-    told = dataclasses.replace(plain, spec=dataclasses.replace(plain.spec, time_conditioning=True))
+    timed = dataclasses.replace(plain, spec=dataclasses.replace(plain.spec, time_conditioning=True))
     with pytest.raises(ConfigError, match="time_conditioning = True"):
-        save(tmp_path / "a", told, told.init(jax.random.key(0)))
+        save(tmp_path / "a", timed, timed.init(jax.random.key(0)))
     assert not list(tmp_path.iterdir())
 
 

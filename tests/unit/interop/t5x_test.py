@@ -1,4 +1,4 @@
-"""Checkpoints of T5X hold the networks that the same weights are in Hugging Face's files."""
+"""T5X checkpoints give the same network as Hugging Face files with the same weights."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def _head_dim(name):
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """The fixtures through Hugging Face's files, with the sizes that T5X's code has and no file says."""
+    """The fixtures imported from Hugging Face files, with the constants of T5X's code."""
     found = {}
     for name in GOLDEN:
         folder = tmp_path_factory.mktemp(name)
@@ -59,7 +59,7 @@ def unscanned():
 @pytest.mark.parametrize(
     "name", [name if name == "t5_1_1" else pytest.param(name, marks=pytest.mark.thorough) for name in GOLDEN]
 )
-def test_the_network_is_that_of_the_other_files(name, layout, references, tmp_path):
+def test_the_network_is_that_of_the_hugging_face_files(name, layout, references, tmp_path):
     folder = tmp_path / "checkpoint_1000"
     write(folder, renamed(_tensors(name), layout, _head_dim(name), own_biases=layout == "scalable_t5"))
     imported, reference = load(folder), references[name]
@@ -74,7 +74,7 @@ def test_the_network_is_that_of_the_other_files(name, layout, references, tmp_pa
     assert np.abs(logits).max() > 1
 
 
-def test_arrays_may_stand_in_the_index_and_in_16_bits(references, tmp_path, unscanned):
+def test_arrays_may_be_in_the_index_and_in_16_bits(references, tmp_path, unscanned):
     inline = ("token_embedder.embedding", "encoder.encoder_norm.scale", QUERY)
     write(tmp_path / "inline", unscanned, inline=inline)
     assert not (tmp_path / "inline" / f"target.{QUERY}").exists()
@@ -110,14 +110,12 @@ def test_the_activation_is_read_from_the_gin_file_of_the_run(text, mlp, tmp_path
 def test_an_activation_that_this_network_cannot_have(tmp_path, unscanned):
     write(tmp_path / "t5x", unscanned)
     (tmp_path / "t5x" / "config.gin").write_text("network.T5Config.mlp_activations = ('linear', 'gelu')\n")
-    assert "config.gin says mlp_activations = ('linear', 'gelu'), which this network cannot do" in _error(
-        tmp_path / "t5x"
-    )
+    assert "config.gin: mlp_activations = ('linear', 'gelu') is not supported" in _error(tmp_path / "t5x")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layers_share_their_bias_where_all_of_them_are_equal(layout, tmp_path):
-    """One layer of one stack that differs makes it a network with a bias in every layer, as after training scanned."""
+def test_layers_share_one_bias_where_all_of_them_are_equal(layout, tmp_path):
+    """If one layer of one stack differs, each layer keeps its own bias, as after training with scanned layers."""
     arrays = renamed(_tensors("t5"), layout, _head_dim("t5"), own_biases=True)
     write(tmp_path / "equal", arrays)
     shared = load(tmp_path / "equal")
@@ -144,14 +142,14 @@ def test_an_array_is_missing(tmp_path, unscanned):
     write(tmp_path / "folder", unscanned)
     shutil.rmtree(tmp_path / "folder" / f"target.{QUERY}")
     message = _error(tmp_path / "folder")
-    assert f"array '{QUERY}' is not there: checkpoint says that it is the folder 'target.{QUERY}'" in message
+    assert f"array '{QUERY}' is missing: checkpoint refers to the folder 'target.{QUERY}'" in message
     shutil.rmtree(tmp_path / "folder")
     del unscanned["decoder.layers_1.mlp.wo.kernel"]
     write(tmp_path / "tensor", unscanned)
     assert "1 tensors of a t5x model are missing: decoder.layers_1.mlp.wo.kernel" in _error(tmp_path / "tensor")
     del unscanned["encoder.relpos_bias.rel_embedding"]
     write(tmp_path / "sizes", unscanned)
-    assert "tensor 'encoder.relpos_bias.rel_embedding' is missing, and the sizes" in _error(tmp_path / "sizes")
+    assert "tensor 'encoder.relpos_bias.rel_embedding' is missing; the sizes" in _error(tmp_path / "sizes")
 
 
 def test_damaged_folders_name_the_array(tmp_path, unscanned):
@@ -170,41 +168,41 @@ def test_tensors_of_another_network(tmp_path, unscanned):
     write(tmp_path / "shape", other)
     message = _error(tmp_path / "shape")
     assert (
-        "'encoder.layers_1.mlp.wo.kernel' has shape [23, 16] and the rest of the checkpoint asks for [24, 16]"
+        "'encoder.layers_1.mlp.wo.kernel' has shape [23, 16], but the rest of the checkpoint requires [24, 16]"
         in message
     )
     write(tmp_path / "left", unscanned | {"encoder.side.kernel": np.zeros((2, 2), np.float32)})
-    assert "have no place in the t5x model of the rest of the checkpoint: encoder.side.kernel" in _error(
+    assert "do not belong to the t5x model of the rest of the checkpoint: encoder.side.kernel" in _error(
         tmp_path / "left"
     )
     write(tmp_path / "heads", unscanned | {QUERY: np.zeros((16, 17), np.float32)})
     assert f"'{QUERY}' has 17 columns for the 3 heads" in _error(tmp_path / "heads")
 
 
-def test_paths_leave_the_folder_never(tmp_path, unscanned):
+def test_paths_outside_of_the_folder_are_refused(tmp_path, unscanned):
     write(tmp_path / "t5x", unscanned)
     index = tmp_path / "t5x" / "checkpoint"
     index.write_bytes(
         index.read_bytes().replace(b"target.decoder.decoder_norm.scale", b"../../../decoder_norm.scale......")
     )
-    assert "array 'decoder.decoder_norm.scale' is not there" in _error(tmp_path / "t5x")
+    assert "array 'decoder.decoder_norm.scale' is missing" in _error(tmp_path / "t5x")
 
 
 @pytest.mark.parametrize("content", [b"", b"model_checkpoint_path: 1", b"\x81\xa1a\x01", b"\xc1"])
-def test_a_file_that_is_no_index(content, tmp_path):
+def test_a_file_that_is_not_an_index(content, tmp_path):
     (tmp_path / "checkpoint").write_bytes(content)
-    assert "checkpoint is no index of a T5X checkpoint" in _error(tmp_path)
+    assert "checkpoint is not an index of a T5X checkpoint" in _error(tmp_path)
 
 
-def test_a_run_folder_of_t5x_names_its_checkpoints(tmp_path, unscanned):
+def test_a_t5x_run_directory_lists_its_checkpoints(tmp_path, unscanned):
     for step in (1000, 2000):
         write(tmp_path / "run" / f"checkpoint_{step}", unscanned)
     message = _error(tmp_path / "run")
     assert "there is no config.json in" in message
-    assert "but checkpoints of T5X: checkpoint_1000, checkpoint_2000" in message
+    assert "but T5X checkpoints: checkpoint_1000, checkpoint_2000" in message
 
 
-def test_it_becomes_a_run_folder_and_a_folder_of_hugging_face(tmp_path, unscanned):
+def test_import_and_export_of_a_t5x_checkpoint(tmp_path, unscanned):
     write(tmp_path / "checkpoint_7", unscanned)
     assert main(["import", str(tmp_path / "checkpoint_7"), "--workdir", str(tmp_path / "run")]) == 0
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0

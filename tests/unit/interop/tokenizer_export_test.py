@@ -1,4 +1,4 @@
-"""Vocabularies as tokenizer.json: the ids of the `tokenizers` library are those of the vocabulary."""
+"""Exported vocabularies: the `tokenizers` library gives the same ids as the vocabulary."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def test_ids_and_roles_are_equal(kind, tmp_path):
 
 
 def test_a_tokenizer_json_keeps_its_ids_and_gets_what_was_added(tmp_path):
-    """Of a byte-level BPE without MASK and PAD, as GPT-2's: both stand behind it; text goes on as before."""
+    """A byte-level BPE without MASK and PAD, such as GPT-2's, gets both after its last token; text keeps its ids."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -78,7 +78,7 @@ def test_a_tokenizer_json_keeps_its_ids_and_gets_what_was_added(tmp_path):
     assert "bos_token" not in named  # EOS opens streams here, which is no role of the tokenizer's
 
 
-def test_text_that_spells_a_special_token_becomes_it_there_alone(tmp_path):
+def test_text_that_spells_a_special_token_becomes_it_only_in_the_export(tmp_path):
     vocabulary = _vocabulary(tmp_path, "unigram_of_the_tasks")
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_files(vocabulary)[TOKENIZER_JSON].decode())
     mask = vocabulary.specials.mask_id
@@ -86,12 +86,12 @@ def test_text_that_spells_a_special_token_becomes_it_there_alone(tmp_path):
     assert mask not in vocabulary.encode("10 <mask> one")
 
 
-def test_what_would_encode_otherwise_is_refused(tmp_path, monkeypatch):
+def test_a_tokenizer_that_would_encode_differently_is_refused(tmp_path, monkeypatch):
     from diffusion_lm.interop import tokenizer_export
 
     vocabulary = _vocabulary(tmp_path, "unigram_of_the_tasks")
     whole = tokenizer_export._from_sentencepiece(vocabulary.model)
     whole["normalizer"] = None
     monkeypatch.setattr(tokenizer_export, "_from_sentencepiece", lambda _: whole)
-    with pytest.raises(ConfigError, match=r"would give .* and not"):
+    with pytest.raises(ConfigError, match=r"would give .* instead of"):
         tokenizer_files(vocabulary)

@@ -1,4 +1,4 @@
-"""Reading pickled weights without torch: what tensors need is understood, everything else is refused by name."""
+"""Pickled weights are read without torch; names that tensors do not need are refused."""
 
 import collections
 import os
@@ -17,7 +17,7 @@ from diffusion_lm.interop.torch_files import TorchFile
 TABLE = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 
-def test_tensors_of_all_kinds():
+def test_tensors_of_all_dtypes_and_strides():
     file = TorchFile(FOLDER / "weights.bin")
     expected = {
         "table": TABLE,
@@ -59,13 +59,14 @@ class _Lookup:
 def test_code_is_refused_by_name_and_not_run(content, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = _with_pickle(tmp_path / "bad.bin", pickle.dumps({"weight": content}, protocol=2))
-    with pytest.raises(ConfigError, match=rf"bad\.bin asks for .*{named}"):
+    with pytest.raises(ConfigError, match=rf"bad\.bin refers to .*{named}"):
         TorchFile(path)
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"), [([1, 2], "a list and no dict"), ({"step": 3}, "'step' is a int and no tensor")]
+    ("content", "complaint"),
+    [([1, 2], "a list instead of a dict"), ({"step": 3}, "'step' is a int instead of a tensor")],
 )
 def test_other_contents_are_refused(content, complaint, tmp_path):
     with pytest.raises(ConfigError, match=complaint):
@@ -80,7 +81,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path):
             TorchFile(tmp_path / "short.bin")
 
 
-def test_a_tensor_behind_the_end_of_its_storage_is_refused(tmp_path):
+def test_a_tensor_past_the_end_of_its_storage_is_refused(tmp_path):
     with zipfile.ZipFile(FOLDER / "weights.bin") as old:
         root = old.namelist()[0].split("/")[0]
         data = old.read(f"{root}/data.pkl")
@@ -88,7 +89,7 @@ def test_a_tensor_behind_the_end_of_its_storage_is_refused(tmp_path):
     assert data.count(b"K\x04K\x06") >= 1
     path = _with_pickle(tmp_path / "long.bin", data.replace(b"K\x04K\x06", b"K\x44K\x06", 1))
     file = TorchFile(path)
-    with pytest.raises(ConfigError, match="'table' reaches behind the end"):
+    with pytest.raises(ConfigError, match="'table' extends past the end"):
         file.read("table")
 
 

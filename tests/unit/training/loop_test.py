@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -20,6 +21,7 @@ from diffusion_lm.objectives.token_schedules import TokenSchedules
 from diffusion_lm.training import loop
 from diffusion_lm.training.checkpoint import Checkpointer, CheckpointPolicy, finished_steps, restore_params
 from diffusion_lm.training.hooks import RESTART_EXIT_CODE, Preempted
+from diffusion_lm.training.imported import check_mask
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.optimizers import AdamW
 from diffusion_lm.training.schedules import Constant
@@ -185,6 +187,19 @@ def test_a_checkpoint_gets_exponents_and_trains_them(undisturbed, tmp_path):
     found = np.asarray(result.params["exponents"]["raw"])
     assert np.isfinite(found).all()
     assert np.ptp(found[:VOCAB]) > 1e-3, "all begin alike"
+
+
+def test_another_mask_than_that_of_an_imported_diffusion_model_is_refused(undisturbed, tmp_path):
+    _, workdir, _ = undisturbed
+    folder = tmp_path / "imported"
+    shutil.copytree(workdir, folder)
+    run = small_run(steps=1, initial=str(folder), objective=MASKED, data=RaggedRows(mask_id=3))
+    (folder / "import.json").write_text(json.dumps({"diffusion": {"mask_id": 5}}))
+    with pytest.raises(ConfigError, match="trained with MASK = 5, and MASK of the data's vocabulary is 3"):
+        train(run, tmp_path / "refused")
+    for facts in ({"diffusion": {"mask_id": 3}}, {"diffusion": {"mask_id": None}}, {"diffusion": None}):
+        (folder / "import.json").write_text(json.dumps(facts))
+        check_mask(folder, run.data.specials)
 
 
 def test_a_run_without_a_horizon_in_its_schedule_may_be_prolonged(tmp_path):

@@ -6,12 +6,9 @@ import re
 import sys
 
 import jax
+import model_stubs as stubs
 import numpy as np
 import pytest
-
-sys.path[:0] = [str(pathlib.Path(__file__).parent / name) for name in ("contracts", "golden")]
-
-import model_stubs as stubs
 from huggingface_cases import FOLDER as CHECKPOINTS
 
 from diffusion_lm.cli import config
@@ -25,7 +22,7 @@ from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.training.optimizers import AdamW
 from diffusion_lm.training.step import make_program
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FILES = dict(
     re.findall(r"<!-- (\w+\.\w+) -->\n```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
 )
@@ -95,9 +92,8 @@ def test_the_task_is_materialised(page, monkeypatch, capsys):
 
 
 def test_the_family_reads_its_checkpoints(page, monkeypatch):
-    from safetensors.numpy import load_file, save_file
-
     import my_family
+    from safetensors.numpy import load_file, save_file
 
     folder = page / "checkpoint"
     folder.mkdir()
