@@ -127,7 +127,7 @@ class Vocabulary:
     def specials(self) -> SpecialTokens:
         """The special tokens. One without BOS opens streams with PAD (T5) or EOS (GPT-2)."""
         ids = {f"{name}_id": token for name, (token, _) in self._opened.roles.items() if name != "unk"}
-        return SpecialTokens(vocab_size=self.size, **ids)
+        return SpecialTokens(vocab_size=self.size, **ids)  # type: ignore[arg-type]
 
     @property
     def unk_id(self) -> int | None:

@@ -75,7 +75,7 @@ class ForwardPasses:
                 segment_ids=self._batch.segment_ids,
                 encoder=encoder,
                 self_condition=self_condition,
-                **told_time(model.spec, rate, self._batch.target_mask),
+                time=told_time(model.spec, rate, self._batch.target_mask).get("time"),
                 dropout_keys=self._dropout_keys(f"decoder/{number}"),
             )
 

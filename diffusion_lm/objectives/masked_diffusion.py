@@ -268,8 +268,8 @@ class MaskedDiffusion:
         weights_BT, weight = normalised(normaliser, batch.loss_weights, noisy.replaced, batch)
         second = self.auxiliary * weighted_sum(loss_BT, weights_BT)
         if self._auxiliary_has_own_weight:
-            return terms.replace(others=(WeightedMean(second, weight),))
-        return terms.replace(loss_sum=terms.loss_sum + second)
+            return dataclasses.replace(terms, others=(WeightedMean(second, weight),))
+        return dataclasses.replace(terms, loss_sum=terms.loss_sum + second)
 
     def _bound_weights(self, t_BT: jax.Array, noisy: Corrupted, batch: Batch) -> jax.Array:
         """Returns f32[B,T], the weights under which replaced tokens cost the likelihood bound at the drawn times.

@@ -35,4 +35,5 @@ def predicted_embedding(
     """
     read = noisy_BT & (keys.example_uniform(STREAM, batch.example_ids) < probability)
     stats = model.token_stats(hidden, where=alignment.to_slots(read), forbidden=forbidden, expected=True)
+    assert stats.expected is not None
     return jax.lax.stop_gradient(alignment.to_tokens(stats.expected)[:, :, 0])
