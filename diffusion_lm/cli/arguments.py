@@ -71,7 +71,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="decode although the sampler does not fit the training; the results say in what (mismatches)",
+        help="decode although the sampler does not fit the training; the results say in what (unlike_training)",
     )
 
 

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     **({"sample": sample} if arguments.samples > 1 else {}),
                     **({"oracle": oracle} if oracle else {}),
                     **({"cut_tokens": cut[row]} if cut[row] else {}),
-                    **({"mismatches": list(unlike)} if unlike else {}),
+                    **({"unlike_training": list(unlike)} if unlike else {}),
                     "tokens": int(one.lengths[row]),
                     "score": float(one.scores[row]),
                     "forward_passes": int(one.forward_passes[row]),

@@ -165,5 +165,5 @@ def _conditions(evaluation: Any, unlike: tuple[str, ...]) -> dict[str, Any]:
         found["bound"] = objective.bound_kind
     found |= getattr(evaluation, "conditions", {})
     if unlike:
-        found["mismatches"] = list(unlike)
+        found["unlike_training"] = list(unlike)
     return {"conditions": {name: value for name, value in found.items() if value is not None}}

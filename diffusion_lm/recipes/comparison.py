@@ -25,7 +25,7 @@ class Arm:
       label: how reports call the arm.
       family: "ar", "diffusion", or "none" (untrained).
       force: decode although the sampler or the target window does not fit the training; the results then say in what
-        (`mismatches`).
+        (`unlike_training`).
     """
 
     name: str

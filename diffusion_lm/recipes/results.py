@@ -48,7 +48,7 @@ def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[
                     "forward_passes_per_sample": _mean([one["forward_passes"] for one in found]),
                     "generated_tokens_per_sample": _mean([one["generated_tokens"] for one in found]),
                     "oracle": task.oracle,
-                    **({"mismatches": list(unlike)} if (unlike := arm.mismatches(task.name)) else {}),
+                    **({"unlike_training": list(unlike)} if (unlike := arm.mismatches(task.name)) else {}),
                 },
             }
             if found[0]["bound"]:

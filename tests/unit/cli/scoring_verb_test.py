@@ -322,7 +322,7 @@ def test_estimators_for_other_noise_are_refused_and_other_shifts_are_said(folder
     assert "warning: alignment is" in captured.err
     assert "perplexity" not in captured.out
     (result,) = json.loads((folder / "shift.json").read_text())["evaluations"].values()
-    assert "alignment" in result["conditions"]["mismatches"][0]
+    assert "alignment" in result["conditions"]["unlike_training"][0]
 
 
 def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):

@@ -482,7 +482,7 @@ def test_a_sampler_of_another_process_is_refused_and_recorded_where_forced(folde
         assert part in message
     assert main([*masked, "--force"]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert any("MASK noise" in one for one in line["mismatches"])
+    assert any("MASK noise" in one for one in line["unlike_training"])
     prefix = ["evaluate", "--workdir", "run", "--only", "decode/toy", "--gin.AutoregressiveSampler.visibility='prefix'"]
     # The training of the same configuration is refused before its first step.
     train = ["train", "--gin_file", "run.gin", "--workdir", "prefixed", prefix[-1]]
@@ -490,4 +490,4 @@ def test_a_sampler_of_another_process_is_refused_and_recorded_where_forced(folde
         assert "visibility is 'causal' in training and 'prefix' in the sampler" in fails(capsys, *command)
     assert main([*prefix, "--force", "--json", str(folder / "forced.json")]) == 0
     conditions = json.loads((folder / "forced.json").read_text())["evaluations"]["decode/toy"]["conditions"]
-    assert conditions["mismatches"] == ["visibility is 'causal' in training and 'prefix' in the sampler"]
+    assert conditions["unlike_training"] == ["visibility is 'causal' in training and 'prefix' in the sampler"]
