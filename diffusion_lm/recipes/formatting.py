@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers for tables and charts."""
 
 import math
 from typing import Any
@@ -7,12 +7,12 @@ MISSING = "\N{EN DASH}"
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite int or float; results may hold None or NaN where nothing was measured."""
+    """Returns whether `value` is a finite int or float; results hold None or NaN where nothing was measured."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def count(number: float) -> str:
-    """Short form of a count: 950, 12.3K, 4.1M, 1.68B."""
+    """Returns the short form of a count: 950, 12.3K, 4.1M, 1.68B."""
     if not is_number(number):
         return MISSING
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):

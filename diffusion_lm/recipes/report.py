@@ -1,7 +1,7 @@
-"""Writes the report of a comparison: one HTML file with everything in it, which opens anywhere, a phone included.
+"""Writes the report of a comparison as one self-contained HTML file.
 
-The page asks nothing of a network: styles, script and charts are inline, and its content security policy allows that
-script alone. Text from models and data sets is escaped by the template engine, never trusted.
+The page loads nothing from the network: styles, script and charts are inline, and the content security policy allows
+only that script. The template engine escapes all text from models and data sets.
 """
 
 import base64
@@ -37,9 +37,9 @@ def write(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     playback: Mapping[str, Mapping[str, Any]],
 ) -> Path:
-    """Writes `workdir/report/index.html` and returns its path. The same input gives the same bytes.
+    """Writes `workdir/report/index.html` and returns its path. The output is deterministic.
 
-    Every part but `arms` and `tasks` may be missing or empty; the page then leaves that part out and says so.
+    All fields except `name`, `arms` and `tasks` are optional; the page says which parts are absent.
 
     Args:
       results: content of `results.json`:
@@ -52,14 +52,14 @@ def write(
         selected}}};
         `differences` {task: [{`arm`, `against`, `value`, `low`, `high`}]} from `statistics.all_differences`;
         `bounds` {arm: {task: {`nll_per_real_token`, `kind`, ...}}};
-        `cuts` [{`used_by`, `text`, ...}], what rows do not hold whole (`results.cuts`).
+        `cuts` [{`used_by`, `text`, ...}], the data that was truncated to fit the rows (`results.cuts`).
       workdir: the comparison's folder.
       curves: for each stage, the rows of its metrics.jsonl.
       speed: `{"device", "rows": [{"label", "family", "length", "seconds", "spread", "batch_size",
         "forward_passes"}]}`, with `spread` = (max - min) / median; or None.
       samples: for each task, `[{"input", "reference", "outputs": {arm: {"text", "score"}}}]`.
-      playback: for each task, `{"arm", "input", "reference", "frames": [[piece, ...], ...]}`, a frame after each
-        forward pass, and optionally `start`, the canvas before the first one.
+      playback: for each task, `{"arm", "input", "reference", "frames": [[piece, ...], ...]}` with one frame per forward
+        pass, and optionally `start`, the tokens before the first one.
     """
     path = as_path(workdir) / "report" / "index.html"
     write_text(path, render(results, curves=curves, speed=speed, samples=samples, playback=playback))
@@ -74,7 +74,7 @@ def render(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     playback: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """Returns the page that `write` writes; the arguments are the same."""
+    """Returns the page as HTML; the arguments are those of `write`."""
     results = _filled(results)
     arms, tasks = results["arms"], results["tasks"]
     styles = arm_styles([(arm["name"], arm.get("family", "none")) for arm in arms])
@@ -103,7 +103,7 @@ def render(
         arms=arms,
         tasks=tasks,
         styles=styles,
-        said=summary.summarise(results, speed),
+        summary=summary.summarise(results, speed),
         style_sheet=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
@@ -128,7 +128,7 @@ def render(
 
 
 def _filled(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives every optional field a value, so that the template may name it."""
+    """Returns the results with defaults for optional fields, because the template rejects undefined names."""
     empty: dict[str, Any] = {"notes": [], "fingerprint": "", "versions": {}, "config": "", "cells": {}, "bounds": {}}
     filled = {**empty, **results, "title": results.get("title") or results["name"]}
     arm_fields: dict[str, Any] = {"family": "none", "stages": [], "train_tokens": 0, "parameters": 0}
@@ -168,20 +168,20 @@ def _stage_chart(results: Mapping[str, Any], forest: Sequence[Any], styles: Mapp
 
 
 def _speed(speed: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Charts (wide and narrow), legend, sentence and table of the speed study; None where there is none."""
+    """Returns charts (wide and narrow), legend, sentences and table of the speed study; None without one."""
     series = speed_series(speed)
     if not series or speed is None:
         return None
-    ramp = itertools.cycle(svg.STEP_STYLES)
-    looks = [(one, svg.AR_STYLE if one.kind == "ar" else next(ramp)) for one in series]
+    step_styles = itertools.cycle(svg.STEP_STYLES)
+    styled = [(one, svg.AR_STYLE if one.kind == "ar" else next(step_styles)) for one in series]
     crossings = crossovers(series)
     lengths = sorted({n for one in series for n in one.lengths})
     times = [dict(zip(one.lengths, one.seconds, strict=True)) for one in series]
     batches = sorted({row["batch_size"] for row in speed["rows"] if is_number(row.get("batch_size"))})
     return {
-        "wide": charts.speed_chart(looks, crossings, width=1000, height=430, direct=True),
-        "narrow": charts.speed_chart(looks, crossings, width=charts.PANEL, height=330, direct=False),
-        "legend": [(one.label, style) for one, style in looks],
+        "wide": charts.speed_chart(styled, crossings, width=1000, height=430, direct=True),
+        "narrow": charts.speed_chart(styled, crossings, width=charts.PANEL, height=330, direct=False),
+        "legend": [(one.label, style) for one, style in styled],
         "sentences": speed_sentences(speed),
         "columns": [one.label for one in series],
         "rows": [(n, [f"{t[n]:.3g}" if n in t else MISSING for t in times]) for n in lengths],
@@ -192,7 +192,7 @@ def _speed(speed: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Decoding settings, each distinct set once, with the arms and tasks it was used for."""
+    """Returns every distinct set of decoding settings, with the arms and tasks that use it."""
     used: dict[tuple[tuple[str, str], ...], dict[str, list[str]]] = {}
     for arm, task, measured in _scored(results):
         conditions = measured.get("conditions") or {}
@@ -208,7 +208,7 @@ def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str
 
 
 def _costs(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tuple[str, str]]]]:
-    """Per arm, (forward passes, generated tokens) of a completion for each task; empty where nothing was counted."""
+    """Returns, per arm, (forward passes, generated tokens) per completion for each task; empty if none were counted."""
     rows = []
     for arm in results["arms"]:
         cells = []
@@ -235,7 +235,7 @@ def _scored(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping
 
 
 def _bounds(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tuple[str, str]]]]:
-    """Per arm, (value, kind) for each task; empty where no bound was measured."""
+    """Returns, per arm, (value, kind) of the bound for each task; empty if no bound was measured."""
     measured = results.get("bounds") or {}
     rows = []
     for arm in results["arms"]:
@@ -248,7 +248,7 @@ def _bounds(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tu
 
 
 def _nats(bound: Mapping[str, Any]) -> str:
-    """Returns nats per real token: of the whole loss where that is a likelihood or bound, with its standard error."""
+    """Returns nats per real token as text, with the standard error if it is a likelihood or bound."""
     bits, error = bound.get("bits_per_real_token"), bound.get("bits_per_real_token_error")
     if bits is not None:
         return f"{bits * math.log(2):.3f}" + (f" ± {error * math.log(2):.3f}" if error is not None else "")

@@ -1,4 +1,4 @@
-"""The arms of a comparison as a forest of stages: what is trained once and shared, and what each arm pays for."""
+"""Draws the training stages of all arms as a forest; a stage shared by several arms is one node."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ from diffusion_lm.recipes.svg import Style, el
 
 @dataclass
 class Node:
-    """A stage, drawn once however many arms run through it.
+    """A stage of the forest.
 
     Attributes:
       name: name of the stage.
       budget: its steps and tokens, as text.
-      kind: "k-ar" or "k-d0" by objective, or "k-none" where nothing is trained.
-      objective: as the configuration calls it.
-      source: a checkpoint from outside the comparison that it starts from, or "".
-      arms: labels of the arms that run through it.
-      ending: labels of the arms that end here.
+      kind: colour class: "k-ar" or "k-d0" by objective, "k-none" for a stage without training.
+      objective: class name of the objective.
+      source: the checkpoint from outside the comparison that it starts from, or "".
+      arms: labels of the arms that contain the stage.
+      ending: labels of the arms whose last stage this is.
       children: stages that start from it.
     """
 
@@ -37,7 +37,7 @@ class Node:
 
 
 def stage_forest(arms: Sequence[Mapping[str, Any]]) -> list[Node]:
-    """Builds the forest. A stage's parent is its `initial` where that names a stage, otherwise the stage before it."""
+    """Returns the root nodes. The parent of a stage is its `initial`, or the previous stage if `initial` is absent."""
     nodes: dict[str, Node] = {}
     roots: list[Node] = []
     for arm in arms:
@@ -63,7 +63,7 @@ def stage_forest(arms: Sequence[Mapping[str, Any]]) -> list[Node]:
 
 
 def stage_chart(roots: Sequence[Node], labels: Mapping[str, tuple[str, Style]], *, width: int = 1040) -> Markup:
-    """Draws the forest left to right; `labels` gives each arm label its text for the end of the line, and its look."""
+    """Draws the forest from left to right; `labels` maps an arm's label to its caption and style."""
     paths = [path for root in roots for path in _paths(root, [])]
     depth = max((len(path) for path in paths), default=1)
     pill, row, box = 210, 70, 56
@@ -77,12 +77,12 @@ def stage_chart(roots: Sequence[Node], labels: Mapping[str, tuple[str, Style]], 
     centre = {name: (min(ys) + max(ys)) / 2 for name, ys in heights.items()}
     left = {path[i].name: _column(i, len(path), depth) * column for path in paths for i in range(len(path))}
     edges, boxes = [], []
-    seen: set[str] = set()
+    drawn: set[str] = set()  # shared stages are on several paths
     for index, (path, label) in enumerate(lines):
         for parent, child in zip([None, *path], path, strict=False):
-            if child.name in seen:
+            if child.name in drawn:
                 continue
-            seen.add(child.name)
+            drawn.add(child.name)
             if parent:
                 edges.append(
                     _edge(left[parent.name] + box_width, centre[parent.name], left[child.name], centre[child.name])
@@ -108,7 +108,7 @@ def _paths(node: Node, before: list[Node]) -> list[list[Node]]:
 
 
 def _column(index: int, length: int, depth: int) -> int:
-    """Stages start at the left; the last one of a longer chain stands in the last column, under its peers."""
+    """Returns the column of a stage: its index, except that the last stage of a chain is in the last column."""
     return depth - 1 if index == length - 1 and length > 1 else index
 
 
