@@ -1,8 +1,8 @@
-"""Whether what a network was trained for, the windows that it saw and the sampler that decodes it belong together.
+"""Checks that the training objective, the target window and the sampler match.
 
-A sampler that undoes another noise than the training's, or that reads another attention mask, alignment or output, runs
-without complaint and gives text that looks plausible. Objectives say what they train (`Needs.processes`), samplers what
-they decode (`Sampler.process`); here both are compared, before anything is trained or decoded.
+A sampler for another noise process, attention mask, alignment or output than in training runs without an error and
+generates plausible but wrong text. Objectives declare the processes they train (`Needs.processes`), samplers the
+process they decode (`Sampler.process`). The checks compare both before anything is trained or decoded.
 """
 
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ from diffusion_lm.objectives.base import Needs
 
 
 def sampler_differences(trained: Sequence[Process], sampler: Any) -> tuple[str, ...]:
-    """Returns in words what `sampler` takes otherwise than the training; nothing where either does not say."""
+    """Returns a description of each difference between `sampler` and the training; empty if either is not declared."""
     process = getattr(sampler, "process", None)
     return () if process is None else unlike_training(trained, process)
 
 
 def check_sampler(trained: Sequence[Process], sampler: Any, *, where: str, fix: str) -> None:
-    """Raises `ConfigError` where the sampler decodes another process than the network was trained for."""
+    """Raises `ConfigError` if the sampler decodes another process than the network was trained for."""
     found = sampler_differences(trained, sampler)
     if found:
         raise ConfigError(
-            f"{type(sampler).__name__} does not fit the training: {'; '.join(found)}", where=where, fix=fix
+            f"{type(sampler).__name__} does not match the training: {'; '.join(found)}", where=where, fix=fix
         )
 
 
 def check_window(needs: Needs, window: Any, *, where: str) -> None:
-    """Raises `ConfigError` where the target window gives away, or never shows, what the objective learns length from.
+    """Raises `ConfigError` if the target window does not match the way in which the objective learns target lengths.
 
     Args:
-      needs: what the objective says.
+      needs: requirements of the objective.
       window: a `data.target_window.TargetWindow`.
       where: gin parameter of the window.
     """
@@ -41,15 +41,15 @@ def check_window(needs: Needs, window: Any, *, where: str) -> None:
         return
     if needs.processes and all(process.closed for process in needs.processes):
         raise ConfigError(
-            f"the objective keeps EOS clean and {name} fills the window after it: EOS shows the length in training, "
-            "and a sampler does not know it",
+            f"the objective keeps EOS clean and {name} fills the window after EOS: the position of EOS would reveal "
+            "the length in training, but is unknown in decoding",
             where=where,
-            fix="Use ExactEos, and predict lengths (gin/runs/length_head.gin, gin/samplers/length_beam.gin).",
+            fix="Use ExactEos and predict the length (gin/runs/length_head.gin, gin/samplers/length_beam.gin).",
         )
     if needs.tail is not None and needs.tail != filler:
         raise ConfigError(
-            f"the objective noises a tail of {needs.tail} as a whole, and {name} fills the window with {filler}: what "
-            "is left of the filler shows the length",
+            f"the objective noises a tail of {needs.tail} jointly, but {name} fills the window with {filler}: filler "
+            "that stays clean would reveal the length",
             where=where,
-            fix="Use EosFilled for a tail of EOS, PadFilled for one of PAD.",
+            fix="Use EosFilled for a tail of EOS, PadFilled for a tail of PAD.",
         )
