@@ -324,10 +324,10 @@ def unlike_training(estimator: Estimator, objective: Objective) -> tuple[str, ..
     for name, trained in (("visibility", needs.visibility), ("alignment", getattr(objective, "alignment", None))):
         used = getattr(estimator, name, None)
         if used is not None and trained is not None and used != trained:
-            found.append(f"{name} is {trained} in training and {used} in the estimator")
+            found.append(f"{name} is {trained} in training and {used} here")
     if named_blocks(needs.visibility) is not None and not getattr(estimator, "keeps_past_clean", True):
         found.append(
-            "tokens before a noisy block are clean in training, but masks cover the whole target in the estimator "
+            "in training the tokens before a noisy block are clean, but here masks cover the whole target "
             "(gin/scoring/block_nelbo.gin scores block by block)"
         )
     return tuple(found)

@@ -100,15 +100,13 @@ def test_what_differs_from_training_is_said_and_foreign_masks_are_refused():
     masked = Denoising(corruption=AbsorbingCorruption(4))
     assert unlike_training(ExactCount(4), masked) == ()
     assert ["alignment" in line for line in unlike_training(ExactCount(4, 5, Shifted()), masked)] == [True]
-    assert "visibility is full in training and causal in the estimator" in unlike_training(
-        ExactAutoregressive(), masked
-    )
+    assert "visibility is full in training and causal here" in unlike_training(ExactAutoregressive(), masked)
     assert unlike_training(ExactAutoregressive(), Autoregressive()) == ()
     blocks = BlockDenoising(4, block_size=3, first_block="target")
     full = unlike_training(ExactCount(4), blocks)
-    assert any("visibility is blocks:3 in training and full in the estimator" in line for line in full)
+    assert any("visibility is blocks:3 in training and full here" in line for line in full)
     spread = unlike_training(ExactCount(4, visibility="blocks:3"), blocks)
-    assert ["tokens before a noisy block are clean" in line for line in spread] == [True]
+    assert ["the tokens before a noisy block are clean" in line for line in spread] == [True]
     assert unlike_training(LeftToRight(4, visibility="blocks:3"), blocks) == ()
     assert unlike_training(BlockNelbo(blocks), blocks) == ()
     examples = dataclasses.replace(blocks, first_block="example")
