@@ -6,20 +6,21 @@ process they decode (`Sampler.process`). The checks compare both before anything
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.data.target_window import TargetWindow
 from diffusion_lm.noise.process import Process, unlike_training
 from diffusion_lm.objectives.base import Needs
+from diffusion_lm.samplers.base import Sampler
 
 
-def sampler_differences(trained: Sequence[Process], sampler: Any) -> tuple[str, ...]:
+def sampler_differences(trained: Sequence[Process], sampler: Sampler | None) -> tuple[str, ...]:
     """Returns a description of each difference between `sampler` and the training; empty if either is not declared."""
     process = getattr(sampler, "process", None)
     return () if process is None else unlike_training(trained, process)
 
 
-def check_sampler(trained: Sequence[Process], sampler: Any, *, where: str, fix: str) -> None:
+def check_sampler(trained: Sequence[Process], sampler: Sampler | None, *, where: str, fix: str) -> None:
     """Raises `ConfigError` if the sampler decodes another process than the network was trained for."""
     found = sampler_differences(trained, sampler)
     if found:
@@ -28,12 +29,12 @@ def check_sampler(trained: Sequence[Process], sampler: Any, *, where: str, fix: 
         )
 
 
-def check_window(needs: Needs, window: Any, *, where: str) -> None:
+def check_window(needs: Needs, window: TargetWindow | None, *, where: str) -> None:
     """Raises `ConfigError` if the target window does not match the way in which the objective learns target lengths.
 
     Args:
       needs: requirements of the objective.
-      window: a `data.target_window.TargetWindow`.
+      window: target window of the data, or None if its converter has none.
       where: gin parameter of the window.
     """
     filler, name = getattr(window, "filler", None), type(window).__name__

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.core.types import Batch, Decoded
+from diffusion_lm.core.types import Batch, Decoded, Params
 from diffusion_lm.data.checks import Cut
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
@@ -20,6 +20,14 @@ from diffusion_lm.evaluation.metrics import METRICS, Metric
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.samplers.base import Sampler
 from diffusion_lm.training.card import plain
+
+
+class TextDecoder(Protocol):
+    """The part of a vocabulary that converts tokens to text."""
+
+    def decode(self, tokens: Sequence[int], /) -> str:
+        """Returns the text before the first EOS, without special tokens."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +118,15 @@ class Program:
             return constrain.whole(sampler.generate(model, prompt, keys))
 
         self._jitted = jax.jit(decode)
-        self._executables: dict[tuple, Any] = {}
+        self._executables: dict[tuple, jax.stages.Compiled] = {}
 
-    def prepare(self, params: Any, prompt: Batch, keys: StreamKeys) -> None:
+    def prepare(self, params: Params, prompt: Batch, keys: StreamKeys) -> None:
         """Compiles for the shapes of `prompt`, unless this was done before."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(prompt))
         if shapes not in self._executables:
             self._executables[shapes] = self._jitted.lower(params, prompt, keys).compile()
 
-    def __call__(self, params: Any, prompt: Batch, keys: StreamKeys) -> Decoded:
+    def __call__(self, params: Params, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Returns the decoded prompts; compiles first if `prepare` was not called for their shapes."""
         self.prepare(params, prompt, keys)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(prompt))
@@ -183,7 +191,7 @@ def generate(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed:
     )
 
 
-def target_texts(decoded: Decoded, prompt: Batch, vocabulary: Any) -> list[str]:
+def target_texts(decoded: Decoded, prompt: Batch, vocabulary: TextDecoder) -> list[str]:
     """Returns the generated text of each row: the first `lengths` tokens of its target window."""
     starts = np.argmax(np.asarray(prompt.target_mask), axis=1)
     tokens, lengths = np.asarray(decoded.tokens), np.asarray(decoded.lengths)
@@ -198,7 +206,7 @@ def _names(records: Sequence[Record]) -> list[str]:
 def score(task: GenerationTask, generation: Generation) -> tuple[float, np.ndarray, dict[str, float]]:
     """Returns the primary score, the statistics f64[examples, K] for intervals, and the secondary scores."""
     metric = task.scorer
-    predictions: Sequence[Any] = generation.predictions
+    predictions: Sequence[str | Sequence[str]] = generation.predictions
     if not metric.multiple_samples:
         predictions = [samples[0] for samples in generation.predictions]
     references = [record.reference for record in generation.records]

@@ -16,6 +16,8 @@ import numpy as np
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.data.vocabulary import Vocabulary
+from diffusion_lm.data.vocabulary_map import PrunedVocabulary
 from diffusion_lm.evaluation.generation import GenerationTask, generate
 from diffusion_lm.evaluation.rolling import Document, score_documents
 from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive
@@ -73,7 +75,7 @@ class GenerativePerplexity:
     tokens: int
     texts: int
     diversity: Diversity
-    sampler: Mapping[str, Any]
+    sampler: Mapping[str, object]
 
     def __post_init__(self):
         require(
@@ -122,7 +124,7 @@ class Judge:
         )
 
     @property
-    def vocabulary(self) -> Any:
+    def vocabulary(self) -> Vocabulary | PrunedVocabulary:
         """The vocabulary of the run's data."""
         return self.run.data.vocabulary
 
@@ -135,7 +137,7 @@ class Judge:
         model: BoundModel,
         prompts: Sequence[str],
         texts: Sequence[str],
-        sampler: Any,
+        sampler: Sampler,
         batch_size: int,
     ) -> GenerativePerplexity:
         """Returns the perplexity of `texts`, each given its prompt, under the judge's `model`; EOS is not scored."""

@@ -14,7 +14,8 @@ import numpy as np
 from diffusion_lm.evaluation.metrics_answers import last_number
 from diffusion_lm.evaluation.metrics_reasoning import final_answer
 
-Reader = Callable[[Any], Any]
+Reader = Callable[[object], Any]
+"""Converts a reference of any form to the form that the rows of its metric take."""
 
 
 class WrongValue(ValueError):
@@ -30,7 +31,7 @@ class WrongValue(ValueError):
         self.what, self.fix = what, fix
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Converts arrays and NumPy scalars to Python values, bytes to text, and tuples to lists."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
@@ -39,12 +40,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def text(reference: Any) -> str:
+def text(reference: object) -> str:
     """Returns the text of a reference with exactly one text, for BLEU and ROUGE."""
     value = _plain(reference)
     if isinstance(value, list) and len(value) == 1:
@@ -57,7 +58,7 @@ def text(reference: Any) -> str:
 _ANSWERS = 'Use a text, a list of texts, or {"answers": [...]}.'
 
 
-def possible_answers(reference: Any) -> list[str]:
+def possible_answers(reference: object) -> list[str]:
     """Returns the answers of a reference; the list is empty for an unanswerable question.
 
     Forms: a text; a list of texts; `{"answers": ...}` with either; Hugging Face's `{"text": [...], "answer_start":
@@ -78,7 +79,7 @@ def possible_answers(reference: Any) -> list[str]:
     raise WrongValue(f"has reference {_shown(reference)}: not a list of answers", _ANSWERS)
 
 
-def answers(reference: Any) -> list[str]:
+def answers(reference: object) -> list[str]:
     """Returns the answers of a reference with at least one answer."""
     found = possible_answers(reference)
     if not found:
@@ -86,10 +87,10 @@ def answers(reference: Any) -> list[str]:
     return found
 
 
-def numbers(reference: Any) -> list[str]:
+def numbers(reference: object) -> list[str]:
     """Returns the answers of a reference as texts that each contain a number; answers may also be numbers."""
 
-    def as_text(value: Any) -> Any:
+    def as_text(value: object) -> object:
         value = _plain(value)
         return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
@@ -103,7 +104,7 @@ def numbers(reference: Any) -> list[str]:
     return found
 
 
-def chain_answer(reference: Any) -> str:
+def chain_answer(reference: object) -> str:
     """Returns the answer of `{"answer": text or number}`, or the text after the last `####` of a chain of thought."""
     value = _plain(reference)
     found = _plain(value.get("answer")) if isinstance(value, Mapping) else None
@@ -116,7 +117,7 @@ def chain_answer(reference: Any) -> str:
     return str(found)
 
 
-def countdown(reference: Any) -> Mapping[str, Any]:
+def countdown(reference: object) -> Mapping[str, Any]:
     """Returns a reference of the form `{"numbers": [int, ...], "goal": int}`."""
     value = _plain(reference)
     given = _plain(value.get("numbers")) if isinstance(value, Mapping) else None
@@ -130,14 +131,14 @@ def countdown(reference: Any) -> Mapping[str, Any]:
     return {"numbers": [_plain(item) for item in given], "goal": goal}  # type: ignore[union-attr]
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 _PROBLEM = 'Use {"setup": "...", "tests": ["assert ...", ...]}.'
 
 
-def problem(reference: Any) -> Mapping[str, Any]:
+def problem(reference: object) -> Mapping[str, Any]:
     """Returns `{"setup", "tests", "before", "after"}`, where `tests` is a list; a single text is one test.
 
     The reference may be JSON text. A problem without a test is an error, because every sample would pass.
@@ -169,7 +170,7 @@ def _has_statement(test: str) -> bool:
     return any(line.strip() and not line.strip().startswith("#") for line in test.splitlines())
 
 
-def prediction(value: Any) -> str:
+def prediction(value: object) -> str:
     """Returns the text of a prediction."""
     value = _plain(value)
     if not isinstance(value, str):
@@ -177,7 +178,7 @@ def prediction(value: Any) -> str:
     return value
 
 
-def samples(value: Any) -> list[str]:
+def samples(value: object) -> list[str]:
     """Returns the samples of a prediction; a single text is one sample."""
     value = _plain(value)
     value = [value] if isinstance(value, str) else value

@@ -25,7 +25,11 @@ from diffusion_lm.evaluation.metrics_reasoning import answer_rows, countdown_row
 from diffusion_lm.evaluation.metrics_reasoning import final_answer as final_answer
 from diffusion_lm.evaluation.metrics_rouge import ROUGE_NAMES, rouge_rows
 
+Rows = Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
+"""`(references, predictions) -> f64[N, K]`; references in the form that the metric's reader returns."""
+
 Values = Callable[[np.ndarray], dict[str, float]]
+"""`f64[K] -> {name: score}`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +51,14 @@ class Metric:
     name: str
     primary_key: str
     label: str
-    rows: Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
+    rows: Rows
     values: Values
     multiple_samples: bool = False
     conditions: str = ""
     read: forms.Reader = forms.text
 
     def per_example_batch(
-        self, references: Sequence[Any], predictions: Sequence[Any], names: Sequence[str] | None = None
+        self, references: Sequence[object], predictions: Sequence[object], names: Sequence[str] | None = None
     ) -> np.ndarray:
         """Returns the statistics f64[N, K].
 
@@ -75,11 +79,11 @@ class Metric:
         read_prediction = forms.samples if self.multiple_samples else forms.prediction
         return self.rows(self.checked(references, names), self._each(read_prediction, predictions, names))
 
-    def checked(self, references: Sequence[Any], names: Sequence[str] | None = None) -> list[Any]:
+    def checked(self, references: Sequence[object], names: Sequence[str] | None = None) -> list[Any]:
         """Returns the references in the form of `rows`; raises ConfigError for the first one that is invalid."""
         return self._each(self.read, references, names)
 
-    def _each(self, reader: forms.Reader, values: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+    def _each(self, reader: forms.Reader, values: Sequence[object], names: Sequence[str] | None) -> list[Any]:
         found = []
         for number, value in enumerate(values):
             try:
@@ -89,7 +93,7 @@ class Metric:
                 raise ConfigError(f"{name} {error.what}", where=f"metric {self.name}", fix=error.fix) from error
         return found
 
-    def per_example(self, reference: Any, prediction: Any) -> np.ndarray:
+    def per_example(self, reference: object, prediction: object) -> np.ndarray:
         """Returns the statistics f64[K] of one example."""
         return self.per_example_batch([reference], [prediction])[0]
 
@@ -111,7 +115,7 @@ class Metric:
         """Names of the scores that exist for every corpus, which are those of an empty one."""
         return tuple(self.all_values(self.per_example_batch([], [])))
 
-    def __call__(self, references: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+    def __call__(self, references: Sequence[object], predictions: Sequence[object]) -> dict[str, float]:
         """Returns all scores of a corpus."""
         return self.all_values(self.per_example_batch(references, predictions))
 
@@ -287,12 +291,12 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
     return METRICS["rouge"](targets, predictions)
 
 
-def number_match(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+def number_match(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
     """Returns the percentage of predictions whose last number is (one of) the reference(s)."""
     return METRICS["number_match"](targets, predictions)
 
 
-def squad(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+def squad(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
     """Returns F1 and exact match of SQuAD v1.1 in percent; targets as in `metric_references.possible_answers`.
 
     If some questions are unanswerable, both kinds are also scored separately, and `unanswerable` is their number.
@@ -300,12 +304,12 @@ def squad(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float
     return METRICS["squad"](targets, predictions)
 
 
-def squad_v2(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+def squad_v2(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
     """Returns `exact`, `f1` and `total` of SQuAD v2.0, also with `HasAns_` and `NoAns_`, as in the official script."""
     return METRICS["squad_v2"](targets, predictions)
 
 
-def pass_at_k(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+def pass_at_k(targets: Sequence[object], predictions: Sequence[Sequence[str]]) -> dict[str, float]:
     """Returns pass@1 and pass@k, with k the number of samples.
 
     Targets are `{"setup", "tests"}`, predictions are lists of programs. `tests` is a list of texts, or one text for a
@@ -314,21 +318,21 @@ def pass_at_k(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, f
     return METRICS["pass_at_k"](targets, predictions)
 
 
-def exact_match(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+def exact_match(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
     """Returns the percentage of predictions equal to (one of) the reference(s), ignoring surrounding white space."""
     return METRICS["exact_match"](targets, predictions)
 
 
-def contains(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+def contains(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
     """Returns the percentage of predictions that contain (one of) the answer(s)."""
     return METRICS["contains"](targets, predictions)
 
 
-def final_answers(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+def final_answers(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
     """Returns the percentage of predictions with the correct answer after `####`, and of those with any answer."""
     return METRICS["final_answer"](targets, predictions)
 
 
-def countdown(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+def countdown(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
     """Returns the percentage of problems solved; each target is `{"numbers": [int, ...], "goal": int}`."""
     return METRICS["countdown"](targets, predictions)

@@ -19,6 +19,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.data.schema import Record
+from diffusion_lm.evaluation.generation import TextDecoder
 from diffusion_lm.evaluation.scoring import Estimator, continuation_batch, score
 from diffusion_lm.evaluation.scoring_task import ScoredExample, ScoringEvaluation
 
@@ -110,7 +111,7 @@ def windows(length: int, size: int, context: int, prompt: int = 0) -> list[Windo
     return found
 
 
-def documents(records: Iterator[Record], vocabulary: Any, specials: SpecialTokens) -> Iterator[Document]:
+def documents(records: Iterator[Record], vocabulary: TextDecoder, specials: SpecialTokens) -> Iterator[Document]:
     """Yields documents, joining consecutive records that are pieces of one document."""
     pieces: list[Record] = []
     for record in records:
@@ -123,7 +124,7 @@ def documents(records: Iterator[Record], vocabulary: Any, specials: SpecialToken
         yield _joined(pieces, vocabulary, specials)
 
 
-def _joined(pieces: Sequence[Record], vocabulary: Any, specials: SpecialTokens) -> Document:
+def _joined(pieces: Sequence[Record], vocabulary: TextDecoder, specials: SpecialTokens) -> Document:
     tokens = np.concatenate([piece.targets for piece in pieces])
     text = pieces[0].targets_text or vocabulary.decode(tokens[tokens != specials.eos_id].tolist())
     return Document(tokens, pieces[0].inputs, pieces[0].example_id, text)

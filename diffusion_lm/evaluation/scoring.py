@@ -7,7 +7,7 @@ distributed over forward passes individually, so no draw is dropped if counts ar
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +220,7 @@ def answers(scores: Scores, questions: Sequence[int], lengths: Sequence[float] |
         margin, error = float("nan"), float("nan")
         if len(order) > 1:
             margin = float(scores.log_likelihood[order[0]] - scores.log_likelihood[order[1]])
-            error = _difference_error(scores, order[0], order[1])
+            error = _difference_error(scores, int(order[0]), int(order[1]))
         found[question] = Choice(best, int(np.argmax(per_length[rows])), margin, error, scores.kind)
     return found
 
@@ -265,7 +265,7 @@ def _standard_error(samples: np.ndarray) -> float:
     return float(samples.std(ddof=1) / np.sqrt(len(samples))) if len(samples) > 1 else float("nan")
 
 
-def _difference_error(scores: Scores, first: Any, second: Any) -> float:
+def _difference_error(scores: Scores, first: int, second: int) -> float:
     """Returns the standard error of a difference: paired if both rows have the same draws, else as if independent."""
     if len(scores.samples[first]) == len(scores.samples[second]) > 1:
         return _standard_error(scores.samples[first] - scores.samples[second])

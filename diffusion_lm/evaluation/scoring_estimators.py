@@ -1,7 +1,7 @@
 """Estimators of `scoring.score`: autoregressive, and five published ones for masked diffusion."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +201,7 @@ class LeftToRight(_Masked):
 
 
 def _nll(
-    model: BoundModel,
+    model,
     batch: Batch,
     noisy_tokens: jax.Array,
     scored: jax.Array,
@@ -244,7 +244,16 @@ def _uniform(batch: Batch, keys: StreamKeys) -> jax.Array:
     return keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
 
 
-def require_draws(estimator: Any) -> None:
+class HasDraws(Protocol):
+    """An estimator with a configured number of draws."""
+
+    @property
+    def draws(self) -> int:
+        """Number of draws per row."""
+        ...
+
+
+def require_draws(estimator: HasDraws) -> None:
     """Raises `ConfigError` unless `draws` is a positive integer."""
     require(
         isinstance(estimator.draws, int) and estimator.draws > 0,

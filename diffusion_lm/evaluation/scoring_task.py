@@ -40,6 +40,10 @@ NORMALISERS = {"acc_norm": len, "acc_bytes": lambda text: len(text.encode())}
 acc_norm, UTF-8 bytes for acc_bytes (the same for ASCII). `acc_tokens` divides by tokens."""
 
 
+Question = tuple[list[list[str]], int]
+"""The choices of a question, each a list of texts, and the index of the correct one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoredExample:
     """A scored example.
@@ -167,10 +171,11 @@ class ScoringEvaluation:
         ]
 
     def _choices(
-        self, model: BoundModel, records: Sequence[Record], questions: Sequence[Any], keys: StreamKeys
+        self, model: BoundModel, records: Sequence[Record], found: Sequence[Question | None], keys: StreamKeys
     ) -> list[ScoredExample]:
+        questions = [question for question in found if question is not None]
         require(
-            all(questions),
+            len(questions) == len(found),
             "only some of the examples have choices",
             where="ScoringEvaluation.data",
             fix="Put examples with and without choices into separate tasks.",
@@ -193,12 +198,12 @@ class ScoringEvaluation:
         lengths = {name: [length(text) for text in texts] for name, length in NORMALISERS.items()}
         lengths["acc_tokens"] = scores.tokens.tolist()
         chosen = {name: answers(scores, owners, by) for name, by in lengths.items()}
-        real, found = self._real(batch), []
+        real, scored_examples = self._real(batch), []
         for owner, (choices, answer) in enumerate(questions):
             first = owners.index(owner)
             # `best` and `margin` do not depend on the length by which `best_normalised` divides.
             correct, plain_choice = first + answer, chosen["acc_norm"][owner]
-            found.append(
+            scored_examples.append(
                 ScoredExample(
                     nll=-float(scores.log_likelihood[correct]),
                     variance=float(scores.standard_error[correct]) ** 2,
@@ -211,7 +216,7 @@ class ScoringEvaluation:
                     unsure=plain_choice.margin <= 2 * plain_choice.margin_error,
                 )
             )
-        return found
+        return scored_examples
 
     def _lossy(self, pieces: Sequence[str]) -> bool:
         """Returns whether encoding loses part of a choice, in which case two choices may have the same tokens."""
@@ -234,7 +239,7 @@ class ScoringEvaluation:
         return record.targets_text if complete and record.targets_text else self.data.vocabulary.decode(tokens.tolist())
 
 
-def _question(record: Record) -> tuple[list[list[str]], int] | None:
+def _question(record: Record) -> Question | None:
     """Returns the choices, each a list of texts, and the index of the correct one; None if there are no choices."""
     reference = record.reference
     if not isinstance(reference, dict) or "choices" not in reference:
@@ -251,10 +256,11 @@ def _question(record: Record) -> tuple[list[list[str]], int] | None:
     return [[choice] if isinstance(choice, str) else choice for choice in choices], answer
 
 
-def _is_choice(choice: Any) -> bool:
+def _is_choice(choice: object) -> bool:
     pieces = [choice] if isinstance(choice, str) else choice
-    texts = isinstance(pieces, list) and all(isinstance(piece, str) for piece in pieces)
-    return texts and any(pieces)  # an empty choice would have probability 1 and always win
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        return False
+    return any(pieces)  # an empty choice would have probability 1 and always win
 
 
 def summary(examples: Sequence[ScoredExample], kind: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.core.types import Batch, Decoded, EncoderInputs
+from diffusion_lm.core.types import Batch, Decoded, EncoderInputs, Params
 from diffusion_lm.evaluation.generation import compiled_generate
 from diffusion_lm.evaluation.timing import alternate, spread, timed
 from diffusion_lm.samplers.base import Sampler
@@ -100,7 +100,7 @@ def measure(study: SpeedStudy, *, seed: int = 0) -> dict[str, Any]:
       `{"device", "rows": [{"label", "family", "length", "seconds", "spread", "forward_passes", "batch_size"}]}`, where
       `seconds` is the median of `repeats` runs after compilation and `spread` is (max - min) / median.
     """
-    parameters: dict[Any, Any] = {}
+    parameters: dict[Architecture, Params] = {}
     rows = []
     for length in study.lengths:
         calls, passes = [], []
@@ -127,7 +127,7 @@ def measure(study: SpeedStudy, *, seed: int = 0) -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind, "rows": rows}
 
 
-def decoder(arm: SpeedArm, params: Any, prompt: Batch, *, seed: int = 0) -> Callable[[int], Decoded]:
+def decoder(arm: SpeedArm, params: Params, prompt: Batch, *, seed: int = 0) -> Callable[[int], Decoded]:
     """Returns a function that decodes repeat number n and waits for the result; the first call compiles."""
     program = compiled_generate(arm.architecture, arm.sampler)
     return lambda repeat: jax.block_until_ready(program(params, prompt, StreamKeys.create(seed, repeat)))

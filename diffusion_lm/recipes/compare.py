@@ -21,6 +21,7 @@ import numpy as np
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import as_path, read_json, write_json, write_text
 from diffusion_lm.core.memory_maps import free_programs
+from diffusion_lm.core.types import Params
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.target_window import TargetWindow
 from diffusion_lm.evaluation import generation, likelihood
@@ -29,12 +30,15 @@ from diffusion_lm.evaluation.speed import measure
 from diffusion_lm.recipes import report, summary, tables
 from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.playback import record_playback
+from diffusion_lm.recipes.records import Evaluation, JsonObject, LogRow, Playback, Results, Speed
 from diffusion_lm.recipes.results import Evaluations, assemble, cuts, shown_samples
 from diffusion_lm.recipes.stage import Stage
 from diffusion_lm.training.checkpoint import selected
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.run import fingerprint
 from diffusion_lm.training.trained import trained_model
+
+Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +51,12 @@ class ComparisonResult:
       table: path of the Markdown table.
     """
 
-    results: Mapping[str, Any]
+    results: Results
     report: Path
     table: Path
 
 
-def compare(comparison: Comparison, workdir: str | Path, *, log: Callable[[str], None] = print) -> ComparisonResult:
+def compare(comparison: Comparison, workdir: str | Path, *, log: Log = print) -> ComparisonResult:
     """Runs the parts of `comparison` that `workdir` does not have yet, and writes results and report.
 
     Raises:
@@ -79,7 +83,7 @@ def compare(comparison: Comparison, workdir: str | Path, *, log: Callable[[str],
     return ComparisonResult(results, page, workdir / "results.md")
 
 
-def _run_replicate(comparison: Comparison, index: int, workdir: Path, log: Callable[[str], None]) -> Evaluations:
+def _run_replicate(comparison: Comparison, index: int, workdir: Path, log: Log) -> Evaluations:
     """Trains and scores all arms under the seeds of replicate `index`."""
     replicate = comparison.replicate(index)
     if index:
@@ -102,7 +106,7 @@ def stage_folder(stage: Stage, workdir: Path) -> Path:
     return workdir / "stages" / stage.name
 
 
-def run_stage(stage: Stage, workdir: Path) -> Any:
+def run_stage(stage: Stage, workdir: Path) -> Params:
     """Trains a stage unless it is finished, and returns its final parameters. Its ancestors must be finished."""
     free_programs()
     initial = stage_folder(stage.initial, workdir) if isinstance(stage.initial, Stage) else stage.initial
@@ -122,8 +126,8 @@ def _check_workdir(comparison: Comparison, workdir: Path) -> None:
     write_json(path, card)
 
 
-def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: Path, log) -> dict[str, Any]:
-    def run() -> dict[str, Any]:
+def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: Path, log: Log) -> Evaluation:
+    def run() -> Evaluation:
         # Each arm compiles its own programs; those of the previous arm are not needed any more.
         free_programs()
         log(f"evaluate  {arm.name} on {task.name}")
@@ -168,7 +172,7 @@ def _teacher_forced(prompts: DataPipeline, window: TargetWindow) -> DataPipeline
     return dataclasses.replace(prompts, converter=dataclasses.replace(converter, target_window=window))
 
 
-def _playback(comparison: Comparison, workdir: Path, log) -> dict[str, Any]:
+def _playback(comparison: Comparison, workdir: Path, log: Log) -> Mapping[str, Playback]:
     """Records the denoising steps of one example per task, decoded by the last diffusion arm."""
     arms = [arm for arm in comparison.arms if arm.family == "diffusion"]
     if not arms:
@@ -183,18 +187,18 @@ def _playback(comparison: Comparison, workdir: Path, log) -> dict[str, Any]:
     return played
 
 
-def _speed(comparison: Comparison, log) -> dict[str, Any]:
+def _speed(comparison: Comparison, log: Log) -> Speed:
     log("speed by output length")
     assert comparison.speed is not None
     return measure(comparison.speed, seed=comparison.seed)
 
 
-def _cached(path: Path, compute: Callable[[], dict]) -> dict[str, Any]:
+def _cached(path: Path, compute: Callable[[], JsonObject]) -> JsonObject:
     if not path.exists():
         write_json(path, compute())
     return read_json(path)
 
 
-def _curve(workdir: Path, stage: Stage) -> list[dict]:
+def _curve(workdir: Path, stage: Stage) -> list[LogRow]:
     path = stage_folder(stage, workdir) / "metrics.jsonl"
     return tables.read_jsonl(path) if path.exists() else []

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusion_lm.core.errors import require
+from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.evaluation.compatibility import check_sampler, sampler_differences
 from diffusion_lm.evaluation.generation import GenerationTask
 from diffusion_lm.evaluation.speed import SpeedStudy
@@ -12,6 +13,7 @@ from diffusion_lm.recipes.stage import Stage, stage_graph
 from diffusion_lm.samplers.base import Sampler
 
 FAMILIES = ("none", "ar", "diffusion")
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _check_selection(comparison: Comparison) -> None:
             )
 
 
-def _place(source: Any) -> tuple[str, str, str]:
+def _place(source: GrainSource) -> tuple[str, str, str]:
     return source.task, source.split, str(source.folder)
 
 
@@ -183,7 +185,7 @@ _SEED_STRIDE = 1000
 """Difference between the seeds of two replicates; larger than any difference between seeds within a recipe."""
 
 
-def _per_task(value: Any, task: str, where: str) -> Any:
+def _per_task(value: _T | Mapping[str, _T], task: str, where: str) -> _T:
     if not isinstance(value, Mapping):
         return value
     require(task in value, f"no entry for task '{task}'", where=where, fix="Add an entry for this task.")

@@ -1,10 +1,11 @@
 """Finds the output length from which a diffusion decoder is faster than an autoregressive one."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from diffusion_lm.recipes.formatting import is_number
+from diffusion_lm.recipes.records import Speed, SpeedRow
 
 
 class SpeedSeries(NamedTuple):
@@ -44,9 +45,9 @@ class Crossover(NamedTuple):
     at: float
 
 
-def speed_series(speed: Mapping[str, Any] | None) -> list[SpeedSeries]:
+def speed_series(speed: Speed | None) -> list[SpeedSeries]:
     """Groups the rows of a speed measurement by label: AR first, then diffusion by number of forward passes."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[SpeedRow]] = {}
     for row in (speed or {}).get("rows", ()):
         if is_number(row.get("seconds")) and row["seconds"] > 0 and row.get("length", 0) > 0:
             groups.setdefault(row["label"], []).append(row)
@@ -89,7 +90,7 @@ def _log_interpolate(left: float, right: float, fraction: float) -> float:
     return math.exp(math.log(left) * (1 - fraction) + math.log(right) * fraction)
 
 
-def speed_sentences(speed: Mapping[str, Any] | None) -> list[str]:
+def speed_sentences(speed: Speed | None) -> list[str]:
     """Returns a sentence that compares every diffusion decoder with AR at the longest length measured."""
     series = speed_series(speed)
     found = crossovers(series)

@@ -1,9 +1,7 @@
 """The likelihood table: bits per real token for arms with a likelihood or bound, and forward passes per completion."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from diffusion_lm.recipes.formatting import MISSING
+from diffusion_lm.recipes.records import Bound, Results
 
 SIGNS = {"exact": "", "nelbo": "<= "}
 """Prefix of a value by kind; `<=` marks an upper bound of the negative log-likelihood."""
@@ -15,7 +13,7 @@ CAPTION = (
 )
 
 
-def rows(results: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
+def rows(results: Results) -> list[tuple[str, list[str], str]]:
     """Returns (label, one cell per task, forward passes) for each arm with a likelihood or bound on any task."""
     found = []
     for arm in results["arms"]:
@@ -29,18 +27,18 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
     return found
 
 
-def columns(results: Mapping[str, Any]) -> list[str]:
+def columns(results: Results) -> list[str]:
     """Returns the column headings of `rows`."""
     return ["Arm", *(f"{task['label']} (bits/token)" for task in results["tasks"]), "Passes"]
 
 
-def has_bounds(results: Mapping[str, Any]) -> bool:
+def has_bounds(results: Results) -> bool:
     """Returns whether any arm has a NELBO; with exact values only, the table would compare nothing."""
     measured = results.get("bounds", {}).values()
     return any(bound.get("kind") == "nelbo" for arm in measured for bound in arm.values())
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def markdown(results: Results) -> str:
     """Returns the table as GitHub Markdown, with its caption."""
     head = columns(results)
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join([' --- '] + [' ---: '] * (len(head) - 1))}|"]
@@ -48,14 +46,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + CAPTION
 
 
-def _value(bound: Mapping[str, Any]) -> str:
+def _value(bound: Bound) -> str:
     bits, error = bound.get("bits_per_real_token"), bound.get("bits_per_real_token_error")
     if bits is None:
         return MISSING
     return f"{SIGNS[bound['kind']]}{bits:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def _passes(results: Mapping[str, Any], arm: str) -> str:
+def _passes(results: Results, arm: str) -> str:
     passes = [
         cell["conditions"]["forward_passes_per_sample"]
         for cell in results.get("cells", {}).get(arm, {}).values()

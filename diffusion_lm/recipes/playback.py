@@ -1,7 +1,6 @@
 """Records the denoising steps of one example as text."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,10 +8,11 @@ import numpy as np
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.evaluation.generation import GenerationTask, compiled_generate
+from diffusion_lm.recipes.records import Playback
 from diffusion_lm.samplers.base import Sampler
 
 
-def record_playback(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed: int = 0) -> dict[str, Any]:
+def record_playback(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed: int = 0) -> Playback:
     """Decodes the first example of the task and records the sampler's trace.
 
     Returns:

@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -19,8 +18,20 @@ from diffusion_lm.core.files import as_path, write_text
 from diffusion_lm.recipes import charts, summary, svg, tables
 from diffusion_lm.recipes.crossover import crossovers, speed_sentences, speed_series
 from diffusion_lm.recipes.formatting import MISSING, count, is_number
+from diffusion_lm.recipes.records import (
+    ArmCard,
+    Bound,
+    Cell,
+    JsonObject,
+    LogRow,
+    Playback,
+    Results,
+    Sample,
+    Speed,
+    TaskCard,
+)
 from diffusion_lm.recipes.showcase import Player, SampleCard, player, sample_cards
-from diffusion_lm.recipes.stage_chart import stage_chart, stage_forest
+from diffusion_lm.recipes.stage_chart import Node, stage_chart, stage_forest
 from diffusion_lm.recipes.svg import Style, arm_styles
 from diffusion_lm.recipes.training_curves import curve_panels
 
@@ -29,13 +40,13 @@ _COSTS = ("forward_passes_per_sample", "generated_tokens_per_sample")
 
 
 def write(
-    results: Mapping[str, Any],
+    results: Results,
     workdir: Path,
     *,
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    speed: Mapping[str, Any] | None,
-    samples: Mapping[str, Sequence[Mapping[str, Any]]],
-    playback: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, Sequence[LogRow]],
+    speed: Speed | None,
+    samples: Mapping[str, Sequence[Sample]],
+    playback: Mapping[str, Playback],
 ) -> Path:
     """Writes `workdir/report/index.html` and returns its path. The output is deterministic.
 
@@ -67,12 +78,12 @@ def write(
 
 
 def render(
-    results: Mapping[str, Any],
+    results: Results,
     *,
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    speed: Mapping[str, Any] | None,
-    samples: Mapping[str, Sequence[Mapping[str, Any]]],
-    playback: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, Sequence[LogRow]],
+    speed: Speed | None,
+    samples: Mapping[str, Sequence[Sample]],
+    playback: Mapping[str, Playback],
 ) -> str:
     """Returns the page as HTML; the arguments are those of `write`."""
     results = _filled(results)
@@ -81,10 +92,10 @@ def render(
     labels = {arm["name"]: arm["label"] for arm in arms}
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    cards: list[tuple[Mapping[str, Any], list[SampleCard]]] = [
+    cards: list[tuple[TaskCard, list[SampleCard]]] = [
         (task, sample_cards(samples[task["name"]], arms, len(tasks))) for task in tasks if samples.get(task["name"])
     ]
-    players: list[tuple[Mapping[str, Any], str, Player]] = []
+    players: list[tuple[TaskCard, str, Player]] = []
     for task in tasks:
         played = playback.get(task["name"])
         if played and (shown := player(played)):
@@ -127,12 +138,12 @@ def render(
     )
 
 
-def _filled(results: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(results: Results) -> Results:
     """Returns the results with defaults for optional fields, because the template rejects undefined names."""
-    empty: dict[str, Any] = {"notes": [], "fingerprint": "", "versions": {}, "config": "", "cells": {}, "bounds": {}}
+    empty: Results = {"notes": [], "fingerprint": "", "versions": {}, "config": "", "cells": {}, "bounds": {}}
     filled = {**empty, **results, "title": results.get("title") or results["name"]}
-    arm_fields: dict[str, Any] = {"family": "none", "stages": [], "train_tokens": 0, "parameters": 0}
-    task_fields: dict[str, Any] = {"metric": "", "higher_is_better": True, "examples": 0}
+    arm_fields: ArmCard = {"family": "none", "stages": [], "train_tokens": 0, "parameters": 0}
+    task_fields: TaskCard = {"metric": "", "higher_is_better": True, "examples": 0}
     filled["arms"] = [{**arm_fields, "label": arm["name"], **arm} for arm in results["arms"]]
     filled["tasks"] = [
         {**task_fields, "label": task["name"], "metric_label": task.get("metric", ""), **task}
@@ -141,7 +152,7 @@ def _filled(results: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _dot_plot(results: Mapping[str, Any], task: Mapping[str, Any], styles: Mapping[str, Style]) -> Markup:
+def _dot_plot(results: Results, task: TaskCard, styles: Mapping[str, Style]) -> Markup:
     best = summary.best_arms(results, task)
     dots, reference = [], None
     for arm in results["arms"]:
@@ -156,7 +167,7 @@ def _dot_plot(results: Mapping[str, Any], task: Mapping[str, Any], styles: Mappi
     return charts.dot_plot(dots, title=task["label"], unit=unit, places=places, reference=reference)
 
 
-def _stage_chart(results: Mapping[str, Any], forest: Sequence[Any], styles: Mapping[str, Style]) -> Markup | None:
+def _stage_chart(results: Results, forest: Sequence[Node], styles: Mapping[str, Style]) -> Markup | None:
     if not forest:
         return None
     captions = {}
@@ -167,7 +178,7 @@ def _stage_chart(results: Mapping[str, Any], forest: Sequence[Any], styles: Mapp
     return stage_chart(forest, captions)
 
 
-def _speed(speed: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _speed(speed: Speed | None) -> JsonObject | None:
     """Returns charts (wide and narrow), legend, sentences and table of the speed study; None without one."""
     series = speed_series(speed)
     if not series or speed is None:
@@ -191,7 +202,7 @@ def _speed(speed: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _settings(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     """Returns every distinct set of decoding settings, with the arms and tasks that use it."""
     used: dict[tuple[tuple[str, str], ...], dict[str, list[str]]] = {}
     for arm, task, measured in _scored(results):
@@ -207,7 +218,7 @@ def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str
     return entries
 
 
-def _costs(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tuple[str, str]]]]:
+def _costs(results: Results) -> list[tuple[ArmCard, list[tuple[str, str]]]]:
     """Returns, per arm, (forward passes, generated tokens) per completion for each task; empty if none were counted."""
     rows = []
     for arm in results["arms"]:
@@ -225,7 +236,7 @@ def _costs(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tup
     return rows if any(cell[0] != MISSING for _, cells in rows for cell in cells) else []
 
 
-def _scored(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
+def _scored(results: Results) -> list[tuple[ArmCard, TaskCard, Cell]]:
     return [
         (arm, task, measured)
         for arm in results["arms"]
@@ -234,7 +245,7 @@ def _scored(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping
     ]
 
 
-def _bounds(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tuple[str, str]]]]:
+def _bounds(results: Results) -> list[tuple[ArmCard, list[tuple[str, str]]]]:
     """Returns, per arm, (value, kind) of the bound for each task; empty if no bound was measured."""
     measured = results.get("bounds") or {}
     rows = []
@@ -247,7 +258,7 @@ def _bounds(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tu
     return rows if any(cell[0] != MISSING for _, cells in rows for cell in cells) else []
 
 
-def _nats(bound: Mapping[str, Any]) -> str:
+def _nats(bound: Bound) -> str:
     """Returns nats per real token as text, with the standard error if it is a likelihood or bound."""
     bits, error = bound.get("bits_per_real_token"), bound.get("bits_per_real_token_error")
     if bits is not None:
@@ -256,7 +267,7 @@ def _nats(bound: Mapping[str, Any]) -> str:
     return f"{value:.3f}" if is_number(value) else MISSING
 
 
-def _secondary(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _secondary(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     return [
         (f"{arm['label']}, {task['label']}", [(key.replace("_", " "), _plain(value)) for key, value in found.items()])
         for arm, task, measured in _scored(results)
@@ -264,7 +275,7 @@ def _secondary(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, st
     ]
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):

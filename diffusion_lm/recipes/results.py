@@ -8,14 +8,15 @@ import numpy as np
 
 from diffusion_lm.recipes import statistics
 from diffusion_lm.recipes.comparison import Arm, Comparison
+from diffusion_lm.recipes.records import ArmCard, Bound, Cell, Evaluation, JsonObject, Results, Sample
 from diffusion_lm.recipes.stage import Stage, stage_graph
 from diffusion_lm.training.card import fingerprint, installed_versions
 
-Evaluations = Mapping[tuple[str, str], dict[str, Any]]
+Evaluations = Mapping[tuple[str, str], Evaluation]
 """What `compare.compare` stores for each (arm, task): statistics, predictions, bound and costs."""
 
 
-def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[str, Any]:
+def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> Results:
     """Returns the content of `results.json`, which the same configuration reproduces bit for bit (no times).
 
     Args:
@@ -23,8 +24,8 @@ def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[
       replicates: the evaluations of each replicate. Values, secondary scores, bounds and costs are means over
         replicates. With more than one replicate, each cell lists the single values under `replicates`.
     """
-    cells: dict[str, dict[str, Any]] = {}
-    bounds: dict[str, dict[str, Any]] = {}
+    cells: dict[str, dict[str, Cell]] = {}
+    bounds: dict[str, dict[str, Bound]] = {}
     for arm in comparison.arms:
         for task in comparison.tasks:
             found = [evaluations[arm.name, task.name] for evaluations in replicates]
@@ -90,12 +91,12 @@ def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[
     }
 
 
-def cuts(comparison: Comparison) -> list[dict[str, Any]]:
+def cuts(comparison: Comparison) -> list[JsonObject]:
     """Returns which data were truncated to fit the rows: training data of each stage, then examples of each task.
 
     `used_by` is "stage NAME", "task NAME" or "bound NAME"; the other fields are those of `checks.Cut.plain`.
     """
-    found = []
+    found: list[JsonObject] = []
     for stage in comparison.stages:
         found += [{"used_by": f"stage {stage.name}", **cut.plain()} for cut in stage.run.data.cuts("training")]
     for task in comparison.tasks:
@@ -106,7 +107,7 @@ def cuts(comparison: Comparison) -> list[dict[str, Any]]:
     return found
 
 
-def _arm_card(comparison: Comparison, arm: Arm) -> dict[str, Any]:
+def _arm_card(comparison: Comparison, arm: Arm) -> ArmCard:
     """Returns an arm's stages and budget; if tasks are fine-tuned separately, the stages of all tasks."""
     stages = stage_graph(arm.stage_for(task.name) for task in comparison.tasks)
     return {
@@ -129,7 +130,7 @@ def _arm_card(comparison: Comparison, arm: Arm) -> dict[str, Any]:
     }
 
 
-def _selection(found: Sequence[Mapping[str, Any]], stage: Stage) -> dict[str, Any]:
+def _selection(found: Sequence[Evaluation], stage: Stage) -> JsonObject:
     """Returns the step of the scored checkpoint (per replicate) and its metric; empty if it was the last one."""
     if "selected_step" not in found[0]:
         return {}
@@ -141,9 +142,9 @@ def _selection(found: Sequence[Mapping[str, Any]], stage: Stage) -> dict[str, An
     }
 
 
-def shown_samples(comparison: Comparison, evaluations: Evaluations) -> dict[str, list[dict]]:
+def shown_samples(comparison: Comparison, evaluations: Evaluations) -> dict[str, list[Sample]]:
     """Returns the first `comparison.shown` examples of each task with the completions of all arms."""
-    shown: dict[str, list[dict]] = {}
+    shown: dict[str, list[Sample]] = {}
     for task in comparison.tasks:
         first = evaluations[comparison.arms[0].name, task.name]
         for index in range(min(comparison.shown, len(first["inputs"]))):
@@ -158,7 +159,7 @@ def shown_samples(comparison: Comparison, evaluations: Evaluations) -> dict[str,
     return shown
 
 
-def _rows(found: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def _rows(found: Sequence[Evaluation]) -> np.ndarray:
     """Returns the sufficient statistics of one arm on one task as f64[replicates, examples, K]."""
     return np.asarray([one["statistics"] for one in found], np.float64)
 
@@ -175,12 +176,12 @@ def _mean(values: Sequence[Any]) -> Any:
     return first if isinstance(first, str | bool) else float(np.mean(values))
 
 
-def _mean_bound(bounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _mean_bound(bounds: Sequence[Bound]) -> Bound:
     """Returns the mean of the replicates' bounds; standard errors add in quadrature, as the draws are independent."""
-    mean: dict[str, Any] = _mean(bounds)
+    mean: Bound = _mean(bounds)
     errors = {key: [one[key] for one in bounds] for key in mean if key.endswith("_error")}
     return {**mean, **{key: float(np.linalg.norm(found)) / len(found) for key, found in errors.items()}}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> int | float | str | bool | None:
     return value if isinstance(value, int | float | str | bool | None) else repr(value)

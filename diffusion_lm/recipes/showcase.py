@@ -2,14 +2,15 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
 from diffusion_lm.recipes.charts import change_map
 from diffusion_lm.recipes.formatting import is_number
+from diffusion_lm.recipes.records import ArmCard, JsonObject, Playback, Sample
 
 # These limits keep the page below one megabyte for any input.
 MAX_OUTPUTS = 150  # outputs shown in all, over tasks and arms
@@ -28,7 +29,7 @@ Segments = list[tuple[str, str]]
 class Output(NamedTuple):
     """One arm's completion, as segments (text, kind) from `differences`."""
 
-    arm: Mapping[str, Any]
+    arm: ArmCard
     segments: Segments
     score: str
     exact: bool
@@ -68,14 +69,12 @@ class Player(NamedTuple):
         marked = set(self.changed[index])
         return [(*self.pieces[piece], position in marked) for position, piece in enumerate(self.frames[index])]
 
-    def data(self) -> dict[str, Any]:
+    def data(self) -> JsonObject:
         """Returns the data that the page's script reads."""
         return {"labels": self.labels, "pieces": self.pieces, "frames": self.frames, "changed": self.changed}
 
 
-def sample_cards(
-    samples: Sequence[Mapping[str, Any]], arms: Sequence[Mapping[str, Any]], tasks: int = 1
-) -> list[SampleCard]:
+def sample_cards(samples: Sequence[Sample], arms: Sequence[ArmCard], tasks: int = 1) -> list[SampleCard]:
     """Returns the first examples of one task with outputs in the order of the arms; `tasks` is the number of tasks."""
     code = any("\n" in str(sample.get("reference", "")).strip() for sample in samples)
     cards = []
@@ -149,7 +148,7 @@ def _common(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def player(played: Mapping[str, Any]) -> Player | None:
+def player(played: Playback) -> Player | None:
     """Returns the playback in the form that the page draws; None if it has no frames."""
     frames = [[_display(str(piece)) for piece in frame[:MAX_POSITIONS]] for frame in played.get("frames") or ()]
     labels = [f"pass {index}" for index in range(1, len(frames) + 1)]

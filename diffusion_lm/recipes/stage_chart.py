@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from markupsafe import Markup
 
 from diffusion_lm.recipes import svg
 from diffusion_lm.recipes.formatting import count
+from diffusion_lm.recipes.records import ArmCard, StageCard
 from diffusion_lm.recipes.svg import Style, el
 
 
@@ -36,7 +36,7 @@ class Node:
     children: list["Node"] = field(default_factory=list)
 
 
-def stage_forest(arms: Sequence[Mapping[str, Any]]) -> list[Node]:
+def stage_forest(arms: Sequence[ArmCard]) -> list[Node]:
     """Returns the root nodes. The parent of a stage is its `initial`, or the previous stage if `initial` is absent."""
     nodes: dict[str, Node] = {}
     roots: list[Node] = []
@@ -133,17 +133,17 @@ def _edge(x1: float, y1: float, x2: float, y2: float) -> Markup:
     return el("path", d=d, class_="edge")
 
 
-def _budget(stage: Mapping[str, Any]) -> str:
+def _budget(stage: StageCard) -> str:
     if not stage.get("steps"):
         return "no training"
     return f"{stage['steps']:,} steps · {count(stage.get('tokens') or 0)} tokens"
 
 
-def _objective(stage: Mapping[str, Any]) -> str:
+def _objective(stage: StageCard) -> str:
     return str(stage.get("objective") or "") if stage.get("steps") else "initial parameters"
 
 
-def _kind(stage: Mapping[str, Any]) -> str:
+def _kind(stage: StageCard) -> str:
     if not stage.get("steps"):
         return "k-none"
     return "k-ar" if "autoregressive" in str(stage.get("objective", "")).lower() else "k-d0"

@@ -6,16 +6,15 @@ two separate intervals must not overlap.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from diffusion_lm.recipes import statistics
 from diffusion_lm.recipes.crossover import speed_sentences
 from diffusion_lm.recipes.formatting import count, is_number
-
-Results = Mapping[str, Any]
+from diffusion_lm.recipes.records import ArmCard, Cell, Results, Speed, TaskCard
 
 
 class Verdict(NamedTuple):
@@ -40,16 +39,15 @@ class Summary(NamedTuple):
     findings: tuple[str, ...]
 
 
-def cell(results: Results, arm: str, task: str) -> Mapping[str, Any] | None:
+def cell(results: Results, arm: str, task: str) -> Cell | None:
     """Returns the cell of an arm on a task, or None if it has no finite score."""
     found = results.get("cells", {}).get(arm, {}).get(task)
     return found if found and is_number(found.get("value")) else None
 
 
-def bounds_of(measured: Mapping[str, Any]) -> tuple[float, float] | None:
+def bounds_of(measured: Cell) -> tuple[float, float] | None:
     """Returns the confidence interval of a cell, or None if it has none."""
-    low: Any = measured.get("low")
-    high: Any = measured.get("high")
+    low, high = measured.get("low"), measured.get("high")
     return (float(low), float(high)) if is_number(low) and is_number(high) else None
 
 
@@ -60,7 +58,7 @@ def digits(results: Results, task: str) -> int:
     return 3 if values and 0 < max(values + highs) <= 1.0 else 1
 
 
-def best_arms(results: Results, task: Mapping[str, Any]) -> set[str]:
+def best_arms(results: Results, task: TaskCard) -> set[str]:
     """Returns the names of the arms with the best score on a task, rounded as printed; ties give several names."""
     places = digits(results, task["name"])
     measured = {arm["name"]: cell(results, arm["name"], task["name"]) for arm in results["arms"]}
@@ -71,7 +69,7 @@ def best_arms(results: Results, task: Mapping[str, Any]) -> set[str]:
     return {name for name, score in scores.items() if score == best}
 
 
-def compare(results: Results, task: Mapping[str, Any], first: str, second: str) -> Verdict | None:
+def compare(results: Results, task: TaskCard, first: str, second: str) -> Verdict | None:
     """Compares two arms on a task by the strongest evidence available; returns None if one of them has no score."""
     name = task["name"]
     one, two = cell(results, first, name), cell(results, second, name)
@@ -104,7 +102,7 @@ def _recorded_difference(results: Results, task: str, first: str, second: str) -
     return None
 
 
-def _paired_bootstrap(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[float, float] | None:
+def _paired_bootstrap(one: Cell, two: Cell) -> tuple[float, float] | None:
     """Returns the paired interval from per-example scores; None if the score is not their mean (e.g. corpus BLEU)."""
     tables = []
     for measured in (one, two):
@@ -121,14 +119,14 @@ def _paired_bootstrap(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[f
     return difference.low, difference.high
 
 
-def transferred_arms(results: Results) -> list[Mapping[str, Any]]:
+def transferred_arms(results: Results) -> list[ArmCard]:
     """Returns the diffusion arms that share a trained stage with an AR arm (AR2Diff), sorted by training tokens."""
     ar_stages = {s["name"] for a in _family(results, "ar") for s in a.get("stages", ()) if s.get("steps")}
     found = [a for a in _family(results, "diffusion") if any(s["name"] in ar_stages for s in a.get("stages", ()))]
     return sorted(found, key=lambda arm: arm.get("train_tokens") or 0)
 
 
-def summarise(results: Results, speed: Mapping[str, Any] | None = None) -> Summary:
+def summarise(results: Results, speed: Speed | None = None) -> Summary:
     """Returns the headline and the findings, computed from the numbers."""
     findings = [
         *_transfer(results),
@@ -141,17 +139,17 @@ def summarise(results: Results, speed: Mapping[str, Any] | None = None) -> Summa
     return Summary(_headline(results), tuple(findings))
 
 
-def _family(results: Results, family: str) -> list[Mapping[str, Any]]:
+def _family(results: Results, family: str) -> list[ArmCard]:
     return [arm for arm in results["arms"] if arm.get("family") == family]
 
 
-def _best_of(results: Results, task: Mapping[str, Any], arms: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _best_of(results: Results, task: TaskCard, arms: Iterable[ArmCard]) -> ArmCard | None:
     scored = [arm for arm in arms if cell(results, arm["name"], task["name"])]
     sign = 1 if task.get("higher_is_better", True) else -1
     return max(scored, key=lambda arm: sign * results["cells"][arm["name"]][task["name"]]["value"], default=None)
 
 
-def _scores(results: Results, task: Mapping[str, Any], first: str, second: str) -> str:
+def _scores(results: Results, task: TaskCard, first: str, second: str) -> str:
     places, name = digits(results, task["name"]), task["name"]
     values = [cell(results, arm, name)["value"] for arm in (first, second)]  # type: ignore[index]
     return f"{values[0]:.{places}f} vs. {values[1]:.{places}f} {task.get('metric_label', task.get('metric', ''))}"

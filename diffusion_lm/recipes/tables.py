@@ -3,9 +3,9 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.text import Text
 from diffusion_lm.core.files import as_path, read_text, write_text
 from diffusion_lm.recipes import likelihood_table, summary
 from diffusion_lm.recipes.formatting import MISSING
+from diffusion_lm.recipes.records import ArmCard, LogRow, Results, Speed, TaskCard
 
 MAX_COLUMNS = 100
 
@@ -32,7 +33,7 @@ class QualityCell(NamedTuple):
         return f"{self.value} {self.interval}".strip()
 
 
-def quality_rows(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[QualityCell]]]:
+def quality_rows(results: Results) -> list[tuple[ArmCard, list[QualityCell]]]:
     """Returns each arm with its printed cells, one per task, in the order of `results`."""
     best = {task["name"]: summary.best_arms(results, task) for task in results["tasks"]}
     rows = []
@@ -50,14 +51,14 @@ def quality_rows(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], li
     return rows
 
 
-def task_heading(task: Mapping[str, Any]) -> str:
+def task_heading(task: TaskCard) -> str:
     """Returns a column heading, e.g. `Translation (BLEU)`; a down arrow marks metrics where lower is better."""
     metric = task.get("metric_label") or task.get("metric") or ""
     arrow = "" if task.get("higher_is_better", True) else " ↓"
     return f"{task['label']} ({metric}){arrow}" if metric else f"{task['label']}{arrow}"
 
 
-def quality_markdown(results: Mapping[str, Any]) -> str:
+def quality_markdown(results: Results) -> str:
     """Returns the quality table as GitHub Markdown, at most 100 characters wide; further tasks go to further tables."""
     rows = quality_rows(results)
     first = ["Arm", *(_escaped(_short(arm["label"])) for arm, _ in rows)]
@@ -73,7 +74,7 @@ def quality_markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(_markdown_table([first, *group]) for group in groups)
 
 
-def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> str:
+def markdown(results: Results, speed: Speed | None = None) -> str:
     """Returns the content of `results.md`: findings, quality table, selected checkpoints, likelihood table, notes."""
     found = summary.summarise(results, speed)
     parts = [f"# {_escaped(results.get('title') or results['name'])}", _escaped(found.headline)]
@@ -92,7 +93,7 @@ def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None)
     return "\n\n".join(parts) + "\n"
 
 
-def selections(results: Mapping[str, Any]) -> list[str]:
+def selections(results: Results) -> list[str]:
     """Returns one sentence per cell with a selected checkpoint: its step and the metric that selected it."""
     sentences = []
     for arm in results["arms"]:
@@ -109,7 +110,7 @@ def selections(results: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def intervals(results: Mapping[str, Any]) -> str:
+def intervals(results: Results) -> str:
     """Returns the caption of the quality table: what the intervals cover."""
     count = results.get("replicates", 1)
     over = "the held-out examples" if count == 1 else f"the held-out examples and {count} replicates (seeds)"
@@ -117,14 +118,14 @@ def intervals(results: Mapping[str, Any]) -> str:
     return f"{scores}Brackets: 95% confidence interval over {over}. Bold: best score in the column."
 
 
-def write_markdown(results: Mapping[str, Any], workdir: Path, speed: Mapping[str, Any] | None = None) -> Path:
+def write_markdown(results: Results, workdir: Path, speed: Speed | None = None) -> Path:
     """Writes `workdir/results.md` atomically and returns its path."""
     path = as_path(workdir) / "results.md"
     write_text(path, markdown(results, speed))
     return path
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[LogRow]:
     """Returns the rows of a JSON-lines log; skips a last line that a killed run left incomplete."""
     lines = read_text(path).split("\n")
     complete, last = lines[:-1], lines[-1]
@@ -134,7 +135,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def quality_terminal(results: Mapping[str, Any], file: TextIO | None = None) -> None:
+def quality_terminal(results: Results, file: TextIO | None = None) -> None:
     """Prints the quality table to `file` (default: standard output), at most 100 characters wide."""
     file = file or sys.stdout
     console = Console(file=file, highlight=False)
@@ -155,7 +156,7 @@ def quality_terminal(results: Mapping[str, Any], file: TextIO | None = None) -> 
     console.print(Text(intervals(results), style="dim"))
 
 
-def _transposed(rows: list[tuple[Mapping[str, Any], list[QualityCell]]]) -> list[list[QualityCell]]:
+def _transposed(rows: list[tuple[ArmCard, list[QualityCell]]]) -> list[list[QualityCell]]:
     return [list(column) for column in zip(*(cells for _, cells in rows), strict=True)]
 
 

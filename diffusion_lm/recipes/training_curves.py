@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from diffusion_lm.recipes.charts import Curve, curve_panel
 from diffusion_lm.recipes.formatting import is_number
+from diffusion_lm.recipes.records import ArmCard, LogRow
 from diffusion_lm.recipes.svg import Style
 
 _POINTS = 140  # maximum number of points per line; longer logs are averaged in groups of consecutive rows
@@ -16,10 +17,10 @@ _HELD_OUT_ENDINGS = ("/nll_per_real_token", "/loss")
 
 
 def curve_panels(
-    arms: Sequence[Mapping[str, Any]],
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    arms: Sequence[ArmCard],
+    curves: Mapping[str, Sequence[LogRow]],
     styles: Mapping[str, Style],
-) -> list[tuple[Mapping[str, Any], Markup]]:
+) -> list[tuple[ArmCard, Markup]]:
     """Returns (arm, drawing) for every arm that has a curve.
 
     Arms of one family share the vertical axis. Losses of different families are different quantities.
@@ -56,7 +57,7 @@ def curve_panels(
 
 
 def _arm_curves(
-    arm: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, Any]]], style: Style
+    arm: ArmCard, curves: Mapping[str, Sequence[LogRow]], style: Style
 ) -> tuple[list[Curve], list[tuple[float, str]], float]:
     ends: dict[str, float] = {}
     lines: list[Curve] = []
@@ -78,7 +79,7 @@ def _arm_curves(
     return lines, marks, max(ends.values(), default=0.0)
 
 
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(row: LogRow, prefix: str = "") -> LogRow:
     """Returns the row with nested values under names `outer/inner`."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
@@ -86,7 +87,7 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _training_points(rows: Iterable[Mapping[str, Any]], start: float) -> tuple[tuple[float, float], ...]:
+def _training_points(rows: Iterable[LogRow], start: float) -> tuple[tuple[float, float], ...]:
     points = []
     for row in rows:
         value = next((row[key] for key in _TRAIN_KEYS if is_number(row.get(key))), None)
@@ -98,7 +99,7 @@ def _training_points(rows: Iterable[Mapping[str, Any]], start: float) -> tuple[t
     return tuple((float(x), float(y)) for x, y in (part.mean(0) for part in parts))
 
 
-def _held_out_points(rows: Sequence[Mapping[str, Any]], start: float) -> dict[str, tuple[tuple[float, float], ...]]:
+def _held_out_points(rows: Sequence[LogRow], start: float) -> dict[str, tuple[tuple[float, float], ...]]:
     """Returns the held-out series by name, using the first ending that occurs, so that a bound is not drawn twice."""
     for ending in _HELD_OUT_ENDINGS:
         series: dict[str, list[tuple[float, float]]] = {}
