@@ -159,6 +159,12 @@ def _joined(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
+def _family_name(results: Results, family: str, name: str) -> str:
+    """Returns `name`, or "the best of N `name` arms" if the family has several arms."""
+    number = len(_family(results, family))
+    return name if number == 1 else f"the best of {number} {name} arms"
+
+
 def _headline(results: Results) -> str:
     clauses: dict[str, list[str]] = {"better": [], "worse": [], "inconclusive": []}
     for task in results["tasks"]:
@@ -172,17 +178,20 @@ def _headline(results: Results) -> str:
         if verdict:
             label = "" if verdict.outcome == "worse" else f"{diffusion['label']}, "
             clauses[verdict.outcome].append(f"{task['label']} ({label}{scores})")
+    diffusion_arm = _family_name(results, "diffusion", "diffusion")
+    ar_arm = _family_name(results, "ar", "AR")
     sentences = []
     if clauses["better"]:
-        sentences.append(f"Diffusion is significantly better than AR on {_joined(clauses['better'])}.")
+        sentences.append(f"{diffusion_arm} is significantly better than {ar_arm} on {_joined(clauses['better'])}.")
     if clauses["worse"]:
-        sentences.append(f"AR is significantly better than diffusion on {_joined(clauses['worse'])}.")
+        sentences.append(f"{ar_arm} is significantly better than {diffusion_arm} on {_joined(clauses['worse'])}.")
     if clauses["inconclusive"]:
         sentences.append(
-            f"The difference between diffusion and AR is not significant on {_joined(clauses['inconclusive'])}."
+            f"The difference between {diffusion_arm} and {ar_arm} is not significant on "
+            f"{_joined(clauses['inconclusive'])}."
         )
     if sentences:
-        return " ".join(sentences)
+        return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
     best = []
     for task in results["tasks"]:
         if arm := _best_of(results, task, results["arms"]):
@@ -213,21 +222,21 @@ def _transfer(results: Results) -> list[str]:
     if not pairs:
         return []
     if len(set(chosen)) == 1:
-        of = f", the best of {len(transferred)} arms that start from an AR stage," if len(transferred) > 1 else ""
-        start = f"{chosen[0]}{of}"
+        best_of = f"The best of {len(transferred)} arms that start from an AR stage ({chosen[0]})"
+        start = best_of if len(transferred) > 1 else chosen[0]
     else:
-        start = f"the best of {len(transferred)} arms that start from an AR stage"
+        start = f"The best of {len(transferred)} arms that start from an AR stage"
         pairs = [(f"{label} ({arm})", verdict) for (label, verdict), arm in zip(pairs, chosen, strict=True)]
     groups = _groups(pairs)
     parts: list[str] = []
     for outcome, words in (
-        ("better", "significantly better on"),
-        ("worse", "significantly worse on"),
-        ("inconclusive", "not significantly different on"),
+        ("better", "significantly better than"),
+        ("worse", "significantly worse than"),
+        ("inconclusive", "not significantly different from"),
     ):
         if groups[outcome]:
-            parts.append(f"{words} {_joined(groups[outcome])}")
-    return [f"Compared with diffusion from scratch, {start} is {'; '.join(parts)}."]
+            parts.append(f"{words} {'it' if parts else 'diffusion from scratch'} on {_joined(groups[outcome])}")
+    return [f"{start} is {'; '.join(parts)}."]
 
 
 def _more_transfer_steps(results: Results) -> list[str]:
