@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             heading("likelihood")
             rows = [(label, *cells, passes) for label, cells, passes in likelihood_table.rows(result.results)]
             table(likelihood_table.columns(result.results), rows, right=range(1, len(rows[0])))
-            say(likelihood_table.READING)
+            say(likelihood_table.CAPTION)
         cut = cut_sentences(result.results)
         if cut:
             heading("cut to the windows")

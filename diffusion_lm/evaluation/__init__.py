@@ -1,1 +1,1 @@
-"""Floor 5: likelihood bounds, generation scored by metrics, and speed; every number carries its conditions."""
+"""Layer 5: likelihood bounds and scoring, generation scored by metrics, and decoding speed."""

@@ -1,11 +1,11 @@
-"""BD3-LM's search for the range of mask rates of training (arXiv 2503.09573, section 5 and algorithm 1).
+"""BD3-LM's search for the range of mask rates in training (arXiv 2503.09573, section 5 and algorithm 1).
 
 The loss of a block at mask rate r is weighted by 1/r, so its variance depends on the range [low, high] from which r is
-drawn. At every evaluation the variance of the loss over blocks of held-out text is measured for each candidate range,
+drawn. At every evaluation, the variance of the loss over blocks of held-out text is measured for each candidate range,
 
     (low*, high*) = argmin Var[ 1/r x mean over the block's tokens of (masked x cross-entropy) ],   r ~ U(low, high)
 
-and training continues with the range of least variance.
+and training continues with the range of smallest variance.
 """
 
 import dataclasses
@@ -29,19 +29,19 @@ from diffusion_lm.objectives.block_layout import blocks_of, sum_by_run
 from diffusion_lm.objectives.objective import Objective, evaluation_keys
 
 SMALLEST_RATE = 1e-3
-"""Low end of the whole range, as in the release: 1/r has no finite variance down to 0."""
+"""Lower end of the full range, as in the released code; with a lower end of 0, 1/r has no finite variance."""
 
 Sum = jax.Array | np.ndarray
-"""A number on the devices, or on the host once batches are added up."""
+"""A sum on the devices, or on the host after batches were accumulated."""
 
 
 class Moments(NamedTuple):
-    """Sums over blocks; all f32[], or f64[] on the host, where each may have an axis of candidates.
+    """Sums over blocks, f32[]; on the host f64[], or f64[candidates].
 
     Attributes:
       blocks: number of blocks.
-      total: sum of their losses per scored token.
-      squares: sum of the squares.
+      total: sum over blocks of the mean loss per scored token.
+      squares: sum over blocks of its square.
     """
 
     blocks: Sum
@@ -67,9 +67,9 @@ def block_moments(
     low: jax.Array | float,
     high: jax.Array | float,
 ) -> Moments:
-    """Returns the moments of the blocks' losses with rates drawn from [low, high], without dropout.
+    """Returns the moments of the block losses for rates drawn from [low, high], without dropout.
 
-    The noise is that of the evaluation and the same for every range, so ranges are compared on equal draws.
+    The noise is frozen and the same for every range, so ranges are compared on the same draws.
     """
     keys = evaluation_keys(keys)
     blocks = blocks_of(batch, objective.block_size, objective.first_block)
@@ -80,7 +80,7 @@ def block_moments(
     forward = objective.passes(model, batch, blocks, keys, train=False)
     losses = objective.token_losses(model, batch, blocks, masked, 1.0 / rate_BT, forward)
     scored = (batch.loss_weights > 0).astype(jnp.float32)
-    # Each token carries its block's mean; one over the block's tokens makes every block count once.
+    # `mean` is repeated at every token of a block. The weight 1/(tokens of the block) makes each block count once.
     tokens = jnp.maximum(sum_by_run(scored, blocks.runs), 1.0)
     mean = sum_by_run(losses.diffusion * scored, blocks.runs) / tokens
     once = scored / tokens
@@ -94,7 +94,7 @@ def _compiled(
     ranges: tuple[tuple[float, float], ...],
     constrain: Constrain = no_constraint,
 ):
-    """Returns the jitted `(params, batch, keys) -> Moments` with one entry per range, one program for all of them."""
+    """Returns a jitted function `(params, batch, keys) -> Moments` with one entry per range."""
 
     def run(params, batch: Batch, keys: StreamKeys) -> Moments:
         model = BoundModel(architecture, params, constrain)
@@ -109,21 +109,21 @@ def _compiled(
 
 @dataclasses.dataclass(frozen=True)
 class ClipRangeSearch:
-    """Chooses the range of mask rates at every evaluation; training continues with it (`adjusted`).
+    """Chooses the range of mask rates at every evaluation; training continues with that range (`adjusted`).
 
-    The chosen range is kept in checkpoints, so that a resumed run is that of an undisturbed one. A change of range
-    compiles the training step again. Values in the log: `low`, `high`, and `variance/LOW-HIGH` of every candidate.
+    Checkpoints store the chosen range, so a resumed run is identical to an uninterrupted one. A new range recompiles
+    the training step. Logged values: `low`, `high`, and `variance/LOW-HIGH` for every candidate.
 
     Attributes:
       data: held-out examples.
-      objective: that of the run; its own `low` and `high` are those of the steps before the first evaluation.
-      name: prefix of the values in the log.
+      objective: the objective of the run. Its `low` and `high` apply until the first evaluation.
+      name: prefix of the logged values.
       every: period in steps.
       limit: number of examples; None = all.
       batch_size: examples per forward pass.
-      seed: root of the frozen noise.
-      widths: widths of the candidate ranges (the release: 0.5 to 0.9).
-      spacing: distance between the low ends of two candidates of one width.
+      seed: seed of the frozen noise.
+      widths: widths of the candidate ranges (released code: 0.5 to 0.9).
+      spacing: distance between the lower ends of consecutive candidates of the same width.
     """
 
     data: DataPipeline
@@ -140,29 +140,29 @@ class ClipRangeSearch:
         object.__setattr__(self, "widths", tuple(self.widths))
         require(
             all(0 < width < 1 for width in self.widths),
-            f"widths = {self.widths}: each must be in (0, 1)",
+            f"widths={self.widths}: each must be in (0, 1)",
             where="ClipRangeSearch.widths",
-            fix="The release uses (0.5, 0.6, 0.7, 0.8, 0.9); the whole range is a candidate in any case.",
+            fix="The released code uses (0.5, 0.6, 0.7, 0.8, 0.9). The full range is always a candidate.",
         )
         require(
             0 < self.spacing < 1,
-            f"spacing = {self.spacing}: must be in (0, 1)",
+            f"spacing={self.spacing}: must be in (0, 1)",
             where="ClipRangeSearch.spacing",
-            fix="The release uses 0.05.",
+            fix="The released code uses 0.05.",
         )
         objective = self.objective
         _check_range(objective)
         require(
             objective.weighting == "nelbo" and objective.rates.half_life is None,
-            "the variance that is searched is that of weights 1/rate with one rate per block, and weighting = "
-            f"{objective.weighting!r} with half_life = {objective.rates.half_life} has others",
+            f"weighting={objective.weighting!r}, half_life={objective.rates.half_life}: the search requires loss "
+            "weights 1/rate with one rate per block",
             where="ClipRangeSearch.objective",
-            fix="Set BlockDiffusion.weighting = 'nelbo' and MaskRates.half_life = None, or leave the search out.",
+            fix="Set BlockDiffusion.weighting = 'nelbo' and MaskRates.half_life = None, or remove the search.",
         )
 
     @property
     def ranges(self) -> tuple[tuple[float, float], ...]:
-        """(low, high) of every candidate, the whole range first."""
+        """(low, high) of every candidate; the full range is first."""
         found = [(SMALLEST_RATE, 1.0)]
         for width in self.widths:
             count = int(np.floor((1.0 - width) / self.spacing + 1e-6)) + 1
@@ -171,7 +171,7 @@ class ClipRangeSearch:
         return tuple(found)
 
     def run(self, model: BoundModel, step: int) -> dict[str, float]:
-        """Returns the variance of every candidate and the range of the least one."""
+        """Returns the variance of every candidate and the range with the smallest variance."""
         del step
         architecture, constrain = model.architecture, model.constrain
         moments = _compiled(architecture, self.objective, self.ranges, constrain)
@@ -183,14 +183,18 @@ class ClipRangeSearch:
             found = Moments(*(np.asarray(part, np.float64) for part in found))
             sums = found if sums is None else Moments(*map(np.add, sums, found))
         if sums is None:
-            raise ConfigError("the evaluation split holds no examples", where="ClipRangeSearch.data", fix="Fill it.")
+            raise ConfigError(
+                "the evaluation split has no examples",
+                where="ClipRangeSearch.data",
+                fix="Use a split that is not empty.",
+            )
         variances = np.asarray(sums.variance)
         low, high = self.ranges[int(np.argmin(variances))]
         named = {f"variance/{a:g}-{b:g}": float(v) for (a, b), v in zip(self.ranges, variances, strict=True)}
         return {"low": low, "high": high, **named}
 
     def adjusted(self, objective: Objective, values: Mapping[str, float]) -> Objective:
-        """Returns the objective of the steps that follow."""
+        """Returns the objective for the following steps."""
         _check_range(objective)
         adjustable: Any = objective
         return adjustable.with_range(values["low"], values["high"])
@@ -201,5 +205,5 @@ def _check_range(objective: Objective) -> None:
         hasattr(objective, "with_range"),
         f"{type(objective).__name__} has no range of mask rates",
         where="ClipRangeSearch.objective",
-        fix="Use BlockDiffusion, or leave the search out.",
+        fix="Use BlockDiffusion, or remove the search.",
     )

@@ -1,14 +1,14 @@
-"""Runs untrusted Python programs in forked child processes under limits, many per second.
+"""Runs untrusted Python programs in forked child processes with resource limits, many per second.
 
-One interpreter per worker (`python -I -S`: no environment variables, no user site, no installed packages) stays up and
-forks once per program. The child gets its own session, an empty temporary folder as working directory, no standard
-input, discarded output, limits on CPU seconds, address space, file size and core dumps, and, where the kernel allows
-unprivileged namespaces, a network namespace without interfaces. After the verdict or the timeout its whole process
-group is killed.
+Each worker is one interpreter (`python -I -S`: no environment variables, no user site, no installed packages) that
+forks once per program. The child has its own session, an empty temporary directory as working directory, no standard
+input and discarded output. CPU time, address space, file size and core dumps are limited. If the kernel allows
+unprivileged namespaces, the child also has a network namespace without interfaces. After the result or the timeout, its
+process group is killed.
 
-Security: this keeps accidents in (endless loops, memory and disk hogs, stray children); it is **not** a jail. A program
-can still read files that the user can read, can leave its process group on purpose, and can reach the network where the
-namespace was refused. Run models that may have been trained to attack in a container or a virtual machine.
+Security: this contains accidents (infinite loops, excessive memory or disk use, stray children). It is **not** a
+sandbox. A program can read all files that the user can read, can leave its process group on purpose, and has network
+access if the namespace is not available. Run models that may generate malicious code in a container or virtual machine.
 """
 
 import concurrent.futures
@@ -27,8 +27,8 @@ from collections.abc import Sequence
 
 from diffusion_lm.core.errors import require
 
-# The worker's own program. It talks in frames: u32 length (network order) + JSON. The verdict
-# travels through a pipe after the last statement, so neither `os._exit(0)` nor `sys.exit()` counts as success.
+# The program of a worker. Requests and answers are frames: u32 length (network byte order) + JSON. The result is
+# written to a pipe after the last statement, so neither `os._exit(0)` nor `sys.exit()` counts as success.
 _WORKER = r"""
 import ctypes, json, os, random, resource, select, shutil, signal, struct, sys, tempfile, time
 
@@ -54,7 +54,7 @@ def child(program, verdict_fd, folder):
     os.chdir(folder)
     os.closerange(3, verdict_fd)
     os.closerange(verdict_fd + 1, 256)
-    try:  # the soft limit sends SIGXCPU, which is told apart from other deaths
+    try:  # exceeding the soft limit sends SIGXCPU, which is reported as a timeout
         resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))
     except (ValueError, OSError):
         pass
@@ -121,12 +121,12 @@ while True:
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What became of one program.
+    """The result of one program.
 
     Attributes:
-      status: "passed" (ran to its end), "failed" (raised), "timeout", or "crashed" (died without a word: killed by a
-        limit, a signal or its own `os._exit`).
-      error: the exception's type and first words, for "failed".
+      status: "passed" (ran to the end), "failed" (raised an exception), "timeout", or "crashed" (ended without a
+        result: killed by a limit, a signal or its own `os._exit`).
+      error: for "failed", the type of the exception and the start of its message.
       seconds: wall time.
     """
 
@@ -136,12 +136,12 @@ class RunResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the program ran to its end without an exception."""
+        """Whether the program ran to the end without an exception."""
         return self.status == "passed"
 
 
 class _Worker:
-    """One forking interpreter; restarted when it dies."""
+    """One forking interpreter; it is restarted if it dies."""
 
     def __init__(self, limits: dict):
         self._arguments = [sys.executable, "-I", "-S", "-c", _WORKER, json.dumps(limits, allow_nan=False)]
@@ -196,23 +196,23 @@ def run_programs(
     memory_bytes: int = 1 << 30,
     file_bytes: int = 1 << 20,
 ) -> list[RunResult]:
-    """Runs every program to its end and returns the results in the order given.
+    """Runs all programs and returns their results in the same order.
 
     Args:
-      programs: Python source texts; equal texts run once.
-      timeout_s: wall-clock seconds for one program: what stops a program that sleeps. It is generous, so that a verdict
-        does not depend on how busy the machine is.
-      workers: programs at a time; None = the number of CPUs.
-      cpu_s: seconds of CPU time for one program: what stops a program that loops.
-      memory_bytes: address space of one program.
-      file_bytes: largest file that one program may write.
+      programs: Python source texts; identical texts run once.
+      timeout_s: wall-clock limit per program in seconds, for programs that sleep. It should be generous, so that
+        results do not depend on the load of the machine.
+      workers: number of programs that run in parallel; None = number of CPUs.
+      cpu_s: CPU-time limit per program in seconds, for programs that loop.
+      memory_bytes: limit of the address space per program.
+      file_bytes: maximum size of a file that a program writes.
 
     Raises:
-      ConfigError: for a timeout or worker count that is not positive.
+      ConfigError: `timeout_s` or `workers` is not positive.
     """
-    require(timeout_s > 0, f"timeout_s = {timeout_s}", where="run_programs.timeout_s", fix="Give seconds above 0.")
+    require(timeout_s > 0, f"timeout_s={timeout_s}: must be > 0", where="run_programs.timeout_s")
     workers = min(workers if workers is not None else os.cpu_count() or 1, max(len(programs), 1))
-    require(workers > 0, f"workers = {workers}", where="run_programs.workers", fix="Use at least 1.")
+    require(workers > 0, f"workers={workers}: must be >= 1", where="run_programs.workers")
     distinct = list(dict.fromkeys(programs))
     results: dict[str, RunResult] = {}
     pending: queue.SimpleQueue[str] = queue.SimpleQueue()

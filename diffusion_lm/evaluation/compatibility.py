@@ -1,39 +1,40 @@
-"""Whether what a network was trained for, the windows that it saw and the sampler that decodes it belong together.
+"""Checks that the training objective, the target window and the sampler match.
 
-A sampler that undoes another noise than the training's, or that reads another attention mask, alignment or output, runs
-without complaint and gives text that looks plausible. Objectives say what they train (`Needs.contracts`), samplers what
-they decode (`Sampler.contract`); here both are compared, before anything is trained or decoded.
+A sampler for another noise process, attention mask, alignment or output than in training runs without an error and
+generates plausible but wrong text. Objectives declare what they train (`Needs.contracts`), samplers what they decode
+(`Sampler.contract`). The checks compare both before anything is trained or decoded.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.data.target_window import TargetWindow
 from diffusion_lm.noise.contract import Contract, mismatches
 from diffusion_lm.objectives.objective import Needs
+from diffusion_lm.samplers.base import Sampler
 
 
-def sampler_differences(trained: Sequence[Contract], sampler: Any) -> tuple[str, ...]:
-    """Returns in words what `sampler` takes otherwise than the training; nothing where either does not say."""
+def sampler_differences(trained: Sequence[Contract], sampler: Sampler | None) -> tuple[str, ...]:
+    """Returns a description of each difference between `sampler` and the training; empty if either is not declared."""
     contract = getattr(sampler, "contract", None)
     return () if contract is None else mismatches(trained, contract)
 
 
-def check_sampler(trained: Sequence[Contract], sampler: Any, *, where: str, fix: str) -> None:
-    """Raises `ConfigError` where the sampler assumes another contract than the network was trained for."""
+def check_sampler(trained: Sequence[Contract], sampler: Sampler | None, *, where: str, fix: str) -> None:
+    """Raises `ConfigError` if the sampler assumes another contract than the network was trained for."""
     found = sampler_differences(trained, sampler)
     if found:
         raise ConfigError(
-            f"{type(sampler).__name__} does not fit the training: {'; '.join(found)}", where=where, fix=fix
+            f"{type(sampler).__name__} does not match the training: {'; '.join(found)}", where=where, fix=fix
         )
 
 
-def check_window(needs: Needs, window: Any, *, where: str) -> None:
-    """Raises `ConfigError` where the target window gives away, or never shows, what the objective learns length from.
+def check_window(needs: Needs, window: TargetWindow | None, *, where: str) -> None:
+    """Raises `ConfigError` if the target window does not match the way in which the objective learns target lengths.
 
     Args:
-      needs: what the objective says.
-      window: a `data.target_window.TargetWindow`.
+      needs: requirements of the objective.
+      window: target window of the data, or None if its converter has none.
       where: gin parameter of the window.
     """
     filler, name = getattr(window, "filler", None), type(window).__name__
@@ -41,15 +42,15 @@ def check_window(needs: Needs, window: Any, *, where: str) -> None:
         return
     if needs.contracts and all(contract.closed for contract in needs.contracts):
         raise ConfigError(
-            f"the objective keeps EOS clean and {name} fills the window after it: EOS shows the length in training, "
-            "and a sampler does not know it",
+            f"the objective keeps EOS clean and {name} fills the window after EOS: the position of EOS would reveal "
+            "the length in training, but is unknown in decoding",
             where=where,
-            fix="Use ExactEos, and predict lengths (gin/runs/length_head.gin, gin/samplers/length_beam.gin).",
+            fix="Use ExactEos and predict the length (gin/runs/length_head.gin, gin/samplers/length_beam.gin).",
         )
     if needs.tail is not None and needs.tail != filler:
         raise ConfigError(
-            f"the objective noises a tail of {needs.tail} as a whole, and {name} fills the window with {filler}: what "
-            "is left of the filler shows the length",
+            f"the objective noises a tail of {needs.tail} jointly, but {name} fills the window with {filler}: filler "
+            "that stays clean would reveal the length",
             where=where,
-            fix="Use EosFilled for a tail of EOS, PadFilled for one of PAD.",
+            fix="Use EosFilled for a tail of EOS, PadFilled for a tail of PAD.",
         )

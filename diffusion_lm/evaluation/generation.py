@@ -1,10 +1,10 @@
-"""Decodes the prompts of a task and scores what comes out."""
+"""Decodes the prompts of a task and scores the completions."""
 
 import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.core.types import Batch, Decoded
+from diffusion_lm.core.types import Batch, Decoded, Params
 from diffusion_lm.data.checks import Cut
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
@@ -22,19 +22,27 @@ from diffusion_lm.samplers.base import Sampler
 from diffusion_lm.training.card import plain
 
 
+class TextDecoder(Protocol):
+    """The part of a vocabulary that converts tokens to text."""
+
+    def decode(self, tokens: Sequence[int], /) -> str:
+        """Returns the text before the first EOS, without special tokens."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerationTask:
     """Held-out prompts and the metric that scores their completions.
 
     Attributes:
       name: key of the task in result files.
-      data: where the prompts come from; its converter fixes the window that the sampler fills. Networks with and
-        without an encoder get the same examples and lengths, each in its own layout.
-      metric: a name of `evaluation.metrics.METRICS`.
-      label: how reports call the task; the name where empty.
-      limit: number of examples, from the start of the split; None = all of them.
-      batch_size: prompts decoded at once.
-      samples: completions drawn per prompt (pass@k draws several); each has keys of its own.
+      data: the prompts. The converter sets the target window that the sampler fills. Networks with and without an
+        encoder get the same examples and lengths in their own layout.
+      metric: a key of `evaluation.metrics.METRICS`.
+      label: name of the task in reports; default `name`.
+      limit: number of examples, from the start of the split; None = all.
+      batch_size: prompts per batch.
+      samples: number of completions per prompt (several for pass@k), each with its own random keys.
     """
 
     name: str
@@ -48,47 +56,45 @@ class GenerationTask:
     def __post_init__(self):
         require(
             self.metric in METRICS,
-            f"unknown metric '{self.metric}'",
+            f"metric={self.metric!r}: unknown metric",
             where="GenerationTask.metric",
             fix=f"Use one of {', '.join(sorted(METRICS))}.",
         )
-        require(self.samples >= 1, f"samples = {self.samples}", where="GenerationTask.samples", fix="Draw at least 1.")
-        require(
-            self.batch_size >= 1, f"batch_size = {self.batch_size}", where="GenerationTask.batch_size", fix="Use >= 1."
-        )
+        require(self.samples >= 1, f"samples={self.samples}: must be >= 1", where="GenerationTask.samples")
+        require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be >= 1", where="GenerationTask.batch_size")
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """Prompts that the window cuts, and references that it is too short for, of the examples that are used."""
+        """Truncated prompts, and references longer than the target window, among the examples in use."""
         return self.data.cuts("prompts", self.limit)
 
     @property
     def oracle(self) -> str | None:
-        """What the prompts give away of the reference ("length"), or None."""
+        """The property of the reference that the prompts reveal ("length"), or None."""
         converter = getattr(self.data, "converter", None)
         return getattr(getattr(converter, "target_window", None), "oracle", None)
 
     @property
     def title(self) -> str:
-        """How reports call the task; an oracle is part of it."""
+        """Name of the task in reports, with the oracle if there is one."""
         return (self.label or self.name) + (f" (oracle {self.oracle})" if self.oracle else "")
 
     @property
     def scorer(self) -> Metric:
-        """The metric object that `metric` names."""
+        """The metric object of `metric`."""
         return METRICS[self.metric]
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Completions of one task, with what they cost.
+    """Completions of one task, with their cost.
 
     Attributes:
       records: the examples, in order.
       predictions: `samples` decoded strings for each example.
-      scores: the sampler's own score of each completion, f32[examples, samples].
-      lengths: generated tokens of each completion, EOS and filler not counted, i32[examples, samples].
-      forward_passes: network calls per completion, i32[examples, samples] (candidates counted one each).
+      scores: f32[examples, samples], the sampler's score of each completion.
+      lengths: i32[examples, samples], generated tokens of each completion without EOS and padding.
+      forward_passes: i32[examples, samples], forward passes per completion; each candidate counts.
       seconds: wall time of decoding, without compilation.
     """
 
@@ -101,9 +107,9 @@ class Generation:
 
 
 class Program:
-    """`sampler.generate` as a compiled program, one executable per shape of the prompt.
+    """`sampler.generate` compiled ahead of time, with one executable per shape of the prompt.
 
-    Compilation is a step of its own (`prepare`), so that a clock around a call measures decoding alone (trap T55).
+    Compilation is a separate step (`prepare`), so that timing a call measures only decoding (trap T55).
     """
 
     def __init__(self, architecture: Architecture, sampler: Sampler, constrain: Constrain = no_constraint):
@@ -112,16 +118,16 @@ class Program:
             return constrain.whole(sampler.generate(model, prompt, keys))
 
         self._jitted = jax.jit(decode)
-        self._executables: dict[tuple, Any] = {}
+        self._executables: dict[tuple, jax.stages.Compiled] = {}
 
-    def prepare(self, params: Any, prompt: Batch, keys: StreamKeys) -> None:
-        """Compiles for the shapes of `prompt` unless that is done."""
+    def prepare(self, params: Params, prompt: Batch, keys: StreamKeys) -> None:
+        """Compiles for the shapes of `prompt`, unless this was done before."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(prompt))
         if shapes not in self._executables:
             self._executables[shapes] = self._jitted.lower(params, prompt, keys).compile()
 
-    def __call__(self, params: Any, prompt: Batch, keys: StreamKeys) -> Decoded:
-        """Returns the decoded prompts; compiles first where `prepare` did not."""
+    def __call__(self, params: Params, prompt: Batch, keys: StreamKeys) -> Decoded:
+        """Returns the decoded prompts; compiles first if `prepare` was not called for their shapes."""
         self.prepare(params, prompt, keys)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(prompt))
         return self._executables[shapes](params, prompt, keys)
@@ -129,18 +135,19 @@ class Program:
 
 @functools.cache
 def compiled_generate(architecture: Architecture, sampler: Sampler, constrain: Constrain = no_constraint) -> Program:
-    """Returns the program of an architecture, a sampler and a placement, one in a process."""
+    """Returns the program of an architecture, a sampler and a placement, cached per process."""
     return Program(architecture, sampler, constrain)
 
 
 def generate(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed: int = 0) -> Generation:
     """Decodes every prompt of `task`. A completion depends on (seed, example id, sample number), not on its batch.
 
-    Prompts are laid out for the architecture: one task serves networks with and without an encoder. The devices of the
-    model's placement share the rows of a batch where `batch_size` divides by their number.
+    Prompts are converted to the layout of the architecture, with or without an encoder. Rows are distributed over the
+    devices of the model's placement if `batch_size` is divisible by their number.
 
     Raises:
-      ConfigError: the sampler means other tokens by its ids than the data.
+      ConfigError: special token ids of sampler and data differ, vocabulary sizes of network and data differ, or the
+        metric cannot read a reference.
     """
     task.data.specials.check(sampler)
     architecture, params, constrain = model.architecture, model.params, model.constrain
@@ -150,13 +157,13 @@ def generate(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed:
     size = getattr(vocabulary, "size", None)
     require(
         size in (None, architecture.spec.vocab_size),
-        f"the network has {architecture.spec.vocab_size} tokens and the data of task '{task.name}' {size}",
+        f"the network has {architecture.spec.vocab_size} tokens, but the data of task '{task.name}' has {size}",
         where="GenerationTask.data",
-        fix="Give training and evaluation one vocabulary, and one DataPipeline.vocabulary_map.",
+        fix="Use the same vocabulary and DataPipeline.vocabulary_map for training and evaluation.",
     )
-    # A reference that the metric cannot read is found before anything is decoded, which may take hours.
-    known = list(data.records(task.limit))
-    task.scorer.checked([record.reference for record in known], _names(known))
+    # Decoding may take hours, so references that the metric cannot read are found first.
+    examples = list(data.records(task.limit))
+    task.scorer.checked([record.reference for record in examples], _names(examples))
     records: list[Record] = []
     columns: dict[str, list] = {name: [] for name in ("predictions", "scores", "lengths", "forward_passes")}
     seconds = 0.0
@@ -170,7 +177,7 @@ def generate(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed:
             seconds += time.perf_counter() - started
         records.extend(batch_records)
         texts = [target_texts(decoded, prompt, vocabulary) for decoded in rows]
-        for row in range(len(batch_records)):  # the rows past the records only fill the last batch
+        for row in range(len(batch_records)):  # the last batch is padded with rows that have no record
             columns["predictions"].append(tuple(text[row] for text in texts))
             for name in ("scores", "lengths", "forward_passes"):
                 columns[name].append([getattr(decoded, name)[row] for decoded in rows])
@@ -184,7 +191,7 @@ def generate(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed:
     )
 
 
-def target_texts(decoded: Decoded, prompt: Batch, vocabulary: Any) -> list[str]:
+def target_texts(decoded: Decoded, prompt: Batch, vocabulary: TextDecoder) -> list[str]:
     """Returns the generated text of each row: the first `lengths` tokens of its target window."""
     starts = np.argmax(np.asarray(prompt.target_mask), axis=1)
     tokens, lengths = np.asarray(decoded.tokens), np.asarray(decoded.lengths)
@@ -192,14 +199,14 @@ def target_texts(decoded: Decoded, prompt: Batch, vocabulary: Any) -> list[str]:
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    """Returns how errors call the examples."""
+    """Returns the names of the examples in error messages."""
     return [f"example {number} (id {record.example_id})" for number, record in enumerate(records)]
 
 
 def score(task: GenerationTask, generation: Generation) -> tuple[float, np.ndarray, dict[str, float]]:
-    """Returns the task's headline value, its per-example statistics (for intervals) and the secondary values."""
+    """Returns the primary score, the statistics f64[examples, K] for intervals, and the secondary scores."""
     metric = task.scorer
-    predictions: Sequence[Any] = generation.predictions
+    predictions: Sequence[str | Sequence[str]] = generation.predictions
     if not metric.multiple_samples:
         predictions = [samples[0] for samples in generation.predictions]
     references = [record.reference for record in generation.records]
@@ -209,13 +216,13 @@ def score(task: GenerationTask, generation: Generation) -> tuple[float, np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class GenerationEvaluation:
-    """Decodes a task during training; the trainer calls `run` every `every` steps.
+    """Decodes and scores a task during training; the training loop calls `run` every `every` steps.
 
     Attributes:
-      task: what to decode; keep its `limit` small.
-      sampler: how to decode it.
+      task: the task; use a small `limit`.
+      sampler: the sampler.
       every: period in steps; 0 = only after the last step.
-      seed: root of the decoding noise; frozen, so that curves compare models and not draws.
+      seed: seed of the decoding noise; the same at every step, so that points of a curve differ only by the model.
     """
 
     task: GenerationTask
@@ -225,7 +232,7 @@ class GenerationEvaluation:
 
     @property
     def name(self) -> str:
-        """Prefix of the values in the log; an oracle is part of it."""
+        """Prefix of the logged values, with the oracle if there is one."""
         return f"decode/{self.task.name}" + (f"/oracle_{self.task.oracle}" if self.task.oracle else "")
 
     @property
@@ -240,13 +247,13 @@ class GenerationEvaluation:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Plain data that, with the model, determines the numbers; what stands in the data's files is part of it."""
+        """Plain data that, together with the model, determines the results, including the manifests of the data."""
         task = dataclasses.replace(self.task, label="", batch_size=1)
         fields: dict[str, Any] = plain(dataclasses.replace(self, task=task, every=0))
         return fields | {"manifests": plain(self.task.data.manifests)}
 
     def run(self, model: BoundModel, step: int) -> dict[str, float]:
-        """Returns the metric's headline and secondary values."""
+        """Returns the metric's primary and secondary scores."""
         del step
         result = generate(model, self.sampler, self.task, seed=self.seed)
         value, _, secondary = score(self.task, result)

@@ -1,8 +1,8 @@
-"""Generative perplexity: how likely an autoregressive model, the judge, finds the texts that a model generates.
+"""Generative perplexity: perplexity of generated texts under an autoregressive model, the judge.
 
-A low value alone proves nothing: a sampler that repeats one likely word, or whose temperature is lowered on purpose or
-by imprecise draws, has the lowest of all (arXiv 2409.02908). The result therefore cannot be built without what shows
-that: the entropy of the texts, their distinct n-grams, their lengths, and the sampler's settings.
+A low value alone proves nothing: repeating one likely word, a low temperature, or imprecise sampling all lower it
+(arXiv 2409.02908). The result therefore requires entropy, distinct n-grams and lengths of the texts, and the settings
+of the sampler.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ import numpy as np
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.data.vocabulary import Vocabulary
+from diffusion_lm.data.vocabulary_map import PrunedVocabulary
 from diffusion_lm.evaluation.generation import GenerationTask, generate
 from diffusion_lm.evaluation.rolling import Document, score_documents
 from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive
@@ -27,13 +29,13 @@ from diffusion_lm.training.trained import trained_model
 
 @dataclasses.dataclass(frozen=True)
 class Diversity:
-    """What texts look like, whatever a judge says of them. Tokens are the judge's, so vocabularies can be compared.
+    """Diversity statistics of texts. Tokens are those of the judge, so that models with other vocabularies compare.
 
     Attributes:
-      unigram_entropy: entropy in nats of the frequencies of a text's own tokens, mean over texts.
-      distinct: unique n-grams over all n-grams of the texts together, n = 1, 2, ... (arXiv 1510.03055).
-      mean_length: tokens a text.
-      empty: share of texts without a token, which have no perplexity.
+      unigram_entropy: entropy in nats of the token frequencies within a text, mean over texts.
+      distinct: unique n-grams divided by all n-grams over all texts, n = 1, 2, ... (arXiv 1510.03055).
+      mean_length: tokens per text.
+      empty: fraction of texts without tokens, which have no perplexity.
     """
 
     unigram_entropy: float
@@ -43,8 +45,8 @@ class Diversity:
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]], orders: int = 4) -> "Diversity":
-        """Returns the diversity of texts, each a sequence of tokens; n-grams up to `orders`."""
-        require(bool(texts), "no text was generated", where="Diversity", fix="Decode one prompt or more.")
+        """Returns the diversity of texts, each a sequence of tokens, with n-grams up to n = `orders`."""
+        require(bool(texts), "no text was generated", where="Diversity", fix="Decode at least one prompt.")
         entropies, shares = [], []
         for text in texts:
             counts = np.array(list(Counter(text).values()), np.float64)
@@ -59,33 +61,33 @@ class Diversity:
 
 @dataclasses.dataclass(frozen=True)
 class GenerativePerplexity:
-    """What a judge says of generated texts, and what they look like: no field has a default.
+    """Perplexity of generated texts under a judge, with their diversity. No field has a default.
 
     Attributes:
-      nats_per_token: -log p of the judge, summed over the texts, over their tokens; NaN where all texts are empty.
-      tokens: scored tokens.
-      texts: how many texts.
-      diversity: their entropy, distinct n-grams and lengths.
-      sampler: the sampler's settings (temperature, steps ...), as plain data.
+      nats_per_token: sum of -log p over all texts under the judge, divided by `tokens`; NaN if all texts are empty.
+      tokens: number of scored tokens.
+      texts: number of texts.
+      diversity: entropy, distinct n-grams and lengths of the texts.
+      sampler: settings of the sampler (temperature, steps, ...), as plain data.
     """
 
     nats_per_token: float
     tokens: int
     texts: int
     diversity: Diversity
-    sampler: Mapping[str, Any]
+    sampler: Mapping[str, object]
 
     def __post_init__(self):
         require(
             isinstance(self.diversity, Diversity) and bool(self.sampler),
-            "generative perplexity without diversity and the sampler's settings cannot be interpreted",
+            "generative perplexity cannot be interpreted without diversity and sampler settings",
             where="GenerativePerplexity",
-            fix="Give Diversity.of(texts) and training.card.plain(sampler).",
+            fix="Pass Diversity.of(texts) and training.card.plain(sampler).",
         )
 
     @property
     def values(self) -> dict[str, float]:
-        """The numbers by name; a perplexity that does not exist is left out."""
+        """The numbers by name, without those that are not finite."""
         found = {
             "generative_perplexity": math.exp(min(self.nats_per_token, 700.0)),
             "generative_nats_per_token": self.nats_per_token,
@@ -104,9 +106,9 @@ class Judge:
     """An autoregressive run whose exact likelihood scores texts.
 
     Attributes:
-      run: how it was trained.
-      folder: its run folder.
-      step: the checkpoint.
+      run: configuration of the run.
+      folder: its run directory.
+      step: step of the checkpoint.
     """
 
     run: TrainRun
@@ -116,15 +118,14 @@ class Judge:
     def __post_init__(self):
         require(
             self.run.objective.bound_kind == "exact",
-            f"{type(self.run.objective).__name__} has no exact likelihood, and bounds of different texts are loose by "
-            "different amounts",
+            f"{type(self.run.objective).__name__} has no exact likelihood; the gap of a bound depends on the text",
             where="--judge",
-            fix="Name the folder of an autoregressive run.",
+            fix="Use the run directory of an autoregressive model.",
         )
 
     @property
-    def vocabulary(self) -> Any:
-        """That of its data."""
+    def vocabulary(self) -> Vocabulary | PrunedVocabulary:
+        """The vocabulary of the run's data."""
         return self.run.data.vocabulary
 
     def load(self) -> BoundModel:
@@ -136,10 +137,10 @@ class Judge:
         model: BoundModel,
         prompts: Sequence[str],
         texts: Sequence[str],
-        sampler: Any,
+        sampler: Sampler,
         batch_size: int,
     ) -> GenerativePerplexity:
-        """Returns what the judge's `model` says of texts after their prompts; EOS is not part of a text."""
+        """Returns the perplexity of `texts`, each given its prompt, under the judge's `model`; EOS is not scored."""
         data = self.run.data
         encoded = [np.asarray(self.vocabulary.encode(text), np.int32) for text in texts]
         found = [
@@ -148,7 +149,7 @@ class Judge:
         ]
         estimator, size = ExactAutoregressive(self.run.objective.needs().visibility), data.row_length - 1
         keys = StreamKeys.create(0)
-        # Half of a row as context: later windows of long texts know as much of them as they can.
+        # Later windows of a long text condition on at least half a row of its preceding tokens.
         scored = score_documents(estimator, model, found, keys, data.specials, size, size // 2, batch_size)
         tokens = sum(one.tokens for one in scored)
         return GenerativePerplexity(
@@ -162,13 +163,13 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True)
 class GenerativeEvaluation:
-    """Decodes a task and lets a judge score the completions, each after its own prompt.
+    """Decodes a task and scores the completions by a judge, each given its prompt.
 
     Attributes:
-      task: what to decode; its metric is not used.
-      sampler: how to decode it.
+      task: the prompts; the metric is not used.
+      sampler: the sampler.
       judge: the autoregressive run that scores the texts.
-      seed: root of the decoding noise.
+      seed: seed of the decoding noise.
     """
 
     task: GenerationTask
@@ -183,18 +184,18 @@ class GenerativeEvaluation:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What a reader of the numbers must know."""
+        """The conditions of the result that are stored with it."""
         vocabulary = self.judge.vocabulary
         return {
             "sampler": self.sampler,
             "judge": {"folder": self.judge.folder, "step": self.judge.step},
             "tokeniser": {"sha256": vocabulary.sha256, "size": vocabulary.size},
-            "meaning": "perplexity of generated texts under the judge, in the judge's tokens; read it with the entropy",
+            "meaning": "perplexity of generated texts under the judge, in the judge's tokens; compare at equal entropy",
         }
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Plain data that, with the model, determines the numbers."""
+        """Plain data that, together with the model, determines the results."""
         task = dataclasses.replace(self.task, label="", batch_size=1)
         fields: dict[str, Any] = plain(dataclasses.replace(self, task=task))
         return fields | {"manifests": plain(self.task.data.manifests)}

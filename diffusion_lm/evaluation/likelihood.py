@@ -1,4 +1,4 @@
-"""Teacher-forced bounds on held-out data with frozen noise, so that the points of a curve can be compared."""
+"""Teacher-forced likelihood bounds on held-out data, with the same noise at every training step."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from diffusion_lm.objectives.objective import Objective
 
 @functools.cache
 def compiled_bound(architecture: Architecture, objective: Objective, constrain: Constrain = no_constraint):
-    """Returns the jitted `(params, batch, keys) -> LossTerms`, one per set of arguments in a process."""
+    """Returns a jitted function `(params, batch, keys) -> LossTerms`, cached per process."""
 
     def bound(params, batch: Batch, keys: StreamKeys) -> LossTerms:
         return constrain.whole(objective.bound(BoundModel(architecture, params, constrain), batch, keys))
@@ -37,14 +37,15 @@ def evaluate_bound(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, float | str]:
-    """Returns the bound over the first `limit` examples of `data`, laid out for the architecture, and its kind.
+    """Returns the bound over the first `limit` examples of `data`, in the layout of the architecture.
 
-    Keys: `loss` (per scored token), every metric of the objective (per-real-token values among them), `kind`
-    ("exact", "nelbo" or "pseudo"), `tokens` (scored ones) and `real_tokens` (those that are not filler). Only the first
-    two kinds are about the likelihood; those also have `bits_per_real_token`, the whole loss, scored padding included,
-    over the real tokens: a model that must say the length by padding and one that says it by EOS are then charged for
-    the same text. What is drawn has standard errors over the draws for these examples, `loss_error` and
-    `bits_per_real_token_error`; evenly spaced draws make them overestimates.
+    Keys: `loss` (nats per scored token), the metrics of the objective (e.g. `nll_per_real_token`), `kind` ("exact",
+    "nelbo" or "pseudo"), `tokens` (scored tokens) and `real_tokens` (without padding).
+
+    For "exact" and "nelbo" there is also `bits_per_real_token`: the total loss, including that of scored padding,
+    divided by the real tokens. Models that learn the length from padding and models that learn it from EOS are then
+    comparable. Bounds that are sampled also have standard errors over the draws for these examples, `loss_error` and
+    `bits_per_real_token_error`, which are overestimates if the draws are evenly spaced.
     """
     architecture, constrain = model.architecture, model.constrain
     step = compiled_bound(architecture, objective, constrain)
@@ -56,7 +57,12 @@ def evaluate_bound(
         total = terms if total is None else total + terms
         scored += int(np.sum(np.asarray(batch.target_mask) & (np.asarray(batch.loss_weights) > 0)))
         real += int(np.sum(np.asarray(is_real(batch))))
-    require(total is not None, "the evaluation split holds no examples", where="BoundEvaluation.data", fix="Fill it.")
+    require(
+        total is not None,
+        "the evaluation split has no examples",
+        where="BoundEvaluation.data",
+        fix="Use a split that is not empty.",
+    )
     assert total is not None
     total = jax.device_get(total)
     values: dict[str, float | str] = {"loss": float(total.loss), "tokens": float(scored), "real_tokens": float(real)}
@@ -74,16 +80,16 @@ def evaluate_bound(
 
 @dataclasses.dataclass(frozen=True)
 class BoundEvaluation:
-    """Evaluates the objective's bound during training; the trainer calls `run` every `every` steps.
+    """Evaluates the bound of an objective during training; the training loop calls `run` every `every` steps.
 
     Attributes:
       data: held-out examples.
-      objective: the objective whose bound is reported, normally that of the run.
-      name: prefix of the values in the log.
+      objective: the objective, normally that of the run.
+      name: prefix of the logged values.
       every: period in steps; 0 = only after the last step.
       limit: number of examples; None = all.
       batch_size: examples per forward pass.
-      seed: root of the frozen noise.
+      seed: seed of the frozen noise.
     """
 
     data: DataPipeline
@@ -96,11 +102,11 @@ class BoundEvaluation:
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """What the window cuts of the examples that are used."""
+        """Truncated examples among those in use."""
         return self.data.cuts("scoring", self.limit)
 
     def run(self, model: BoundModel, step: int) -> dict[str, float]:
-        """Returns the bound's values (`loss`, its standard error, per-real-token metrics)."""
+        """Returns the numeric values of `evaluate_bound`."""
         del step
         values = evaluate_bound(
             model,

@@ -1,9 +1,8 @@
-"""Metrics with their sufficient statistics, so that corpus scores can be bootstrapped over examples.
+"""Metrics as functions of summed sufficient statistics, so that corpus scores can be bootstrapped over examples.
 
-Each `Metric` turns a (reference, prediction) into a row of additive statistics; the corpus score is a function of the
-*sum* of the rows. For BLEU the rows are n-gram counts and lengths, for means they are (value, 1). All scores are
-percentages. The functions `bleu`, `squad`, `pass_at_k` and `exact_match` are thin wrappers with SeqIO's signature
-`metric(targets, predictions) -> dict`.
+A `Metric` maps each (reference, prediction) to a row of additive statistics. The corpus score is a function of the
+*sum* of the rows. BLEU has rows of n-gram counts and lengths; a mean has rows (value, 1). Scores are percentages. The
+functions at the end of the module (`bleu`, `squad`, ...) have SeqIO's signature `metric(targets, predictions) -> dict`.
 """
 
 import dataclasses
@@ -26,63 +25,65 @@ from diffusion_lm.evaluation.metrics_reasoning import answer_rows, countdown_row
 from diffusion_lm.evaluation.metrics_reasoning import final_answer as final_answer
 from diffusion_lm.evaluation.metrics_rouge import ROUGE_NAMES, rouge_rows
 
+Rows = Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
+"""`(references, predictions) -> f64[N, K]`; references in the form that the metric's reader returns."""
+
 Values = Callable[[np.ndarray], dict[str, float]]
+"""`f64[K] -> {name: score}`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric as statistics per example and scores of their sum.
+    """A metric: statistics per example, and scores of their sum.
 
     Attributes:
       name: key in `METRICS`.
-      primary_key: the headline among the scores.
-      label: how reports call the headline.
-      rows: `(references, predictions) -> f64[N, K]`, one row of statistics per example; references as `read` returns
-        them.
-      values: `f64[K] -> {name: score}` from the summed rows; every score is a percentage.
-      multiple_samples: predictions are sequences of samples (pass@k) rather than strings.
-      conditions: what a reader needs in order to compare the number with another paper's.
-      read: reads one reference in the forms that data sets have (`metric_references`); refuses every other form.
+      primary_key: key of the primary score.
+      label: name of the primary score in reports.
+      rows: `(references, predictions) -> f64[N, K]`, one row of statistics per example. References are as returned by
+        `read`.
+      values: `f64[K] -> {name: score}`, the scores of the summed rows. Every score is a percentage.
+      multiple_samples: whether a prediction is a sequence of samples (pass@k) instead of one text.
+      conditions: details needed to compare the score with published numbers.
+      read: reader of one reference (`metric_references`); raises an error for an invalid form.
     """
 
     name: str
     primary_key: str
     label: str
-    rows: Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
+    rows: Rows
     values: Values
     multiple_samples: bool = False
     conditions: str = ""
     read: forms.Reader = forms.text
 
     def per_example_batch(
-        self, references: Sequence[Any], predictions: Sequence[Any], names: Sequence[str] | None = None
+        self, references: Sequence[object], predictions: Sequence[object], names: Sequence[str] | None = None
     ) -> np.ndarray:
         """Returns the statistics f64[N, K].
 
         Args:
-          references: what to compare with.
-          predictions: one for each reference: a text, or a sequence of samples with `multiple_samples`.
-          names: how errors call the examples; None = "example 0", ...
+          references: one reference per example.
+          predictions: one prediction per example: a text, or a sequence of samples if `multiple_samples`.
+          names: names of the examples in error messages; None = "example 0", ...
 
         Raises:
-          ConfigError: the two sequences differ in length, or one of their values is of the wrong kind.
+          ConfigError: the two sequences differ in length, or one of their values has the wrong form.
         """
         require(
             len(references) == len(predictions),
             f"{len(references)} references but {len(predictions)} predictions",
             where=f"metric {self.name}",
-            fix="Give one prediction for each reference; a missing one is an empty string.",
+            fix="Pass one prediction per reference; use an empty string for a missing one.",
         )
-        known = self.checked(references, names)
-        return self.rows(
-            known, self._each(forms.samples if self.multiple_samples else forms.prediction, predictions, names)
-        )
+        read_prediction = forms.samples if self.multiple_samples else forms.prediction
+        return self.rows(self.checked(references, names), self._each(read_prediction, predictions, names))
 
-    def checked(self, references: Sequence[Any], names: Sequence[str] | None = None) -> list[Any]:
-        """Returns the references as `rows` takes them; raises ConfigError for the first of the wrong kind."""
+    def checked(self, references: Sequence[object], names: Sequence[str] | None = None) -> list[Any]:
+        """Returns the references in the form of `rows`; raises ConfigError for the first one that is invalid."""
         return self._each(self.read, references, names)
 
-    def _each(self, reader: forms.Reader, values: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+    def _each(self, reader: forms.Reader, values: Sequence[object], names: Sequence[str] | None) -> list[Any]:
         found = []
         for number, value in enumerate(values):
             try:
@@ -92,30 +93,30 @@ class Metric:
                 raise ConfigError(f"{name} {error.what}", where=f"metric {self.name}", fix=error.fix) from error
         return found
 
-    def per_example(self, reference: Any, prediction: Any) -> np.ndarray:
+    def per_example(self, reference: object, prediction: object) -> np.ndarray:
         """Returns the statistics f64[K] of one example."""
         return self.per_example_batch([reference], [prediction])[0]
 
     def all_values(self, statistics: np.ndarray) -> dict[str, float]:
-        """Returns every score of the statistics f64[N, K], or of their sum f64[K]."""
+        """Returns all scores of statistics f64[N, K], or of their sum f64[K]."""
         statistics = np.asarray(statistics, np.float64)
         return self.values(statistics.sum(0) if statistics.ndim == 2 else statistics)
 
     def aggregate(self, statistics: np.ndarray) -> float:
-        """Returns the headline score of the statistics f64[N, K], or of their sum f64[K]."""
+        """Returns the primary score of statistics f64[N, K], or of their sum f64[K]."""
         return self.all_values(statistics)[self.primary_key]
 
     def secondary(self, statistics: np.ndarray) -> dict[str, float]:
-        """Returns the scores beside the headline."""
+        """Returns the scores other than the primary one."""
         return {name: value for name, value in self.all_values(statistics).items() if name != self.primary_key}
 
     @property
     def value_names(self) -> tuple[str, ...]:
-        """Names of the scores that every corpus has: those of an empty one."""
+        """Names of the scores that exist for every corpus, which are those of an empty one."""
         return tuple(self.all_values(self.per_example_batch([], [])))
 
-    def __call__(self, references: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        """Returns every score of a corpus."""
+    def __call__(self, references: Sequence[object], predictions: Sequence[object]) -> dict[str, float]:
+        """Returns all scores of a corpus."""
         return self.all_values(self.per_example_batch(references, predictions))
 
 
@@ -162,13 +163,13 @@ def _mean(total: np.ndarray, column: int) -> float:
 
 
 def _code_values(total: np.ndarray) -> dict[str, float]:
-    """`pass_at_k` is at k = the (mean) number of samples drawn, as the Pass@80 of AR2Diff is with 80 samples."""
+    """Returns pass@1 and pass@k with k = (mean) number of samples, e.g. AR2Diff's Pass@80 with 80 samples."""
     samples = float(total[2] / total[3]) if total[3] else 0.0
     return {"pass_at_1": _mean(total, 0), "pass_at_k": _mean(total, 1), "k": samples}
 
 
 def _squad_values(total: np.ndarray) -> dict[str, float]:
-    """Scores of all questions; where some have no answer, of both kinds apart and how many have none."""
+    """Returns the scores of all questions; if some are unanswerable, also those of both kinds and their number."""
     exact, f1, abstained, answerable, count = map(float, total)
     values = {"f1": _percent(f1 + abstained, count), "em": _percent(exact + abstained, count)}
     if count == answerable:
@@ -182,7 +183,7 @@ def _squad_values(total: np.ndarray) -> dict[str, float]:
 
 
 def _squad_v2_values(total: np.ndarray) -> dict[str, float]:
-    """Scores under the names of the official script; those of a kind of question that does not occur are left out."""
+    """Returns the scores under the names of the official script, without kinds of questions that do not occur."""
     both = total[:3] + total[3:]
     values = {"exact": _mean(both, 0), "f1": _mean(both, 1), "total": float(both[2])}
     for name, part in (("HasAns", total[:3]), ("NoAns", total[3:])):
@@ -195,8 +196,8 @@ def _percent(part: float, whole: float) -> float:
     return 100.0 * part / whole if whole else 0.0
 
 
-_OFFICIAL = "official SQuAD v1.1 normalisation; maximum over the gold answers; questions without one as in v2.0"
-_OFFICIAL_V2 = "the official evaluate-v2.0.py; an empty prediction abstains, without a threshold on its probability"
+_OFFICIAL = "official SQuAD v1.1 normalisation; maximum over the gold answers; unanswerable questions as in v2.0"
+_OFFICIAL_V2 = "official evaluate-v2.0.py; an empty prediction means no answer; no probability threshold"
 _ESTIMATOR = "unbiased estimator 1 - C(n-c,k)/C(n,k); all tests of a problem must pass"
 
 METRICS: dict[str, Metric] = {
@@ -249,7 +250,7 @@ METRICS: dict[str, Metric] = {
             "contains",
             contains_rows,
             lambda total: {"contains": _mean(total, 0)},
-            conditions="an answer stands in the text, both under SQuAD's normalisation",
+            conditions="the text contains an answer, both with SQuAD normalisation",
             read=forms.answers,
         ),
         Metric(
@@ -258,7 +259,7 @@ METRICS: dict[str, Metric] = {
             "accuracy",
             answer_rows,
             lambda total: {"accuracy": _mean(total, 0), "answered": _mean(total, 1)},
-            conditions="the number behind the last '####' equals the reference's",
+            conditions="the number after the last '####' equals that of the reference",
             read=forms.chain_answer,
         ),
         Metric(
@@ -267,70 +268,71 @@ METRICS: dict[str, Metric] = {
             "solved",
             countdown_rows,
             lambda total: {"solved": _mean(total, 0)},
-            conditions="every step is right, all numbers are used once, the goal is left; any solution counts",
+            conditions="every step is correct, every number is used once, the result is the goal; any solution counts",
             read=forms.countdown,
         ),
     )
 }
-"""Every metric by name. `aggregate` of the summed `per_example_batch` rows gives the corpus score."""
+"""All metrics by name. The corpus score is `aggregate` of the rows of `per_example_batch`."""
 
 
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU of sacrebleu (signature: `bleu_signature()`), and the length ratio in percent."""
+    """Returns corpus BLEU by sacrebleu (signature: `bleu_signature()`), and the length ratio in percent."""
     return METRICS["bleu"](targets, predictions)
 
 
 def bleu_intl(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU of sacrebleu with its `intl` tokenisation, and the length ratio in percent."""
+    """Returns corpus BLEU by sacrebleu with `intl` tokenisation, and the length ratio in percent."""
     return METRICS["bleu_intl"](targets, predictions)
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L in percent, F1, means over the examples."""
+    """Returns the F1 of ROUGE-1, ROUGE-2 and ROUGE-L in percent, means over examples."""
     return METRICS["rouge"](targets, predictions)
 
 
-def number_match(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of predictions whose last number is (one of) the reference(s), in percent."""
+def number_match(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns the percentage of predictions whose last number is (one of) the reference(s)."""
     return METRICS["number_match"](targets, predictions)
 
 
-def squad(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
-    """F1 and exact match of SQuAD v1.1 in percent; targets in the forms of `metric_references.possible_answers`.
+def squad(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns F1 and exact match of SQuAD v1.1 in percent; targets as in `metric_references.possible_answers`.
 
-    Where questions have no answer, those with and without are also scored apart, and counted (`unanswerable`).
+    If some questions are unanswerable, both kinds are also scored separately, and `unanswerable` is their number.
     """
     return METRICS["squad"](targets, predictions)
 
 
-def squad_v2(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
-    """`exact`, `f1` and `total` of SQuAD v2.0, and the same with `HasAns_` and `NoAns_`, as its script names them."""
+def squad_v2(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns `exact`, `f1` and `total` of SQuAD v2.0, also with `HasAns_` and `NoAns_`, as in the official script."""
     return METRICS["squad_v2"](targets, predictions)
 
 
-def pass_at_k(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-    """pass@1 and pass@k, k the number of samples; targets `{"setup", "tests"}`, predictions lists of code.
+def pass_at_k(targets: Sequence[object], predictions: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Returns pass@1 and pass@k, with k the number of samples.
 
-    Tests that are one text are one test; a target without a test is an error.
+    Targets are `{"setup", "tests"}`, predictions are lists of programs. `tests` is a list of texts, or one text for a
+    single test. A target without a test is an error.
     """
     return METRICS["pass_at_k"](targets, predictions)
 
 
-def exact_match(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of predictions equal to (one of) the reference(s) up to surrounding white space, in percent."""
+def exact_match(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns the percentage of predictions equal to (one of) the reference(s), ignoring surrounding white space."""
     return METRICS["exact_match"](targets, predictions)
 
 
-def contains(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of predictions in which (one of) the answer(s) stands, in percent."""
+def contains(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns the percentage of predictions that contain (one of) the answer(s)."""
     return METRICS["contains"](targets, predictions)
 
 
-def final_answers(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of chains whose number behind `####` is right, in percent, and of those that have one."""
+def final_answers(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns the percentage of predictions with the correct answer after `####`, and of those with any answer."""
     return METRICS["final_answer"](targets, predictions)
 
 
-def countdown(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of problems solved, in percent; each target is `{"numbers": [int, ...], "goal": int}`."""
+def countdown(targets: Sequence[object], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns the percentage of problems solved; each target is `{"numbers": [int, ...], "goal": int}`."""
     return METRICS["countdown"](targets, predictions)

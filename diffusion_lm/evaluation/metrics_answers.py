@@ -1,6 +1,6 @@
-"""Rows of the metrics that compare a text with answers: SQuAD's F1 and exact match, containment, the last number.
+"""Statistics of metrics that compare a text with answers: SQuAD F1 and exact match, containment, last number.
 
-Normalisation is that of the official evaluate-v1.1.py of SQuAD (Rajpurkar et al. 2016).
+Normalisation follows SQuAD's official evaluate-v1.1.py (Rajpurkar et al. 2016).
 """
 
 import re
@@ -12,13 +12,13 @@ import numpy as np
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-cases, deletes ASCII punctuation, replaces the articles by a space and folds white space, in that order."""
+    """Lower-cases, removes ASCII punctuation, replaces articles by a space and collapses white space, in that order."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def answer_f1(prediction: str, answer: str) -> float:
-    """Token overlap F1 of the normalised texts; 0 where no token is shared (also when both are empty)."""
+    """Returns the token-overlap F1 of the normalised texts; 0 if they share no token (also if both are empty)."""
     predicted, gold = normalize_answer(prediction).split(), normalize_answer(answer).split()
     shared = sum((Counter(predicted) & Counter(gold)).values())
     if not shared:
@@ -28,10 +28,10 @@ def answer_f1(prediction: str, answer: str) -> float:
 
 
 def squad_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
-    """Returns f64[N, 5]: exact match, F1, both 0 where the question has no answer; its exact match then; has one, 1.
+    """Returns f64[N, 5]: exact match, F1, exact match of an unanswerable question, has an answer, 1.
 
-    The rule of v1.1 for questions with answers, the maximum over them. v1.1 has no others: they are scored as v2.0
-    does, 1 for a prediction of which normalisation leaves nothing, else 0.
+    Exact match and F1 are maxima over the answers, as in v1.1, and 0 for an unanswerable question. v1.1 has no
+    unanswerable questions; they are scored as in v2.0: 1 if the normalised prediction is empty, otherwise 0.
     """
     rows = []
     for answers, prediction in zip(references, predictions, strict=True):
@@ -44,11 +44,11 @@ def squad_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) 
 
 
 def squad_v2_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
-    """Returns f64[N, 6]: exact match, F1, 1 where the question has answers; the same three where it has none.
+    """Returns f64[N, 6]: exact match, F1, 1 for questions with answers; then the same three for those without.
 
-    The rules of the official evaluate-v2.0.py (Rajpurkar et al. 2018): answers of which normalisation leaves nothing do
-    not count, and where none is left the prediction must be empty too. Whether a question "has" answers is asked
-    before that.
+    Rules of the official evaluate-v2.0.py (Rajpurkar et al. 2018): answers that are empty after normalisation are
+    ignored, and if none remains, the prediction must be empty too. Whether a question has answers is determined before
+    normalisation.
     """
     rows = []
     for answers, prediction in zip(references, predictions, strict=True):
@@ -65,10 +65,9 @@ def squad_v2_rows(references: Sequence[Sequence[str]], predictions: Sequence[str
 
 
 def contains_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
-    """Returns f64[N, 2]: one of the answers, normalised, stands somewhere in the normalised text, 1.
+    """Returns f64[N, 2]: whether the normalised text contains a normalised answer, 1.
 
-    What DiffuLLaMA (arXiv 2410.17891) scores TriviaQA by. An answer of which normalisation leaves nothing counts as in
-    no text.
+    This is DiffuLLaMA's metric for TriviaQA (arXiv 2410.17891). Answers that are empty after normalisation never match.
     """
     rows = []
     for reference, prediction in zip(references, predictions, strict=True):
@@ -78,7 +77,7 @@ def contains_rows(references: Sequence[Sequence[str]], predictions: Sequence[str
 
 
 def last_number(text: str) -> str | None:
-    """Returns the last number of a text without thousands separators and without a zero fraction, or None."""
+    """Returns the last number of a text, without thousands separators and trailing zeros of the fraction, or None."""
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     if not found:
         return None
@@ -87,7 +86,7 @@ def last_number(text: str) -> str | None:
 
 
 def number_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
-    """Returns f64[N, 2]: the last number is (one of) the answer(s), 1."""
+    """Returns f64[N, 2]: whether the last number is (one of) the answer(s), 1."""
     rows = []
     for reference, prediction in zip(references, predictions, strict=True):
         answers = {last_number(answer) for answer in reference}
@@ -96,6 +95,6 @@ def number_rows(references: Sequence[Sequence[str]], predictions: Sequence[str])
 
 
 def exact_rows(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> np.ndarray:
-    """Returns f64[N, 2]: equal to (one of) the answer(s) without surrounding white space, 1."""
+    """Returns f64[N, 2]: whether the text equals (one of) the answer(s), ignoring surrounding white space, 1."""
     rows = [[float(any(p.strip() == a.strip() for a in r)), 1.0] for r, p in zip(references, predictions, strict=True)]
     return np.asarray(rows, np.float64).reshape(-1, 2)

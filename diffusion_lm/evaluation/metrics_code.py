@@ -1,4 +1,4 @@
-"""Rows of pass@k (Chen et al. 2021, section 2.1): samples are run with the tests of their problem."""
+"""Statistics of pass@k (Chen et al. 2021, section 2.1): runs samples with the tests of their problem."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,20 +11,20 @@ from diffusion_lm.evaluation.code_runner import run_programs
 
 
 def pass_at_k_estimate(samples: int, correct: int, k: int) -> float:
-    """Returns the unbiased estimate 1 - C(n-c, k) / C(n, k) of the chance that one of k samples passes.
+    """Returns the unbiased estimate 1 - C(n-c, k) / C(n, k) of the probability that one of k samples passes.
 
     Raises:
-      ConfigError: for k below 1 or above the number of samples, where the estimator does not exist.
+      ConfigError: k is less than 1 or greater than the number of samples.
     """
-    require(1 <= k <= samples, f"k = {k} with {samples} samples", where="pass@k", fix="Draw at least k samples.")
+    require(1 <= k <= samples, f"k={k}: must be in [1, {samples}]", where="pass@k", fix="Draw at least k samples.")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def program_with_tests(reference: Mapping[str, Any], solution: str) -> str:
-    """Returns the program that passes if the solution does: the solution, the set-up code, then the tests.
+    """Returns a program with the solution, the setup code and the tests; it passes if the solution is correct.
 
-    `reference` is `{"setup": str, "tests": [statement, ...]}`, with the code around a gap as "before" and "after". A
-    completion may close with MBPP's `[DONE]`.
+    `reference` is `{"setup": str, "tests": [statement, ...]}`, for infilling also with the code "before" and "after"
+    the gap. MBPP's `[DONE]` and the text after it are removed from the solution.
     """
     solution = reference.get("before", "") + solution.split("[DONE]")[0] + reference.get("after", "")
     return "\n".join([solution, reference.get("setup", ""), *reference["tests"]]) + "\n"

@@ -1,4 +1,4 @@
-"""Rows of the metrics that check arithmetic: the answer behind `####`, and the steps of a countdown."""
+"""Statistics of metrics that check arithmetic: the answer after `####`, and the steps of Countdown."""
 
 import re
 from collections import Counter
@@ -13,9 +13,9 @@ _STEP = re.compile(r"\s*(\d+)\s*([-+*/])\s*(\d+)\s*=\s*(\d+)\s*")
 
 
 def final_answer(text: str) -> str | None:
-    """Returns what stands behind the last `####` of a chain, without white space, thousands' commas and `$`.
+    """Returns the text after the last `####` of a chain of thought, without white space, commas and `$`.
 
-    GSM8K's own convention (arXiv 2110.14168). None where there is no mark or nothing behind it.
+    This is the convention of GSM8K (arXiv 2110.14168). Returns None if there is no mark or no text after it.
     """
     if ANSWER_MARK not in text:
         return None
@@ -24,7 +24,7 @@ def final_answer(text: str) -> str | None:
 
 
 def same_answer(answer: str | None, reference: str) -> bool:
-    """Says whether two answers are the same text, or two spellings of the same number (`18` and `18.0`)."""
+    """Returns whether two answers are the same text or the same number (`18` and `18.0`)."""
     if answer is None:
         return False
     if answer == reference:
@@ -36,7 +36,7 @@ def same_answer(answer: str | None, reference: str) -> bool:
 
 
 def answer_rows(references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
-    """Returns f64[N, 3]: right, has an answer, 1. A reference is the answer."""
+    """Returns f64[N, 3]: correct, has an answer, 1. A reference is the answer."""
     rows = []
     for reference, prediction in zip(references, predictions, strict=True):
         found = final_answer(prediction)
@@ -45,11 +45,11 @@ def answer_rows(references: Sequence[str], predictions: Sequence[str]) -> np.nda
 
 
 def solves_countdown(numbers: Sequence[int], goal: int, steps: str) -> bool:
-    """Says whether `steps` reach the goal: every step is right, takes numbers that are there, and all are used up.
+    """Returns whether `steps` reach the goal: every step is correct, uses available numbers, and all are used.
 
     Args:
-      numbers: what may be used, each once.
-      goal: what has to be left at the end, alone.
+      numbers: the numbers to use, each exactly once.
+      goal: the only number that remains after the last step.
       steps: comma-separated equations such as `86+28=114`.
     """
     pool = Counter(numbers)

@@ -1,4 +1,4 @@
-"""Rows of ROUGE (Lin 2004), with the tokens and the F1 of the rouge-score package."""
+"""Statistics of ROUGE (Lin 2004), with the tokenisation and F1 of the rouge-score package."""
 
 import re
 from collections import Counter
@@ -10,12 +10,12 @@ ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 
 
 def rouge_tokens(text: str) -> list[str]:
-    """Returns the runs of ASCII letters and digits of the lower-cased text, unstemmed: what rouge-score does."""
+    """Returns the runs of ASCII letters and digits of the lower-cased text, without stemming, as rouge-score does."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
 def rouge_f1(reference: str, prediction: str) -> tuple[float, float, float]:
-    """Returns the F1 of shared words, of shared word pairs, and of the longest common subsequence, each in [0, 1]."""
+    """Returns the F1 of unigrams, of bigrams, and of the longest common subsequence, each in [0, 1]."""
     gold, found = rouge_tokens(reference), rouge_tokens(prediction)
     scores = []
     for n in (1, 2):
@@ -33,7 +33,7 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     """Returns the length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for x in a:
-        above = 0  # row[j] of the line before, to the left
+        above = 0  # value of the previous row at column j - 1
         for j, y in enumerate(b, 1):
             above, row[j] = row[j], above + 1 if x == y else max(row[j], row[j - 1])
     return row[-1]

@@ -1,9 +1,9 @@
-"""Rolling likelihood: whole documents, longer than a row, in windows that score every token exactly once.
+"""Rolling likelihood: scores documents longer than a row in windows, every token exactly once.
 
-    -log p(document)  ~  sum over windows of -log p(tokens of the window | BOS, the context that its row holds)
+    -log p(document)  ~  sum over windows of -log p(scored tokens of the window | BOS, context in its row)
 
-as `loglikelihood_rolling` of lm-evaluation-harness: the first window has no context, each later one has at least
-`context` tokens of the text before it, and the last one, which may be short, has as many as its row holds.
+This is `loglikelihood_rolling` of lm-evaluation-harness. The first window has no context, and each later one has at
+least `context` preceding tokens. The last window may have few tokens to score; preceding tokens fill its row.
 """
 
 import dataclasses
@@ -19,13 +19,14 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.data.schema import Record
+from diffusion_lm.evaluation.generation import TextDecoder
 from diffusion_lm.evaluation.scoring import Estimator, continuation_batch, score
 from diffusion_lm.evaluation.scoring_task import ScoredExample, ScoringEvaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A row of a document: tokens [first, start) are conditioning, tokens [start, end) are scored."""
+    """One row of a document: tokens [first, start) are conditioning, tokens [start, end) are scored."""
 
     first: int
     start: int
@@ -37,10 +38,10 @@ class Document:
     """A text to score.
 
     Attributes:
-      tokens: i32[n], all scored.
-      prompt: i32[p], what stands before the text; conditioning only.
-      example_id: root of its noise.
-      text: the text, for its bytes; EOS has none.
+      tokens: i32[n], the tokens to score.
+      prompt: i32[p], tokens before the text, used as conditioning only.
+      example_id: key of its noise.
+      text: the text, for its number of bytes; EOS has none.
     """
 
     tokens: np.ndarray
@@ -53,12 +54,12 @@ class Document:
 class RollingEvaluation(ScoringEvaluation):
     """Scores documents of any length with an estimator; values as in `scoring_task.summary`, per document.
 
-    Pieces that materialising cut a document into are joined again, up to the piece that ends with EOS. Inputs of a
-    record are conditioning. With a bound the value is the sum of the windows' bounds.
+    If `materialise` split a document into pieces, they are joined again, up to the piece that ends with EOS. Inputs of
+    a record are conditioning. For a bound, the value is the sum of the bounds of the windows.
 
     Attributes:
-      window: tokens of a row after its BOS; None = the row length of the model's training.
-      context: the least number of tokens that a window after the first one sees of the text before it.
+      window: tokens per row after BOS; None = the row length of the model's training.
+      context: minimum number of preceding tokens in the row of every window except the first.
     """
 
     window: int | None = None
@@ -66,16 +67,16 @@ class RollingEvaluation(ScoringEvaluation):
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """Those of all scores, and the windows."""
+        """The conditions of `ScoringEvaluation`, and window and context."""
         return {**super().conditions, "window": self.size, "context": self.context}
 
     @property
     def size(self) -> int:
-        """Tokens of a row after its BOS."""
+        """Tokens per row after BOS."""
         return self.data.row_length - 1 if self.window is None else self.window
 
     def examples(self, model: BoundModel, keys: StreamKeys) -> list[ScoredExample]:
-        """Returns the scored documents, of which `limit` counts the first ones."""
+        """Returns the first `limit` documents, scored."""
         found = documents(self.data.records(), self.data.vocabulary, self.data.specials)
         chosen = list(itertools.islice(found, self.limit))
         return score_documents(
@@ -84,38 +85,38 @@ class RollingEvaluation(ScoringEvaluation):
 
 
 def windows(length: int, size: int, context: int, prompt: int = 0) -> list[Window]:
-    """Returns the windows of a document, in order; the scored parts cut it without a gap and without an overlap.
+    """Returns the windows of a document in order; their scored parts cover the text without gaps or overlap.
 
     Args:
-      length: tokens of prompt and text.
-      size: tokens of a row after its BOS.
-      context: the least number of tokens before the scored ones, where there are as many.
-      prompt: tokens at the beginning that are not scored.
+      length: number of tokens of prompt and text.
+      size: tokens per row after BOS.
+      context: minimum number of tokens before the scored ones, if the document has that many.
+      prompt: number of tokens at the beginning that are not scored.
 
     Raises:
-      ConfigError: a row has no slot left for a scored token.
+      ConfigError: `context` leaves no slot for a scored token.
     """
     require(
         0 <= context < size,
-        f"rows of {size} tokens have no room for {context} of context and one that is scored",
+        f"context={context}: must be in [0, {size}), because a row has {size} tokens after BOS",
         where="RollingEvaluation.context",
-        fix="Give less context, or longer windows.",
+        fix="Use a smaller context, or a larger RollingEvaluation.window.",
     )
     found, start = [], prompt
     while start < length:
-        # The first row keeps its whole prompt; a prompt that fills it is cut on its left, as all context is.
+        # The first row has the whole prompt if it fits; otherwise it is truncated on the left like any context.
         end = min(size if start == prompt < size else start + size - context, length)
         found.append(Window(max(end - size, 0), start, end))
         start = end
     return found
 
 
-def documents(records: Iterator[Record], vocabulary: Any, specials: SpecialTokens) -> Iterator[Document]:
-    """Yields the documents that consecutive records make up."""
+def documents(records: Iterator[Record], vocabulary: TextDecoder, specials: SpecialTokens) -> Iterator[Document]:
+    """Yields documents, joining consecutive records that are pieces of one document."""
     pieces: list[Record] = []
     for record in records:
         pieces.append(record)
-        # Records with inputs are whole; a document continues in the next piece until EOS.
+        # A record with inputs is a whole document. Other documents continue in the next record until EOS.
         if len(record.inputs) or record.targets_text or record.targets[-1:].tolist() == [specials.eos_id]:
             yield _joined(pieces, vocabulary, specials)
             pieces = []
@@ -123,7 +124,7 @@ def documents(records: Iterator[Record], vocabulary: Any, specials: SpecialToken
         yield _joined(pieces, vocabulary, specials)
 
 
-def _joined(pieces: Sequence[Record], vocabulary: Any, specials: SpecialTokens) -> Document:
+def _joined(pieces: Sequence[Record], vocabulary: TextDecoder, specials: SpecialTokens) -> Document:
     tokens = np.concatenate([piece.targets for piece in pieces])
     text = pieces[0].targets_text or vocabulary.decode(tokens[tokens != specials.eos_id].tolist())
     return Document(tokens, pieces[0].inputs, pieces[0].example_id, text)
@@ -139,23 +140,23 @@ def score_documents(
     context: int,
     batch_size: int,
 ) -> list[ScoredExample]:
-    """Returns the scores of documents, of which those without a token cost nothing.
+    """Returns the scores of documents; a document without tokens has nll 0.
 
     Args:
-      estimator: how rows are scored.
-      model: a network of one stream.
+      estimator: the estimator.
+      model: a network without an encoder.
       texts: the documents.
-      keys: the root of the noise.
-      specials: of the model's vocabulary.
-      size: tokens of a row after its BOS.
+      keys: random keys of the noise.
+      specials: special tokens of the model's vocabulary.
+      size: tokens per row after BOS.
       context: see `windows`.
-      batch_size: rows a forward pass.
+      batch_size: rows per forward pass.
     """
     require(
         not model.architecture.needs_encoder,
-        "documents in windows are rows of one stream, and the network has an encoder",
+        "rolling likelihood does not support networks with an encoder",
         where="RollingEvaluation",
-        fix="Score its targets without --rolling.",
+        fix="Score the targets without --rolling.",
     )
     rows = [
         (number, text, window)
@@ -173,7 +174,7 @@ def score_documents(
             size + 1,
             special=specials,
         )
-        # Each window is an example of its own to everything that is keyed by it.
+        # Noise is keyed by example id, so each window gets its own id (a hash of document and position).
         ids = np.array([(text.example_id + 2654435761 * w.start) % 2**32 for _, text, w in part], np.uint32)
         batch = batch.replace(example_ids=jnp.broadcast_to(jnp.asarray(ids)[:, None], batch.tokens.shape))
         scores = score(estimator, model, batch, keys, rows_per_pass=batch_size)

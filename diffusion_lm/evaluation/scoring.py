@@ -1,13 +1,13 @@
-"""Log-likelihood of given continuations, row by row: exact, by bounds, or by what papers use in their place.
+"""Log-likelihood of given continuations, one per row: exact, a bound, or a published substitute for either.
 
-Every result says how many draws it took, its standard error, and whether it is exact, a bound or neither. Draws are
-spread over rows and passes one by one, so none is lost to a remainder (trap T23).
+Every result has its number of draws, its standard error, and its kind (exact, bound or neither). (row, draw) pairs are
+distributed over forward passes individually, so no draw is dropped if counts are not divisible (trap T23).
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,36 +27,36 @@ DRAW_STREAM = "scoring/draw"
 
 
 class Estimator(Protocol):
-    """One way to score rows; a frozen dataclass. Implementations: `scoring_estimators.py`, `scoring_bounds.py`."""
+    """A likelihood estimator; a frozen dataclass. Implementations: `scoring_estimators.py`, `scoring_bounds.py`."""
 
     def __hash__(self) -> int: ...
 
     @property
     def bound_kind(self) -> BoundKind:
-        """Whether the mean is exact, a bound ("nelbo") or neither ("pseudo")."""
+        """Whether the mean over draws is exact, a bound ("nelbo") or neither ("pseudo")."""
         ...
 
     @property
     def random_start(self) -> bool:
-        """Whether the levels are shifted by one random number per example, or are the grid 0, 1/n, 2/n, ..."""
+        """Whether the levels 0, 1/n, 2/n, ... are shifted by one random number per example."""
         ...
 
     @property
     def draws(self) -> int:
-        """How many draws a row takes where one is not exact."""
+        """Number of draws per row, if one draw is not exact."""
         ...
 
     @property
     def append_eos(self) -> bool:
-        """Whether the choices of a question are scored with EOS behind them."""
+        """Whether EOS is appended to the choices of a question."""
         ...
 
     def exact_for(self, tokens: int) -> bool:
-        """Returns whether a single draw of a row with that many target tokens is exact."""
+        """Returns whether a single draw is exact for a row with `tokens` target tokens."""
         ...
 
     def nll(self, model: BoundModel, batch: Batch, keys: StreamKeys, level_B: jax.Array) -> jax.Array:
-        """Returns f32[B], one draw of each row at noise levels f32[B] in [0, 1): 0 is the most noise."""
+        """Returns f32[B], one draw of -log p per row at noise levels f32[B] in [0, 1); 0 is the highest noise."""
         ...
 
 
@@ -65,12 +65,12 @@ class Scores:
     """Scores of B rows.
 
     Attributes:
-      log_likelihood: f64[B] in nats, the mean over draws of what `kind` says.
-      standard_error: f64[B] of that mean from the draws' spread; an overestimate where levels are evenly spaced.
-        0 where one draw is exact, NaN where one draw was taken and is not.
-      draws: i64[B].
-      tokens: i64[B], scored tokens.
-      kind: what the values are.
+      log_likelihood: f64[B] in nats, mean over draws; `kind` says what it estimates.
+      standard_error: f64[B], standard error of that mean over the draws; an overestimate if levels are evenly spaced.
+        0 if one draw is exact, NaN if a single draw is not exact.
+      draws: i64[B], number of draws.
+      tokens: i64[B], number of scored tokens.
+      kind: "exact", "nelbo" or "pseudo".
       samples: the draws of each row.
     """
 
@@ -85,30 +85,30 @@ class Scores:
 def score(
     estimator: Estimator, model: BoundModel, batch: Batch, keys: StreamKeys, *, rows_per_pass: int | None = None
 ) -> Scores:
-    """Returns the scores of every row of a batch, one example a row.
+    """Returns the scores of every row of a batch with one example per row.
 
     Args:
-      estimator: how to score.
+      estimator: the estimator.
       model: the network.
       batch: conditioning and continuations; noise is keyed by `example_ids`, so rows with the same id share it.
-      keys: the root of the noise.
-      rows_per_pass: (row, draw) pairs per forward pass; None = as many as the batch has rows.
+      keys: random keys of the noise.
+      rows_per_pass: (row, draw) pairs per forward pass; None = number of rows of the batch.
 
     Raises:
-      ConfigError: a row has nothing to score, or holds packed examples.
+      ConfigError: a row has no token to score, or has several packed examples.
     """
     tokens = np.asarray((batch.loss_weights > 0) & batch.target_mask).sum(axis=1)
     require(
         bool((tokens > 0).all()),
-        f"row {int(np.argmin(tokens))} has no token to score, and an empty continuation has no likelihood but 1",
+        f"row {int(np.argmin(tokens))} has no token to score",
         where="score",
-        fix="Leave empty continuations out.",
+        fix="Remove empty continuations: their likelihood would always be 1.",
     )
     require(
         bool((np.asarray(batch.segment_ids) <= 1).all()),
-        "rows with several packed examples cannot be scored one by one",
+        "the batch has rows with several packed examples, which cannot be scored separately",
         where="score",
-        fix="Give one example a row.",
+        fix="Use one example per row.",
     )
     targets = np.asarray(batch.target_mask).sum(axis=1)
     draws = np.array([1 if estimator.exact_for(int(count)) else estimator.draws for count in targets])
@@ -140,13 +140,13 @@ def score(
 
 @functools.cache
 def compiled_draws(estimator: Estimator, architecture: Architecture, constrain: Constrain = no_constraint):
-    """Returns the jitted `(params, batch, keys, numbers, draws) -> f32[B]`, one draw a row."""
+    """Returns a jitted `(params, batch, keys, numbers, draws) -> f32[B]`: draw number `numbers` of `draws` per row."""
 
     def run(params, batch: Batch, keys: StreamKeys, numbers: jax.Array, draws: jax.Array) -> jax.Array:
         level = numbers / draws
         if estimator.random_start:
             level = shifted(keys.example_uniform(START_STREAM, batch.row_ids), level)
-        # Each draw of an example is an example of its own to everything that is keyed by it.
+        # Noise is keyed by example id, so each draw of an example gets its own id.
         draw_keys = fold_in_each(keys.per_example(DRAW_STREAM, batch.row_ids), numbers)
         ids = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(draw_keys)
         batch = batch.replace(example_ids=jnp.broadcast_to(ids[:, None], batch.tokens.shape))
@@ -161,10 +161,10 @@ class Choice:
 
     Attributes:
       best: index of the choice with the highest log-likelihood ("acc" of the harness).
-      best_normalised: index of the highest log-likelihood per unit of length ("acc_norm").
-      margin: log-likelihood of the best choice over the second, in nats.
-      margin_error: standard error of that difference over the shared draws; NaN where it cannot be told.
-      kind: what the compared values are.
+      best_normalised: index of the choice with the highest log-likelihood per unit of length ("acc_norm").
+      margin: log-likelihood of the best choice minus that of the second best, in nats.
+      margin_error: standard error of `margin` over the shared draws; NaN if there are too few draws.
+      kind: "exact", "nelbo" or "pseudo".
     """
 
     best: int
@@ -186,15 +186,15 @@ def choose(
 ) -> dict[int, Choice]:
     """Returns the answer to each question whose choices are rows of the batch.
 
-    The choices of a question share their noise levels and, slot by slot, their masks, so that their difference has
+    The choices of a question share noise levels and, slot by slot, masks. The difference of two choices therefore has
     less variance than each of them, and equal choices tie exactly (trap T25).
 
     Args:
-      estimator: how to score.
+      estimator: the estimator.
       model: the network.
-      batch: one choice a row, behind the prompt of its question.
-      keys: the root of the noise.
-      questions: B numbers; rows of one question have the same.
+      batch: one choice per row, after the prompt of its question.
+      keys: random keys of the noise.
+      questions: B question numbers; rows of one question have the same number.
       lengths: B lengths by which `best_normalised` divides, e.g. bytes as in lm-evaluation-harness; None = tokens.
       rows_per_pass: as in `score`.
     """
@@ -203,7 +203,7 @@ def choose(
         numbers.shape == (batch.tokens.shape[0],),
         f"{len(numbers)} question numbers for {batch.tokens.shape[0]} rows",
         where="choose",
-        fix="Give every row the number of its question.",
+        fix="Pass one question number per row.",
     )
     shared = batch.replace(example_ids=jnp.broadcast_to(jnp.asarray(numbers)[:, None], batch.tokens.shape))
     scores = score(estimator, model, shared, keys, rows_per_pass=rows_per_pass)
@@ -211,7 +211,7 @@ def choose(
 
 
 def answers(scores: Scores, questions: Sequence[int], lengths: Sequence[float] | np.ndarray) -> dict[int, Choice]:
-    """Returns the answer to each question whose choices are rows of `scores`; arguments as for `choose`."""
+    """Returns the answer to each question whose choices are rows of `scores`; arguments as in `choose`."""
     numbers, per_length = np.asarray(questions), scores.log_likelihood / np.asarray(lengths, np.float64)
     found = {}
     for question in dict.fromkeys(numbers.tolist()):
@@ -221,7 +221,7 @@ def answers(scores: Scores, questions: Sequence[int], lengths: Sequence[float] |
         margin, error = float("nan"), float("nan")
         if len(order) > 1:
             margin = float(scores.log_likelihood[order[0]] - scores.log_likelihood[order[1]])
-            error = _difference_error(scores, order[0], order[1])
+            error = _difference_error(scores, int(order[0]), int(order[1]))
         found[question] = Choice(best, int(np.argmax(per_length[rows])), margin, error, scores.kind)
     return found
 
@@ -233,11 +233,11 @@ def continuation_batch(
     *,
     special: SpecialTokens,
 ) -> Batch:
-    """Returns one row [BOS, prompt, continuation] per pair, the continuation scored.
+    """Returns one row [BOS, prompt, continuation] per pair; the continuation is scored.
 
     Raises:
-      ConfigError: a pair does not fit. It is never cut or given a score of its own: a missing score of 0 would be the
-        best of all log-likelihoods (trap T22).
+      ConfigError: a pair does not fit into a row. It is neither truncated nor skipped, because a default score of 0
+        would be the highest of all log-likelihoods (trap T22).
     """
     rows = [
         [special.bos_id, *prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)
@@ -245,9 +245,9 @@ def continuation_batch(
     for number, row in enumerate(rows):
         require(
             len(row) <= row_length,
-            f"pair {number} has {len(row)} tokens with BOS, and a row {row_length}",
+            f"pair {number} has {len(row)} tokens with BOS, but a row has only {row_length}",
             where="continuation_batch.row_length",
-            fix="Shorten the prompt from the left, or give longer rows.",
+            fix="Truncate the prompt on the left, or use longer rows.",
         )
     used = np.arange(row_length) < np.array([[len(row)] for row in rows])
     starts = np.array([[1 + len(prompt)] for prompt in prompts])
@@ -268,8 +268,8 @@ def _standard_error(samples: np.ndarray) -> float:
     return float(samples.std(ddof=1) / np.sqrt(len(samples))) if len(samples) > 1 else float("nan")
 
 
-def _difference_error(scores: Scores, first: Any, second: Any) -> float:
-    """Returns the standard error of a difference: paired where both have the same draws, of the sum otherwise."""
+def _difference_error(scores: Scores, first: int, second: int) -> float:
+    """Returns the standard error of a difference: paired if both rows have the same draws, else as if independent."""
     if len(scores.samples[first]) == len(scores.samples[second]) > 1:
         return _standard_error(scores.samples[first] - scores.samples[second])
     return float(np.hypot(scores.standard_error[first], scores.standard_error[second]))

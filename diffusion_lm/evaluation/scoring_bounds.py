@@ -1,4 +1,4 @@
-"""Estimators of `scoring.score` that are the bound of an objective: block diffusion's, and any other."""
+"""Estimators of `scoring.score` that evaluate the bound of an objective: of block diffusion, and of any other."""
 
 import dataclasses
 
@@ -18,14 +18,14 @@ from diffusion_lm.objectives.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class BlockNelbo:
-    """The bound of block diffusion (BD3-LM, arXiv 2503.09573): the sum of its blocks' bounds given the clean past.
+    """The bound of block diffusion (BD3-LM, arXiv 2503.09573): sum over blocks of the bound given the clean past.
 
-    With blocks of one token it is exact.
+    It is exact for blocks of one token.
 
     Attributes:
-      objective: the objective that the model was trained with.
-      draws: draws a row.
-      append_eos: whether the choices of a question are scored with EOS behind them.
+      objective: the objective of the model's training.
+      draws: number of draws per row.
+      append_eos: whether EOS is appended to the choices of a question.
     """
 
     objective: BlockDiffusion
@@ -38,11 +38,11 @@ class BlockNelbo:
 
     @property
     def bound_kind(self) -> BoundKind:
-        """A bound, and exact for blocks of one token."""
+        """The kind of the value: exact for blocks of one token, otherwise a bound."""
         return "exact" if self.objective.block_size == 1 else "nelbo"
 
     def exact_for(self, tokens: int) -> bool:
-        """True for a single token and for blocks of one."""
+        """True for a single token and for blocks of one token."""
         return tokens == 1 or self.objective.block_size == 1
 
     def nll(self, model: BoundModel, batch: Batch, keys: StreamKeys, level_B: jax.Array) -> jax.Array:
@@ -57,15 +57,14 @@ class BlockNelbo:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveBound:
-    """The bound of an objective, row by row, with noise of its own for every draw: uniform noise, score entropy ...
+    """The bound of any objective (uniform noise, score entropy, ...), row by row, with independent noise per draw.
 
-    In nats of the row, as every estimator: the loss per token of `bound`, whatever it is divided by and however many
-    draws it takes, times the row's scored tokens.
+    The value is in nats per row: loss per token as returned by `objective.bound`, times the scored tokens of the row.
 
     Attributes:
-      objective: the objective that the model was trained with.
-      draws: evaluations of its `bound` a row, each of which may take several draws of its own.
-      append_eos: whether the choices of a question are scored with EOS behind them.
+      objective: the objective of the model's training.
+      draws: number of evaluations of `objective.bound` per row; each may itself average several draws.
+      append_eos: whether EOS is appended to the choices of a question.
     """
 
     objective: Objective
@@ -78,11 +77,11 @@ class ObjectiveBound:
 
     @property
     def bound_kind(self) -> BoundKind:
-        """The objective's."""
+        """The bound kind of the objective."""
         return self.objective.bound_kind
 
     def exact_for(self, tokens: int) -> bool:
-        """True where the objective's bound is exact."""
+        """True if the bound of the objective is exact."""
         del tokens
         return self.bound_kind == "exact"
 
@@ -95,9 +94,9 @@ class ObjectiveBound:
             terms = self.objective.bound(model, batch, keys)
             require(
                 "nll_per_real_token" in terms.metrics,
-                f"the loss of {type(self.objective).__name__} is not about the tokens of a target",
+                f"{type(self.objective).__name__} has no loss per target token",
                 where="ObjectiveBound.objective",
-                fix="Give the objective that the network itself was trained with.",
+                fix="Use the objective that trained the network, not that of a head.",
             )
             return terms.loss * jnp.sum(batch.loss_weights)
 

@@ -1,7 +1,7 @@
-"""The estimators of `scoring.score`: autoregressive, and masked diffusion by five recipes."""
+"""Estimators of `scoring.score`: autoregressive, and five published ones for masked diffusion."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ CHOICE_STREAM = "scoring/choice"
 
 @dataclasses.dataclass(frozen=True)
 class ExactAutoregressive:
-    """The chain rule: one pass, exact.
+    """The exact likelihood by the chain rule, in one forward pass.
 
     Attributes:
-      visibility: "causal" or "prefix", as the model was trained.
-      append_eos: whether the choices of a question are scored with EOS behind them.
+      visibility: "causal" or "prefix", as in training.
+      append_eos: whether EOS is appended to the choices of a question.
     """
 
     visibility: str = "causal"
@@ -51,15 +51,15 @@ class ExactAutoregressive:
 
 @dataclasses.dataclass(frozen=True)
 class _Masked:
-    """What the estimators of masked diffusion share.
+    """Base class of the estimators for masked diffusion.
 
     Attributes:
-      draws: draws a row.
-      alignment: which state predicts which token, as the model was trained (trap T20).
-      visibility: as the model was trained.
-      guidance: strength w of classifier-free guidance, logits c + w (c - u), u with the conditioning replaced by MASK;
-        what is scored is then the guided model. 0 is off and costs nothing.
-      append_eos: whether the choices of a question are scored with EOS behind them.
+      draws: number of draws per row.
+      alignment: which position predicts which token, as in training (trap T20).
+      visibility: attention visibility, as in training.
+      guidance: strength w of classifier-free guidance: logits c + w (c - u), where u has MASK as conditioning. The
+        scores are those of the guided model. 0 disables guidance and its second forward pass.
+      append_eos: whether EOS is appended to the choices of a question.
     """
 
     draws: int = 128
@@ -68,27 +68,28 @@ class _Masked:
     guidance: float = 0.0
     append_eos: bool = False
     needs_mask_token: ClassVar[bool] = True
-    """Whether it puts MASK into the canvas."""
+    """Whether it replaces tokens by MASK, which the vocabulary of the run must then have."""
     keeps_past_clean: ClassVar[bool] = False
-    """Whether every token before a masked one is clean, as in the training of block diffusion."""
+    """Whether all tokens before a masked token are clean, as in the training of block diffusion."""
 
     def __post_init__(self):
         check_visibility(self.visibility, f"{type(self).__name__}.visibility")
         require_draws(self)
 
     def exact_for(self, tokens: int) -> bool:
-        """False: every draw has masks of its own."""
+        """False, because every draw has different masks."""
         del tokens
         return False
 
     def _masked_nll(
-        self, model: BoundModel, batch: Batch, masked: jax.Array, among: jax.Array | bool = True
+        self, model: BoundModel, batch: Batch, masked: jax.Array, subset: jax.Array | bool = True
     ) -> jax.Array:
-        """Returns f32[B,T], the cross-entropy of masked tokens (those `among` them) times their loss weights."""
-        canvas = jnp.where(masked, batch.special.mask, batch.tokens)
-        wanted = masked & among & (batch.loss_weights != 0)
-        nll = _nll(model, batch, canvas, wanted, self.alignment, self.visibility, (batch.special.mask,), self.guidance)
-        return jnp.where(wanted, nll * batch.loss_weights, 0.0)
+        """Returns f32[B,T], cross-entropy times loss weight at masked tokens (in `subset`), 0 elsewhere."""
+        mask_id = batch.special.mask  # MASK itself has probability 0
+        noisy_tokens = jnp.where(masked, mask_id, batch.tokens)
+        scored = masked & subset & (batch.loss_weights != 0)
+        nll = _nll(model, batch, noisy_tokens, scored, self.alignment, self.visibility, (mask_id,), self.guidance)
+        return jnp.where(scored, nll * batch.loss_weights, 0.0)
 
     def _bernoulli(self, batch: Batch, keys: StreamKeys, rate_B: jax.Array) -> jax.Array:
         return (_uniform(batch, keys) < rate_B[:, None]) & batch.target_mask
@@ -96,16 +97,16 @@ class _Masked:
 
 @dataclasses.dataclass(frozen=True)
 class ExactCount(_Masked):
-    """LLaDA's Monte Carlo (arXiv 2502.09992): exactly k of the n answer tokens are masked, n/k times their loss.
+    """LLaDA's Monte Carlo bound (arXiv 2502.09992): masks exactly k of n target tokens and weights their loss by n/k.
 
-    k is evenly spaced over 1..n from one random start. One draw is exact where the answer is one token.
+    k is evenly spaced over 1..n from one random start per row. One draw is exact if the target has one token.
     """
 
     bound_kind: BoundKind = dataclasses.field(default="nelbo", init=False)
     random_start: bool = dataclasses.field(default=True, init=False)
 
     def exact_for(self, tokens: int) -> bool:
-        """True for a single token, which is then masked."""
+        """True for a single token, which is always masked."""
         return tokens == 1
 
     def nll(self, model: BoundModel, batch: Batch, keys: StreamKeys, level_B: jax.Array) -> jax.Array:
@@ -118,7 +119,7 @@ class ExactCount(_Masked):
 
 
 class _WeightedRates(_Masked):
-    """Independent masks at a rate, 1/rate times their loss; subclasses say which rates."""
+    """Masks each token independently with a rate and weights the loss by 1/rate; subclasses define the rates."""
 
     def nll(self, model: BoundModel, batch: Batch, keys: StreamKeys, level_B: jax.Array) -> jax.Array:
         """Returns f32[B], the weighted loss of one draw at rate 1 - level."""
@@ -129,7 +130,7 @@ class _WeightedRates(_Masked):
 
 @dataclasses.dataclass(frozen=True)
 class StratifiedRates(_WeightedRates):
-    """Dream's estimate (arXiv 2508.15487): rates t spread over (0, 1], independent masks, 1/t times their loss."""
+    """Dream's bound (arXiv 2508.15487): stratified rates t in (0, 1], independent masks, loss weight 1/t."""
 
     bound_kind: BoundKind = dataclasses.field(default="nelbo", init=False)
     random_start: bool = dataclasses.field(default=True, init=False)
@@ -137,9 +138,9 @@ class StratifiedRates(_WeightedRates):
 
 @dataclasses.dataclass(frozen=True)
 class WeightedGrid(_WeightedRates):
-    """The ELBO in `draws` discrete steps: rates k/draws, 1/t times the loss of masked tokens.
+    """The bound of the process with `draws` discrete steps: rates t = k/draws, loss weight 1/t.
 
-    It bounds the likelihood of the process with that many steps, which as a rule is looser than the continuous bound.
+    It is usually looser than the bound in continuous time.
     """
 
     bound_kind: BoundKind = dataclasses.field(default="nelbo", init=False)
@@ -148,17 +149,17 @@ class WeightedGrid(_WeightedRates):
 
 @dataclasses.dataclass(frozen=True)
 class UnweightedGrid(_Masked):
-    """What the code of DiffuLLaMA (arXiv 2410.17891) scores with: the mean loss of masked tokens, over rates k/draws.
+    """The score of DiffuLLaMA's code (arXiv 2410.17891): mean loss of masked tokens, averaged over rates k/draws.
 
-    No bound: without weights the many tokens of high rates count most. The mean is taken times the number of tokens, so
-    that it is on the scale of a log-likelihood. A draw that masks nothing is 0.
+    This is not a bound, because the weights 1/t are missing. The mean is multiplied by the number of tokens to have the
+    scale of a log-likelihood. A draw without masked tokens is 0.
     """
 
     bound_kind: BoundKind = dataclasses.field(default="pseudo", init=False)
     random_start: bool = dataclasses.field(default=False, init=False)
 
     def nll(self, model: BoundModel, batch: Batch, keys: StreamKeys, level_B: jax.Array) -> jax.Array:
-        """Returns f32[B], the mean over the masked tokens of one draw times the number of tokens."""
+        """Returns f32[B], the mean loss over the masked tokens of one draw, times the number of tokens."""
         masked = self._bernoulli(batch, keys, 1.0 - level_B)
         weight = jnp.sum(jnp.where(masked, batch.loss_weights, 0.0), axis=1)
         total = jnp.sum(self._masked_nll(model, batch, masked), axis=1)
@@ -167,10 +168,10 @@ class UnweightedGrid(_Masked):
 
 @dataclasses.dataclass(frozen=True)
 class LeftToRight(_Masked):
-    """The chain from left to right with MASK on everything still to come: Dream's `ar_ftb` (arXiv 2508.15487).
+    """The chain rule from left to right with MASK at all later positions: Dream's `ar_ftb` (arXiv 2508.15487).
 
-    Exact: it is the probability with which a sampler that opens one slot at a time, from the left, writes the target
-    into a window of its length. It costs one forward pass a target token.
+    It is the exact probability that a sampler generates the target when it unmasks one token per step from left to
+    right, in a window of the target's length. It needs one forward pass per target token.
     """
 
     draws: int = dataclasses.field(default=1, init=False)
@@ -184,24 +185,32 @@ class LeftToRight(_Masked):
         return True
 
     def nll(self, model: BoundModel, batch: Batch, keys: StreamKeys, level_B: jax.Array) -> jax.Array:
-        """Returns f32[B], the sum over target tokens of -log p(token given the tokens before it and MASK behind)."""
+        """Returns f32[B], the sum over target tokens of -log p(token | tokens before it, MASK from it on)."""
         del keys, level_B
-        place = jnp.cumsum(batch.target_mask, axis=1) - batch.target_mask
+        index = jnp.cumsum(batch.target_mask, axis=1) - batch.target_mask  # index of each token in its target
         longest = jnp.max(jnp.sum(batch.target_mask, axis=1))
 
         def step(state):
             number, total = state
-            losses = self._masked_nll(model, batch, batch.target_mask & (place >= number), place == number)
+            # Rows with shorter targets have no token with this index and add 0.
+            losses = self._masked_nll(model, batch, batch.target_mask & (index >= number), index == number)
             return number + 1, total + jnp.sum(losses, axis=1)
 
-        start = (jnp.zeros((), place.dtype), jnp.zeros(batch.tokens.shape[0], jnp.float32))
+        start = (jnp.zeros((), index.dtype), jnp.zeros(batch.tokens.shape[0], jnp.float32))
         return jax.lax.while_loop(lambda state: state[0] < longest, step, start)[1]
 
 
 def _nll(
-    model, batch: Batch, canvas, wanted, alignment, visibility: str, forbidden: tuple[int, ...], guidance: float = 0.0
+    model,
+    batch: Batch,
+    noisy_tokens: jax.Array,
+    scored: jax.Array,
+    alignment: Alignment,
+    visibility: str,
+    forbidden: tuple[int, ...],
+    guidance: float = 0.0,
 ) -> jax.Array:
-    """Returns f32[B,T], the cross-entropy of the batch's tokens given a canvas, at the wanted tokens."""
+    """Returns f32[B,T], the cross-entropy of the batch's tokens given i32[B,T] noisy tokens, where bool[B,T] scored."""
 
     def run(tokens, encoder):
         return model(
@@ -213,17 +222,20 @@ def _nll(
             **told_time(model.spec, share, batch.target_mask),
         )
 
-    share = noise_share(canvas != batch.tokens, batch.target_mask, visibility)
-    targets, where = alignment.to_slots(batch.tokens), alignment.to_slots(wanted)
-    hidden = run(canvas, batch.encoder)
+    # A time-conditioned network is conditioned on the fraction of noisy tokens.
+    share = noise_share(noisy_tokens != batch.tokens, batch.target_mask, visibility)
+    # `to_slots` moves each target to the position whose hidden state predicts it; `to_tokens` moves the loss back.
+    targets, where = alignment.to_slots(batch.tokens), alignment.to_slots(scored)
+    hidden = run(noisy_tokens, batch.encoder)
     if guidance == 0:
         return alignment.to_tokens(model.nll(hidden, targets, where=where, forbidden=forbidden))
+    # The unconditional pass replaces the conditioning, in encoder and decoder, by MASK; padding stays.
     (mask_id,), encoder = forbidden, batch.encoder
     if encoder is not None:
         encoder = dataclasses.replace(encoder, tokens=jnp.where(encoder.segment_ids > 0, mask_id, encoder.tokens))
-    blank = run(jnp.where(batch.target_mask | (batch.segment_ids == 0), canvas, mask_id), encoder)
+    unconditional = run(jnp.where(batch.target_mask | (batch.segment_ids == 0), noisy_tokens, mask_id), encoder)
     stats = model.token_stats(
-        hidden, where=where, score=targets, forbidden=forbidden, unconditional=blank, guidance=guidance
+        hidden, where=where, score=targets, forbidden=forbidden, unconditional=unconditional, guidance=guidance
     )
     return -alignment.to_tokens(stats.target_log_prob)
 
@@ -232,11 +244,20 @@ def _uniform(batch: Batch, keys: StreamKeys) -> jax.Array:
     return keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
 
 
-def require_draws(estimator: Any) -> None:
-    """Raises `ConfigError` unless the estimator takes a draw."""
+class HasDraws(Protocol):
+    """An estimator with a configured number of draws."""
+
+    @property
+    def draws(self) -> int:
+        """Number of draws per row."""
+        ...
+
+
+def require_draws(estimator: HasDraws) -> None:
+    """Raises `ConfigError` unless `draws` is a positive integer."""
     require(
         isinstance(estimator.draws, int) and estimator.draws > 0,
-        f"draws = {estimator.draws} is no number of draws",
+        f"draws={estimator.draws!r}: must be an integer >= 1",
         where=f"{type(estimator).__name__}.draws",
         fix="LLaDA uses 128, DiffuLLaMA 32.",
     )

@@ -1,9 +1,9 @@
-"""Likelihood of a task's targets, or of its choices, by an estimator: per token and per byte, and who picked what.
+"""Likelihood of the targets of a task, per token and per byte, and multiple-choice accuracy, by an estimator.
 
-    nats per token = sum over examples of -log p(target | conditioning) / sum over examples of their tokens
+    nats per token = sum over examples of -log p(target | conditioning) / sum over examples of real target tokens
 
-A token here is a real one: filler of a scored window costs nats and counts for nothing, EOS counts as a token and has
-no bytes. So models that say the length by padding and models that say it by EOS are charged for the same text.
+Padding in a scored window adds to the nats but not to the tokens. EOS counts as a token and has no bytes. Models that
+learn the length from padding and models that learn it from EOS are then comparable.
 """
 
 import dataclasses
@@ -31,28 +31,32 @@ from diffusion_lm.objectives.objective import Objective
 from diffusion_lm.training.card import first_difference, plain
 
 MEANING = {
-    "exact": "-log p of the model's own process",
-    "nelbo": "an upper bound of -log p, estimated",
+    "exact": "-log p under the model's generation process",
+    "nelbo": "estimate of an upper bound of -log p",
     "pseudo": "neither -log p nor a bound of it",
 }
 NORMALISERS = {"acc_norm": len, "acc_bytes": lambda text: len(text.encode())}
-"""Lengths of a choice by which its log-likelihood is divided, under the names of lm-evaluation-harness: its acc_norm
-counts characters, its acc_bytes UTF-8 bytes; on ASCII they are the same. Beside them `acc_tokens` divides by tokens."""
+"""Length of a choice that divides its log-likelihood, by the metric name of lm-evaluation-harness: characters for
+acc_norm, UTF-8 bytes for acc_bytes (the same for ASCII). `acc_tokens` divides by tokens."""
+
+
+Question = tuple[list[list[str]], int]
+"""The choices of a question, each a list of texts, and the index of the correct one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredExample:
-    """One example, scored.
+    """A scored example.
 
     Attributes:
-      nll: -log p of its target (of the right choice), nats.
-      variance: of that estimate, from its draws; 0 where it is exact, NaN where one draw was taken.
-      tokens: real target tokens.
-      bytes: UTF-8 bytes of the target's text.
-      draws: draws for each of its rows, on average.
-      correct: whether the right choice won, by the name of the rule; empty without choices.
-      unsure: whether the winner's lead is within twice its standard error.
-      lossy: choices that the vocabulary cannot write whole.
+      nll: -log p of its target (for a question: of the correct choice), in nats.
+      variance: variance of that estimate over its draws; 0 if exact, NaN if there was one draw.
+      tokens: number of real target tokens.
+      bytes: number of UTF-8 bytes of the target's text.
+      draws: mean number of draws per row.
+      correct: whether the correct choice has the best score, by metric name; empty without choices.
+      unsure: whether the margin of the best choice is within two standard errors.
+      lossy: number of choices that the vocabulary cannot represent completely.
     """
 
     nll: float
@@ -67,22 +71,22 @@ class ScoredExample:
 
 @dataclasses.dataclass(frozen=True)
 class ScoringEvaluation:
-    """Scores a task with an estimator: an evaluation of a run like any other.
+    """Scores a task with an estimator; can be used as an evaluation of a training run.
 
-    Examples whose reference is `{"choices": [...], "answer": index}` are questions: every choice is scored behind the
-    example's conditioning, on the same noise, without the window's EOS unless the estimator appends it, and the right
-    one counts as the target. A choice that is a list of texts is encoded piece by piece. All others are scored in the
-    converter's own window.
+    Examples with reference `{"choices": [...], "answer": index}` are questions. Every choice is scored after the
+    conditioning of the example, with the same noise, and without EOS unless the estimator appends it. The correct
+    choice is the target for likelihood values. A choice that is a list of texts is encoded text by text. All other
+    examples are scored in the target window of the converter.
 
     Attributes:
-      data: the examples; its converter should be the one that the model was trained with.
-      estimator: how rows are scored.
-      name: prefix of the values in logs.
+      data: the examples; the converter should be that of the model's training.
+      estimator: the estimator.
+      name: prefix of the logged values.
       every: period in steps; 0 = only after the last step.
       limit: number of examples; None = all.
-      batch_size: examples (or questions) a batch, and rows a forward pass.
-      seed: root of the frozen noise.
-      mismatches: what the estimator takes otherwise than the model's training (`mismatches`), for the record.
+      batch_size: examples (or questions) per batch, and rows per forward pass.
+      seed: seed of the frozen noise.
+      mismatches: differences between the estimator and the training (function `mismatches`); stored only.
     """
 
     data: DataPipeline
@@ -96,7 +100,7 @@ class ScoringEvaluation:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What a reader of the numbers must know: the estimator, the data, the tokeniser, what a byte is."""
+        """The conditions of the result that are stored with it: estimator, data, tokenizer, definition of a byte."""
         return {
             "estimator": self.estimator,
             "kind": self.estimator.bound_kind,
@@ -106,13 +110,13 @@ class ScoringEvaluation:
             "limit": self.limit,
             "seed": self.seed,
             "tokeniser": {"sha256": self.data.vocabulary.sha256, "size": self.data.vocabulary.size},
-            "unlike_training": self.mismatches,
-            "bytes": "UTF-8 bytes of the target's text; EOS and filler cost nats and have no bytes",
+            "mismatches": self.mismatches,
+            "bytes": "UTF-8 bytes of the target's text; EOS and padding add to the nats but have no bytes",
         }
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """What the window cuts of the examples that are used; choices are never cut."""
+        """Truncated examples among those in use; choices are never truncated."""
         found = self.data.cuts("scoring", self.limit)
         if any(_question(record) for record in self.data.records(1)):
             return tuple(cut for cut in found if cut.part != "targets")
@@ -120,15 +124,20 @@ class ScoringEvaluation:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Plain data that, with the model, determines the numbers; what stands in the data's files is part of it."""
+        """Plain data that, together with the model, determines the results, including the manifests of the data."""
         fields: dict[str, Any] = plain(dataclasses.replace(self, name="", every=0, batch_size=1))
         return fields | {"manifests": plain(self.data.manifests)}
 
     def run(self, model: BoundModel, step: int) -> dict[str, float]:
-        """Returns the values of `summary`; those that cannot be told (an error from one draw) are left out."""
+        """Returns the finite values of `summary` (e.g. no standard error if there is one draw)."""
         del step
         examples = self.examples(model, StreamKeys.create(self.seed))
-        require(bool(examples), "the split holds no examples", where="ScoringEvaluation.data", fix="Fill it.")
+        require(
+            bool(examples),
+            "the evaluation split has no examples",
+            where="ScoringEvaluation.data",
+            fix="Use a split that is not empty.",
+        )
         values = summary(examples, self.estimator.bound_kind)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
@@ -148,7 +157,7 @@ class ScoringEvaluation:
         self, model: BoundModel, batch: Batch, records: Sequence[Record], keys: StreamKeys
     ) -> list[ScoredExample]:
         scores = score(self.estimator, model, batch, keys, rows_per_pass=self.batch_size)
-        kept = self._real(batch)
+        real = self._real(batch)
         return [
             ScoredExample(
                 nll=-float(scores.log_likelihood[row]),
@@ -158,28 +167,30 @@ class ScoringEvaluation:
                 draws=float(scores.draws[row]),
                 correct={},
             )
-            for row, (record, tokens) in enumerate(zip(records, kept, strict=True))
+            for row, (record, tokens) in enumerate(zip(records, real, strict=True))
         ]
 
     def _choices(
-        self, model: BoundModel, records: Sequence[Record], questions: Sequence[Any], keys: StreamKeys
+        self, model: BoundModel, records: Sequence[Record], found: Sequence[Question | None], keys: StreamKeys
     ) -> list[ScoredExample]:
+        questions = [question for question in found if question is not None]
         require(
-            all(questions),
-            "some examples have choices and some have none",
+            len(questions) == len(found),
+            "only some of the examples have choices",
             where="ScoringEvaluation.data",
-            fix="Score them apart.",
+            fix="Put examples with and without choices into separate tasks.",
         )
         owners = [number for number, (choices, _) in enumerate(questions) for _ in choices]
         parts = [choice for choices, _ in questions for choice in choices]
         texts = ["".join(pieces) for pieces in parts]
-        asked = [records[owner] for owner in owners]
         examples = [
-            Example(record.inputs, self._encoded(pieces), record.example_id, suffix=record.suffix)
-            for record, pieces in zip(asked, parts, strict=True)
+            Example(
+                records[owner].inputs, self._encoded(pieces), records[owner].example_id, suffix=records[owner].suffix
+            )
+            for owner, pieces in zip(owners, parts, strict=True)
         ]
         window: Any = ExactEos() if self.estimator.append_eos else ExactTokens()
-        # Conditioning may be cut on its left, a choice never: it would look better than it is (trap T22).
+        # Conditioning may be truncated on the left. A truncated choice would get too high a likelihood (trap T22).
         policy = "error" if self.data.converter.too_long == "error" else "truncate_inputs"
         converter: Any = dataclasses.replace(self.data.converter, target_window=window, too_long=policy)  # type: ignore[type-var]
         batch = converter.batch([[example] for example in examples], self.data.specials, training=False)
@@ -187,16 +198,17 @@ class ScoringEvaluation:
         lengths = {name: [length(text) for text in texts] for name, length in NORMALISERS.items()}
         lengths["acc_tokens"] = scores.tokens.tolist()
         chosen = {name: answers(scores, owners, by) for name, by in lengths.items()}
-        kept, found = self._real(batch), []
+        real, scored_examples = self._real(batch), []
         for owner, (choices, answer) in enumerate(questions):
             first = owners.index(owner)
-            right, plain_choice = first + answer, chosen["acc_norm"][owner]
-            found.append(
+            # `best` and `margin` do not depend on the length by which `best_normalised` divides.
+            correct, plain_choice = first + answer, chosen["acc_norm"][owner]
+            scored_examples.append(
                 ScoredExample(
-                    nll=-float(scores.log_likelihood[right]),
-                    variance=float(scores.standard_error[right]) ** 2,
-                    tokens=len(kept[right]),
-                    bytes=len(texts[right].encode()),
+                    nll=-float(scores.log_likelihood[correct]),
+                    variance=float(scores.standard_error[correct]) ** 2,
+                    tokens=len(real[correct]),
+                    bytes=len(texts[correct].encode()),
                     draws=float(np.mean(scores.draws[first : first + len(choices)])),
                     correct={"acc": plain_choice.best == answer}
                     | {name: by[owner].best_normalised == answer for name, by in chosen.items()},
@@ -204,14 +216,14 @@ class ScoringEvaluation:
                     unsure=plain_choice.margin <= 2 * plain_choice.margin_error,
                 )
             )
-        return found
+        return scored_examples
 
     def _lossy(self, pieces: Sequence[str]) -> bool:
-        """Whether the vocabulary cannot write a choice: two choices may then be one to the model."""
+        """Returns whether encoding loses part of a choice, in which case two choices may have the same tokens."""
         return any(unwritten(self.data.full_vocabulary, piece) for piece in pieces)
 
     def _encoded(self, pieces: Sequence[str]) -> np.ndarray:
-        """Returns the tokens of a choice, each piece encoded by itself."""
+        """Returns the tokens of a choice, with each piece encoded separately."""
         return np.asarray([token for text in pieces for token in self.data.vocabulary.encode(text)], np.int32)
 
     def _real(self, batch: Batch) -> list[np.ndarray]:
@@ -220,44 +232,46 @@ class ScoringEvaluation:
         return [row[mask] for row, mask in zip(np.asarray(batch.tokens), real, strict=True)]
 
     def _text(self, record: Record, tokens: np.ndarray) -> str:
-        """Returns the text of the scored tokens: the task's own where the row holds the whole of it."""
+        """Returns the text of the scored tokens: that of the task, or decoded tokens if the target was truncated."""
         eos_id = self.data.specials.eos_id
-        whole = np.array_equal(tokens[tokens != eos_id], record.targets[record.targets != eos_id])
-        return record.targets_text if whole and record.targets_text else self.data.vocabulary.decode(tokens.tolist())
+        complete = np.array_equal(tokens[tokens != eos_id], record.targets[record.targets != eos_id])
+        return record.targets_text if complete and record.targets_text else self.data.vocabulary.decode(tokens.tolist())
 
 
-def _question(record: Record) -> tuple[list[list[str]], int] | None:
-    """Returns the choices, each a list of pieces, and the number of the right one; None where there are none."""
+def _question(record: Record) -> Question | None:
+    """Returns the choices, each a list of texts, and the index of the correct one; None if there are no choices."""
     reference = record.reference
     if not isinstance(reference, dict) or "choices" not in reference:
         return None
     choices: Any = reference["choices"]
     answer: Any = reference.get("answer")
-    known = isinstance(choices, list) and len(choices) > 1 and all(_is_choice(choice) for choice in choices)
+    valid = isinstance(choices, list) and len(choices) > 1 and all(_is_choice(choice) for choice in choices)
     require(
-        known and isinstance(answer, int) and 0 <= answer < len(choices),
-        f"the reference of example {record.example_id} is no question: {reference!r}",
+        valid and isinstance(answer, int) and 0 <= answer < len(choices),
+        f"the reference of example {record.example_id} is not a valid question: {reference!r}",
         where="ScoringEvaluation.data",
-        fix='Write {"choices": [at least two texts, or lists of texts], "answer": the index of the right one}.',
+        fix='Use {"choices": [at least two texts or lists of texts], "answer": index of the correct choice}.',
     )
     return [[choice] if isinstance(choice, str) else choice for choice in choices], answer
 
 
-def _is_choice(choice: Any) -> bool:
+def _is_choice(choice: object) -> bool:
     pieces = [choice] if isinstance(choice, str) else choice
-    texts = isinstance(pieces, list) and all(isinstance(piece, str) for piece in pieces)
-    return texts and any(pieces)  # a choice without a token would be certain, and win
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        return False
+    return any(pieces)  # an empty choice would have probability 1 and always win
 
 
 def summary(examples: Sequence[ScoredExample], kind: str) -> dict[str, float]:
-    """Returns what the examples say together; a value that cannot be told is NaN.
+    """Returns the values over all examples; a value that cannot be computed is NaN.
 
-    `nats_per_token`, `bits_per_token`, `bits_per_byte` and the perplexity per token, whose name says "perplexity_exact"
-    or "perplexity_bound"; of what is neither there is `pseudo_nats_per_token` alone. Of nats per token two standard
-    errors: `draw_error` from the Monte-Carlo draws for these examples, `example_error` from the choice of examples (and
-    their draws). With choices `acc`, `acc_norm`, `acc_bytes`, `acc_tokens`, each with its standard error over examples,
-    `unsure`, the share of questions whose draws do not tell the winner from the second, and `lossy_choices`, the number
-    of choices that the vocabulary cannot write whole, where there are any.
+    - `nats_per_token`, `bits_per_token`, `bits_per_byte`, and the perplexity per token as `perplexity_exact` or
+      `perplexity_bound`. For kind "pseudo" only `pseudo_nats_per_token`.
+    - Standard errors of nats per token: `draw_error` over the Monte Carlo draws for these examples, `example_error`
+      over the choice of examples, including their draws.
+    - With choices: `acc`, `acc_norm`, `acc_bytes` and `acc_tokens`, each with its standard error over examples;
+      `unsure`, the fraction of questions where the best two choices are within the error of the draws; and
+      `lossy_choices`, the number of choices that the vocabulary cannot represent completely, if any.
     """
     nll = np.array([example.nll for example in examples])
     tokens = np.array([example.tokens for example in examples], np.float64)
@@ -291,20 +305,20 @@ def summary(examples: Sequence[ScoredExample], kind: str) -> dict[str, float]:
 
 
 def mismatches(estimator: Estimator, objective: Objective) -> tuple[str, ...]:
-    """Returns in words what an estimator takes otherwise than the objective that trained the model.
+    """Returns a description of each difference between an estimator and the objective that trained the model.
 
-    Such numbers may be wanted (the chain rule on a model that is autoregressive and block diffusion at once), but a
-    shift or a visibility by mistake gives plausible nonsense (trap T20), so whoever reports them says so.
+    Differences are allowed (e.g. the chain rule on a model trained for AR and block diffusion). A wrong alignment or
+    visibility, however, gives plausible but wrong numbers (trap T20), so results list the differences.
 
     Raises:
-      ConfigError: the estimator masks tokens, and the model has never seen MASK.
+      ConfigError: the estimator masks tokens, but the model was trained without MASK.
     """
     needs = objective.needs()
     require(
         not getattr(estimator, "needs_mask_token", False) or needs.mask_token,
-        f"{type(estimator).__name__} masks tokens, and {type(objective).__name__} trained without MASK",
+        f"{type(estimator).__name__} masks tokens, but {type(objective).__name__} trained without MASK",
         where="--estimator",
-        fix="Use an estimator for that noise (diffusion-lm list scoring).",
+        fix="Use an estimator for this noise process (diffusion-lm list scoring).",
     )
     own = getattr(estimator, "objective", None)
     if own is not None:
@@ -317,7 +331,7 @@ def mismatches(estimator: Estimator, objective: Objective) -> tuple[str, ...]:
             found.append(f"{name} is {trained} in training and {used} here")
     if named_blocks(needs.visibility) is not None and not getattr(estimator, "keeps_past_clean", True):
         found.append(
-            "in training the tokens before a noisy block are clean, here masks are spread over the whole target "
+            "in training the tokens before a noisy block are clean, but here masks cover the whole target "
             "(gin/scoring/block_nelbo.gin scores block by block)"
         )
     return tuple(found)

@@ -1,7 +1,7 @@
-"""Seconds against output length for several samplers of one network (the AR2Diff speed study, figure 3).
+"""Measures decoding time by output length for several samplers (the AR2Diff speed study, figure 3).
 
-Speed does not depend on what the weights say as long as no sampler may stop early, so the network is not trained: every
-sampler here must run its full course (EOS and PAD forbidden, or `early_exit=False`) and the study refuses any other.
+Decoding time does not depend on the values of the weights if no sampler stops early, so the networks are not trained.
+Every sampler must run all its steps (EOS and PAD forbidden, or `early_exit=False`); others are rejected.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.special import SpecialTokens
-from diffusion_lm.core.types import Batch, Decoded, EncoderInputs
+from diffusion_lm.core.types import Batch, Decoded, EncoderInputs, Params
 from diffusion_lm.evaluation.generation import compiled_generate
 from diffusion_lm.evaluation.timing import alternate, spread, timed
 from diffusion_lm.samplers.base import Sampler
@@ -24,13 +24,13 @@ from diffusion_lm.samplers.base import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class SpeedArm:
-    """One line of the figure.
+    """One series of the figure.
 
     Attributes:
-      label: how the line is called.
+      label: name of the series.
       family: "ar" or "diffusion".
-      architecture: the network; its parameters are drawn at random.
-      sampler: runs its full course whatever the tokens.
+      architecture: the network, with random parameters.
+      sampler: a sampler that runs all its steps for any tokens.
     """
 
     label: str
@@ -46,23 +46,23 @@ class SpeedArm:
         else:
             may_stop = not {sampler.eos_id, sampler.pad_id} <= set(sampler.forbidden)
             fix = f"Bind {name}.forbidden = (PAD, EOS) in the speed study's scope."
-        require(not may_stop, f"the sampler of speed arm '{self.label}' may stop early", where=f"{name}", fix=fix)
+        require(not may_stop, f"the sampler of speed arm '{self.label}' can stop early", where=f"{name}", fix=fix)
 
 
 def full_course(sampler: Sampler) -> Sampler:
-    """Returns the sampler without its early exit, or without EOS and PAD: what a speed arm may be.
+    """Returns the sampler with early exit disabled, or with EOS and PAD forbidden, as a speed arm requires.
 
     Raises:
-      ConfigError: it has neither setting.
+      ConfigError: the sampler has neither setting.
     """
     given: Any = sampler
     if hasattr(given, "early_exit"):
         return dataclasses.replace(given, early_exit=False)
     require(
         hasattr(given, "forbidden"),
-        f"{type(given).__name__} cannot be made to fill the whole window",
+        f"{type(given).__name__} can stop early, and this cannot be disabled",
         where="--sampler",
-        fix="Give a sampler that has early_exit or forbidden.",
+        fix="Use a sampler with the setting early_exit or forbidden.",
     )
     forbidden = dict.fromkeys((*given.forbidden, given.pad_id, given.eos_id))
     return dataclasses.replace(given, forbidden=tuple(forbidden))
@@ -70,13 +70,13 @@ def full_course(sampler: Sampler) -> Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedStudy:
-    """Which lengths are timed, and how.
+    """Configuration of a speed study.
 
     Attributes:
-      arms: the lines of the figure.
-      lengths: output lengths W in tokens.
-      prompt_length: conditioning tokens before the window, BOS included.
-      batch_size: prompts decoded together.
+      arms: the series of the figure.
+      lengths: output lengths in tokens.
+      prompt_length: conditioning tokens before the target window, including BOS.
+      batch_size: prompts per batch.
       repeats: timed runs of every arm at every length, interleaved (A, B, A, B); the median is reported.
     """
 
@@ -91,7 +91,7 @@ class SpeedStudy:
         object.__setattr__(self, "lengths", tuple(self.lengths))
         for name in ("prompt_length", "batch_size", "repeats"):
             value = getattr(self, name)
-            require(value >= 1, f"{name} = {value} is less than 1", where=f"SpeedStudy.{name}", fix="Use 1 or more.")
+            require(value >= 1, f"{name}={value}: must be >= 1", where=f"SpeedStudy.{name}")
 
 
 def measure(study: SpeedStudy, *, seed: int = 0) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def measure(study: SpeedStudy, *, seed: int = 0) -> dict[str, Any]:
       `{"device", "rows": [{"label", "family", "length", "seconds", "spread", "forward_passes", "batch_size"}]}`, where
       `seconds` is the median of `repeats` runs after compilation and `spread` is (max - min) / median.
     """
-    parameters: dict[Any, Any] = {}
+    parameters: dict[Architecture, Params] = {}
     rows = []
     for length in study.lengths:
         calls, passes = [], []
@@ -128,8 +128,8 @@ def measure(study: SpeedStudy, *, seed: int = 0) -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind, "rows": rows}
 
 
-def decoder(arm: SpeedArm, params: Any, prompt: Batch, *, seed: int = 0) -> Callable[[int], Decoded]:
-    """Returns a function from the number of a repeat to its finished decode; the first call compiles."""
+def decoder(arm: SpeedArm, params: Params, prompt: Batch, *, seed: int = 0) -> Callable[[int], Decoded]:
+    """Returns a function that decodes repeat number n and waits for the result; the first call compiles."""
     program = compiled_generate(arm.architecture, arm.sampler)
     return lambda repeat: jax.block_until_ready(program(params, prompt, StreamKeys.create(seed, repeat)))
 
@@ -141,7 +141,7 @@ def random_prompt(architecture: Architecture, batch_size: int, prompt_length: in
     encoder = None
     if architecture.needs_encoder:
         encoder = EncoderInputs(jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.int32), _slots(tokens.shape))
-        tokens = tokens[:, :1]  # the decoder's row opens with BOS alone
+        tokens = tokens[:, :1]  # the prompt is in the encoder; the decoder's row starts with BOS only
     conditioning = tokens.shape[1]
     tokens = np.pad(tokens, ((0, 0), (0, length)))
     return Batch(
@@ -158,5 +158,5 @@ def random_prompt(architecture: Architecture, batch_size: int, prompt_length: in
 
 
 def _slots(shape: tuple[int, ...]) -> jax.Array:
-    """Returns i32[B,T], the slot number of each token."""
+    """Returns i32[B,T], the position of each token."""
     return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)

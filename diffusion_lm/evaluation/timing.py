@@ -1,7 +1,7 @@
-"""Times of several things that are measured in turns, and how sure their ratio is.
+"""Interleaved timing of several functions, and the spread of speed ratios.
 
-On a machine that does other work too, one thing measured after the other is compared under different conditions. Here
-every round measures all of them once (A, B, A, B), so that what slows the machine down slows both sides of a pair.
+On a shared machine, functions that are timed one after the other run under different load. Here every round times each
+function once (A, B, A, B), so that changes of load affect all of them.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from diffusion_lm.core.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """A set of measurements.
+    """Summary statistics of measurements.
 
     Attributes:
-      median: the middle one.
-      low, high: the quartiles, interpolated between neighbours; half of the measurements lie between them.
-      least, most: the smallest and the largest.
+      median: the median.
+      low, high: the first and third quartile, with linear interpolation.
+      least, most: minimum and maximum.
       count: number of measurements.
     """
 
@@ -32,12 +32,12 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Returns the median and the spread of at least one measurement.
+    """Returns the summary statistics of measurements.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: `values` is empty.
     """
-    require(len(values) > 0, "nothing was measured", where="--rounds", fix="Use 1 or more.")
+    require(len(values) > 0, "nothing was measured", where="--rounds", fix="Use at least 1.")
     low, high = values[0], values[0]
     if len(values) > 1:
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -45,27 +45,27 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def speed_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Returns how many times as fast ours is, from seconds that were measured in the same rounds.
+    """Returns how many times faster `ours` is than `theirs`, from seconds measured in the same rounds.
 
-    Each round gives one ratio `theirs / ours`: of two medians the rounds would be lost, and with them what the machine
-    did to both sides at the time.
+    Each round gives one ratio `theirs / ours`, in which the machine's load of that round cancels. It would not cancel
+    in a ratio of two medians.
     """
     return spread([other / one for one, other in zip(ours, theirs, strict=True)])
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Returns the seconds that `call` takes; it must wait for what it starts."""
+    """Returns the seconds that `call` takes; `call` must wait for asynchronous work that it starts."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 def alternate(calls: Sequence[Callable[[int], float]], rounds: int) -> list[list[float]]:
-    """Returns the seconds that each call reports of each round; a round makes every call once, in the given order.
+    """Returns, for each call, its seconds per round; a round makes every call once, in the given order.
 
     Args:
-      calls: functions from the number of the round to the seconds that it took.
-      rounds: how often all are called.
+      calls: functions that take the number of the round and return seconds.
+      rounds: number of rounds.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     for number in range(rounds):

@@ -1,1 +1,1 @@
-"""Floor 5: stages, comparisons of arms, and the report that shows them."""
+"""Layer 5: training stages, comparisons of arms, and the report."""

@@ -1,4 +1,4 @@
-"""The report's charts, drawn as SVG here so that the page needs no chart library and no network."""
+"""Draws the charts of the report as SVG, so that the page needs neither a chart library nor network access."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from diffusion_lm.recipes import svg
 from diffusion_lm.recipes.crossover import Crossover, SpeedSeries
 from diffusion_lm.recipes.svg import Style, el
 
-PANEL = 340  # width of a small multiple: one fills a phone, three fill a desktop
+PANEL = 340  # width of one panel: one fills a phone screen, three fill a desktop screen
 
 
 class Dot(NamedTuple):
-    """One row of a dot plot; value None where the arm has no score."""
+    """One row of a dot plot; `value` is None if the arm has no score."""
 
     label: str
     style: Style
@@ -25,7 +25,7 @@ class Dot(NamedTuple):
 
 
 def dot_plot(dots: Sequence[Dot], *, title: str, unit: str, places: int, reference: Dot | None = None) -> Markup:
-    """Scores of one task with 95 % intervals; a dashed line at `reference` (the AR arm) helps the eye."""
+    """Returns a dot plot of one task's scores with 95% intervals, and a dashed line at the score of `reference`."""
     row, right, top = 30, 46, 6
     left = min(132.0, 20 + svg.GLYPH * 12 * max((len(dot.label) for dot in dots), default=4))
     height = top + row * len(dots) + 34
@@ -40,7 +40,7 @@ def dot_plot(dots: Sequence[Dot], *, title: str, unit: str, places: int, referen
     ]
     if reference and reference.value is not None:
         parts.append(svg.line(x_of(reference.value), top, x_of(reference.value), base, f"ref {reference.style.colour}"))
-    said = []
+    readings = []  # the same numbers as text, for screen readers
     for index, dot in enumerate(dots):
         y = top + row * (index + 0.5)
         weight = "strong" if dot.best else ""
@@ -52,15 +52,15 @@ def dot_plot(dots: Sequence[Dot], *, title: str, unit: str, places: int, referen
         if dot.low is not None and dot.high is not None:
             parts.append(svg.line(x_of(dot.low), y, x_of(dot.high), y, f"bar {dot.style.colour}"))
             interval = f" [{dot.low:.{places}f}, {dot.high:.{places}f}]"
-        said.append(f"{dot.label} {dot.value:.{places}f}{interval}")
-        parts.append(el("g", el("title", said[-1]), svg.marker(dot.style, x_of(dot.value), y)))
+        readings.append(f"{dot.label} {dot.value:.{places}f}{interval}")
+        parts.append(el("g", el("title", readings[-1]), svg.marker(dot.style, x_of(dot.value), y)))
         end = max(x_of(dot.high) if dot.high is not None else 0.0, x_of(dot.value) + 6)
         parts.append(svg.text(end + 7, y + 4, f"{dot.value:.{places}f}", f"value {weight}".strip()))
-    return svg.figure(PANEL, height, f"{title}, {unit}: {'; '.join(said)}", *parts)
+    return svg.figure(PANEL, height, f"{title}, {unit}: {'; '.join(readings)}", *parts)
 
 
 class Curve(NamedTuple):
-    """One line of a training panel: points (step, value), and whether it was measured on held-out data."""
+    """One series of a training panel: points (step, value), and whether they were measured on held-out data."""
 
     label: str
     style: Style
@@ -72,7 +72,10 @@ def curve_panel(
     curves: Sequence[Curve], marks: Sequence[tuple[float, str]], *, title: str, top_value: float, low_value: float,
     last_step: float,
 ) -> Markup:  # fmt: skip
-    """Loss of one arm over all its stages, on a log axis where every loss is positive; `marks` are (step, stage)."""
+    """Returns the loss curve of one arm over all its stages, on a log axis if every loss is positive.
+
+    `marks` are (first step, stage name).
+    """
     left, right, top, bottom, height = 32, 8, 24, 26, 196
     x_of = _linear(0, last_step, left, PANEL - right)
     if low_value > 0:
@@ -109,7 +112,7 @@ def speed_chart(
     height: int,
     direct: bool,
 ) -> Markup:
-    """Seconds against output length on log axes; `direct` writes labels at the line ends (needs room at the right)."""
+    """Returns seconds by output length on log axes; `direct` puts the labels at the line ends instead of a legend."""
     left, right, top, bottom = 50, (190 if direct else 14), 14, 42
     lengths = sorted({n for s, _ in series for n in s.lengths})
     times = [t for s, _ in series for t in s.seconds]
@@ -144,7 +147,7 @@ def speed_chart(
         for (one, style), y in zip(series, _apart(wanted, 16, height - bottom), strict=True):
             x = x_of(one.lengths[-1]) + 12
             parts.append(svg.text(x, y, svg.clip(one.label, right - 16), f"series {style.colour}"))
-    label = "Seconds per call against tokens generated, log-log. " + "; ".join(
+    label = "Seconds per call by number of tokens generated, log-log. " + "; ".join(
         f"{s.label}: {_seconds(s.seconds[0])} at {s.lengths[0]:.0f}, {_seconds(s.seconds[-1])} at {s.lengths[-1]:.0f}"
         for s, _ in series
     )
@@ -152,7 +155,7 @@ def speed_chart(
 
 
 def change_map(labels: Sequence[str], positions: int, changed: Sequence[set[int]]) -> Markup:
-    """Frames down, positions across: dark where a frame changed the token, so convergence shows at a glance."""
+    """Returns a map with one row per frame and one column per position, dark where the frame changed the token."""
     width, row, left = 420, 11, 44
     size = (width - left) / max(positions, 1)
     parts: list[Markup] = []
@@ -167,12 +170,12 @@ def change_map(labels: Sequence[str], positions: int, changed: Sequence[set[int]
         parts.append(el("path", d="".join(boxes), class_="changed"))
     counts = ", ".join(f"{label} {len(c)}" for label, c in zip(labels, changed, strict=True))
     return svg.figure(
-        width, row * len(labels), f"Tokens changed, of {positions}: {counts}", *parts, class_="chart change-map"
+        width, row * len(labels), f"Tokens changed out of {positions}: {counts}", *parts, class_="chart change-map"
     )
 
 
 def _runs(indices: Sequence[int], merge: bool) -> list[tuple[int, int]]:
-    """Half-open runs of adjacent indices, or every index alone."""
+    """Returns half-open intervals of adjacent indices if `merge`, otherwise one interval per index."""
     runs: list[tuple[int, int]] = []
     for index in indices:
         if merge and runs and runs[-1][1] == index:
@@ -206,16 +209,17 @@ def _horizontal_grid(ticks, y_of, left: float, right: float) -> Markup:
 
 
 def _apart(wanted: Sequence[float], gap: float, bottom: float) -> list[float]:
-    """Moves label heights so that none overlap, keeping their order and staying above `bottom`."""
+    """Returns label heights moved apart so that none overlap, in the same order and above `bottom`."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = [0.0] * len(wanted)
     last = -math.inf
     for i in order:
         last = placed[i] = max(wanted[i], last + gap)
-    ceiling = bottom
+    # Labels pushed below the chart are moved up again, from the lowest one.
+    limit = bottom
     for i in reversed(order):
-        placed[i] = min(placed[i], ceiling)
-        ceiling = placed[i] - gap
+        placed[i] = min(placed[i], limit)
+        limit = placed[i] - gap
     return placed
 
 

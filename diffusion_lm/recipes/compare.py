@@ -1,13 +1,13 @@
 """Runs a comparison: stages, evaluations, speed study, results, report.
 
-The run folder is the state. Every stage, every scored task and the speed study has a file of its own that is either
-whole or absent, so that a comparison that was stopped anywhere goes on where it was and ends with the same numbers:
+All state is in the run directory. Every stage, every scored task and the speed study is written atomically to its own
+file. An interrupted comparison therefore resumes where it stopped and gives the same numbers:
 
-    WORKDIR/comparison.json                 the configuration's fingerprint: another configuration is refused
-    WORKDIR/stages/STAGE/                   one training run each (checkpoints, metrics.jsonl, run_card.json)
+    WORKDIR/comparison.json                 fingerprint of the configuration; another configuration is an error
+    WORKDIR/stages/STAGE/                   one training run per stage (checkpoints, metrics.jsonl, run_card.json)
     WORKDIR/evaluations/ARM/TASK.json       predictions and per-example statistics
-    WORKDIR/speed.json  playback.json       what is timed or shown, never compared between runs
-    WORKDIR/replicate_I/                    stages and evaluations of replicate I = 1, 2, ...; those of 0 are above
+    WORKDIR/speed.json  playback.json       decoding times and recorded denoising steps; not part of results.json
+    WORKDIR/replicate_I/                    stages and evaluations of replicate I = 1, 2, ...; replicate 0 is above
     WORKDIR/results.json  results.md  report/index.html
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import as_path, read_json, write_json, write_text
 from diffusion_lm.core.memory_maps import free_programs
+from diffusion_lm.core.types import Params
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.target_window import TargetWindow
 from diffusion_lm.evaluation import generation, likelihood
@@ -29,6 +30,7 @@ from diffusion_lm.evaluation.speed import measure
 from diffusion_lm.recipes import report, summary, tables
 from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.playback import record_playback
+from diffusion_lm.recipes.records import Evaluation, JsonObject, LogRow, Playback, Results, Speed
 from diffusion_lm.recipes.results import Evaluations, assemble, cuts, shown_samples
 from diffusion_lm.recipes.stage import Stage
 from diffusion_lm.training.checkpoint import selected
@@ -36,30 +38,32 @@ from diffusion_lm.training.loop import train
 from diffusion_lm.training.run import fingerprint
 from diffusion_lm.training.trained import trained_model
 
+Log = Callable[[str], None]
+
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonResult:
-    """Where a finished comparison stands, and its results.
+    """The results of a finished comparison and the paths of its outputs.
 
     Attributes:
-      results: the content of `results.json`.
+      results: content of `results.json`.
       report: path of the HTML report.
       table: path of the Markdown table.
     """
 
-    results: Mapping[str, Any]
+    results: Results
     report: Path
     table: Path
 
 
-def compare(comparison: Comparison, workdir: str | Path, *, log: Callable[[str], None] = print) -> ComparisonResult:
-    """Runs what is not there yet of `comparison` below `workdir` and writes its results and report.
+def compare(comparison: Comparison, workdir: str | Path, *, log: Log = print) -> ComparisonResult:
+    """Runs the parts of `comparison` that `workdir` does not have yet, and writes results and report.
 
     Raises:
-      ConfigError: the folder belongs to another comparison.
+      ConfigError: `workdir` belongs to another comparison.
     """
     workdir = as_path(workdir)
-    _claim(comparison, workdir)
+    _check_workdir(comparison, workdir)
     for sentence in summary.cut_sentences({"cuts": cuts(comparison)}):
         log(f"warning: {sentence}")
     replicates = [_run_replicate(comparison, index, workdir, log) for index in range(comparison.replicates)]
@@ -79,7 +83,7 @@ def compare(comparison: Comparison, workdir: str | Path, *, log: Callable[[str],
     return ComparisonResult(results, page, workdir / "results.md")
 
 
-def _run_replicate(comparison: Comparison, index: int, workdir: Path, log: Callable[[str], None]) -> Evaluations:
+def _run_replicate(comparison: Comparison, index: int, workdir: Path, log: Log) -> Evaluations:
     """Trains and scores all arms under the seeds of replicate `index`."""
     replicate = comparison.replicate(index)
     if index:
@@ -98,32 +102,33 @@ def _run_replicate(comparison: Comparison, index: int, workdir: Path, log: Calla
 
 
 def stage_folder(stage: Stage, workdir: Path) -> Path:
-    """Returns the run folder of a stage."""
+    """Returns the run directory of a stage."""
     return workdir / "stages" / stage.name
 
 
-def run_stage(stage: Stage, workdir: Path) -> Any:
-    """Trains a stage (or finds it finished) and returns its final parameters. Its ancestors must be finished."""
+def run_stage(stage: Stage, workdir: Path) -> Params:
+    """Trains a stage unless it is finished, and returns its final parameters. Its ancestors must be finished."""
     free_programs()
     initial = stage_folder(stage.initial, workdir) if isinstance(stage.initial, Stage) else stage.initial
     return train(stage.run, stage_folder(stage, workdir), init_params=initial).params
 
 
-def _claim(comparison: Comparison, workdir: Path) -> None:
+def _check_workdir(comparison: Comparison, workdir: Path) -> None:
+    """Writes `comparison.json`, or raises `ConfigError` if `workdir` belongs to another configuration."""
     card = {"name": comparison.name, "fingerprint": fingerprint(comparison)}
     path = workdir / "comparison.json"
     if path.exists() and read_json(path) != card:
         raise ConfigError(
-            f"{workdir} holds a comparison of another configuration",
+            f"{workdir} contains a comparison with another configuration",
             where=f"{path}: {read_json(path)['name']}, fingerprint {read_json(path)['fingerprint'][:12]}",
-            fix="Choose another --workdir, or delete the folder if its results are not needed.",
+            fix="Choose another --workdir, or delete the directory if its results are not needed.",
         )
     write_json(path, card)
 
 
-def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: Path, log) -> dict[str, Any]:
-    def run() -> dict[str, Any]:
-        # Every arm compiles programs of its own, for training before and for decoding from here on.
+def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: Path, log: Log) -> Evaluation:
+    def run() -> Evaluation:
+        # Each arm compiles its own programs; those of the previous arm are not needed any more.
         free_programs()
         log(f"evaluate  {arm.name} on {task.name}")
         if getattr(task.data, "vocabulary_note", None):
@@ -135,7 +140,8 @@ def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: P
         value, per_example, secondary = generation.score(task, result)
         bound = None
         if comparison.bound_limit:
-            network = stage.network_stage.run  # the loss of a length head does not bound the text's likelihood
+            # The stage may train only a length head, whose loss does not bound the likelihood of the text.
+            network = stage.network_stage.run
             bound = likelihood.evaluate_bound(
                 model,
                 network.objective,
@@ -161,13 +167,13 @@ def _evaluate(comparison: Comparison, arm: Arm, task: GenerationTask, workdir: P
 
 
 def _teacher_forced(prompts: DataPipeline, window: TargetWindow) -> DataPipeline:
-    """Returns a task's data with its own lengths and the target window under which the stage was trained."""
-    converter: Any = prompts.converter  # the protocol does not say that converters are dataclasses
+    """Returns a task's data with the target window of the stage's training; the lengths stay those of the task."""
+    converter: Any = prompts.converter  # the protocol does not require a dataclass
     return dataclasses.replace(prompts, converter=dataclasses.replace(converter, target_window=window))
 
 
-def _playback(comparison: Comparison, workdir: Path, log) -> dict[str, Any]:
-    """Records the denoising of one example per task by the last diffusion arm that trained on it."""
+def _playback(comparison: Comparison, workdir: Path, log: Log) -> Mapping[str, Playback]:
+    """Records the denoising steps of one example per task, decoded by the last diffusion arm."""
     arms = [arm for arm in comparison.arms if arm.family == "diffusion"]
     if not arms:
         return {}
@@ -181,18 +187,18 @@ def _playback(comparison: Comparison, workdir: Path, log) -> dict[str, Any]:
     return played
 
 
-def _speed(comparison: Comparison, log) -> dict[str, Any]:
-    log("speed against output length")
+def _speed(comparison: Comparison, log: Log) -> Speed:
+    log("speed by output length")
     assert comparison.speed is not None
     return measure(comparison.speed, seed=comparison.seed)
 
 
-def _cached(path: Path, compute: Callable[[], dict]) -> dict[str, Any]:
+def _cached(path: Path, compute: Callable[[], JsonObject]) -> JsonObject:
     if not path.exists():
         write_json(path, compute())
     return read_json(path)
 
 
-def _curve(workdir: Path, stage: Stage) -> list[dict]:
+def _curve(workdir: Path, stage: Stage) -> list[LogRow]:
     path = stage_folder(stage, workdir) / "metrics.jsonl"
     return tables.read_jsonl(path) if path.exists() else []

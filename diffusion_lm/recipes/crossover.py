@@ -1,19 +1,21 @@
-"""Time against output length: where a diffusion decoder overtakes an autoregressive one."""
+"""Finds the output length from which a diffusion decoder is faster than an autoregressive one."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from diffusion_lm.recipes.formatting import is_number
+from diffusion_lm.recipes.records import Speed, SpeedRow
 
 
 class SpeedSeries(NamedTuple):
-    """One decoder's time against output length, sorted by length.
+    """Decoding time of one decoder at several output lengths, sorted by length.
 
     Attributes:
-      label, kind: how it is called; "ar" or "diffusion".
-      passes: forward passes at its shortest length.
-      lengths, seconds: tokens generated and median seconds of the call.
+      label: name of the series in the report.
+      kind: "ar" or "diffusion".
+      passes: forward passes at the shortest length.
+      lengths, seconds: tokens generated and median seconds per call.
       spreads: (max - min) / median over the repeats.
     """
 
@@ -26,13 +28,14 @@ class SpeedSeries(NamedTuple):
 
 
 class Crossover(NamedTuple):
-    """Where a diffusion decoder overtakes the AR one.
+    """The crossover of a diffusion decoder with the AR decoder.
 
     Attributes:
-      label: the diffusion series.
-      length, seconds: the crossing, interpolated on log axes between measured lengths; None where there is none.
-      ratio: AR time over diffusion time at the longest length both were measured at.
-      at: that length.
+      label: label of the diffusion series.
+      length, seconds: the crossing point, interpolated between measured lengths on log axes; None if the series do not
+        cross.
+      ratio: AR time divided by diffusion time at length `at`.
+      at: the longest length that was measured for both.
     """
 
     label: str
@@ -42,9 +45,9 @@ class Crossover(NamedTuple):
     at: float
 
 
-def speed_series(speed: Mapping[str, Any] | None) -> list[SpeedSeries]:
-    """Groups the rows of a speed measurement by label: AR first, then diffusion by number of steps."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+def speed_series(speed: Speed | None) -> list[SpeedSeries]:
+    """Groups the rows of a speed measurement by label: AR first, then diffusion by number of forward passes."""
+    groups: dict[str, list[SpeedRow]] = {}
     for row in (speed or {}).get("rows", ()):
         if is_number(row.get("seconds")) and row["seconds"] > 0 and row.get("length", 0) > 0:
             groups.setdefault(row["label"], []).append(row)
@@ -59,7 +62,7 @@ def speed_series(speed: Mapping[str, Any] | None) -> list[SpeedSeries]:
 
 
 def crossovers(series: Sequence[SpeedSeries]) -> list[Crossover]:
-    """Where each diffusion series crosses the first AR series; empty where either kind is missing."""
+    """Returns the crossover of each diffusion series with the first AR series; empty if either kind is missing."""
     ar = next((s for s in series if s.kind == "ar"), None)
     found = []
     for other in series:
@@ -73,18 +76,22 @@ def crossovers(series: Sequence[SpeedSeries]) -> list[Crossover]:
         crossing: tuple[float, float] | tuple[None, None] = (None, None)
         for left, right, gap, next_gap in zip(common, common[1:], gaps, gaps[1:], strict=False):
             if gap < 0 <= next_gap:
-                share = gap / (gap - next_gap)
-                crossing = (_between(left, right, share), _between(ar_at[left], ar_at[right], share))
+                # Both curves are taken as straight lines on log-log axes, so the log ratio is linear in log length.
+                fraction = gap / (gap - next_gap)
+                crossing = (
+                    _log_interpolate(left, right, fraction),
+                    _log_interpolate(ar_at[left], ar_at[right], fraction),
+                )
         found.append(Crossover(other.label, crossing[0], crossing[1], math.exp(gaps[-1]), common[-1]))
     return found
 
 
-def _between(left: float, right: float, share: float) -> float:
-    return math.exp(math.log(left) * (1 - share) + math.log(right) * share)
+def _log_interpolate(left: float, right: float, fraction: float) -> float:
+    return math.exp(math.log(left) * (1 - fraction) + math.log(right) * fraction)
 
 
-def speed_sentences(speed: Mapping[str, Any] | None) -> list[str]:
-    """One sentence: every diffusion decoder against AR at the longest length measured, and where it overtakes it."""
+def speed_sentences(speed: Speed | None) -> list[str]:
+    """Returns a sentence that compares every diffusion decoder with AR at the longest length measured."""
     series = speed_series(speed)
     found = crossovers(series)
     if not found or speed is None:
@@ -94,7 +101,7 @@ def speed_sentences(speed: Mapping[str, Any] | None) -> list[str]:
     for one in found:
         ratio = f"{one.ratio:.1f}x faster" if one.ratio >= 1 else f"{1 / one.ratio:.1f}x slower"
         at = "" if one.at == longest else f" at {one.at:.0f} tokens"
-        ahead = f" (faster from about {one.length:.0f} tokens on)" if one.length else ""
-        parts.append(f"{one.label} is {ratio}{at}{ahead}")
+        crossing = f" (faster above about {one.length:.0f} tokens)" if one.length else ""
+        parts.append(f"{one.label} is {ratio}{at}{crossing}")
     device = f" Measured on {speed['device']}." if speed.get("device") else ""
-    return [f"At {longest:.0f} tokens, against {series[0].label}: {'; '.join(parts)}.{device}"]
+    return [f"At {longest:.0f} tokens, compared with {series[0].label}: {'; '.join(parts)}.{device}"]

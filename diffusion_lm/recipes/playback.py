@@ -1,7 +1,6 @@
-"""The denoising of one example, frame by frame, as text."""
+"""Records the denoising steps of one example as text."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,15 +8,16 @@ import numpy as np
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.evaluation.generation import GenerationTask, compiled_generate
+from diffusion_lm.recipes.records import Playback
 from diffusion_lm.samplers.base import Sampler
 
 
-def record_playback(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed: int = 0) -> dict[str, Any]:
-    """Decodes the task's first example with the sampler's trace kept.
+def record_playback(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed: int = 0) -> Playback:
+    """Decodes the first example of the task and records the sampler's trace.
 
     Returns:
-      `{"input", "reference", "frames"}`; a frame is the list of token pieces of the target window after one forward
-      pass, PAD as the empty string.
+      `{"input", "reference", "frames"}`. A frame is the list of vocabulary pieces in the target window after one
+      forward pass; PAD is the empty string.
     """
     data = task.data.with_encoder(model.architecture.needs_encoder)
     prompt, records = next(iter(data.prompt_batches(1, limit=1)))

@@ -1,7 +1,7 @@
-"""Writes the report of a comparison: one HTML file with everything in it, which opens anywhere, a phone included.
+"""Writes the report of a comparison as one self-contained HTML file.
 
-The page asks nothing of a network: styles, script and charts are inline, and its content security policy allows that
-script alone. Text from models and data sets is escaped by the template engine, never trusted.
+The page loads nothing from the network: styles, script and charts are inline, and the content security policy allows
+only that script. The template engine escapes all text from models and data sets.
 """
 
 import base64
@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -19,8 +18,20 @@ from diffusion_lm.core.files import as_path, write_text
 from diffusion_lm.recipes import charts, summary, svg, tables
 from diffusion_lm.recipes.crossover import crossovers, speed_sentences, speed_series
 from diffusion_lm.recipes.formatting import MISSING, count, is_number
+from diffusion_lm.recipes.records import (
+    ArmCard,
+    Bound,
+    Cell,
+    JsonObject,
+    LogRow,
+    Playback,
+    Results,
+    Sample,
+    Speed,
+    TaskCard,
+)
 from diffusion_lm.recipes.showcase import Player, SampleCard, player, sample_cards
-from diffusion_lm.recipes.stage_chart import stage_chart, stage_forest
+from diffusion_lm.recipes.stage_chart import Node, stage_chart, stage_forest
 from diffusion_lm.recipes.svg import Style, arm_styles
 from diffusion_lm.recipes.training_curves import curve_panels
 
@@ -29,17 +40,17 @@ _COSTS = ("forward_passes_per_sample", "generated_tokens_per_sample")
 
 
 def write(
-    results: Mapping[str, Any],
+    results: Results,
     workdir: Path,
     *,
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    speed: Mapping[str, Any] | None,
-    samples: Mapping[str, Sequence[Mapping[str, Any]]],
-    playback: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, Sequence[LogRow]],
+    speed: Speed | None,
+    samples: Mapping[str, Sequence[Sample]],
+    playback: Mapping[str, Playback],
 ) -> Path:
-    """Writes `workdir/report/index.html` and returns its path. The same input gives the same bytes.
+    """Writes `workdir/report/index.html` and returns its path. The output is deterministic.
 
-    Every part but `arms` and `tasks` may be missing or empty; the page then leaves that part out and says so.
+    All fields except `name`, `arms` and `tasks` are optional; the page says which parts are absent.
 
     Args:
       results: content of `results.json`:
@@ -52,14 +63,14 @@ def write(
         selected}}};
         `differences` {task: [{`arm`, `against`, `value`, `low`, `high`}]} from `statistics.all_differences`;
         `bounds` {arm: {task: {`nll_per_real_token`, `kind`, ...}}};
-        `cuts` [{`used_by`, `text`, ...}], what rows do not hold whole (`results.cuts`).
+        `cuts` [{`used_by`, `text`, ...}], the data that was truncated to fit the rows (`results.cuts`).
       workdir: the comparison's folder.
       curves: for each stage, the rows of its metrics.jsonl.
       speed: `{"device", "rows": [{"label", "family", "length", "seconds", "spread", "batch_size",
         "forward_passes"}]}`, with `spread` = (max - min) / median; or None.
       samples: for each task, `[{"input", "reference", "outputs": {arm: {"text", "score"}}}]`.
-      playback: for each task, `{"arm", "input", "reference", "frames": [[piece, ...], ...]}`, a frame after each
-        forward pass, and optionally `start`, the canvas before the first one.
+      playback: for each task, `{"arm", "input", "reference", "frames": [[piece, ...], ...]}` with one frame per forward
+        pass, and optionally `start`, the tokens before the first one.
     """
     path = as_path(workdir) / "report" / "index.html"
     write_text(path, render(results, curves=curves, speed=speed, samples=samples, playback=playback))
@@ -67,24 +78,24 @@ def write(
 
 
 def render(
-    results: Mapping[str, Any],
+    results: Results,
     *,
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    speed: Mapping[str, Any] | None,
-    samples: Mapping[str, Sequence[Mapping[str, Any]]],
-    playback: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, Sequence[LogRow]],
+    speed: Speed | None,
+    samples: Mapping[str, Sequence[Sample]],
+    playback: Mapping[str, Playback],
 ) -> str:
-    """Returns the page that `write` writes; the arguments are the same."""
+    """Returns the page as HTML; the arguments are those of `write`."""
     results = _filled(results)
     arms, tasks = results["arms"], results["tasks"]
     styles = arm_styles([(arm["name"], arm.get("family", "none")) for arm in arms])
     labels = {arm["name"]: arm["label"] for arm in arms}
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    cards: list[tuple[Mapping[str, Any], list[SampleCard]]] = [
+    cards: list[tuple[TaskCard, list[SampleCard]]] = [
         (task, sample_cards(samples[task["name"]], arms, len(tasks))) for task in tasks if samples.get(task["name"])
     ]
-    players: list[tuple[Mapping[str, Any], str, Player]] = []
+    players: list[tuple[TaskCard, str, Player]] = []
     for task in tasks:
         played = playback.get(task["name"])
         if played and (shown := player(played)):
@@ -103,7 +114,7 @@ def render(
         arms=arms,
         tasks=tasks,
         styles=styles,
-        said=summary.summarise(results, speed),
+        summary=summary.summarise(results, speed),
         style_sheet=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
@@ -127,12 +138,12 @@ def render(
     )
 
 
-def _filled(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives every optional field a value, so that the template may name it."""
-    empty: dict[str, Any] = {"notes": [], "fingerprint": "", "versions": {}, "config": "", "cells": {}, "bounds": {}}
+def _filled(results: Results) -> Results:
+    """Returns the results with defaults for optional fields, because the template rejects undefined names."""
+    empty: Results = {"notes": [], "fingerprint": "", "versions": {}, "config": "", "cells": {}, "bounds": {}}
     filled = {**empty, **results, "title": results.get("title") or results["name"]}
-    arm_fields: dict[str, Any] = {"family": "none", "stages": [], "train_tokens": 0, "parameters": 0}
-    task_fields: dict[str, Any] = {"metric": "", "higher_is_better": True, "examples": 0}
+    arm_fields: ArmCard = {"family": "none", "stages": [], "train_tokens": 0, "parameters": 0}
+    task_fields: TaskCard = {"metric": "", "higher_is_better": True, "examples": 0}
     filled["arms"] = [{**arm_fields, "label": arm["name"], **arm} for arm in results["arms"]]
     filled["tasks"] = [
         {**task_fields, "label": task["name"], "metric_label": task.get("metric", ""), **task}
@@ -141,7 +152,7 @@ def _filled(results: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _dot_plot(results: Mapping[str, Any], task: Mapping[str, Any], styles: Mapping[str, Style]) -> Markup:
+def _dot_plot(results: Results, task: TaskCard, styles: Mapping[str, Style]) -> Markup:
     best = summary.best_arms(results, task)
     dots, reference = [], None
     for arm in results["arms"]:
@@ -156,7 +167,7 @@ def _dot_plot(results: Mapping[str, Any], task: Mapping[str, Any], styles: Mappi
     return charts.dot_plot(dots, title=task["label"], unit=unit, places=places, reference=reference)
 
 
-def _stage_chart(results: Mapping[str, Any], forest: Sequence[Any], styles: Mapping[str, Style]) -> Markup | None:
+def _stage_chart(results: Results, forest: Sequence[Node], styles: Mapping[str, Style]) -> Markup | None:
     if not forest:
         return None
     captions = {}
@@ -167,21 +178,21 @@ def _stage_chart(results: Mapping[str, Any], forest: Sequence[Any], styles: Mapp
     return stage_chart(forest, captions)
 
 
-def _speed(speed: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Charts (wide and narrow), legend, sentence and table of the speed study; None where there is none."""
+def _speed(speed: Speed | None) -> JsonObject | None:
+    """Returns charts (wide and narrow), legend, sentences and table of the speed study; None without one."""
     series = speed_series(speed)
     if not series or speed is None:
         return None
-    ramp = itertools.cycle(svg.STEP_STYLES)
-    looks = [(one, svg.AR_STYLE if one.kind == "ar" else next(ramp)) for one in series]
+    step_styles = itertools.cycle(svg.STEP_STYLES)
+    styled = [(one, svg.AR_STYLE if one.kind == "ar" else next(step_styles)) for one in series]
     crossings = crossovers(series)
     lengths = sorted({n for one in series for n in one.lengths})
     times = [dict(zip(one.lengths, one.seconds, strict=True)) for one in series]
     batches = sorted({row["batch_size"] for row in speed["rows"] if is_number(row.get("batch_size"))})
     return {
-        "wide": charts.speed_chart(looks, crossings, width=1000, height=430, direct=True),
-        "narrow": charts.speed_chart(looks, crossings, width=charts.PANEL, height=330, direct=False),
-        "legend": [(one.label, style) for one, style in looks],
+        "wide": charts.speed_chart(styled, crossings, width=1000, height=430, direct=True),
+        "narrow": charts.speed_chart(styled, crossings, width=charts.PANEL, height=330, direct=False),
+        "legend": [(one.label, style) for one, style in styled],
         "sentences": speed_sentences(speed),
         "columns": [one.label for one in series],
         "rows": [(n, [f"{t[n]:.3g}" if n in t else MISSING for t in times]) for n in lengths],
@@ -191,8 +202,8 @@ def _speed(speed: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Decoding settings, each distinct set once, with the arms and tasks it was used for."""
+def _settings(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Returns every distinct set of decoding settings, with the arms and tasks that use it."""
     used: dict[tuple[tuple[str, str], ...], dict[str, list[str]]] = {}
     for arm, task, measured in _scored(results):
         conditions = measured.get("conditions") or {}
@@ -207,8 +218,8 @@ def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str
     return entries
 
 
-def _costs(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tuple[str, str]]]]:
-    """Per arm, (forward passes, generated tokens) of a completion for each task; empty where nothing was counted."""
+def _costs(results: Results) -> list[tuple[ArmCard, list[tuple[str, str]]]]:
+    """Returns, per arm, (forward passes, generated tokens) per completion for each task; empty if none were counted."""
     rows = []
     for arm in results["arms"]:
         cells = []
@@ -225,7 +236,7 @@ def _costs(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tup
     return rows if any(cell[0] != MISSING for _, cells in rows for cell in cells) else []
 
 
-def _scored(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
+def _scored(results: Results) -> list[tuple[ArmCard, TaskCard, Cell]]:
     return [
         (arm, task, measured)
         for arm in results["arms"]
@@ -234,8 +245,8 @@ def _scored(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping
     ]
 
 
-def _bounds(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tuple[str, str]]]]:
-    """Per arm, (value, kind) for each task; empty where no bound was measured."""
+def _bounds(results: Results) -> list[tuple[ArmCard, list[tuple[str, str]]]]:
+    """Returns, per arm, (value, kind) of the bound for each task; empty if no bound was measured."""
     measured = results.get("bounds") or {}
     rows = []
     for arm in results["arms"]:
@@ -247,8 +258,8 @@ def _bounds(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[tu
     return rows if any(cell[0] != MISSING for _, cells in rows for cell in cells) else []
 
 
-def _nats(bound: Mapping[str, Any]) -> str:
-    """Returns nats per real token: of the whole loss where that is a likelihood or bound, with its standard error."""
+def _nats(bound: Bound) -> str:
+    """Returns nats per real token as text, with the standard error if it is a likelihood or bound."""
     bits, error = bound.get("bits_per_real_token"), bound.get("bits_per_real_token_error")
     if bits is not None:
         return f"{bits * math.log(2):.3f}" + (f" ± {error * math.log(2):.3f}" if error is not None else "")
@@ -256,7 +267,7 @@ def _nats(bound: Mapping[str, Any]) -> str:
     return f"{value:.3f}" if is_number(value) else MISSING
 
 
-def _secondary(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _secondary(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     return [
         (f"{arm['label']}, {task['label']}", [(key.replace("_", " "), _plain(value)) for key, value in found.items()])
         for arm, task, measured in _scored(results)
@@ -264,7 +275,7 @@ def _secondary(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, st
     ]
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""From scored tasks to `results.json` and the completions that the report shows."""
+"""Assembles `results.json` and the sample completions of the report from the evaluations of all arms."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,23 +8,24 @@ import numpy as np
 
 from diffusion_lm.recipes import statistics
 from diffusion_lm.recipes.comparison import Arm, Comparison
+from diffusion_lm.recipes.records import ArmCard, Bound, Cell, Evaluation, JsonObject, Results, Sample
 from diffusion_lm.recipes.stage import Stage, stage_graph
 from diffusion_lm.training.card import fingerprint, installed_versions
 
-Evaluations = Mapping[tuple[str, str], dict[str, Any]]
-"""What `compare.compare` stores per (arm, task): statistics, predictions, bound and costs."""
+Evaluations = Mapping[tuple[str, str], Evaluation]
+"""What `compare.compare` stores for each (arm, task): statistics, predictions, bound and costs."""
 
 
-def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[str, Any]:
-    """Returns the content of `results.json`: only what the same configuration reproduces bit for bit, so no times.
+def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> Results:
+    """Returns the content of `results.json`, which the same configuration reproduces bit for bit (no times).
 
     Args:
-      comparison: what was compared.
-      replicates: the scored tasks of each replicate. Values, secondary scores, bounds and costs are their means; with
-        more than one, each cell lists the single values under `replicates`.
+      comparison: the configuration.
+      replicates: the evaluations of each replicate. Values, secondary scores, bounds and costs are means over
+        replicates. With more than one replicate, each cell lists the single values under `replicates`.
     """
-    cells: dict[str, dict[str, Any]] = {}
-    bounds: dict[str, dict[str, Any]] = {}
+    cells: dict[str, dict[str, Cell]] = {}
+    bounds: dict[str, dict[str, Bound]] = {}
     for arm in comparison.arms:
         for task in comparison.tasks:
             found = [evaluations[arm.name, task.name] for evaluations in replicates]
@@ -90,12 +91,12 @@ def assemble(comparison: Comparison, replicates: Sequence[Evaluations]) -> dict[
     }
 
 
-def cuts(comparison: Comparison) -> list[dict[str, Any]]:
-    """Returns what rows do not hold whole: of each stage's training data, then of each task's examples.
+def cuts(comparison: Comparison) -> list[JsonObject]:
+    """Returns which data were truncated to fit the rows: training data of each stage, then examples of each task.
 
-    `used_by` is "stage NAME", "task NAME" or "bound NAME"; the rest is `checks.Cut.plain`.
+    `used_by` is "stage NAME", "task NAME" or "bound NAME"; the other fields are those of `checks.Cut.plain`.
     """
-    found = []
+    found: list[JsonObject] = []
     for stage in comparison.stages:
         found += [{"used_by": f"stage {stage.name}", **cut.plain()} for cut in stage.run.data.cuts("training")]
     for task in comparison.tasks:
@@ -106,8 +107,8 @@ def cuts(comparison: Comparison) -> list[dict[str, Any]]:
     return found
 
 
-def _arm_card(comparison: Comparison, arm: Arm) -> dict[str, Any]:
-    """Returns an arm's chain of stages and budget; where tasks are tuned apart, every task's chain is listed."""
+def _arm_card(comparison: Comparison, arm: Arm) -> ArmCard:
+    """Returns an arm's stages and budget; if tasks are fine-tuned separately, the stages of all tasks."""
     stages = stage_graph(arm.stage_for(task.name) for task in comparison.tasks)
     return {
         "name": arm.name,
@@ -129,8 +130,8 @@ def _arm_card(comparison: Comparison, arm: Arm) -> dict[str, Any]:
     }
 
 
-def _selection(found: Sequence[Mapping[str, Any]], stage: Stage) -> dict[str, Any]:
-    """Returns which checkpoint was scored (in each replicate) and what selected it; nothing where it was the last."""
+def _selection(found: Sequence[Evaluation], stage: Stage) -> JsonObject:
+    """Returns the step of the scored checkpoint (per replicate) and its metric; empty if it was the last one."""
     if "selected_step" not in found[0]:
         return {}
     steps = [one["selected_step"] for one in found]
@@ -141,9 +142,9 @@ def _selection(found: Sequence[Mapping[str, Any]], stage: Stage) -> dict[str, An
     }
 
 
-def shown_samples(comparison: Comparison, evaluations: Evaluations) -> dict[str, list[dict]]:
-    """Returns the first completions of every arm side by side, for the report."""
-    shown: dict[str, list[dict]] = {}
+def shown_samples(comparison: Comparison, evaluations: Evaluations) -> dict[str, list[Sample]]:
+    """Returns the first `comparison.shown` examples of each task with the completions of all arms."""
+    shown: dict[str, list[Sample]] = {}
     for task in comparison.tasks:
         first = evaluations[comparison.arms[0].name, task.name]
         for index in range(min(comparison.shown, len(first["inputs"]))):
@@ -158,29 +159,29 @@ def shown_samples(comparison: Comparison, evaluations: Evaluations) -> dict[str,
     return shown
 
 
-def _rows(found: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Returns the sufficient statistics of one arm on one task, f64[replicates, examples, K]."""
+def _rows(found: Sequence[Evaluation]) -> np.ndarray:
+    """Returns the sufficient statistics of one arm on one task as f64[replicates, examples, K]."""
     return np.asarray([one["statistics"] for one in found], np.float64)
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """Returns the mean of equal numbers of nested dicts; what is no number is the same in all of them."""
+    """Returns the mean of numbers, or of each number in nested dicts; other values must be equal and are kept."""
     first = values[0]
     if len(values) == 1:
         return first
     if isinstance(first, Mapping):
         return {key: _mean([one[key] for one in values]) for key in first}
-    if any(value is None for value in values):  # one of them was not finite, and so is their mean
+    if any(value is None for value in values):  # None stands for a value that was not finite; so is the mean then
         return None
     return first if isinstance(first, str | bool) else float(np.mean(values))
 
 
-def _mean_bound(bounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the mean of the replicates' bounds; their draws are independent, so errors add up as squares."""
-    mean: dict[str, Any] = _mean(bounds)
+def _mean_bound(bounds: Sequence[Bound]) -> Bound:
+    """Returns the mean of the replicates' bounds; standard errors add in quadrature, as the draws are independent."""
+    mean: Bound = _mean(bounds)
     errors = {key: [one[key] for one in bounds] for key in mean if key.endswith("_error")}
     return {**mean, **{key: float(np.linalg.norm(found)) / len(found) for key, found in errors.items()}}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> int | float | str | bool | None:
     return value if isinstance(value, int | float | str | bool | None) else repr(value)

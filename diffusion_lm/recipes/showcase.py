@@ -1,41 +1,42 @@
-"""What a reader looks at rather than measures: completions side by side, and the denoising frame by frame."""
+"""Prepares samples of all arms side by side, and the playback of the denoising steps."""
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
 from diffusion_lm.recipes.charts import change_map
 from diffusion_lm.recipes.formatting import is_number
+from diffusion_lm.recipes.records import ArmCard, JsonObject, Playback, Sample
 
-# The page stays under a megabyte whatever it is given.
+# These limits keep the page below one megabyte for any input.
 MAX_OUTPUTS = 150  # outputs shown in all, over tasks and arms
 MAX_CARDS = 8  # examples shown per task
 MAX_TEXT = 1000  # characters shown of one output
 MAX_INPUT = 2000
 MAX_FRAMES = 40
 MAX_POSITIONS = 256
-_SCATTERED = 60  # pieces beyond which marks would be noise
+_SCATTERED = 60  # maximum number of segments; an output with more is shown without marks
 _WORD = re.compile(r"\n[ \t]*|\w+|[^\w\s]")  # an indented line start counts as a word: it does in Python
-_RELATED = 0.3  # share of an output that must match the reference before differences are worth marking
+_RELATED = 0.3  # minimum fraction of an output that must match the reference for its differences to be marked
 
 Segments = list[tuple[str, str]]
 
 
 class Output(NamedTuple):
-    """One arm's completion: pieces of text and how each relates to the reference."""
+    """One arm's completion, as segments (text, kind) from `differences`."""
 
-    arm: Mapping[str, Any]
+    arm: ArmCard
     segments: Segments
     score: str
     exact: bool
 
 
 class SampleCard(NamedTuple):
-    """One example with every arm's completion; `code` asks for a monospaced face."""
+    """One example with every arm's completion; `code` selects a monospaced font."""
 
     input: str
     reference: str
@@ -44,14 +45,14 @@ class SampleCard(NamedTuple):
 
 
 class Player(NamedTuple):
-    """A playback, ready to draw.
+    """A playback in the form that the page draws.
 
     Attributes:
       input, reference: the example.
       labels: name of each frame.
-      pieces: distinct (text, kind) of the tokens; kind is "" or "pad", "eos", "newline".
-      frames: indices into `pieces`.
-      changed: positions that differ from the frame before.
+      pieces: distinct (text, kind) of the tokens; kind is "", "pad", "eos" or "newline".
+      frames: for each frame, indices into `pieces`.
+      changed: for each frame, the positions that differ from the previous frame.
       drawing: the change map.
     """
 
@@ -68,15 +69,13 @@ class Player(NamedTuple):
         marked = set(self.changed[index])
         return [(*self.pieces[piece], position in marked) for position, piece in enumerate(self.frames[index])]
 
-    def data(self) -> dict[str, Any]:
-        """What the script needs to step through the frames."""
+    def data(self) -> JsonObject:
+        """Returns the data that the page's script reads."""
         return {"labels": self.labels, "pieces": self.pieces, "frames": self.frames, "changed": self.changed}
 
 
-def sample_cards(
-    samples: Sequence[Mapping[str, Any]], arms: Sequence[Mapping[str, Any]], tasks: int = 1
-) -> list[SampleCard]:
-    """Prepares the first examples of one of `tasks` tasks, outputs in the order of the arms."""
+def sample_cards(samples: Sequence[Sample], arms: Sequence[ArmCard], tasks: int = 1) -> list[SampleCard]:
+    """Returns the first examples of one task with outputs in the order of the arms; `tasks` is the number of tasks."""
     code = any("\n" in str(sample.get("reference", "")).strip() for sample in samples)
     cards = []
     for sample in samples[: max(1, min(MAX_CARDS, MAX_OUTPUTS // (len(arms) * tasks)))]:
@@ -94,9 +93,10 @@ def sample_cards(
 
 
 def differences(reference: str, output: str) -> Segments:
-    """Splits `output` at word level into (text, kind): "" as in the reference, "extra", or "missing" before the next.
+    """Splits `output` into segments (text, kind) by a word-level diff with `reference`.
 
-    An output that hardly touches the reference comes back unmarked: all of it differs, and colour would not help.
+    Kind "" is text of the reference, "extra" is text that is not in the reference, and "missing" is text of the
+    reference that is not in the output. An output that shares little with the reference is one unmarked segment.
     """
     if not output.strip():
         return []
@@ -105,7 +105,7 @@ def differences(reference: str, output: str) -> Segments:
     if sum(len(new[j].group().strip()) for _, j in pairs) < _RELATED * len("".join(output.split())):
         return [(output, "")]
     segments: Segments = []
-    done = old_at = new_at = 0  # characters of `output` and words of both that are behind us
+    done = old_at = new_at = 0  # characters of `output`, words of `old` and words of `new` processed so far
     for i, j in [*pairs, (len(old), len(new))]:
         extra = [word for word in new[new_at:j] if word.group().strip()]
         absent = " ".join(word.group() for word in old[old_at:i] if word.group().strip())
@@ -125,9 +125,9 @@ def differences(reference: str, output: str) -> Segments:
 
 
 def _common(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
-    """Longest common subsequence as index pairs, in time len(old) x len(new) whatever the text.
+    """Returns the longest common subsequence as index pairs, in time len(old) x len(new).
 
-    (difflib takes cubic time on the repetitive text that weak models write.)
+    difflib is not used because it takes cubic time on the repetitive text that weak models generate.
     """
     codes = {word: code for code, word in enumerate({*old, *new})}
     new_codes = np.array([codes[word] for word in new], np.int64)
@@ -148,8 +148,8 @@ def _common(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def player(played: Mapping[str, Any]) -> Player | None:
-    """Prepares a playback; None where it has no frames."""
+def player(played: Playback) -> Player | None:
+    """Returns the playback in the form that the page draws; None if it has no frames."""
     frames = [[_display(str(piece)) for piece in frame[:MAX_POSITIONS]] for frame in played.get("frames") or ()]
     labels = [f"pass {index}" for index in range(1, len(frames) + 1)]
     if frames and played.get("start"):
@@ -158,8 +158,8 @@ def player(played: Mapping[str, Any]) -> Player | None:
     if not frames:
         return None
     if len(frames) > MAX_FRAMES:
-        kept = sorted({round(i * (len(frames) - 1) / (MAX_FRAMES - 1)) for i in range(MAX_FRAMES)})
-        frames, labels = [frames[i] for i in kept], [labels[i] for i in kept]
+        shown = sorted({round(i * (len(frames) - 1) / (MAX_FRAMES - 1)) for i in range(MAX_FRAMES)})
+        frames, labels = [frames[i] for i in shown], [labels[i] for i in shown]
     changed = [[] if labels[0] == "start" else list(range(len(frames[0])))]
     for before, after in itertools.pairwise(frames):
         changed.append([i for i, piece in enumerate(after) if i >= len(before) or before[i] != piece])
@@ -178,7 +178,7 @@ def player(played: Mapping[str, Any]) -> Player | None:
 
 
 def _display(piece: str) -> tuple[str, str]:
-    """Text and kind of a vocabulary piece (SentencePiece marks spaces with U+2581 and bytes with <0xNN>)."""
+    """Returns text and kind of a vocabulary piece (SentencePiece writes spaces as U+2581 and bytes as <0xNN>)."""
     if piece in ("", "<pad>", "[PAD]"):
         return "·", "pad"
     if piece in ("</s>", "<eos>", "[EOS]", "[SEP]", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>"):

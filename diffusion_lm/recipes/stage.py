@@ -1,4 +1,4 @@
-"""A stage: one training run and where its initial parameters come from. Arms of a comparison are chains of stages."""
+"""A stage is one training run and the source of its initial parameters. An arm of a comparison is a chain of stages."""
 
 import dataclasses
 import re
@@ -10,13 +10,13 @@ from diffusion_lm.training.run import TrainRun
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training run of a graph of runs.
+    """One training run of a comparison.
 
     Attributes:
-      name: folder of the stage below `WORKDIR/stages`; equal names must mean equal stages.
-      run: the training run; `run.steps` may be 0 for a network that is left as it was initialised.
-      initial: the stage whose final parameters (EMA where the run keeps one) this one starts from; a path of a
-        checkpoint; or None for a fresh initialisation from `run.seed`. Optimizer state never carries over.
+      name: name of the run directory in `WORKDIR/stages`. Stages with the same name must be equal.
+      run: the training run; `run.steps` may be 0 for an untrained network.
+      initial: source of the initial parameters: a stage (its final parameters, or their EMA if the run keeps one), the
+        path of a checkpoint, or None for random initialisation from `run.seed`. Optimizer state is never copied.
     """
 
     name: str
@@ -26,44 +26,44 @@ class Stage:
     def __post_init__(self):
         require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", self.name) is not None,
-            f"stage name '{self.name}' cannot be a folder name",
+            f"name={self.name!r}: not a valid directory name",
             where="Stage.name",
-            fix="Use letters, digits, '_', '-' and '.'.",
+            fix="Use letters, digits, '_', '-' and '.'; start with a letter or digit.",
         )
 
     @property
     def path(self) -> tuple["Stage", ...]:
-        """All stages from the first to this one: what has to be paid for to get this stage's parameters."""
+        """All stages from the first to this one."""
         before = self.initial.path if isinstance(self.initial, Stage) else ()
         return (*before, self)
 
     @property
     def network_stage(self) -> "Stage":
-        """The last stage of the path that trains the network; heads on a frozen one say nothing about its noise."""
+        """The last stage of the path that trains the network, as opposed to a head on a frozen network."""
         return next((one for one in reversed(self.path) if one.run.objective.needs().contracts), self)
 
     @property
     def train_tokens(self) -> int:
-        """Token slots that this stage alone trains on (steps x batch x slots of both streams, filler included)."""
+        """Number of token slots in this stage's training: steps x batch size x slots of both streams, with padding."""
         slots = self.run.data.row_length + (self.run.data.encoder_length or 0)
         return self.run.steps * self.run.batch_size * slots
 
 
 def stage_graph(finals: Iterable[Stage]) -> tuple[Stage, ...]:
-    """Returns every stage that the given ones need, each once, ancestors first.
+    """Returns the given stages and all their ancestors, without duplicates, ancestors first.
 
     Raises:
-      ConfigError: two different stages have one name.
+      ConfigError: two different stages have the same name.
     """
     ordered: dict[str, Stage] = {}
     for final in finals:
         for stage in final.path:
-            known = ordered.setdefault(stage.name, stage)
-            if known != stage:
+            other = ordered.setdefault(stage.name, stage)
+            if other != stage:
                 raise ConfigError(
-                    f"two different stages are called '{stage.name}'",
+                    f"two different stages have the name '{stage.name}'",
                     where="Stage.name",
-                    fix=f"They differ in {', '.join(_differences(known, stage))}; give them names of their own.",
+                    fix=f"They differ in {', '.join(_differences(other, stage))}; use different names.",
                 )
     return tuple(ordered.values())
 

@@ -1,28 +1,28 @@
-"""The arms of a comparison as a forest of stages: what is trained once and shared, and what each arm pays for."""
+"""Draws the training stages of all arms as a forest; a stage shared by several arms is one node."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from markupsafe import Markup
 
 from diffusion_lm.recipes import svg
 from diffusion_lm.recipes.formatting import count
+from diffusion_lm.recipes.records import ArmCard, StageCard
 from diffusion_lm.recipes.svg import Style, el
 
 
 @dataclass
 class Node:
-    """A stage, drawn once however many arms run through it.
+    """A stage of the forest.
 
     Attributes:
       name: name of the stage.
       budget: its steps and tokens, as text.
-      kind: "k-ar" or "k-d0" by objective, or "k-none" where nothing is trained.
-      objective: as the configuration calls it.
-      source: a checkpoint from outside the comparison that it starts from, or "".
-      arms: labels of the arms that run through it.
-      ending: labels of the arms that end here.
+      kind: colour class: "k-ar" or "k-d0" by objective, "k-none" for a stage without training.
+      objective: class name of the objective.
+      source: the checkpoint from outside the comparison that it starts from, or "".
+      arms: labels of the arms that contain the stage.
+      ending: labels of the arms whose last stage this is.
       children: stages that start from it.
     """
 
@@ -36,8 +36,8 @@ class Node:
     children: list["Node"] = field(default_factory=list)
 
 
-def stage_forest(arms: Sequence[Mapping[str, Any]]) -> list[Node]:
-    """Builds the forest. A stage's parent is its `initial` where that names a stage, otherwise the stage before it."""
+def stage_forest(arms: Sequence[ArmCard]) -> list[Node]:
+    """Returns the root nodes. The parent of a stage is its `initial`, or the previous stage if `initial` is absent."""
     nodes: dict[str, Node] = {}
     roots: list[Node] = []
     for arm in arms:
@@ -63,7 +63,7 @@ def stage_forest(arms: Sequence[Mapping[str, Any]]) -> list[Node]:
 
 
 def stage_chart(roots: Sequence[Node], labels: Mapping[str, tuple[str, Style]], *, width: int = 1040) -> Markup:
-    """Draws the forest left to right; `labels` gives each arm label its text for the end of the line, and its look."""
+    """Draws the forest from left to right; `labels` maps an arm's label to its caption and style."""
     paths = [path for root in roots for path in _paths(root, [])]
     depth = max((len(path) for path in paths), default=1)
     pill, row, box = 210, 70, 56
@@ -77,12 +77,12 @@ def stage_chart(roots: Sequence[Node], labels: Mapping[str, tuple[str, Style]], 
     centre = {name: (min(ys) + max(ys)) / 2 for name, ys in heights.items()}
     left = {path[i].name: _column(i, len(path), depth) * column for path in paths for i in range(len(path))}
     edges, boxes = [], []
-    seen: set[str] = set()
+    drawn: set[str] = set()  # shared stages are on several paths
     for index, (path, label) in enumerate(lines):
         for parent, child in zip([None, *path], path, strict=False):
-            if child.name in seen:
+            if child.name in drawn:
                 continue
-            seen.add(child.name)
+            drawn.add(child.name)
             if parent:
                 edges.append(
                     _edge(left[parent.name] + box_width, centre[parent.name], left[child.name], centre[child.name])
@@ -108,7 +108,7 @@ def _paths(node: Node, before: list[Node]) -> list[list[Node]]:
 
 
 def _column(index: int, length: int, depth: int) -> int:
-    """Stages start at the left; the last one of a longer chain stands in the last column, under its peers."""
+    """Returns the column of a stage: its index, except that the last stage of a chain is in the last column."""
     return depth - 1 if index == length - 1 and length > 1 else index
 
 
@@ -133,17 +133,17 @@ def _edge(x1: float, y1: float, x2: float, y2: float) -> Markup:
     return el("path", d=d, class_="edge")
 
 
-def _budget(stage: Mapping[str, Any]) -> str:
+def _budget(stage: StageCard) -> str:
     if not stage.get("steps"):
         return "no training"
     return f"{stage['steps']:,} steps · {count(stage.get('tokens') or 0)} tokens"
 
 
-def _objective(stage: Mapping[str, Any]) -> str:
+def _objective(stage: StageCard) -> str:
     return str(stage.get("objective") or "") if stage.get("steps") else "initial parameters"
 
 
-def _kind(stage: Mapping[str, Any]) -> str:
+def _kind(stage: StageCard) -> str:
     if not stage.get("steps"):
         return "k-none"
     return "k-ar" if "autoregressive" in str(stage.get("objective", "")).lower() else "k-d0"

@@ -1,8 +1,9 @@
-"""How sure a score is: bootstrap intervals for corpus metrics, paired differences, the Wilson interval for pass rates.
+"""Confidence intervals: bootstrap for corpus metrics and paired differences, Wilson interval for pass rates.
 
 Every metric here is a function of **summed sufficient statistics**: an example contributes one row of numbers, and the
-score of any set of examples is a function of the sum of their rows. A mean has rows `(value, 1)`; corpus BLEU has rows
-`(hypothesis length, reference length, matches 1..4, candidates 1..4)`. So the bootstrap never decodes or scores again.
+score of a set of examples is a function of the sum of their rows. A mean has rows `(value, 1)`; corpus BLEU has rows
+`(hypothesis length, reference length, matches 1..4, candidates 1..4)`. The bootstrap therefore resamples rows, and
+neither decodes nor scores again.
 """
 
 import itertools
@@ -17,11 +18,11 @@ from diffusion_lm.core.errors import require
 Aggregate = Callable[[np.ndarray], float]
 """Score of a set of examples from the sum of their rows: f64[K] -> float."""
 
-_CHUNK_DRAWS = 4_000_000  # resample counts held at once; bounds memory for large evaluation sets
+_CHUNK_DRAWS = 4_000_000  # maximum number of resample counts in memory, for large evaluation sets
 
 
 class Interval(NamedTuple):
-    """A two-sided confidence interval, in the metric's own unit."""
+    """A two-sided confidence interval, in the metric's unit."""
 
     low: float
     high: float
@@ -33,7 +34,7 @@ class Difference(NamedTuple):
     Attributes:
       value: the observed difference.
       low, high: its percentile bootstrap interval.
-      above_zero: share of the resamples in which the first arm scores higher (ties count half).
+      above_zero: fraction of resamples in which the first arm scores higher (ties count half).
     """
 
     value: float
@@ -43,13 +44,13 @@ class Difference(NamedTuple):
 
 
 def mean_rows(values: np.ndarray) -> np.ndarray:
-    """Returns the sufficient statistics f64[n, 2] of a mean over `values` f[n]; aggregate them with `ratio`."""
+    """Returns the sufficient statistics f64[n, 2] of the mean of `values` f[n]; aggregate them with `ratio`."""
     values = np.asarray(values, np.float64)
     return np.stack([values, np.ones_like(values)], axis=1)
 
 
 def ratio(total: np.ndarray) -> float:
-    """First sum over second sum: the aggregate of `mean_rows`, and of any loss sum over its weight."""
+    """Returns the first sum divided by the second: the aggregate of `mean_rows`, and of a loss sum and its weight."""
     return float(total[0] / total[1]) if total[1] else 0.0
 
 
@@ -59,25 +60,25 @@ def bootstrap(
     """Percentile bootstrap over examples (Efron and Tibshirani 1993, chapter 13; for MT metrics Koehn 2004).
 
     Args:
-      stats: f[n, K], one row of sufficient statistics an example; or f[R, n, K], the rows of R replicates (other seeds,
-        same examples), whose scores are averaged. Replicates are then drawn with replacement too.
-      aggregate: turns the sum f64[K] of a resample's rows into its score.
+      stats: f[n, K], one row of sufficient statistics per example; or f[R, n, K] for R replicates (different seeds,
+        same examples), whose scores are averaged. Replicates are then also drawn with replacement.
+      aggregate: maps the sum f64[K] of a resample's rows to its score.
       resamples: number of resamples, each of n examples drawn with replacement.
-      seed: the same seed, n and number of resamples give the same interval.
+      seed: the interval is a function of seed, n and resamples.
       confidence: coverage of the interval.
 
     Returns:
-      The interval; a single point when there is one example.
+      The interval; a single point if there is one example.
 
     Raises:
-      ConfigError: no examples, a table that is not f[n, K], or numbers out of range.
+      ConfigError: no examples, wrong shape of `stats`, or `resamples` or `confidence` out of range.
     """
     stats = _checked(stats, resamples, confidence)
     return _percentiles(_resampled_scores([stats], aggregate, resamples, seed)[0], confidence)
 
 
 def mean_score(stats: np.ndarray, aggregate: Aggregate) -> float:
-    """Returns the score of f[n, K] statistics, or the mean of the replicates' scores of f[R, n, K]."""
+    """Returns the score of statistics f[n, K], or the mean score of the replicates f[R, n, K]."""
     return float(np.mean([aggregate(table.sum(0)) for table in _with_replicates(stats)]))
 
 
@@ -92,20 +93,21 @@ def paired_difference(
 ) -> Difference:
     """Paired bootstrap of `aggregate(first) - aggregate(second)` (Koehn 2004).
 
-    Both arms see the same resampled examples, so the interval is much narrower than what two separate
-    intervals suggest: hard examples are hard for both.
+    Both arms are scored on the same resampled examples. Difficulty of an example affects both, so the interval of the
+    difference is much narrower than two separate intervals suggest.
 
     Args:
-      first, second: f[n, K] or f[R, n, K] statistics of two arms, row i of both from the same example.
+      first, second: statistics f[n, K] or f[R, n, K] of two arms; row i of both is the same example.
       aggregate, resamples, seed, confidence: as in `bootstrap`.
 
     Raises:
-      ConfigError: as `bootstrap`, or when the two tables differ in shape.
+      ConfigError: as in `bootstrap`, or the two tables differ in shape.
     """
     first, second = _checked(first, resamples, confidence), _checked(second, resamples, confidence)
     require(
         first.shape == second.shape,
-        f"A paired difference got statistics of shapes {first.shape} and {second.shape}",
+        f"statistics of two arms have different shapes: {first.shape} and {second.shape}",
+        where="paired_difference",
         fix="Score both arms on the same examples.",
     )
     scores = _resampled_scores([first, second], aggregate, resamples, seed)
@@ -123,21 +125,26 @@ def all_differences(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> list[dict[str, str | float]]:
-    """Paired differences of every two arms on one task, as the rows that `results["differences"][task]` holds.
+    """Returns the paired differences of all pairs of arms on one task, as in `results["differences"][task]`.
 
     Args:
-      tables: statistics f[n, K] or f[R, n, K] of each arm, row i of all of them from the same example.
+      tables: statistics f[n, K] or f[R, n, K] of each arm; row i of all of them is the same example.
       aggregate, resamples, seed, confidence: as in `bootstrap`.
 
     Returns:
       Rows `{"arm", "against", "value", "low", "high"}` with `value = score(arm) - score(against)`, in the order of
-      `itertools.combinations`. Each resample is drawn once and scored once an arm.
+      `itertools.combinations`. Each resample is drawn once and scored once per arm.
     """
     if len(tables) < 2:
         return []
     checked = {name: _checked(table, resamples, confidence) for name, table in tables.items()}
     shapes = {table.shape for table in checked.values()}
-    require(len(shapes) == 1, f"Arms scored on different examples: shapes {shapes}", fix="Score all on the same ones.")
+    require(
+        len(shapes) == 1,
+        f"statistics of the arms have different shapes: {sorted(shapes)}",
+        where="all_differences",
+        fix="Score all arms on the same examples.",
+    )
     scores = dict(zip(checked, _resampled_scores([*checked.values()], aggregate, resamples, seed), strict=True))
     observed = {name: mean_score(table, aggregate) for name, table in checked.items()}
     rows: list[dict[str, str | float]] = []
@@ -150,16 +157,16 @@ def all_differences(
 
 
 def wilson(successes: float, trials: int, *, confidence: float = 0.95) -> Interval:
-    """Wilson score interval of a pass rate in [0, 1] (Wilson 1927).
+    """Returns the Wilson score interval of a pass rate in [0, 1] (Wilson 1927).
 
-    Unlike the bootstrap it does not collapse to a point when every example passes or fails. `successes` may be a
-    fraction, e.g. the sum over problems of the unbiased pass@k estimate.
+    Unlike the bootstrap interval it is not a single point if every example passes or fails. `successes` may be
+    fractional, e.g. the sum over problems of the unbiased pass@k estimate.
 
     Raises:
       ConfigError: no trials, or successes outside [0, trials].
     """
-    require(trials > 0, f"A pass rate needs at least one trial, got {trials}")
-    require(0 <= successes <= trials, f"A pass rate got {successes} successes of {trials} trials")
+    require(trials > 0, f"trials={trials}: must be >= 1", where="wilson")
+    require(0 <= successes <= trials, f"successes={successes}: must be in [0, {trials}]", where="wilson")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     rate, z2 = successes / trials, z * z
     centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
@@ -168,7 +175,7 @@ def wilson(successes: float, trials: int, *, confidence: float = 0.95) -> Interv
 
 
 def _with_replicates(stats: np.ndarray) -> np.ndarray:
-    """Returns f64[R, n, K]: one replicate where there is no axis of replicates."""
+    """Returns f64[R, n, K], with R = 1 if `stats` has no replicate axis."""
     stats = np.asarray(stats, np.float64)
     return stats[None] if stats.ndim == 2 else stats
 
@@ -177,20 +184,21 @@ def _checked(stats: np.ndarray, resamples: int, confidence: float) -> np.ndarray
     stats = _with_replicates(stats)
     require(
         stats.ndim == 3 and stats.shape[0] > 0 and stats.shape[1] > 0,
-        f"The bootstrap needs statistics of shape [examples, K], got {stats.shape}",
+        f"statistics have shape {stats.shape}: must be [examples, K] or [replicates, examples, K], not empty",
+        where="bootstrap",
         fix="Use mean_rows(values) for a plain mean.",
     )
-    require(resamples > 0, f"The number of resamples must be positive, got {resamples}")
-    require(0 < confidence < 1, f"Confidence must lie between 0 and 1, got {confidence}")
+    require(resamples > 0, f"resamples={resamples}: must be >= 1", where="Comparison.resamples")
+    require(0 < confidence < 1, f"confidence={confidence}: must be in (0, 1)", where="bootstrap")
     return stats
 
 
 def _resampled_scores(tables: list[np.ndarray], aggregate: Aggregate, resamples: int, seed: int) -> np.ndarray:
-    """Scores f64[tables, resamples] of draws of n examples and of R replicates, each with replacement.
+    """Returns scores f64[tables, resamples]; a resample draws n examples and R replicates with replacement.
 
-    Examples and replicates are crossed: every replicate was scored on the same examples, so a resample has one draw of
-    examples for all replicates and one of replicates for all examples (Owen 2007, "The pigeonhole bootstrap"). All
-    tables f[R, n, K] see the same draws.
+    Examples and replicates are crossed, because every replicate was scored on the same examples. A resample therefore
+    has one draw of examples for all replicates, and one draw of replicates for all examples (Owen 2007, "The pigeonhole
+    bootstrap"). All tables f[R, n, K] share the draws.
     """
     replicates = tables[0].shape[0]
     columns = [table for stats in tables for table in stats]  # R tables f[n, K] for each of `tables`
@@ -206,9 +214,9 @@ def _resampled_scores(tables: list[np.ndarray], aggregate: Aggregate, resamples:
 
 
 def _resampled_sums(stats: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Column sums f64[resamples, K] of `resamples` draws of n rows with replacement.
+    """Returns column sums f64[resamples, K] over draws of n rows with replacement.
 
-    A resample is a vector of counts, one an example, that is multinomial; the sums are then one matrix product.
+    A resample is a multinomial vector with one count per example, so the sums are one matrix product.
     """
     examples = stats.shape[0]
     generator = np.random.default_rng(seed)

@@ -1,29 +1,29 @@
-"""What the numbers of a comparison say, in sentences, with no more confidence than they carry.
+"""Summarises the numbers of a comparison in sentences.
 
-Reads the plain data of `results.json` (see `report.write` for its fields). Two arms count as apart only where the
-evidence says so: a paired bootstrap whose interval excludes zero, or, lacking that, intervals that do not overlap.
+Reads the plain data of `results.json` (see `report.write` for its fields). A difference between two arms is called
+significant only if the 95% interval of a paired bootstrap excludes zero. Where no paired bootstrap is available, the
+two separate intervals must not overlap.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from diffusion_lm.recipes import statistics
 from diffusion_lm.recipes.crossover import speed_sentences
 from diffusion_lm.recipes.formatting import count, is_number
-
-Results = Mapping[str, Any]
+from diffusion_lm.recipes.records import ArmCard, Cell, Results, Speed, TaskCard
 
 
 class Verdict(NamedTuple):
-    """One arm against another on one task.
+    """The comparison of two arms on one task.
 
     Attributes:
-      outcome: "ahead", "behind" or "open" (the data do not separate them), for the first arm.
-      difference: first minus second, in the metric's unit.
-      low, high: interval of the difference; None where only the two separate intervals were compared.
+      outcome: "better" or "worse" (the first arm, significantly), or "inconclusive".
+      difference: score of the first arm minus score of the second, in the metric's unit.
+      low, high: 95% interval of the difference; None if only the two separate intervals were compared.
     """
 
     outcome: str
@@ -33,34 +33,33 @@ class Verdict(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The head of the report: one sentence, then what else is worth knowing."""
+    """The head of the report: the headline and further findings, in sentences."""
 
-    lede: str
+    headline: str
     findings: tuple[str, ...]
 
 
-def cell(results: Results, arm: str, task: str) -> Mapping[str, Any] | None:
-    """The measured cell of an arm on a task, or None where there is none."""
+def cell(results: Results, arm: str, task: str) -> Cell | None:
+    """Returns the cell of an arm on a task, or None if it has no finite score."""
     found = results.get("cells", {}).get(arm, {}).get(task)
     return found if found and is_number(found.get("value")) else None
 
 
-def bounds_of(measured: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Confidence interval of a cell, or None where it has none."""
-    low: Any = measured.get("low")
-    high: Any = measured.get("high")
+def bounds_of(measured: Cell) -> tuple[float, float] | None:
+    """Returns the confidence interval of a cell, or None if it has none."""
+    low, high = measured.get("low"), measured.get("high")
     return (float(low), float(high)) if is_number(low) and is_number(high) else None
 
 
 def digits(results: Results, task: str) -> int:
-    """Decimals to print: 1 for scores up to 100, 3 for metrics that live in [0, 1]."""
+    """Returns the number of decimals to print: 3 for metrics in [0, 1], otherwise 1."""
     values = [abs(c["value"]) for arm in results["arms"] if (c := cell(results, arm["name"], task))]
     highs = [abs(b[1]) for arm in results["arms"] if (c := cell(results, arm["name"], task)) and (b := bounds_of(c))]
     return 3 if values and 0 < max(values + highs) <= 1.0 else 1
 
 
-def best_arms(results: Results, task: Mapping[str, Any]) -> set[str]:
-    """Names of the arms with the best printed score on a task (several when they tie as printed)."""
+def best_arms(results: Results, task: TaskCard) -> set[str]:
+    """Returns the names of the arms with the best score on a task, rounded as printed; ties give several names."""
     places = digits(results, task["name"])
     measured = {arm["name"]: cell(results, arm["name"], task["name"]) for arm in results["arms"]}
     scores = {name: round(found["value"], places) for name, found in measured.items() if found}
@@ -70,8 +69,8 @@ def best_arms(results: Results, task: Mapping[str, Any]) -> set[str]:
     return {name for name, score in scores.items() if score == best}
 
 
-def compare(results: Results, task: Mapping[str, Any], first: str, second: str) -> Verdict | None:
-    """Compares two arms on a task by the strongest evidence at hand; None where one of them has no score."""
+def compare(results: Results, task: TaskCard, first: str, second: str) -> Verdict | None:
+    """Compares two arms on a task by the strongest evidence available; returns None if one of them has no score."""
     name = task["name"]
     one, two = cell(results, first, name), cell(results, second, name)
     if one is None or two is None:
@@ -81,15 +80,17 @@ def compare(results: Results, task: Mapping[str, Any], first: str, second: str) 
     interval = _recorded_difference(results, name, first, second) or _paired_bootstrap(one, two)
     if interval:
         low, high = interval
-        apart = low > 0 or high < 0
-        return Verdict(_outcome(apart, sign * difference), difference, low, high)
+        significant = low > 0 or high < 0
+        return Verdict(_outcome(significant, sign * difference), difference, low, high)
     bounds_one, bounds_two = bounds_of(one), bounds_of(two)
-    apart = bool(bounds_one and bounds_two and (bounds_one[0] > bounds_two[1] or bounds_two[0] > bounds_one[1]))
-    return Verdict(_outcome(apart, sign * difference), difference)
+    significant = bool(bounds_one and bounds_two and (bounds_one[0] > bounds_two[1] or bounds_two[0] > bounds_one[1]))
+    return Verdict(_outcome(significant, sign * difference), difference)
 
 
-def _outcome(apart: bool, gain: float) -> str:
-    return "open" if not apart or gain == 0 else ("ahead" if gain > 0 else "behind")
+def _outcome(significant: bool, gain: float) -> str:
+    if not significant or gain == 0:
+        return "inconclusive"
+    return "better" if gain > 0 else "worse"
 
 
 def _recorded_difference(results: Results, task: str, first: str, second: str) -> tuple[float, float] | None:
@@ -101,8 +102,8 @@ def _recorded_difference(results: Results, task: str, first: str, second: str) -
     return None
 
 
-def _paired_bootstrap(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Paired interval from per-example scores, where the task's score is their mean (so not for corpus BLEU)."""
+def _paired_bootstrap(one: Cell, two: Cell) -> tuple[float, float] | None:
+    """Returns the paired interval from per-example scores; None if the score is not their mean (e.g. corpus BLEU)."""
     tables = []
     for measured in (one, two):
         values = measured.get("per_example")
@@ -118,15 +119,15 @@ def _paired_bootstrap(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[f
     return difference.low, difference.high
 
 
-def transferred_arms(results: Results) -> list[Mapping[str, Any]]:
-    """Diffusion arms that share a trained stage with an AR arm (AR2Diff), in order of their training tokens."""
+def transferred_arms(results: Results) -> list[ArmCard]:
+    """Returns the diffusion arms that share a trained stage with an AR arm (AR2Diff), sorted by training tokens."""
     ar_stages = {s["name"] for a in _family(results, "ar") for s in a.get("stages", ()) if s.get("steps")}
     found = [a for a in _family(results, "diffusion") if any(s["name"] in ar_stages for s in a.get("stages", ()))]
     return sorted(found, key=lambda arm: arm.get("train_tokens") or 0)
 
 
-def summarise(results: Results, speed: Mapping[str, Any] | None = None) -> Summary:
-    """Computes the headline and the findings from the numbers alone."""
+def summarise(results: Results, speed: Speed | None = None) -> Summary:
+    """Returns the headline and the findings, computed from the numbers."""
     findings = [
         *_transfer(results),
         *_more_transfer_steps(results),
@@ -135,62 +136,73 @@ def summarise(results: Results, speed: Mapping[str, Any] | None = None) -> Summa
         *_forward_passes(results),
         *_caveats(results),
     ]
-    return Summary(_lede(results), tuple(findings))
+    return Summary(_headline(results), tuple(findings))
 
 
-def _family(results: Results, family: str) -> list[Mapping[str, Any]]:
+def _family(results: Results, family: str) -> list[ArmCard]:
     return [arm for arm in results["arms"] if arm.get("family") == family]
 
 
-def _best_of(results: Results, task: Mapping[str, Any], arms: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _best_of(results: Results, task: TaskCard, arms: Iterable[ArmCard]) -> ArmCard | None:
     scored = [arm for arm in arms if cell(results, arm["name"], task["name"])]
     sign = 1 if task.get("higher_is_better", True) else -1
     return max(scored, key=lambda arm: sign * results["cells"][arm["name"]][task["name"]]["value"], default=None)
 
 
-def _scores(results: Results, task: Mapping[str, Any], first: str, second: str) -> str:
+def _scores(results: Results, task: TaskCard, first: str, second: str) -> str:
     places, name = digits(results, task["name"]), task["name"]
     values = [cell(results, arm, name)["value"] for arm in (first, second)]  # type: ignore[index]
-    return f"{values[0]:.{places}f} against {values[1]:.{places}f} {task.get('metric_label', task.get('metric', ''))}"
+    return f"{values[0]:.{places}f} vs. {values[1]:.{places}f} {task.get('metric_label', task.get('metric', ''))}"
 
 
 def _joined(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def _lede(results: Results) -> str:
-    clauses: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
+def _family_name(results: Results, family: str, name: str) -> str:
+    """Returns `name`, or "the best of N `name` arms" if the family has several arms."""
+    number = len(_family(results, family))
+    return name if number == 1 else f"the best of {number} {name} arms"
+
+
+def _headline(results: Results) -> str:
+    clauses: dict[str, list[str]] = {"better": [], "worse": [], "inconclusive": []}
     for task in results["tasks"]:
         ar, diffusion = (_best_of(results, task, _family(results, f)) for f in ("ar", "diffusion"))
         if ar is None or diffusion is None:
             continue
         verdict = compare(results, task, diffusion["name"], ar["name"])
         scores = _scores(results, task, diffusion["name"], ar["name"])
-        if verdict and verdict.outcome == "behind":
+        if verdict and verdict.outcome == "worse":
             scores = _scores(results, task, ar["name"], diffusion["name"])
         if verdict:
-            label = "" if verdict.outcome == "behind" else f"{diffusion['label']}, "
+            label = "" if verdict.outcome == "worse" else f"{diffusion['label']}, "
             clauses[verdict.outcome].append(f"{task['label']} ({label}{scores})")
+    diffusion_arm = _family_name(results, "diffusion", "diffusion")
+    ar_arm = _family_name(results, "ar", "AR")
     sentences = []
-    if clauses["ahead"]:
-        sentences.append(f"Diffusion is ahead of autoregression on {_joined(clauses['ahead'])}.")
-    if clauses["behind"]:
-        sentences.append(f"Autoregression is ahead on {_joined(clauses['behind'])}.")
-    if clauses["open"]:
-        sentences.append(f"The data do not separate the two on {_joined(clauses['open'])}.")
+    if clauses["better"]:
+        sentences.append(f"{diffusion_arm} is significantly better than {ar_arm} on {_joined(clauses['better'])}.")
+    if clauses["worse"]:
+        sentences.append(f"{ar_arm} is significantly better than {diffusion_arm} on {_joined(clauses['worse'])}.")
+    if clauses["inconclusive"]:
+        sentences.append(
+            f"The difference between {diffusion_arm} and {ar_arm} is not significant on "
+            f"{_joined(clauses['inconclusive'])}."
+        )
     if sentences:
-        return " ".join(sentences)
+        return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
     best = []
     for task in results["tasks"]:
         if arm := _best_of(results, task, results["arms"]):
             value = results["cells"][arm["name"]][task["name"]]["value"]
             score = f"{value:.{digits(results, task['name'])}f} {task.get('metric_label', '')}".strip()
             best.append(f"{task['label']} ({arm['label']}, {score})")
-    return f"Highest scores: {_joined(best)}." if best else "No arm has been scored yet."
+    return f"Best scores: {_joined(best)}." if best else "No arm has been scored yet."
 
 
 def _groups(pairs: Iterable[tuple[str, Verdict | None]]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "inconclusive": []}
     for label, verdict in pairs:
         if verdict:
             groups[verdict.outcome].append(label)
@@ -210,14 +222,18 @@ def _transfer(results: Results) -> list[str]:
     if not pairs:
         return []
     if len(set(chosen)) == 1:
-        of = f", the best of {len(transferred)} arms that start from an AR stage," if len(transferred) > 1 else ""
-        start = f"{chosen[0]}{of}"
+        best_of = f"The best of {len(transferred)} arms that start from an AR stage ({chosen[0]})"
+        start = best_of if len(transferred) > 1 else chosen[0]
     else:
         start = f"The best of {len(transferred)} arms that start from an AR stage"
         pairs = [(f"{label} ({arm})", verdict) for (label, verdict), arm in zip(pairs, chosen, strict=True)]
     groups = _groups(pairs)
     parts: list[str] = []
-    for outcome, words in (("ahead", "ahead of"), ("behind", "behind"), ("open", "not separated from")):
+    for outcome, words in (
+        ("better", "significantly better than"),
+        ("worse", "significantly worse than"),
+        ("inconclusive", "not significantly different from"),
+    ):
         if groups[outcome]:
             parts.append(f"{words} {'it' if parts else 'diffusion from scratch'} on {_joined(groups[outcome])}")
     return [f"{start} is {'; '.join(parts)}."]
@@ -231,11 +247,11 @@ def _more_transfer_steps(results: Results) -> list[str]:
     parts = []
     for task in results["tasks"]:
         if verdict := compare(results, task, last["name"], first["name"]):
-            note = " (not separated)" if verdict.outcome == "open" else ""
+            note = " (not significant)" if verdict.outcome == "inconclusive" else ""
             parts.append(f"{task['label']} {verdict.difference:+.{digits(results, task['name'])}f}{note}")
     extra = (last.get("train_tokens") or 0) - (first.get("train_tokens") or 0)
-    budget = f" for {count(extra)} more training tokens" if extra > 0 else ""
-    return [f"From {first['label']} to {last['label']}: {', '.join(parts)}{budget}."] if parts else []
+    budget = f" ({count(extra)} more training tokens)" if extra > 0 else ""
+    return [f"From {first['label']} to {last['label']}{budget}: {', '.join(parts)}."] if parts else []
 
 
 def _above_untrained(results: Results) -> list[str]:
@@ -246,14 +262,14 @@ def _above_untrained(results: Results) -> list[str]:
             for arm in trained:
                 if verdict := compare(results, task, arm["name"], untrained["name"]):
                     checked += 1
-                    if verdict.outcome != "ahead":
+                    if verdict.outcome != "better":
                         failures.append(f"{arm['label']} on {task['label']}")
     if not checked:
         return []
     if failures:
         shown = _joined(failures[:4]) + (f" ({len(failures) - 4} more)" if len(failures) > 4 else "")
-        return [f"Not clearly above the untrained network: {shown}."]
-    return ["Every trained arm is clearly above the untrained network on every task."]
+        return [f"Not significantly better than the untrained network: {shown}."]
+    return ["Every trained arm is significantly better than the untrained network on every task."]
 
 
 def _forward_passes(results: Results) -> list[str]:
@@ -270,11 +286,11 @@ def _forward_passes(results: Results) -> list[str]:
             low, high = min(passes), max(passes)
             spread = f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
             parts.append(f"{spread} for the {label} arms")
-    return [f"Forward passes per completion behind these scores: {', '.join(parts)}."] if parts else []
+    return [f"Forward passes per completion: {', '.join(parts)}."] if parts else []
 
 
 def cut_sentences(results: Results) -> list[str]:
-    """Returns what rows did not hold whole, one sentence per data set and part, with the stages or tasks concerned."""
+    """Returns one sentence per data set and part that was truncated, with the stages or tasks that use it."""
     users: dict[str, list[str]] = {}
     for cut in results.get("cuts", ()):
         users.setdefault(cut["text"], []).append(cut["used_by"])
@@ -285,10 +301,8 @@ def _caveats(results: Results) -> list[str]:
     found = [f"{sentence}." for sentence in cut_sentences(results)]
     tokens = [arm["train_tokens"] for arm in results["arms"] if arm.get("family") != "none" and arm.get("train_tokens")]
     if tokens and max(tokens) > 1.01 * min(tokens):
-        found.append(
-            f"The arms do not all have the same training budget: {count(min(tokens))} to {count(max(tokens))} tokens."
-        )
+        found.append(f"Training budgets differ between arms: {count(min(tokens))} to {count(max(tokens))} tokens.")
     small = [task["label"] for task in results["tasks"] if is_number(task.get("examples")) and task["examples"] < 100]
     if small:
-        found.append(f"Fewer than 100 held-out examples on {_joined(small)}: read those intervals before the scores.")
+        found.append(f"Fewer than 100 held-out examples on {_joined(small)}: the confidence intervals are wide.")
     return found

@@ -1,6 +1,6 @@
-"""The few drawing parts the report's charts are made of: escaped SVG elements, axes, markers.
+"""Building blocks of the report's charts: escaped SVG elements, axis ticks and markers.
 
-Colours are CSS classes (`k0`..., see templates/report.css), so that one drawing serves light and dark.
+Colours are CSS classes (`k-ar`, `k-d0`, ..., see templates/report.css), so that one drawing serves light and dark mode.
 """
 
 import math
@@ -13,7 +13,7 @@ GLYPH = 0.56  # mean width of a character in ems, to keep labels inside their bo
 
 
 class Style(NamedTuple):
-    """How an arm or series looks everywhere in the report: a colour class and a marker shape."""
+    """The colour class and marker shape of an arm or series, the same everywhere in the report."""
 
     colour: str
     marker: str
@@ -33,18 +33,18 @@ AR_STYLE = Style("k-ar", "square")
 
 
 def arm_styles(arms: Sequence[tuple[str, str]]) -> dict[str, Style]:
-    """Gives every `(name, family)` a look: the colour says the family, and colour with marker say the arm."""
-    seen: dict[str, int] = {}
+    """Returns a style for every `(name, family)`: colours identify families, colour and marker together the arm."""
+    used: dict[str, int] = {}
     styles = {}
     for index, (name, family) in enumerate(arms):
         colours = _FAMILY_COLOURS.get(family, _FAMILY_COLOURS["none"])
-        styles[name] = Style(colours[seen.get(family, 0) % len(colours)], _MARKERS[index % len(_MARKERS)])
-        seen[family] = seen.get(family, 0) + 1
+        styles[name] = Style(colours[used.get(family, 0) % len(colours)], _MARKERS[index % len(_MARKERS)])
+        used[family] = used.get(family, 0) + 1
     return styles
 
 
 def el(tag: str, *children: object, **attributes: object) -> Markup:
-    """An element with escaped attributes and children; `class_` and `stroke_width` give `class` and `stroke-width`."""
+    """Returns an element with escaped attributes and children; underscores in names become `-` (final ones vanish)."""
     parts = [
         Markup(' {}="{}"').format(name.rstrip("_").replace("_", "-"), _number(value))
         for name, value in attributes.items()
@@ -55,7 +55,7 @@ def el(tag: str, *children: object, **attributes: object) -> Markup:
 
 
 def figure(width: float, height: float, label: str, *children: object, class_: str = "chart") -> Markup:
-    """A whole drawing that scales to its column; `label` is what a screen reader says in its place."""
+    """Returns a whole drawing that scales to its column; `label` is its text for screen readers."""
     return el(
         "svg", el("title", label), *children, viewBox=f"0 0 {width:g} {height:g}", class_=class_, role="img",
         aria_label=label, style=f"max-width:{width * 1.3:.0f}px",
@@ -63,12 +63,12 @@ def figure(width: float, height: float, label: str, *children: object, class_: s
 
 
 def path_of(points: Sequence[tuple[float, float]]) -> str:
-    """The `d` of a line through points."""
+    """Returns the path data (attribute `d`) of a line through points."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
 def marker(style: Style, x: float, y: float, size: float = 5.0, **attributes: object) -> Markup:
-    """The marker of a series at a point."""
+    """Returns the marker of a series at a point."""
     class_ = f"mark {style.colour}"
     s = size
     shapes = {
@@ -90,12 +90,12 @@ def marker(style: Style, x: float, y: float, size: float = 5.0, **attributes: ob
 
 
 def text(x: float, y: float, content: object, class_: str = "", anchor: str = "start") -> Markup:
-    """A line of text."""
+    """Returns a line of text."""
     return el("text", content, x=x, y=y, class_=class_ or None, text_anchor=None if anchor == "start" else anchor)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
-    """A straight line."""
+    """Returns a straight line."""
     return el("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
@@ -106,7 +106,7 @@ def clip(label: str, width: float, size: float = 12.0) -> str:
 
 
 def linear_ticks(low: float, high: float, target: int = 4) -> list[float]:
-    """Round numbers that cover [low, high], about `target` of them."""
+    """Returns about `target` round numbers that cover [low, high]."""
     if not high > low:
         high = low + 1.0
     raw = (high - low) / target
@@ -117,7 +117,7 @@ def linear_ticks(low: float, high: float, target: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 of every decade inside [low, high], thinned to the decades where there are many."""
+    """Returns 1, 2, 5 of every decade inside [low, high], or powers of ten only if these are more than seven."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low * 0.999 <= m * 10.0**e <= high * 1.001]
     if len(ticks) > 7:
@@ -126,7 +126,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """Shortest label of a tick: 0.5, 20, 4K."""
+    """Returns the short label of a tick: 0.5, 20, 4K."""
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     return f"{value / 1e3:g}K" if abs(value) >= 1e4 or (abs(value) >= 1e3 and value % 500 == 0) else f"{value:g}"

@@ -1,11 +1,11 @@
-"""The quality matrix, arms by tasks with intervals and the best arm bold: as Markdown and in the terminal."""
+"""The quality table (arms by tasks, with intervals, best arm in bold), as Markdown and for the terminal."""
 
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,12 +15,13 @@ from rich.text import Text
 from diffusion_lm.core.files import as_path, read_text, write_text
 from diffusion_lm.recipes import likelihood_table, summary
 from diffusion_lm.recipes.formatting import MISSING
+from diffusion_lm.recipes.records import ArmCard, LogRow, Results, Speed, TaskCard
 
 MAX_COLUMNS = 100
 
 
 class QualityCell(NamedTuple):
-    """One printed score: `value` and `interval` as text (interval empty where there is none)."""
+    """One printed score: `value` and `interval` as text; `interval` is empty if there is none."""
 
     value: str
     interval: str
@@ -32,8 +33,8 @@ class QualityCell(NamedTuple):
         return f"{self.value} {self.interval}".strip()
 
 
-def quality_rows(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[QualityCell]]]:
-    """Returns, for each arm in order, its printed cells in the order of the tasks."""
+def quality_rows(results: Results) -> list[tuple[ArmCard, list[QualityCell]]]:
+    """Returns each arm with its printed cells, one per task, in the order of `results`."""
     best = {task["name"]: summary.best_arms(results, task) for task in results["tasks"]}
     rows = []
     for arm in results["arms"]:
@@ -50,15 +51,15 @@ def quality_rows(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], li
     return rows
 
 
-def task_heading(task: Mapping[str, Any]) -> str:
-    """Column heading, e.g. `Translation (BLEU)`; an arrow down marks metrics where less is better."""
+def task_heading(task: TaskCard) -> str:
+    """Returns a column heading, e.g. `Translation (BLEU)`; a down arrow marks metrics where lower is better."""
     metric = task.get("metric_label") or task.get("metric") or ""
-    less = "" if task.get("higher_is_better", True) else " ↓"
-    return f"{task['label']} ({metric}){less}" if metric else f"{task['label']}{less}"
+    arrow = "" if task.get("higher_is_better", True) else " ↓"
+    return f"{task['label']} ({metric}){arrow}" if metric else f"{task['label']}{arrow}"
 
 
-def quality_markdown(results: Mapping[str, Any]) -> str:
-    """The matrix as GitHub Markdown, at most 100 columns wide: tasks that do not fit continue in a further table."""
+def quality_markdown(results: Results) -> str:
+    """Returns the quality table as GitHub Markdown, at most 100 characters wide; further tasks go to further tables."""
     rows = quality_rows(results)
     first = ["Arm", *(_escaped(_short(arm["label"])) for arm, _ in rows)]
     columns = [
@@ -73,12 +74,12 @@ def quality_markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(_markdown_table([first, *group]) for group in groups)
 
 
-def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> str:
-    """The whole of `results.md`: what was found, the matrix, how to read it."""
-    said = summary.summarise(results, speed)
-    parts = [f"# {_escaped(results.get('title') or results['name'])}", _escaped(said.lede)]
-    if said.findings:
-        parts.append("\n".join(f"- {_escaped(finding)}" for finding in said.findings))
+def markdown(results: Results, speed: Speed | None = None) -> str:
+    """Returns the content of `results.md`: findings, quality table, selected checkpoints, likelihood table, notes."""
+    found = summary.summarise(results, speed)
+    parts = [f"# {_escaped(results.get('title') or results['name'])}", _escaped(found.headline)]
+    if found.findings:
+        parts.append("\n".join(f"- {_escaped(finding)}" for finding in found.findings))
     parts += [quality_markdown(results), intervals(results)]
     if chosen := selections(results):
         parts.append("\n".join(f"- {_escaped(sentence)}" for sentence in chosen))
@@ -88,12 +89,12 @@ def markdown(results: Mapping[str, Any], speed: Mapping[str, Any] | None = None)
     if notes:
         parts.append("\n".join(f"- {_escaped(note)}" for note in notes))
     if results.get("fingerprint"):
-        parts.append(f"Configuration `{results['fingerprint']}`.")
+        parts.append(f"Configuration fingerprint: `{results['fingerprint']}`.")
     return "\n\n".join(parts) + "\n"
 
 
-def selections(results: Mapping[str, Any]) -> list[str]:
-    """Returns, for each cell whose checkpoint was selected, which one was scored and by what."""
+def selections(results: Results) -> list[str]:
+    """Returns one sentence per cell with a selected checkpoint: its step and the metric that selected it."""
     sentences = []
     for arm in results["arms"]:
         for task in results["tasks"]:
@@ -103,39 +104,39 @@ def selections(results: Mapping[str, Any]) -> list[str]:
             steps = found["selected_step"]
             shown = f"steps {', '.join(f'{one:,}' for one in steps)}" if isinstance(steps, list) else f"step {steps:,}"
             sentences.append(
-                f"{arm['label']} on {task['label']}: the checkpoint of {shown} of {found['selected_of']:,}, "
-                f"the best by {found['selected_by']}."
+                f"{arm['label']} on {task['label']}: checkpoint at {shown} of {found['selected_of']:,}, "
+                f"selected by {found['selected_by']}."
             )
     return sentences
 
 
-def intervals(results: Mapping[str, Any]) -> str:
-    """Returns what the brackets cover."""
+def intervals(results: Results) -> str:
+    """Returns the caption of the quality table: what the intervals cover."""
     count = results.get("replicates", 1)
-    over = "the held-out examples" if count == 1 else f"the held-out examples and over {count} replicates (seeds)"
+    over = "the held-out examples" if count == 1 else f"the held-out examples and {count} replicates (seeds)"
     scores = "" if count == 1 else "Scores are means over the replicates. "
-    return f"{scores}Brackets: 95 % confidence interval over {over}. Bold: best score of the column."
+    return f"{scores}Brackets: 95% confidence interval over {over}. Bold: best score in the column."
 
 
-def write_markdown(results: Mapping[str, Any], workdir: Path, speed: Mapping[str, Any] | None = None) -> Path:
-    """Writes `workdir/results.md` in one piece and returns its path."""
+def write_markdown(results: Results, workdir: Path, speed: Speed | None = None) -> Path:
+    """Writes `workdir/results.md` atomically and returns its path."""
     path = as_path(workdir) / "results.md"
     write_text(path, markdown(results, speed))
     return path
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a JSON-lines log; a last line that a killed run left unfinished is skipped."""
+def read_jsonl(path: Path) -> list[LogRow]:
+    """Returns the rows of a JSON-lines log; skips a last line that a killed run left incomplete."""
     lines = read_text(path).split("\n")
-    whole, last = lines[:-1], lines[-1]
-    rows = [json.loads(line) for line in whole if line.strip()]
+    complete, last = lines[:-1], lines[-1]
+    rows = [json.loads(line) for line in complete if line.strip()]
     with contextlib.suppress(json.JSONDecodeError):
         rows += [json.loads(last)] if last.strip() else []
     return rows
 
 
-def quality_terminal(results: Mapping[str, Any], file: TextIO | None = None) -> None:
-    """Prints the matrix to `file` (standard output by default), at most 100 columns wide, bold on a terminal."""
+def quality_terminal(results: Results, file: TextIO | None = None) -> None:
+    """Prints the quality table to `file` (default: standard output), at most 100 characters wide."""
     file = file or sys.stdout
     console = Console(file=file, highlight=False)
     width = console.width = min(MAX_COLUMNS, console.width) if console.is_terminal else MAX_COLUMNS
@@ -155,7 +156,7 @@ def quality_terminal(results: Mapping[str, Any], file: TextIO | None = None) -> 
     console.print(Text(intervals(results), style="dim"))
 
 
-def _transposed(rows: list[tuple[Mapping[str, Any], list[QualityCell]]]) -> list[list[QualityCell]]:
+def _transposed(rows: list[tuple[ArmCard, list[QualityCell]]]) -> list[list[QualityCell]]:
     return [list(column) for column in zip(*(cells for _, cells in rows), strict=True)]
 
 
@@ -164,7 +165,7 @@ def _short(label: str, limit: int = 32) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Keeps a cell in its column and model-made text from becoming markup."""
+    """Escapes Markdown, so that labels and model output cannot break the table."""
     text = " ".join(str(text).split())
     for mark in ("\\", "|", "<", "`", "*", "_", "[", "]"):
         text = text.replace(mark, "\\" + mark)

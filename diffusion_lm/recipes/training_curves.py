@@ -1,4 +1,4 @@
-"""Training curves as small multiples: one panel an arm, all its stages end to end, held-out bounds as rings."""
+"""Training curves: one panel per arm with all its stages in sequence; held-out values are rings."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,27 +8,28 @@ from markupsafe import Markup
 
 from diffusion_lm.recipes.charts import Curve, curve_panel
 from diffusion_lm.recipes.formatting import is_number
+from diffusion_lm.recipes.records import ArmCard, LogRow
 from diffusion_lm.recipes.svg import Style
 
-_POINTS = 140  # points kept of a line; each is the mean of the rows it stands for
+_POINTS = 140  # maximum number of points per line; longer logs are averaged in groups of consecutive rows
 _TRAIN_KEYS = ("nll_per_real_token", "train/nll_per_real_token", "loss", "train/loss")
 _HELD_OUT_ENDINGS = ("/nll_per_real_token", "/loss")
 
 
 def curve_panels(
-    arms: Sequence[Mapping[str, Any]],
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    arms: Sequence[ArmCard],
+    curves: Mapping[str, Sequence[LogRow]],
     styles: Mapping[str, Style],
-) -> list[tuple[Mapping[str, Any], Markup]]:
+) -> list[tuple[ArmCard, Markup]]:
     """Returns (arm, drawing) for every arm that has a curve.
 
-    Arms of one family share the vertical axis; across families it would compare different quantities.
+    Arms of one family share the vertical axis. Losses of different families are different quantities.
 
     Args:
       arms: the arms of `results.json`.
-      curves: for each stage, the rows of metrics.jsonl: `step`, and per-real-token or plain losses, where a name such
-        as `bound/nll_per_real_token` is a held-out value.
-      styles: look of each arm.
+      curves: for each stage, the rows of metrics.jsonl: `step`, and losses in total or per real token. Names such as
+        `bound/nll_per_real_token` are held-out values.
+      styles: style of each arm, by name.
     """
     drawn: dict[str, tuple[list[Curve], list[tuple[float, str]], float]] = {}
     for arm in arms:
@@ -56,7 +57,7 @@ def curve_panels(
 
 
 def _arm_curves(
-    arm: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, Any]]], style: Style
+    arm: ArmCard, curves: Mapping[str, Sequence[LogRow]], style: Style
 ) -> tuple[list[Curve], list[tuple[float, str]], float]:
     ends: dict[str, float] = {}
     lines: list[Curve] = []
@@ -70,23 +71,23 @@ def _arm_curves(
         if training:
             lines.append(Curve(name, style, training))
         lines += [Curve(label, style, points, held_out=True) for label, points in held_out.items()]
-        if (training or held_out) and not any(start == known for known, _ in marks):
+        if (training or held_out) and not any(start == other for other, _ in marks):
             marks.append((start, name))
-        reached = max((row["step"] for row in rows if is_number(row.get("step"))), default=0)
-        ends[name] = start + max(stage.get("steps") or 0, reached)
+        last_logged = max((row["step"] for row in rows if is_number(row.get("step"))), default=0)
+        ends[name] = start + max(stage.get("steps") or 0, last_logged)
         before = name
     return lines, marks, max(ends.values(), default=0.0)
 
 
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under `outer/inner` names."""
+def _flat(row: LogRow, prefix: str = "") -> LogRow:
+    """Returns the row with nested values under names `outer/inner`."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 
-def _training_points(rows: Iterable[Mapping[str, Any]], start: float) -> tuple[tuple[float, float], ...]:
+def _training_points(rows: Iterable[LogRow], start: float) -> tuple[tuple[float, float], ...]:
     points = []
     for row in rows:
         value = next((row[key] for key in _TRAIN_KEYS if is_number(row.get(key))), None)
@@ -98,8 +99,8 @@ def _training_points(rows: Iterable[Mapping[str, Any]], start: float) -> tuple[t
     return tuple((float(x), float(y)) for x, y in (part.mean(0) for part in parts))
 
 
-def _held_out_points(rows: Sequence[Mapping[str, Any]], start: float) -> dict[str, tuple[tuple[float, float], ...]]:
-    """Held-out series by name; only the best ending found is used, so that a bound is not drawn twice."""
+def _held_out_points(rows: Sequence[LogRow], start: float) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Returns the held-out series by name, using the first ending that occurs, so that a bound is not drawn twice."""
     for ending in _HELD_OUT_ENDINGS:
         series: dict[str, list[tuple[float, float]]] = {}
         for row in rows:

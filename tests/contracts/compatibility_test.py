@@ -136,7 +136,7 @@ def test_windows_that_do_not_fit_the_length_model_are_errors():
 
     with pytest.raises(ConfigError, match="keeps EOS clean and PadFilled fills the window"):
         check("rdm", PadFilled())
-    with pytest.raises(ConfigError, match="a tail of eos as a whole, and PadFilled"):
+    with pytest.raises(ConfigError, match="a tail of eos jointly, but PadFilled"):
         check("dream", PadFilled())
     for name, windows in {
         "rdm": (ExactEos(), OracleLength()),

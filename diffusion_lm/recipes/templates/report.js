@@ -1,5 +1,5 @@
 "use strict";
-// Playback of denoising. Without this script the page shows the last frame and the change map.
+// Playback of the denoising steps. Without this script the page shows the last frame and the change map.
 for (const player of document.querySelectorAll(".player")) {
   const data = JSON.parse(player.querySelector("script").textContent);
   const part = (name) => player.querySelector(`[data-${name}]`);
@@ -18,7 +18,7 @@ for (const player of document.querySelectorAll(".player")) {
       return token;
     }));
     slider.value = index;
-    const count = index === 0 && data.labels[0] !== "start" ? "first proposal" : `${changed.size} changed`;
+    const count = index === 0 && data.labels[0] !== "start" ? "first prediction" : `${changed.size} changed`;
     status.textContent = index === 0 && data.labels[0] === "start" ? "start: random tokens" : `${data.labels[index]} of ${last + (data.labels[0] === "start" ? 0 : 1)} · ${count}`;
     slider.setAttribute("aria-valuetext", status.textContent);
     rows.forEach((row, i) => row.classList.toggle("now", i === index));
@@ -39,7 +39,7 @@ for (const player of document.querySelectorAll(".player")) {
     }, Math.max(150, Math.min(900, 9000 / (last + 1))));
   };
 
-  // The tallest frame sets the height, so that the controls do not jump while it plays.
+  // Reserve the height of the tallest frame, so that the controls do not move during playback.
   let tallest = 0;
   for (let index = 0; index <= last; index += 1) {
     show(index);

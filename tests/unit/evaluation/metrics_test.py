@@ -185,5 +185,5 @@ def test_the_last_number_counts():
     references = [{"answers": ["1234"]}, "18", "7", "4", {"answers": ["2.5"]}]
     assert metrics.number_match(references, texts)["accuracy"] == 60
     assert metrics.number_match(["1"], ["nothing"])["accuracy"] == 0
-    with pytest.raises(ConfigError, match="'nothing', which has no number"):
+    with pytest.raises(ConfigError, match="'nothing': must contain a number"):
         metrics.number_match(["nothing"], ["nothing"])

@@ -91,7 +91,7 @@ def test_choices_that_the_vocabulary_loses_are_counted():
 def test_a_choice_without_text_is_no_choice(choices):
     """It would have no tokens, cost nothing and always win; and a text is not a list of its letters."""
     record = Record([1], [2], 7, reference={"choices": choices, "answer": 0})
-    with pytest.raises(ConfigError, match="the reference of example 7 is no question"):
+    with pytest.raises(ConfigError, match="the reference of example 7 is not a valid question"):
         _question(record)
 
 

@@ -220,14 +220,14 @@ def test_the_best_checkpoint_is_scored_and_results_and_report_say_so(selecting, 
     assert [list(texts) for texts in generate(model, AutoregressiveSampler(), task).predictions] == one["predictions"]
     card = next(arm for arm in result.results["arms"] if arm["name"] == "ar")
     assert [stage.get("selected_by") for stage in card["stages"]] == [None, "decode/held_out/exact_match"]
-    sentence = "ar on repeat: the checkpoint of steps 1, 1 of 3, the best by decode/held_out/exact_match."
+    sentence = "ar on repeat: checkpoint at steps 1, 1 of 3, selected by decode/held_out/exact_match."
     assert sentence in result.table.read_text().replace("\\_", "_")
     assert sentence in result.report.read_text()
 
 
 def test_checkpoints_are_never_selected_on_what_the_comparison_scores(selecting):
     with pytest.raises(
-        ConfigError, match=r"tune_ar selects .* on repeat/test, which the task 'repeat' scores.*another split"
+        ConfigError, match=r"'tune_ar' selects .* on repeat/test, which the task 'repeat' scores.*another split"
     ):
         selecting("test")
 
@@ -289,7 +289,7 @@ def test_equal_names_must_mean_equal_stages(comparison):
 
 
 def test_a_stage_name_must_be_a_folder_name(comparison):
-    with pytest.raises(ConfigError, match="folder name"):
+    with pytest.raises(ConfigError, match="directory name"):
         Stage("a/b", comparison.stages[0].run)
 
 
@@ -326,5 +326,5 @@ def test_speed_counts_the_forward_passes_of_full_courses(comparison):
 
 @pytest.mark.parametrize("sampler", [AutoregressiveSampler(), DenoisingSampler()])
 def test_a_speed_study_refuses_samplers_that_may_stop_early(comparison, sampler):
-    with pytest.raises(ConfigError, match="stop early"):
+    with pytest.raises(ConfigError, match="can stop early"):
         SpeedArm("early", "ar", comparison.stages[0].run.model, sampler)

@@ -67,8 +67,8 @@ def test_results_file_is_complete_and_whole(tmp_path):
     text = path.read_text(encoding="utf-8")
     assert path.name == "results.md"
     assert text.startswith("# Autoregression, diffusion, and the road between\n")
-    assert "Autoregression is ahead on Translation" in text
-    assert "faster from about" in text
+    assert "AR is significantly better than the best of 4 diffusion arms on Translation" in text
+    assert "faster above about" in text
     assert "3f9a1c44d0e2b7a85f60" in text
     assert [p.name for p in tmp_path.iterdir()] == ["results.md"]
 
