@@ -110,7 +110,7 @@ class ScoringEvaluation:
             "limit": self.limit,
             "seed": self.seed,
             "tokeniser": {"sha256": self.data.vocabulary.sha256, "size": self.data.vocabulary.size},
-            "mismatches": self.mismatches,
+            "unlike_training": self.mismatches,
             "bytes": "UTF-8 bytes of the target's text; EOS and padding add to the nats but have no bytes",
         }
 

@@ -52,15 +52,9 @@ class Arm:
         """Returns the sampler that decodes `task`."""
         return _per_task(self.sampler, task, f"Arm.sampler of '{self.name}'")
 
-<<<<<<< HEAD
     def mismatches(self, task: str) -> tuple[str, ...]:
-        """Returns in words what the sampler of `task` takes otherwise than the training of the network."""
-        trained = self.stage_for(task).network_stage.run.objective.needs().contracts
-=======
-    def unlike_training(self, task: str) -> tuple[str, ...]:
         """Returns a description of each difference between the sampler of `task` and the training of the network."""
-        trained = self.stage_for(task).network_stage.run.objective.needs().processes
->>>>>>> leval
+        trained = self.stage_for(task).network_stage.run.objective.needs().contracts
         return sampler_differences(trained, self.sampler_for(task))
 
     def check(self, task: str) -> None:
