@@ -72,9 +72,15 @@ class PrunedVocabulary:
     @functools.cached_property
     def specials(self) -> SpecialTokens:
         """The special tokens under their new ids."""
-        full = dataclasses.asdict(self.full.specials)
-        ids = {name: None if token is None else int(self._new[token]) for name, token in full.items() if "id" in name}
-        return SpecialTokens(vocab_size=self.size, **ids)  # type: ignore[arg-type]
+        full = self.full.specials
+        return SpecialTokens(
+            vocab_size=self.size,
+            pad_id=int(self._new[full.pad_id]),
+            eos_id=int(self._new[full.eos_id]),
+            bos_id=int(self._new[full.bos_id]),
+            mask_id=None if full.mask_id is None else int(self._new[full.mask_id]),
+            other_eos_ids=tuple(int(self._new[token]) for token in full.other_eos_ids),
+        )
 
     @property
     def unk_id(self) -> int:

@@ -31,7 +31,7 @@ class HeldOut(RaggedRows):
 
 
 def search(**changes):
-    fields = dict(data=HeldOut(), objective=OBJECTIVE, batch_size=8, widths=(0.5,), spacing=0.25, every=2)
+    fields = dict(data=HeldOut(mask_id=3), objective=OBJECTIVE, batch_size=8, widths=(0.5,), spacing=0.25, every=2)
     return ClipRangeSearch(**(fields | changes))
 
 
