@@ -6,13 +6,14 @@ from typing import Any, Protocol
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from diffusion_lm.core.types import EncoderInputs, Params, TokenStats
 from diffusion_lm.nn import cross_entropy
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.head import Head, logits
+from diffusion_lm.nn.inputs import EncoderState as EncoderState
+from diffusion_lm.nn.inputs import ForwardInputs
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.stack import layers_apart
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -29,30 +30,6 @@ class Hidden:
 
     values_BTD: jax.Array
     cache: KVCache | None = None
-
-
-@flax.struct.dataclass
-class EncoderState:
-    """An encoded source.
-
-    Attributes:
-      memory_BSD: the encoder's output, [B,S,D].
-      segment_ids: i32[B,S].
-      cross: keys and values of every decoder layer's cross-attention, projected once for the many forward passes of a
-        sampler; None in training, where each layer projects its own and nothing of size N has to be kept.
-    """
-
-    memory_BSD: jax.Array
-    segment_ids: jax.Array
-    cross: KVCache | None = None
-
-    def take_rows(self, rows: jax.Array) -> "EncoderState":
-        """Returns the state with its rows reordered or repeated by i32[B']."""
-        return EncoderState(
-            jnp.take(self.memory_BSD, rows, axis=0),
-            jnp.take(self.segment_ids, rows, axis=0),
-            None if self.cross is None else self.cross.take_rows(rows),
-        )
 
 
 class Architecture(Protocol):
@@ -77,40 +54,8 @@ class Architecture(Protocol):
     def logical_axes(self) -> Any:
         """Returns the tree of `init` with a tuple of logical axis names (or None) in place of each array."""
 
-    def hidden(
-        self,
-        params: Params,
-        tokens: jax.Array,
-        *,
-        visibility: Visibility,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        encoder: EncoderInputs | EncoderState | None = None,
-        self_condition: jax.Array | None = None,
-        time: jax.Array | None = None,
-        cache: KVCache | None = None,
-        dropout_keys: jax.Array | None = None,
-        constrain: Constrain = no_constraint,
-    ) -> Hidden:
-        """Runs the network up to its final norm.
-
-        Args:
-          params: from `init`.
-          tokens: i32[B,Q]; Q = T unless there is a cache.
-          visibility: who sees whom over the T slots. Packed examples and padding are kept apart on top of it.
-          positions: i32[B,Q]. Without a cache they count up by one inside each segment. With a cache they are the
-            tokens' slots on the canvas: keys and values are written there (slots >= T are not).
-          segment_ids: i32[B,T], of the whole canvas also when there is a cache.
-          encoder: source tokens, or what `encode` made of them; encoder-decoders only.
-          self_condition: [B,Q,D], the embedding that a previous prediction expects at each slot, zeros where there is
-            none; None = zeros. Only of networks with `spec.self_conditioning`.
-          time: f32[B,Q] in [0, 1], how much noise each slot was given: the rate 1 - alpha(t) at which tokens like it
-            are replaced, 0 where it is clean; None = 0. Only of networks with `spec.time_conditioning`.
-          cache: from `init_cache`.
-          dropout_keys: key[B], one per row so that dropout does not depend on the split into microbatches; None is
-            deterministic.
-          constrain: pins activations to the mesh.
-        """
+    def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
+        """Runs the network up to its final norm."""
 
     def head(self, params: Params) -> Head:
         """Returns the output projection."""
@@ -171,10 +116,9 @@ class BoundModel:
         cache: KVCache | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> Hidden:
-        """Runs one forward pass; arguments as in `Architecture.hidden`."""
-        return self.architecture.hidden(
-            self.params,
-            tokens,
+        """Runs one forward pass; arguments as in `ForwardInputs`."""
+        inputs = ForwardInputs(
+            tokens=tokens,
             visibility=visibility,
             positions=positions,
             segment_ids=segment_ids,
@@ -185,6 +129,7 @@ class BoundModel:
             dropout_keys=dropout_keys,
             constrain=self.constrain,
         )
+        return self.architecture.hidden(self.params, inputs)
 
     def for_loops(self) -> "BoundModel":
         """Returns the same network with its layers out of their stack, as a sampler's loop reads it fastest."""

@@ -6,14 +6,15 @@ from typing import Any
 import jax
 
 from diffusion_lm.architectures import parts
-from diffusion_lm.architectures.base import EncoderState, Hidden
+from diffusion_lm.architectures.base import Hidden
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn import stack
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.head import Head
-from diffusion_lm.nn.masks import Full, Visibility
+from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
+from diffusion_lm.nn.masks import Full
 from diffusion_lm.nn.transformer import TransformerSpec
 
 
@@ -58,22 +59,9 @@ class EncoderDecoder:
         axes |= parts.conditioning_axes(self.spec)
         return axes | parts.head_axes(self.spec)
 
-    def hidden(
-        self,
-        params: Params,
-        tokens: jax.Array,
-        *,
-        visibility: Visibility,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        encoder: EncoderInputs | EncoderState | None = None,
-        self_condition: jax.Array | None = None,
-        time: jax.Array | None = None,
-        cache: KVCache | None = None,
-        dropout_keys: jax.Array | None = None,
-        constrain: Constrain = no_constraint,
-    ) -> Hidden:
-        """Runs the decoder up to its final norm, and the encoder first where it is given tokens."""
+    def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
+        """Runs the decoder up to its final norm, and the encoder first if it is given source tokens."""
+        encoder = inputs.encoder
         if encoder is None:
             raise ConfigError(
                 "An encoder-decoder was given no encoder's stream",
@@ -81,24 +69,10 @@ class EncoderDecoder:
                 fix="Use EncoderDecoderConverter, or gin/models/decoder_only.gin.",
             )
         if isinstance(encoder, EncoderInputs):
-            encoder = self.encode(params, encoder, dropout_keys=dropout_keys, constrain=constrain, project=False)
-        return Hidden(
-            *parts.run_stream(
-                self.spec,
-                params["embed"]["tokens"],
-                params,
-                tokens,
-                visibility=visibility,
-                positions=positions,
-                segment_ids=segment_ids,
-                encoder=encoder,
-                self_condition=self_condition,
-                time=time,
-                cache=cache,
-                dropout_keys=dropout_keys,
-                constrain=constrain,
-            )
-        )
+            keys, constrain = inputs.dropout_keys, inputs.constrain
+            encoder = self.encode(params, encoder, dropout_keys=keys, constrain=constrain, project=False)
+        inputs = inputs.replace(encoder=encoder)  # type: ignore[attr-defined]
+        return Hidden(*parts.run_stream(self.spec, params["embed"]["tokens"], params, inputs))
 
     def head(self, params: Params) -> Head:
         """Returns the output projection."""
@@ -124,21 +98,15 @@ class EncoderDecoder:
         """Encodes the source; `project` also computes the cross-attention keys and values of all layers."""
         # The source is read both ways, also where the decoder's relative bias knows the past alone (T5).
         both_ways = dataclasses.replace(self.spec, relative_bidirectional=True)
-        memory_BSD, _ = parts.run_stream(
-            both_ways,
-            params["embed"]["tokens"],
-            params["encoder"],
-            inputs.tokens,
+        stream = ForwardInputs(
+            tokens=inputs.tokens,
             visibility=Full(),
             positions=inputs.positions,
             segment_ids=inputs.segment_ids,
-            encoder=None,
-            self_condition=None,
-            time=None,
-            cache=None,
             dropout_keys=parts.encoder_dropout_keys(dropout_keys),
             constrain=constrain,
         )
+        memory_BSD, _ = parts.run_stream(both_ways, params["embed"]["tokens"], params["encoder"], stream)
         cross = stack.project_memory(self.spec, params["blocks"], memory_BSD) if project else None
         return EncoderState(memory_BSD, inputs.segment_ids, cross)
 

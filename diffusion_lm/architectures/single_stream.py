@@ -6,13 +6,13 @@ from typing import Any
 import jax
 
 from diffusion_lm.architectures import parts
-from diffusion_lm.architectures.base import EncoderState, Hidden
+from diffusion_lm.architectures.base import Hidden
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.head import Head
-from diffusion_lm.nn.masks import Visibility
+from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
 from diffusion_lm.nn.transformer import TransformerSpec
 
 
@@ -53,41 +53,11 @@ class SingleStream:
         axes |= parts.conditioning_axes(self.spec)
         return axes | parts.head_axes(self.spec)
 
-    def hidden(
-        self,
-        params: Params,
-        tokens: jax.Array,
-        *,
-        visibility: Visibility,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        encoder: EncoderInputs | EncoderState | None = None,
-        self_condition: jax.Array | None = None,
-        time: jax.Array | None = None,
-        cache: KVCache | None = None,
-        dropout_keys: jax.Array | None = None,
-        constrain: Constrain = no_constraint,
-    ) -> Hidden:
+    def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
         """Runs the network up to its final norm."""
-        if encoder is not None:
+        if inputs.encoder is not None:
             raise _no_encoder()
-        return Hidden(
-            *parts.run_stream(
-                self.spec,
-                params["embed"]["tokens"],
-                params,
-                tokens,
-                visibility=visibility,
-                positions=positions,
-                segment_ids=segment_ids,
-                encoder=None,
-                self_condition=self_condition,
-                time=time,
-                cache=cache,
-                dropout_keys=dropout_keys,
-                constrain=constrain,
-            )
-        )
+        return Hidden(*parts.run_stream(self.spec, params["embed"]["tokens"], params, inputs))
 
     def head(self, params: Params) -> Head:
         """Returns the output projection."""
