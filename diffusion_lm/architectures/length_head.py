@@ -17,6 +17,7 @@ from diffusion_lm.architectures.extended import Extended, layer_with
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import Batch, Params
 from diffusion_lm.nn import stack
+from diffusion_lm.nn.attention_mask import DenseMask
 from diffusion_lm.nn.layers import Context
 from diffusion_lm.nn.masks import Full, Segments
 from diffusion_lm.nn.named_masks import named_visibility
@@ -73,7 +74,7 @@ class WithLengthHead(Extended):
     ) -> jax.Array:
         """Returns f32[B, classes] from the network's states at the conditioning (`used_BT`)."""
         head, spec = params[PART], self.spec
-        mask = (Full() & Segments(used_BT.astype(jnp.int32))).dense(None, used_BT.shape[1])
+        mask = DenseMask.of(Full() & Segments(used_BT.astype(jnp.int32)), None, used_BT.shape[1])
         context = Context(mask=mask, positions=positions_BT)
         x_BTD, _ = stack.run_stack(spec, head["blocks"], features_BTD, context)
         used = used_BT[..., None].astype(jnp.float32)

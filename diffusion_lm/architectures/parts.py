@@ -9,7 +9,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import fold_in_each, stream_number
 from diffusion_lm.core.types import Params
 from diffusion_lm.nn import stack
-from diffusion_lm.nn.attention_layer import stack_bias
+from diffusion_lm.nn.attention_mask import AttentionMask, DenseMask, SymbolicMask
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.head import Head
 from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
@@ -161,35 +161,43 @@ def run_stream(
     x = row_dropout(x, spec.dropout_rate, dropout_keys, _EMBEDDING_SITE)
     x = constrain(x, ("batch", "length", "activation_embed"))
 
-    q_slots = inputs.q_idx
-    # A kernel evaluates the expression itself, wherever whole rows see each other.
-    written_out = spec.attention != "flash" or inputs.cache is not None
-    bias = None
+    mask = _attention_mask(spec, inputs)
     if _has_stack_bias(spec):
-        bias = stack_bias(spec, params["relative_bias"], q_slots, length, copies, written_out=written_out)
-    memory_mask = None if encoder is None else same_segment(inputs.q_segments, encoder.segment_ids)
-    mask: Any = inputs.visibility & Segments(inputs.segment_ids)
-    near: Any = None if spec.window is None else Window(spec.window, copies)
-    if written_out:
-        mask, near = mask.dense(q_slots, length), None if near is None else near.dense(q_slots, length)
-    near = None if near is None else mask & near
-    differs = near is not None and spec.window_layers is not None
-    cross = encoder.cross if isinstance(encoder, EncoderState) else None
+        mask = mask.with_relative_bias(
+            params["relative_bias"],
+            bidirectional=spec.relative_bidirectional,
+            max_distance=spec.relative_max_distance,
+        )
+    window_mask = None
+    if spec.window is not None:
+        windowed = mask.restrict(Window(spec.window, copies))
+        # Without a list of layers, all of them have the window.
+        mask, window_mask = (windowed, None) if spec.window_layers is None else (mask, windowed)
+    state = encoder if isinstance(encoder, EncoderState) else None
+    cross = None if state is None else state.cross
     context = Context(
-        mask=mask if near is None or differs else near,
-        window_mask=near if differs else None,
+        mask=mask,
+        window_mask=window_mask,
         positions=inputs.positions,
-        bias=bias,
-        memory_BSD=encoder.memory_BSD if isinstance(encoder, EncoderState) and cross is None else None,
-        memory_mask=memory_mask,
+        memory_BSD=state.memory_BSD if state is not None and cross is None else None,
+        memory_mask=None if state is None else DenseMask(same_segment(inputs.q_segments, state.segment_ids)),
         dropout_keys=dropout_keys,
-        copies=copies,
         constrain=constrain,
     )
     x, cache = stack.run_stack(spec, params["blocks"], x, context, cache=inputs.cache, cross=cross)
     if spec.has_final_norm:
         x = stack.run_norm(spec, params["final_norm"], x)
     return row_dropout(x, spec.dropout_rate, dropout_keys, _OUTPUT_SITE), cache
+
+
+def _attention_mask(spec: TransformerSpec, inputs: ForwardInputs) -> AttentionMask:
+    """Returns the mask of self-attention, in the representation that the attention implementation reads."""
+    visibility = inputs.visibility & Segments(inputs.segment_ids)
+    length = inputs.segment_ids.shape[1]
+    # The kernel evaluates the expression itself, but only where the queries are all slots of the row.
+    if spec.attention == "flash" and inputs.cache is None:
+        return SymbolicMask(visibility, length)
+    return DenseMask.of(visibility, inputs.q_idx, length)
 
 
 def _embed(spec: TransformerSpec, embedding_VD: jax.Array, params: Params, inputs: ForwardInputs) -> jax.Array:

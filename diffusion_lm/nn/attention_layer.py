@@ -2,38 +2,18 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffusion_lm.nn.attention import attend
-from diffusion_lm.nn.embeddings import relative_bias, relative_diagonals, rotary, rotate
+from diffusion_lm.nn.attention_mask import AttentionMask
+from diffusion_lm.nn.embeddings import rotary, rotate
 from diffusion_lm.nn.layers import Context, Norm, add_low_rank, fan_in_normal, parameter, row_dropout
 from diffusion_lm.nn.linear import linear
 from diffusion_lm.nn.rope import LinearRope, base_frequencies
 from diffusion_lm.nn.transformer import TransformerSpec
-
-
-def stack_bias(
-    spec: TransformerSpec, table: jax.Array, q_slots: jax.Array | None, slots: int, copies: int, *, written_out: bool
-) -> jax.Array:
-    """Returns the relative bias f32[B|1,H,Q,T], or its diagonals f32[H,2L], for `copies` of a stream in a row.
-
-    Args:
-      spec: the network's shape.
-      table: [buckets,H].
-      q_slots: i32[B,Q], the queries' slots; None means all.
-      slots: T, the slots of a row.
-      copies: see above.
-      written_out: whether attention wants the matrix and not its diagonals.
-    """
-    settings: Any = {"bidirectional": spec.relative_bidirectional, "max_distance": spec.relative_max_distance}
-    if not written_out:
-        return relative_diagonals(table, slots // copies, **settings)
-    bias = relative_bias(table, q_slots, slots // copies, **settings)
-    return jnp.tile(bias, (1, 1, copies, copies)) if copies > 1 else bias
 
 
 class Attention(nn.Module):
@@ -89,19 +69,14 @@ class Attention(nn.Module):
             k = self._rotated(k, positions, windowed)
         return k, v
 
-    def own_bias(self, context: Context, q_slots: jax.Array | None, slots: int) -> jax.Array | None:
-        """Returns this layer's relative bias as in `Context`, or None where layers have none of their own.
-
-        Args:
-          context: of the block.
-          q_slots: as in `embeddings.relative_bias`.
-          slots: T, the slots of a row.
-        """
+    def with_own_bias(self, mask: AttentionMask) -> AttentionMask:
+        """Returns the mask with this layer's relative bias, or as it is if layers have none of their own."""
         spec = self.spec
         if spec.position != "relative_bias" or not spec.relative_per_layer:
-            return None
-        written_out = isinstance(context.mask, jax.Array)
-        return stack_bias(spec, self.relative_bias, q_slots, slots, context.copies, written_out=written_out)
+            return mask
+        return mask.with_relative_bias(
+            self.relative_bias, bidirectional=spec.relative_bidirectional, max_distance=spec.relative_max_distance
+        )
 
     def queries(self, x_BQD: jax.Array, positions: jax.Array, windowed: bool | jax.Array = False) -> jax.Array:
         """Returns scaled q_BQHE, position encoding applied; `windowed` as in `Context`."""
@@ -139,8 +114,7 @@ class Attention(nn.Module):
         out = attend(
             q,
             *keys_values,
-            mask=mask,
-            bias=None if self.cross else context.bias,
+            mask,
             softcap=spec.attention_softcap,
             implementation=spec.attention,
             drop=self._drop(context),

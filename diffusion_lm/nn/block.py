@@ -1,7 +1,5 @@
 """One block of a stack, as a Linen module. Nothing of Linen leaves this floor: see `nn/stack.py`."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ from diffusion_lm.core.rng import fold_in_each
 from diffusion_lm.nn.attention_layer import Attention
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.layers import Context, Mlp, Norm, row_dropout
-from diffusion_lm.nn.masks import Rows, Visibility
 from diffusion_lm.nn.transformer import TransformerSpec
 
 
@@ -65,24 +62,20 @@ class Block(nn.Module):
             keys = fold_in_each(keys, jnp.full(keys.shape, layer))
             context = context.replace(dropout_keys=keys)
 
+        mask = context.mask
         if context.window_mask is not None:
             assert spec.window_layers is not None
-            windowed: Any
+            windowed: bool | jax.Array
             if isinstance(layer, int):
                 windowed = layer in spec.window_layers
-                mask = context.window_mask if windowed else context.mask
+                mask = context.window_mask if windowed else mask
             else:
+                # One compiled body serves all layers of a scan, so the choice is made at run time.
                 windowed = jnp.any(jnp.asarray(spec.window_layers, jnp.int32) == layer)
-                mask = _either(windowed, context.window_mask, context.mask)
-            context = context.replace(mask=mask, windowed=windowed)
+                mask = context.window_mask.where(windowed, mask)
+            context = context.replace(windowed=windowed)
+        context = context.replace(mask=self.attention.with_own_bias(mask))
 
-        q_slots, slots = None, x_BQD.shape[1]
-        if cache is not None:
-            assert isinstance(context.mask, jax.Array)
-            q_slots, slots = context.positions, context.mask.shape[-1]
-        own = self.attention.own_bias(context, q_slots, slots)
-        if own is not None:
-            context = context.replace(bias=own)
         normed = self._before(self.attention_norm, x_BQD)
         if not spec.first_attention_norm:
             normed = jnp.where(layer == 0, x_BQD.astype(normed.dtype), normed)
@@ -117,10 +110,3 @@ class Block(nn.Module):
     def project_memory(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns this block's cross-attention (k_BSKE, v_BSKE)."""
         return self.cross_attention.keys_values(memory_BSD, None)
-
-
-def _either(condition: jax.Array, first: Any, second: Any) -> Any:
-    """Returns one of two masks, or of two expressions."""
-    if isinstance(first, Visibility):
-        return (first & Rows(condition[None])) | (second & Rows(~condition[None]))
-    return jnp.where(condition, first, second)

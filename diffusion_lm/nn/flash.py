@@ -150,10 +150,10 @@ class _Call(NamedTuple):
         tile = next(tile for tile in TILES if divided % tile == 0)
         rows = next(rows for rows in range(min(ROWS, B), 0, -1) if B % rows == 0)
         leaves, treedef = jax.tree.flatten(visibility)
-        seen = jnp.broadcast_to(visibility.dense(None, length), (B, length, length))
-        seen = jnp.pad(seen, ((0, 0), (0, whole - length), (0, whole - length)))
+        allowed = jnp.broadcast_to(visibility.dense(None, length), (B, length, length))
+        allowed = jnp.pad(allowed, ((0, 0), (0, whole - length), (0, whole - length)))
         tiles = whole // tile
-        occupied = seen.reshape(B // rows, rows, tiles, tile, tiles, tile).any((1, 3, 5)).astype(jnp.int32)
+        occupied = allowed.reshape(B // rows, rows, tiles, tile, tiles, tile).any((1, 3, 5)).astype(jnp.int32)
         spec = Spec(
             rows=rows,
             tile=tile,

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from diffusion_lm.nn.masks import Sides, Visibility
+from diffusion_lm.nn.masks import QueryKey, Visibility
 
 LANES = 128
 HIDDEN = -1e30
-NOTHING_SEEN = -1e29
+MAXIMUM_FLOOR = -1e29
 """Floor under the maximum of a query's scores: the weights of one that sees nothing underflow to 0."""
 
 
@@ -82,15 +82,17 @@ class _Tile:
             raw, slope = self.spec.softcap * capped, 1.0 - capped * capped
         if self.bias is not None:
             raw = raw + self.bias
-        return jnp.where(self._seen(row), raw, HIDDEN), slope
+        return jnp.where(self._allowed(row), raw, HIDDEN), slope
 
-    def _seen(self, row) -> jax.Array:
-        queries = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1) + self.query_tile * self.spec.tile
-        keys = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0) + self.key_tile * self.spec.tile
-        refs, sides = iter(self.leaf_refs), []
+    def _allowed(self, row) -> jax.Array:
+        """Returns bool[keys,queries]: the visibility of this tile, with padding keys excluded."""
+        q_idx = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1) + self.query_tile * self.spec.tile
+        kv_idx = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0) + self.key_tile * self.spec.tile
+        refs, leaves = iter(self.leaf_refs), []
         for leaf in self.spec.leaves:
             if leaf.pairs:
                 ref = next(refs)
+                # One matrix for all rows of the batch is stored once.
                 pair = ref[jnp.minimum(row, ref.shape[0] - 1)]
                 values = (pair, pair)
             else:
@@ -99,9 +101,10 @@ class _Tile:
                     jnp.broadcast_to(of_queries, self.shape),
                     jnp.broadcast_to(jnp.expand_dims(of_keys, -1), self.shape),
                 )
-            sides.append(Sides(*(value != 0 for value in values)) if leaf.is_bool else Sides(*values))
-        expression: Visibility = jax.tree.unflatten(self.spec.treedef, sides)
-        return expression.seen(Sides(queries, keys), self.spec.num_keys) & (keys < self.spec.num_keys)
+            # Boolean arrays are passed as i32.
+            leaves.append(QueryKey(*(value != 0 for value in values)) if leaf.is_bool else QueryKey(*values))
+        expression: Visibility = jax.tree.unflatten(self.spec.treedef, leaves)
+        return expression.mask_mod(q_idx, kv_idx, self.spec.num_keys) & (kv_idx < self.spec.num_keys)
 
     @property
     def window(self) -> Any:
@@ -129,7 +132,7 @@ def forward(occupied_ref, q_ref, k_ref, v_ref, *refs, spec: Spec) -> None:
 
     @pl.when(at[2] == 0)
     def _():
-        maximum_ref[...] = jnp.full_like(maximum_ref, NOTHING_SEEN)
+        maximum_ref[...] = jnp.full_like(maximum_ref, MAXIMUM_FLOOR)
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.rng import fold_in_each
+from diffusion_lm.nn.attention_mask import AttentionMask
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.linear import linear
-from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.transformer import TransformerSpec
 
 ADAPTERS = "adapters"
@@ -24,28 +24,24 @@ class Context(flax.struct.PyTreeNode):
     """What every block of a stack needs besides its input.
 
     Attributes:
-      mask: bool[B|1,Q,T], who sees whom; or the expression that says so, for attention that evaluates it itself.
-      window_mask: the same inside the window, for `spec.window_layers`; None where no layer differs.
+      mask: which keys each query attends to, with the stack's relative bias; without a bias where there is none or each
+        layer has its own.
+      window_mask: the same inside the window, for the layers `spec.window_layers`; None if all layers have `mask`.
       positions: i32[B,Q].
-      bias: f32[B|1,H,Q,T], the stack's relative bias, beside an expression its diagonals f32[H,2L]; None where there is
-        none or each layer has its own.
-      copies: how often the stream stands in a row, for the biases of layers.
-      memory_BSD: the encoder's output where each block projects its own keys and values, or None.
-      memory_mask: bool[B,Q,S], or None without an encoder.
-      windowed: whether the layer at hand is one of them.
+      memory_BSD: the encoder's output if each block projects its own keys and values, else None.
+      memory_mask: bool[B,Q,S] as a mask, or None without an encoder.
+      windowed: whether the current layer is one of `spec.window_layers`; set by the block.
       dropout_keys: key[B], or None.
       constrain: pins activations to the mesh.
     """
 
-    mask: jax.Array | Visibility
+    mask: AttentionMask
     positions: jax.Array
-    bias: jax.Array | None = None
     memory_BSD: jax.Array | None = None
-    memory_mask: jax.Array | None = None
-    window_mask: jax.Array | Visibility | None = None
+    memory_mask: AttentionMask | None = None
+    window_mask: AttentionMask | None = None
     windowed: jax.Array | bool = flax.struct.field(default=False)
     dropout_keys: jax.Array | None = None
-    copies: int = flax.struct.field(pytree_node=False, default=1)
     constrain: Constrain = flax.struct.field(pytree_node=False, default=no_constraint)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.types import Params
+from diffusion_lm.nn.attention_mask import DenseMask
 from diffusion_lm.nn.block import Block
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
@@ -169,17 +170,19 @@ def _init_self_conditioning(spec: TransformerSpec, key: jax.Array):
 
 def _empty_context(constrain: Constrain = no_constraint) -> Context:
     """Returns the context of a layer that looks at one token by itself."""
-    return Context(mask=jnp.ones((1, 1, 1), bool), positions=jnp.zeros((1, 1), jnp.int32), constrain=constrain)
+    return Context(
+        mask=DenseMask(jnp.ones((1, 1, 1), bool)), positions=jnp.zeros((1, 1), jnp.int32), constrain=constrain
+    )
 
 
 def _init_block(spec: TransformerSpec, key: jax.Array, has_cross: bool):
     """Returns one block's boxed parameters; inside jit or vmap the dummy pass costs nothing."""
     spec = dataclasses.replace(spec, attention="xla")  # cuDNN's knows neither this device nor vmap
     context = Context(
-        mask=jnp.ones((1, 1, 1), bool),
+        mask=DenseMask(jnp.ones((1, 1, 1), bool)),
         positions=jnp.zeros((1, 1), jnp.int32),
         memory_BSD=jnp.zeros((1, 1, spec.model_dim), spec.compute_dtype) if has_cross else None,
-        memory_mask=jnp.ones((1, 1, 1), bool) if has_cross else None,
+        memory_mask=DenseMask(jnp.ones((1, 1, 1), bool)) if has_cross else None,
     )
     x = jnp.zeros((1, 1, spec.model_dim), spec.compute_dtype)
     return Block(spec, has_cross=has_cross).init(key, x, context, 0)["params"]

@@ -106,7 +106,7 @@ def bind(spec) -> BoundModel:
 
 def given(visibility, length):
     """A visibility written out, so that one compiled program serves all of them."""
-    return masks.Given(visibility.dense(None, length))
+    return masks.ExplicitMask(visibility.dense(None, length))
 
 
 def token_ids(rows, length, seed=0):
