@@ -12,7 +12,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms, WeightedMean
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.named_masks import BLOCK_NAMES, VISIBILITY_NAMES, is_visibility, named_visibility
-from diffusion_lm.nn.time_conditioning import told_time
+from diffusion_lm.nn.time_conditioning import time_input
 from diffusion_lm.noise.process import Process
 from diffusion_lm.noise.weighting import BoundKind
 
@@ -161,7 +161,7 @@ class Forward:
                 segment_ids=self._batch.segment_ids,
                 encoder=encoder,
                 self_condition=self_condition,
-                **told_time(model.spec, rate, self._batch.target_mask),
+                time=time_input(model.spec, rate, self._batch.target_mask),
                 dropout_keys=self._dropout_keys(f"decoder/{pass_number}"),
             )
 

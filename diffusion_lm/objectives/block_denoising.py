@@ -12,7 +12,7 @@ from diffusion_lm.core.real_tokens import real_tokens
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, LossTerms
 from diffusion_lm.nn.masks import two_streams
-from diffusion_lm.nn.time_conditioning import told_time
+from diffusion_lm.nn.time_conditioning import time_input
 from diffusion_lm.noise.process import MASK_NOISE, NO_NOISE, Process
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.base import Model, Needs, frozen, weighted_mean, weighted_sum
@@ -282,7 +282,7 @@ class BlockDenoising:
             segment_ids=_twice(batch.segment_ids),
             encoder=batch.encoder,
             dropout_keys=None if dropout is None else dropout.per_example(f"dropout/{pass_number}", batch.row_ids),
-            **told_time(model.spec, _twice(share), noisy_side),
+            time=time_input(model.spec, _twice(share), noisy_side),
         )
         scored = batch.loss_weights != 0
         seeds = batch.target_mask & blocks.is_start if self._has_seeds else jnp.zeros_like(scored)
