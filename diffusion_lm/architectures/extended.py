@@ -7,6 +7,7 @@ import jax
 
 from diffusion_lm.architectures import parts
 from diffusion_lm.architectures.base import Architecture, Hidden
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.head import Head
@@ -46,7 +47,7 @@ class Extended:
         """Returns shapes and dtypes of the parameters."""
         return jax.eval_shape(self.init, parts.abstract_key())
 
-    def logical_axes(self) -> Any:
+    def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters."""
         return self.backbone.logical_axes()
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from diffusion_lm.architectures import parts
 from diffusion_lm.architectures.base import Hidden
 from diffusion_lm.architectures.extended import Extended, frozen_arrays
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError, near_names, require
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
@@ -103,7 +104,7 @@ class WithLoRA(Extended):
             _put(adapters, path, {"a": a * math.prod(reads) ** -0.5, "b": b})
         return {**self.backbone.init(key), PART: adapters}
 
-    def logical_axes(self) -> Any:
+    def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters: an adapter has those of the matrix, and its rank is whole."""
         adapters: dict[str, Any] = {"scale": ()}
         for path, axes in self._adapted():

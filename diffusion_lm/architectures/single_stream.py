@@ -1,12 +1,12 @@
-"""One stack over one stream. Decoder-only, prefix-LM and encoder-only are this network under different visibility."""
+"""One stack over one stream. Decoder-only, prefix-LM and encoder-only are this network with different visibility."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
 from diffusion_lm.architectures import parts
 from diffusion_lm.architectures.base import Hidden
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.cache import KVCache
@@ -30,9 +30,9 @@ class SingleStream:
     def __post_init__(self):
         require(
             self.spec.encoder_layers == 0,
-            f"A single-stream network has no encoder, but encoder_layers = {self.spec.encoder_layers}",
+            f"encoder_layers={self.spec.encoder_layers}: must be 0 for a single-stream network",
             where="TransformerSpec.encoder_layers",
-            fix="Use gin/models/encoder_decoder.gin, or bind 0.",
+            fix="Bind 0, or use gin/models/encoder_decoder.gin.",
         )
 
     def init(self, key: jax.Array) -> Params:
@@ -47,7 +47,7 @@ class SingleStream:
         """Returns shapes and dtypes of the parameters."""
         return jax.eval_shape(self.init, parts.abstract_key())
 
-    def logical_axes(self) -> Any:
+    def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters."""
         axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec)
         axes |= parts.conditioning_axes(self.spec)
@@ -95,7 +95,7 @@ class SingleStream:
 
 def _no_encoder() -> ConfigError:
     return ConfigError(
-        "A single-stream network was given an encoder's stream",
+        "the batch has an encoder's stream, and a single-stream network has no encoder",
         where="TrainRun.data",
         fix="Use SingleStreamConverter, or gin/models/encoder_decoder.gin.",
     )

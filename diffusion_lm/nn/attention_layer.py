@@ -1,4 +1,4 @@
-"""The attention layer, as a Linen module: its matrices, positions and biases. The products are `nn/attention.py`'s."""
+"""The attention layer as a Linen module: projections, position encoding and biases; `nn/attention.py` does the rest."""
 
 import functools
 from collections.abc import Callable
@@ -21,18 +21,18 @@ class Attention(nn.Module):
 
     Attributes:
       spec: the network's shape.
-      cross: whether keys and values come from the encoder; then they carry no positions.
+      cross: whether keys and values come from the encoder; then they have no position encoding.
     """
 
     spec: TransformerSpec
     cross: bool = False
 
     def setup(self):
-        """Declares the parameters, so that keys and values can also be projected on their own."""
+        """Declares the parameters here, so that `keys_values` can run without `__call__`."""
         spec = self.spec
         D, H, K, E = spec.model_dim, spec.num_heads, spec.kv_heads, spec.head_dim
         dtype = jnp.dtype(spec.param_dtype)
-        # T5 has no 1/sqrt(E) in front of the scores; its initialiser makes the queries smaller by that much.
+        # T5 does not scale the scores by 1/sqrt(E); its initialiser makes the queries smaller by this factor instead.
         query_fan_in = D * E if spec.attention_scale == "none" else D
         kv_axes = ("embed", "kv_heads", "head_dim")
         self.query = parameter(
@@ -97,37 +97,39 @@ class Attention(nn.Module):
             return rotary(x_BTHE, positions, spec.rope_theta, spec.rope_scaling)
         if windowed is True:
             return rotary(x_BTHE, positions, theta)
-        far = spec.rope_scaling or LinearRope(1.0)
+        # In a scan, which layers have the window is known at run time only: choose between two sets of frequencies.
+        unwindowed = spec.rope_scaling or LinearRope(1.0)
         frequencies = jnp.where(
-            windowed, base_frequencies(spec.head_dim, theta), far.frequencies(spec.head_dim, spec.rope_theta)
+            windowed, base_frequencies(spec.head_dim, theta), unwindowed.frequencies(spec.head_dim, spec.rope_theta)
         )
-        return rotate(x_BTHE, positions, frequencies, jnp.where(windowed, 1.0, far.magnitude))
+        return rotate(x_BTHE, positions, frequencies, jnp.where(windowed, 1.0, unwindowed.magnitude))
 
     def __call__(self, x_BQD, keys_values, context: Context) -> jax.Array:
-        """Returns [B,Q,D]: what the queries of `x_BQD` read from (k_BTKE, v_BTKE)."""
+        """Returns [B,Q,D], the attention of the queries of `x_BQD` to (k_BTKE, v_BTKE)."""
         spec, constrain = self.spec, context.constrain
         mask = context.memory_mask if self.cross else context.mask
         assert mask is not None
         q = constrain(
             self.queries(x_BQD, context.positions, context.windowed), ("batch", "length", "heads", "head_dim")
         )
+        k, v = keys_values
         out = attend(
             q,
-            *keys_values,
+            k,
+            v,
             mask,
             softcap=spec.attention_softcap,
             implementation=spec.attention,
             drop=self._drop(context),
             constrain=constrain,
         )
-        out = constrain(out, ("batch", "length", "heads", "head_dim"))
-        read = out
-        out = linear(read, self.output, 2)
-        out = add_low_rank(self, "output", out, read, inputs=2)
+        heads = constrain(out, ("batch", "length", "heads", "head_dim"))
+        out = linear(heads, self.output, 2)
+        out = add_low_rank(self, "output", out, heads, inputs=2)
         return out + self.output_bias.astype(out.dtype) if spec.has_attention_output_bias else out
 
     def _drop(self, context: Context) -> Callable[[jax.Array], jax.Array] | None:
-        """Returns what drops attention probabilities in training, else None; the sites follow those of the block."""
+        """Returns the dropout of attention probabilities, or None outside training; sites follow those of the block."""
         rate = self.spec.attention_dropout_rate
         if context.dropout_keys is None or rate == 0:
             return None
