@@ -1,4 +1,4 @@
-"""The boundary between networks and everything above them: plain parameter dicts in, hidden states out."""
+"""The interface between networks and all code above them: plain dicts of parameters in, hidden states out."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,13 +6,15 @@ from typing import Any, Protocol
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.types import EncoderInputs, Params, TokenStats
 from diffusion_lm.nn import cross_entropy
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.head import Head, logits
+from diffusion_lm.nn.inputs import EncoderState as EncoderState
+from diffusion_lm.nn.inputs import ForwardInputs
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.stack import layers_apart
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -20,39 +22,16 @@ from diffusion_lm.nn.transformer import TransformerSpec
 
 @flax.struct.dataclass
 class Hidden:
-    """What a forward pass returns.
+    """The result of a forward pass.
 
     Attributes:
-      values_BTD: [B,Q,D] after the final norm, in the compute dtype; the head turns it into logits on request.
-      cache: the cache with the new tokens written, or None where none was given.
+      values_BTD: [B,Q,D] after the final norm, in the compute dtype. `BoundModel` computes losses, samples or logits
+        from it.
+      cache: the cache with the new tokens written, or None if none was given.
     """
 
     values_BTD: jax.Array
     cache: KVCache | None = None
-
-
-@flax.struct.dataclass
-class EncoderState:
-    """An encoded source.
-
-    Attributes:
-      memory_BSD: the encoder's output, [B,S,D].
-      segment_ids: i32[B,S].
-      cross: keys and values of every decoder layer's cross-attention, projected once for the many forward passes of a
-        sampler; None in training, where each layer projects its own and nothing of size N has to be kept.
-    """
-
-    memory_BSD: jax.Array
-    segment_ids: jax.Array
-    cross: KVCache | None = None
-
-    def take_rows(self, rows: jax.Array) -> "EncoderState":
-        """Returns the state with its rows reordered or repeated by i32[B']."""
-        return EncoderState(
-            jnp.take(self.memory_BSD, rows, axis=0),
-            jnp.take(self.segment_ids, rows, axis=0),
-            None if self.cross is None else self.cross.take_rows(rows),
-        )
 
 
 class Architecture(Protocol):
@@ -62,55 +41,23 @@ class Architecture(Protocol):
 
     @property
     def spec(self) -> TransformerSpec:
-        """The fields by which families differ."""
+        """The shape of the network."""
 
     @property
     def needs_encoder(self) -> bool:
-        """Whether `hidden` reads an encoder's stream."""
+        """Whether `hidden` needs an encoder's stream."""
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh parameters as a nested dict of `spec.param_dtype` arrays; jit-able."""
 
     def abstract_params(self) -> Params:
-        """Returns the parameters' shapes and dtypes without allocating them."""
+        """Returns shapes and dtypes of the parameters without allocating them."""
 
-    def logical_axes(self) -> Any:
-        """Returns the tree of `init` with a tuple of logical axis names (or None) in place of each array."""
+    def logical_axes(self) -> AxesTree:
+        """Returns the tree of `init` with the logical axes of each array in its place."""
 
-    def hidden(
-        self,
-        params: Params,
-        tokens: jax.Array,
-        *,
-        visibility: Visibility,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        encoder: EncoderInputs | EncoderState | None = None,
-        self_condition: jax.Array | None = None,
-        time: jax.Array | None = None,
-        cache: KVCache | None = None,
-        dropout_keys: jax.Array | None = None,
-        constrain: Constrain = no_constraint,
-    ) -> Hidden:
-        """Runs the network up to its final norm.
-
-        Args:
-          params: from `init`.
-          tokens: i32[B,Q]; Q = T unless there is a cache.
-          visibility: who sees whom over the T slots. Packed examples and padding are kept apart on top of it.
-          positions: i32[B,Q]. Without a cache they count up by one inside each segment. With a cache they are the
-            tokens' slots on the canvas: keys and values are written there (slots >= T are not).
-          segment_ids: i32[B,T], of the whole canvas also when there is a cache.
-          encoder: source tokens, or what `encode` made of them; encoder-decoders only.
-          self_condition: [B,Q,D], the embedding that a previous prediction expects at each slot, zeros where there is
-            none; None = zeros. Only of networks with `spec.self_conditioning`.
-          time: f32[B,Q] in [0, 1], how much noise each slot was given: the rate 1 - alpha(t) at which tokens like it
-            are replaced, 0 where it is clean; None = 0. Only of networks with `spec.time_conditioning`.
-          cache: from `init_cache`.
-          dropout_keys: key[B], one per row so that dropout does not depend on the split into microbatches; None is
-            deterministic.
-          constrain: pins activations to the mesh.
-        """
+    def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
+        """Runs the network up to its final norm."""
 
     def head(self, params: Params) -> Head:
         """Returns the output projection."""
@@ -130,18 +77,18 @@ class Architecture(Protocol):
         constrain: Constrain = no_constraint,
         project: bool = True,
     ) -> EncoderState:
-        """Encodes the source; `project` also computes the cross-attention keys and values of all layers."""
+        """Encodes the source; with `project` also computes the cross-attention keys and values of all layers."""
 
     def count_parameters(self) -> dict[str, int]:
-        """Returns the number of parameters by part, and their "total"; rows that pad the vocabulary included."""
+        """Returns the number of parameters per part, and their "total"; padding rows of the vocabulary are included."""
 
     def flops_per_token(self, context_length: int) -> float:
-        """Returns forward matmul FLOPs per token of the main stream, attention scores and logits included."""
+        """Returns forward matmul FLOPs per token of the main stream, including attention scores and logits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BoundModel:
-    """An architecture with its parameters: all that objectives and samplers know of a network.
+    """An architecture with its parameters: the view of a network that objectives and samplers have.
 
     Attributes:
       architecture: the network.
@@ -171,10 +118,9 @@ class BoundModel:
         cache: KVCache | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> Hidden:
-        """Runs one forward pass; arguments as in `Architecture.hidden`."""
-        return self.architecture.hidden(
-            self.params,
-            tokens,
+        """Runs one forward pass; arguments as in `ForwardInputs`."""
+        inputs = ForwardInputs(
+            tokens=tokens,
             visibility=visibility,
             positions=positions,
             segment_ids=segment_ids,
@@ -185,9 +131,10 @@ class BoundModel:
             dropout_keys=dropout_keys,
             constrain=self.constrain,
         )
+        return self.architecture.hidden(self.params, inputs)
 
     def for_loops(self) -> "BoundModel":
-        """Returns the same network with its layers out of their stack, as a sampler's loop reads it fastest."""
+        """Returns the same network with unstacked layers, which is faster inside the loop of a sampler."""
         if self.spec.scan_layers:
             return self
         blocks = layers_apart(self.params["blocks"])
@@ -204,13 +151,13 @@ class BoundModel:
     def nll(
         self, hidden: Hidden, targets: jax.Array, *, where: jax.Array | None = None, forbidden: tuple[int, ...] = ()
     ) -> jax.Array:
-        """Returns -log p(target) as f32[B,T] in nats, without holding [B,T,V].
+        """Returns -log p(target) as f32[B,T] in nats, without an array [B,T,V].
 
         Args:
           hidden: from a forward pass.
           targets: i32[B,T].
-          where: bool[B,T], the slots that are wanted; 0 elsewhere. None = all.
-          forbidden: ids without probability.
+          where: bool[B,T], the selected slots; 0 elsewhere. None = all.
+          forbidden: ids with probability 0.
         """
         return self._over_tokens(cross_entropy.chunked_nll, hidden, targets, where, forbidden)
 
@@ -227,6 +174,7 @@ class BoundModel:
             hidden_BTD, targets_BT, where_BT = tokens
             return terms(hidden_BTD, head, targets_BT, self.spec.logits_chunk, where_BT=where_BT, forbidden=forbidden)
 
+        # Per device: partitioned as a whole, the loop over chunks would sum the head's gradient in every iteration.
         with jax.named_scope("cross_entropy"):
             return self.constrain.per_device(one, self._head(), (hidden.values_BTD, targets, where))
 
@@ -248,9 +196,9 @@ class BoundModel:
         ratios: cross_entropy.Ratios | None = None,
         expected: bool = False,
     ) -> TokenStats:
-        """Returns argmax, draw, log-probabilities and `summaries` a token; see `cross_entropy.chunked_token_stats`.
+        """Returns argmax, sample, log-probabilities and `summaries` per token; see `cross_entropy.chunked_token_stats`.
 
-        `expected` asks for the mean embedding of the predicted token, which `self_condition` takes.
+        With `expected`, returns the mean embedding of the predicted token too, the input `self_condition`.
         """
         return cross_entropy.chunked_token_stats(
             hidden.values_BTD,
@@ -280,7 +228,7 @@ class BoundModel:
         where: jax.Array | None = None,
         forbidden: tuple[int, ...] = (),
     ) -> Any:
-        """Returns `fn(logits, *inputs)` token by token without holding [B,T,V]; see `cross_entropy.chunked_map`."""
+        """Returns `fn(logits, *inputs)` per token without an array [B,T,V]; see `cross_entropy.chunked_map`."""
         return cross_entropy.chunked_map(
             fn,
             hidden.values_BTD,
@@ -292,7 +240,7 @@ class BoundModel:
         )
 
     def logits(self, hidden: Hidden) -> jax.Array:
-        """Returns f32[B,T,V] over the real vocabulary: for tests, beam search and small vocabularies."""
+        """Returns f32[B,T,V] without padding rows: for tests, beam search and small vocabularies."""
         return logits(hidden.values_BTD, self._head())[..., : self.spec.vocab_size]
 
     def _embedding(self) -> jax.Array:
@@ -300,5 +248,5 @@ class BoundModel:
 
     def _head(self) -> Head:
         head = self.architecture.head(self.params)
-        # One gather of the sharded width here instead of one in every chunk.
+        # The width is gathered once here instead of in every chunk.
         return head.replace(weight_VD=self.constrain(head.weight_VD, ("vocab", "activation_embed")))

@@ -1,4 +1,4 @@
-"""An encoder that reads the source in both directions, and a decoder that attends to it."""
+"""An encoder with bidirectional attention over the source, and a decoder that attends to it."""
 
 import dataclasses
 from typing import Any
@@ -6,14 +6,16 @@ from typing import Any
 import jax
 
 from diffusion_lm.architectures import parts
-from diffusion_lm.architectures.base import EncoderState, Hidden
+from diffusion_lm.architectures.base import Hidden
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn import stack
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.head import Head
-from diffusion_lm.nn.masks import Full, Visibility
+from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
+from diffusion_lm.nn.masks import Full
 from diffusion_lm.nn.transformer import TransformerSpec
 
 
@@ -21,7 +23,7 @@ from diffusion_lm.nn.transformer import TransformerSpec
 class EncoderDecoder:
     """An encoder-decoder transformer with one input embedding for both streams; methods as in `Architecture`.
 
-    Under full visibility of the decoder's stream this is the network of encoder-decoder text diffusion.
+    With the visibility `Full` for the decoder's stream, this is the network of encoder-decoder text diffusion.
 
     Attributes:
       spec: the network's shape, with encoder layers.
@@ -33,7 +35,7 @@ class EncoderDecoder:
     def __post_init__(self):
         require(
             self.spec.encoder_layers > 0,
-            "An encoder-decoder needs encoder layers",
+            "encoder_layers=0: an encoder-decoder needs at least one",
             where="TransformerSpec.encoder_layers",
             fix="Bind encoder_layers, or use gin/models/decoder_only.gin.",
         )
@@ -51,54 +53,27 @@ class EncoderDecoder:
         """Returns shapes and dtypes of the parameters."""
         return jax.eval_shape(self.init, parts.abstract_key())
 
-    def logical_axes(self) -> Any:
+    def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters."""
         axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec, has_cross=True)
         axes["encoder"] = parts.stream_axes(self.spec)
         axes |= parts.conditioning_axes(self.spec)
         return axes | parts.head_axes(self.spec)
 
-    def hidden(
-        self,
-        params: Params,
-        tokens: jax.Array,
-        *,
-        visibility: Visibility,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        encoder: EncoderInputs | EncoderState | None = None,
-        self_condition: jax.Array | None = None,
-        time: jax.Array | None = None,
-        cache: KVCache | None = None,
-        dropout_keys: jax.Array | None = None,
-        constrain: Constrain = no_constraint,
-    ) -> Hidden:
-        """Runs the decoder up to its final norm, and the encoder first where it is given tokens."""
+    def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
+        """Runs the decoder up to its final norm, and the encoder first if it is given source tokens."""
+        encoder = inputs.encoder
         if encoder is None:
             raise ConfigError(
-                "An encoder-decoder was given no encoder's stream",
+                "the batch has no encoder's stream, which an encoder-decoder needs",
                 where="TrainRun.data",
                 fix="Use EncoderDecoderConverter, or gin/models/decoder_only.gin.",
             )
         if isinstance(encoder, EncoderInputs):
-            encoder = self.encode(params, encoder, dropout_keys=dropout_keys, constrain=constrain, project=False)
-        return Hidden(
-            *parts.run_stream(
-                self.spec,
-                params["embed"]["tokens"],
-                params,
-                tokens,
-                visibility=visibility,
-                positions=positions,
-                segment_ids=segment_ids,
-                encoder=encoder,
-                self_condition=self_condition,
-                time=time,
-                cache=cache,
-                dropout_keys=dropout_keys,
-                constrain=constrain,
-            )
-        )
+            keys, constrain = inputs.dropout_keys, inputs.constrain
+            encoder = self.encode(params, encoder, dropout_keys=keys, constrain=constrain, project=False)
+        inputs = inputs.replace(encoder=encoder)  # type: ignore[attr-defined]
+        return Hidden(*parts.run_stream(self.spec, params["embed"]["tokens"], params, inputs))
 
     def head(self, params: Params) -> Head:
         """Returns the output projection."""
@@ -121,24 +96,18 @@ class EncoderDecoder:
         constrain: Constrain = no_constraint,
         project: bool = True,
     ) -> EncoderState:
-        """Encodes the source; `project` also computes the cross-attention keys and values of all layers."""
-        # The source is read both ways, also where the decoder's relative bias knows the past alone (T5).
-        both_ways = dataclasses.replace(self.spec, relative_bidirectional=True)
-        memory_BSD, _ = parts.run_stream(
-            both_ways,
-            params["embed"]["tokens"],
-            params["encoder"],
-            inputs.tokens,
+        """Encodes the source; with `project` also computes the cross-attention keys and values of all layers."""
+        # The encoder attends in both directions, even if the decoder's relative bias has buckets for the past only (T5).
+        bidirectional = dataclasses.replace(self.spec, relative_bidirectional=True)
+        stream = ForwardInputs(
+            tokens=inputs.tokens,
             visibility=Full(),
             positions=inputs.positions,
             segment_ids=inputs.segment_ids,
-            encoder=None,
-            self_condition=None,
-            time=None,
-            cache=None,
             dropout_keys=parts.encoder_dropout_keys(dropout_keys),
             constrain=constrain,
         )
+        memory_BSD, _ = parts.run_stream(bidirectional, params["embed"]["tokens"], params["encoder"], stream)
         cross = stack.project_memory(self.spec, params["blocks"], memory_BSD) if project else None
         return EncoderState(memory_BSD, inputs.segment_ids, cross)
 
@@ -147,16 +116,17 @@ class EncoderDecoder:
         return parts.count(self.abstract_params())
 
     def flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
-        """Returns forward matmul FLOPs per token of the decoder's stream, its share of the encoder included.
+        """Returns forward matmul FLOPs per token of the decoder's stream, including its share of the encoder.
 
         Args:
           context_length: length of the decoder's stream.
-          encoder_length: length of the encoder's stream; None = as long as the decoder's.
+          encoder_length: length of the encoder's stream; None = that of the decoder's.
         """
         spec = self.spec
         encoder_length = context_length if encoder_length is None else encoder_length
         decoder = spec.num_layers * parts.block_flops(spec, context_length, encoder_length) + parts.logit_flops(spec)
         decoder += parts.conditioning_flops(spec)
+        # Each layer projects the memory once per source token, whatever the number of target tokens.
         projection = spec.num_layers * 2 * spec.model_dim * 2 * spec.kv_heads * spec.head_dim
         per_source_token = spec.encoder_layers * parts.block_flops(spec, encoder_length) + projection
         return decoder + per_source_token * encoder_length / context_length

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 
 from diffusion_lm.architectures import parts
-from diffusion_lm.architectures.base import Architecture, EncoderState, Hidden
+from diffusion_lm.architectures.base import Architecture, Hidden
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.head import Head
+from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
 from diffusion_lm.nn.transformer import TransformerSpec
 
 
@@ -45,13 +47,13 @@ class Extended:
         """Returns shapes and dtypes of the parameters."""
         return jax.eval_shape(self.init, parts.abstract_key())
 
-    def logical_axes(self) -> Any:
+    def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters."""
         return self.backbone.logical_axes()
 
-    def hidden(self, params: Params, tokens: jax.Array, **inputs: Any) -> Hidden:
+    def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
         """Runs the network up to its final norm."""
-        return self.backbone.hidden(params, tokens, **inputs)
+        return self.backbone.hidden(params, inputs)
 
     def head(self, params: Params) -> Head:
         """Returns the network's output projection."""

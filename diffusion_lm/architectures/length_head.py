@@ -1,8 +1,8 @@
-"""A head that predicts how long the target is from what conditions it (arXiv 2308.12219), on top of any network.
+"""A head that predicts the length of the target from the conditioning (arXiv 2308.12219), on top of any network.
 
     features = frozen network(conditioning)  ->  one transformer block  ->  mean over tokens  ->  Linear, tanh, Linear
 
-The classes are lengths: class c is a target of c tokens, the last class one of at least as many.
+The classes are lengths: class c is a target of c tokens; the last class also stands for longer targets.
 """
 
 import dataclasses
@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from diffusion_lm.architectures import parts
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.architectures.extended import Extended, layer_with
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import Batch, Params
 from diffusion_lm.nn import stack
+from diffusion_lm.nn.attention_mask import DenseMask
 from diffusion_lm.nn.layers import Context
 from diffusion_lm.nn.masks import Full, Segments
 from diffusion_lm.nn.named_masks import named_visibility
 
 PART = "length_head"
-"""The head's place among the parameters; what stands beside it are the network's own."""
+"""Name of the head among the parameters, next to those of the network."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class WithLengthHead(Extended):
     """A network with a length head.
 
     Attributes:
-      classes: lengths that can be told apart; the longest is `classes - 1`.
+      classes: number of lengths; the longest is `classes - 1`.
     """
 
     classes: int = 512
@@ -38,9 +40,9 @@ class WithLengthHead(Extended):
     def __post_init__(self):
         require(
             isinstance(self.classes, int) and self.classes > 1,
-            f"classes = {self.classes} tells no lengths apart",
+            f"classes={self.classes}: must be an integer >= 2",
             where="WithLengthHead.classes",
-            fix="Use the target window's size and one more.",
+            fix="Use the size of the target window + 1.",
         )
 
     def init(self, key: jax.Array) -> Params:
@@ -59,7 +61,7 @@ class WithLengthHead(Extended):
         }
         return {**self.backbone.init(key), PART: head}
 
-    def logical_axes(self) -> Any:
+    def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters."""
         head = {
             "blocks": stack.stack_axes(self.spec),
@@ -71,9 +73,9 @@ class WithLengthHead(Extended):
     def length_logits(
         self, params: Params, features_BTD: jax.Array, used_BT: jax.Array, positions_BT: jax.Array
     ) -> jax.Array:
-        """Returns f32[B, classes] from the network's states at the conditioning (`used_BT`)."""
+        """Returns f32[B, classes] from the network's hidden states at the conditioning (`used_BT`)."""
         head, spec = params[PART], self.spec
-        mask = (Full() & Segments(used_BT.astype(jnp.int32))).dense(None, used_BT.shape[1])
+        mask = DenseMask.of(Full() & Segments(used_BT.astype(jnp.int32)), None, used_BT.shape[1])
         context = Context(mask=mask, positions=positions_BT)
         x_BTD, _ = stack.run_stack(spec, head["blocks"], features_BTD, context)
         used = used_BT[..., None].astype(jnp.float32)
@@ -85,20 +87,20 @@ class WithLengthHead(Extended):
         return linear("output", jnp.tanh(linear("hidden", pooled_BD)))
 
     def flops_per_token(self, context_length: int, **lengths: Any) -> float:
-        """Returns the network's forward FLOPs per token and the head's block."""
+        """Returns the forward FLOPs per token of the network and the head's block."""
         return self.backbone.flops_per_token(context_length, **lengths) + parts.block_flops(self.spec, context_length)
 
 
 def length_logits(model: BoundModel, batch: Batch, visibility: str) -> jax.Array:
-    """Returns f32[B, classes], what the conditioning of each row says about the length of its target.
+    """Returns f32[B, classes], the logits of the length of each row's target given its conditioning.
 
-    The target's slots are hidden from the network as if they were padding, so their number tells nothing. The network
-    takes no gradient. Rows must hold one example each.
+    The target's slots are masked like padding, so their number does not reveal the length. No gradient flows into the
+    network. Rows must hold one example each.
 
     Args:
       model: a network with a length head.
       batch: prompts or teacher-forced rows.
-      visibility: under which the network was trained.
+      visibility: the visibility that the network was trained with.
 
     Raises:
       ConfigError: the network has no length head.
@@ -108,7 +110,7 @@ def length_logits(model: BoundModel, batch: Batch, visibility: str) -> jax.Array
         raise ConfigError(
             "the model has no length head",
             where="LengthBeam.lengths",
-            fix="Train one on it with gin/runs/length_head.gin, or give the lengths by the window: lengths = 'window'.",
+            fix="Train one with gin/runs/length_head.gin, or use the length of the window: lengths = 'window'.",
         )
     if batch.encoder is not None:
         features = model.encode(batch.encoder).memory_BSD

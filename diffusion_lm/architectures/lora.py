@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.architectures import parts
-from diffusion_lm.architectures.base import EncoderState, Hidden
+from diffusion_lm.architectures.base import Hidden
 from diffusion_lm.architectures.extended import Extended, frozen_arrays
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError, near_names, require
 from diffusion_lm.core.types import EncoderInputs, Params
+from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
 from diffusion_lm.nn.layers import ADAPTERS
 
 PART = "lora"
@@ -102,7 +104,7 @@ class WithLoRA(Extended):
             _put(adapters, path, {"a": a * math.prod(reads) ** -0.5, "b": b})
         return {**self.backbone.init(key), PART: adapters}
 
-    def logical_axes(self) -> Any:
+    def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters: an adapter has those of the matrix, and its rank is whole."""
         adapters: dict[str, Any] = {"scale": ()}
         for path, axes in self._adapted():
@@ -115,9 +117,9 @@ class WithLoRA(Extended):
         kept = {name for name in self._own_axes() if not any(_under(name, path) for path in self.trained_too)}
         return frozenset(kept | {f"{PART}/scale"})
 
-    def hidden(self, params: Params, tokens: jax.Array, **inputs: Any) -> Hidden:
+    def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
         """Runs the adapted network up to its final norm."""
-        return self.backbone.hidden(adapted(params), tokens, **inputs)
+        return self.backbone.hidden(adapted(params), inputs)
 
     def encode(self, params: Params, inputs: EncoderInputs, **options: Any) -> EncoderState:
         """Encodes the source with the adapted encoder."""

@@ -5,17 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.architectures.base import EncoderState
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import fold_in_each, stream_number
 from diffusion_lm.core.types import Params
 from diffusion_lm.nn import stack
-from diffusion_lm.nn.attention_layer import stack_bias
+from diffusion_lm.nn.attention_mask import AttentionMask, DenseMask, SymbolicMask
 from diffusion_lm.nn.cache import KVCache
-from diffusion_lm.nn.constrain import Constrain
 from diffusion_lm.nn.head import Head
+from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
 from diffusion_lm.nn.layers import Context, row_dropout
-from diffusion_lm.nn.masks import Segments, Visibility, Window, same_segment
+from diffusion_lm.nn.masks import Segments, Window, same_segment
 from diffusion_lm.nn.time_conditioning import (
     init_time_conditioning,
     run_time_conditioning,
@@ -133,97 +132,101 @@ def head_of(spec: TransformerSpec, params: Params) -> Head:
 
 
 def run_stream(
-    spec: TransformerSpec,
-    embedding_VD: jax.Array,
-    params: Params,
-    tokens: jax.Array,
-    *,
-    visibility: Visibility,
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    encoder: EncoderState | None,
-    self_condition: jax.Array | None,
-    time: jax.Array | None,
-    cache: KVCache | None,
-    dropout_keys: jax.Array | None,
-    constrain: Constrain,
+    spec: TransformerSpec, embedding_VD: jax.Array, params: Params, inputs: ForwardInputs
 ) -> tuple[jax.Array, KVCache | None]:
-    """Runs tokens through embedding, blocks and final norm; arguments as in `Architecture.hidden`.
+    """Runs tokens through embedding, blocks and final norm.
+
+    Args:
+      spec: the network's shape.
+      embedding_VD: the token embedding.
+      params: from `init_stream`, and the conditioning layers of `init_conditioning`.
+      inputs: of the forward pass; an encoder's source must be encoded already.
 
     Returns:
       Hidden states [B,Q,D] and the cache.
 
     Raises:
-      ConfigError: the stream is longer than learned positions reach, or the network cannot read a prediction or a time.
+      ConfigError: the stream is longer than the learned positions, or the network has no layer for an input.
     """
-    length, copies = segment_ids.shape[1], visibility.copies
+    constrain, encoder = inputs.constrain, inputs.encoder
+    length, copies = inputs.segment_ids.shape[1], inputs.visibility.copies
     require(
         spec.max_positions is None or length // copies <= spec.max_positions,
         f"A stream of {length // copies} tokens is longer than max_positions = {spec.max_positions}",
         where="TransformerSpec.max_positions",
         fix="Shorten the rows or raise max_positions.",
     )
-    dropout_keys = dropout_keys if spec.has_dropout else None
-    x = jnp.take(embedding_VD, tokens, axis=0, mode="clip").astype(spec.compute_dtype)
+    dropout_keys = inputs.dropout_keys if spec.has_dropout else None
+    x = _embed(spec, embedding_VD, params, inputs)
+    x = row_dropout(x, spec.dropout_rate, dropout_keys, _EMBEDDING_SITE)
+    x = constrain(x, ("batch", "length", "activation_embed"))
+
+    mask = _attention_mask(spec, inputs)
+    if _has_stack_bias(spec):
+        mask = mask.with_relative_bias(
+            params["relative_bias"],
+            bidirectional=spec.relative_bidirectional,
+            max_distance=spec.relative_max_distance,
+        )
+    window_mask = None
+    if spec.window is not None:
+        windowed = mask.restrict(Window(spec.window, copies))
+        # Without a list of layers, all of them have the window.
+        mask, window_mask = (windowed, None) if spec.window_layers is None else (mask, windowed)
+    state = encoder if isinstance(encoder, EncoderState) else None
+    cross = None if state is None else state.cross
+    context = Context(
+        mask=mask,
+        window_mask=window_mask,
+        positions=inputs.positions,
+        memory_BSD=state.memory_BSD if state is not None and cross is None else None,
+        memory_mask=None if state is None else DenseMask(same_segment(inputs.q_segments, state.segment_ids)),
+        dropout_keys=dropout_keys,
+        constrain=constrain,
+    )
+    x, cache = stack.run_stack(spec, params["blocks"], x, context, cache=inputs.cache, cross=cross)
+    if spec.has_final_norm:
+        x = stack.run_norm(spec, params["final_norm"], x)
+    return row_dropout(x, spec.dropout_rate, dropout_keys, _OUTPUT_SITE), cache
+
+
+def _attention_mask(spec: TransformerSpec, inputs: ForwardInputs) -> AttentionMask:
+    """Returns the mask of self-attention, in the representation that the attention implementation reads."""
+    visibility = inputs.visibility & Segments(inputs.segment_ids)
+    length = inputs.segment_ids.shape[1]
+    # The kernel evaluates the expression itself, but only where the queries are all slots of the row.
+    if spec.attention == "flash" and inputs.cache is None:
+        return SymbolicMask(visibility, length)
+    return DenseMask.of(visibility, inputs.q_idx, length)
+
+
+def _embed(spec: TransformerSpec, embedding_VD: jax.Array, params: Params, inputs: ForwardInputs) -> jax.Array:
+    """Returns [B,Q,D]: embedded tokens, what the conditioning layers add to them, and learned positions."""
+    x = jnp.take(embedding_VD, inputs.tokens, axis=0, mode="clip").astype(spec.compute_dtype)
     if spec.scaled_embeddings:
         # Rounded to the dtype of the computation, as the released models were trained.
         x = x * jnp.asarray(spec.model_dim**0.5, x.dtype)
-    if self_condition is not None:
+    if inputs.self_condition is not None:
         require(
             spec.self_conditioning,
             "The network was given a previous prediction and has no layer that reads one",
             where="TransformerSpec.self_conditioning",
             fix="Bind it to True, or turn self-conditioning off in the objective or the sampler.",
         )
-        x = x + stack.run_self_conditioning(spec, params["self_conditioning"], self_condition, constrain)
-    if time is not None:
+        signal, layer = inputs.self_condition, params["self_conditioning"]
+        x = x + stack.run_self_conditioning(spec, layer, signal, inputs.constrain)
+    if inputs.time is not None:
         require(
             spec.time_conditioning,
             "The network was told a time and has no layer that reads one",
             where="TransformerSpec.time_conditioning",
             fix="Bind it to True.",
         )
-        x = x + run_time_conditioning(spec, params["time_conditioning"], time)
+        x = x + run_time_conditioning(spec, params["time_conditioning"], inputs.time)
     if spec.position == "learned":
-        rows = positions + spec.position_offset
+        rows = inputs.positions + spec.position_offset
         x = x + jnp.take(params["positions"], rows, axis=0, mode="clip").astype(x.dtype)
-    if spec.embedding_norm:
-        x = stack.run_norm(spec, params["embedding_norm"], x)
-    x = row_dropout(x, spec.dropout_rate, dropout_keys, _EMBEDDING_SITE)
-    x = constrain(x, ("batch", "length", "activation_embed"))
-
-    q_slots = None if cache is None else positions
-    # A kernel evaluates the expression itself, wherever whole rows see each other.
-    written_out = spec.attention != "flash" or cache is not None
-    bias = None
-    if _has_stack_bias(spec):
-        bias = stack_bias(spec, params["relative_bias"], q_slots, length, copies, written_out=written_out)
-    memory_mask = None
-    if encoder is not None:
-        q_segments = segment_ids if cache is None else jnp.take_along_axis(segment_ids, positions, axis=1, mode="clip")
-        memory_mask = same_segment(q_segments, encoder.segment_ids)
-    mask: Any = visibility & Segments(segment_ids)
-    near: Any = None if spec.window is None else Window(spec.window, copies)
-    if written_out:
-        mask, near = mask.dense(q_slots, length), None if near is None else near.dense(q_slots, length)
-    near = None if near is None else mask & near
-    differs = near is not None and spec.window_layers is not None
-    context = Context(
-        mask=mask if near is None or differs else near,
-        window_mask=near if differs else None,
-        positions=positions,
-        bias=bias,
-        memory_BSD=None if encoder is None or encoder.cross is not None else encoder.memory_BSD,
-        memory_mask=memory_mask,
-        dropout_keys=dropout_keys,
-        copies=copies,
-        constrain=constrain,
-    )
-    cross = None if encoder is None else encoder.cross
-    x, cache = stack.run_stack(spec, params["blocks"], x, context, cache=cache, cross=cross)
-    if spec.has_final_norm:
-        x = stack.run_norm(spec, params["final_norm"], x)
-    return row_dropout(x, spec.dropout_rate, dropout_keys, _OUTPUT_SITE), cache
+    return stack.run_norm(spec, params["embedding_norm"], x) if spec.embedding_norm else x
 
 
 def encoder_dropout_keys(keys: jax.Array | None) -> jax.Array | None:

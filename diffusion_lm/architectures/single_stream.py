@@ -1,18 +1,18 @@
-"""One stack over one stream. Decoder-only, prefix-LM and encoder-only are this network under different visibility."""
+"""One stack over one stream. Decoder-only, prefix-LM and encoder-only are this network with different visibility."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
 from diffusion_lm.architectures import parts
-from diffusion_lm.architectures.base import EncoderState, Hidden
+from diffusion_lm.architectures.base import Hidden
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.head import Head
-from diffusion_lm.nn.masks import Visibility
+from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
 from diffusion_lm.nn.transformer import TransformerSpec
 
 
@@ -30,9 +30,9 @@ class SingleStream:
     def __post_init__(self):
         require(
             self.spec.encoder_layers == 0,
-            f"A single-stream network has no encoder, but encoder_layers = {self.spec.encoder_layers}",
+            f"encoder_layers={self.spec.encoder_layers}: must be 0 for a single-stream network",
             where="TransformerSpec.encoder_layers",
-            fix="Use gin/models/encoder_decoder.gin, or bind 0.",
+            fix="Bind 0, or use gin/models/encoder_decoder.gin.",
         )
 
     def init(self, key: jax.Array) -> Params:
@@ -47,47 +47,17 @@ class SingleStream:
         """Returns shapes and dtypes of the parameters."""
         return jax.eval_shape(self.init, parts.abstract_key())
 
-    def logical_axes(self) -> Any:
+    def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters."""
         axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec)
         axes |= parts.conditioning_axes(self.spec)
         return axes | parts.head_axes(self.spec)
 
-    def hidden(
-        self,
-        params: Params,
-        tokens: jax.Array,
-        *,
-        visibility: Visibility,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        encoder: EncoderInputs | EncoderState | None = None,
-        self_condition: jax.Array | None = None,
-        time: jax.Array | None = None,
-        cache: KVCache | None = None,
-        dropout_keys: jax.Array | None = None,
-        constrain: Constrain = no_constraint,
-    ) -> Hidden:
+    def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
         """Runs the network up to its final norm."""
-        if encoder is not None:
+        if inputs.encoder is not None:
             raise _no_encoder()
-        return Hidden(
-            *parts.run_stream(
-                self.spec,
-                params["embed"]["tokens"],
-                params,
-                tokens,
-                visibility=visibility,
-                positions=positions,
-                segment_ids=segment_ids,
-                encoder=None,
-                self_condition=self_condition,
-                time=time,
-                cache=cache,
-                dropout_keys=dropout_keys,
-                constrain=constrain,
-            )
-        )
+        return Hidden(*parts.run_stream(self.spec, params["embed"]["tokens"], params, inputs))
 
     def head(self, params: Params) -> Head:
         """Returns the output projection."""
@@ -125,7 +95,7 @@ class SingleStream:
 
 def _no_encoder() -> ConfigError:
     return ConfigError(
-        "A single-stream network was given an encoder's stream",
+        "the batch has an encoder's stream, and a single-stream network has no encoder",
         where="TrainRun.data",
         fix="Use SingleStreamConverter, or gin/models/encoder_decoder.gin.",
     )

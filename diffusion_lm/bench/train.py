@@ -16,9 +16,8 @@ from diffusion_lm.core.types import Batch
 from diffusion_lm.interop.save import save
 from diffusion_lm.parallel.shardings import place_batch
 from diffusion_lm.training.metrics import peak_flops, train_flops_per_token
-from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
-from diffusion_lm.training.step import Program
+from diffusion_lm.training.step import TrainStep
 
 BATCHES = 4
 """Different batches that the rounds go through; more would only take memory."""
@@ -41,19 +40,19 @@ class TrainSide:
         return (self.label,)
 
     @functools.cached_property
-    def program(self) -> Program:
-        """The run's compiled functions."""
-        return run_program(self.run)
+    def train_step(self) -> TrainStep:
+        """The run's training step."""
+        return self.run.train_step()
 
     def prepare(self, export: str | None = None) -> Mapping[str, Any]:
         """Initialises, takes the first step, and returns what is known of the step."""
         self.run.check_mesh()
-        run, program = self.run, self.program
+        run, train_step = self.run, self.train_step
         self._root = jax.random.key(run.seed)
-        self._state = jax.block_until_ready(program.init(StreamKeys.create(run.seed).key("init")))
+        self._state = jax.block_until_ready(train_step.init(StreamKeys.create(run.seed).key("init")))
         if export is not None:
             save(export, run.model, self._state.params)
-        self._batches = [place_batch(self._local(n), run.rules, program.mesh) for n in range(BATCHES)]
+        self._batches = [place_batch(self._local(n), run.rules, train_step.mesh) for n in range(BATCHES)]
         with first_call() as first:
             loss = self._advance(1)
         return {
@@ -109,7 +108,7 @@ class TrainSide:
             batch = self._batches[self._taken % BATCHES]
             step = min(self._taken, self.run.steps)  # schedules end with the run, rounds do not
             rate = np.float32(self.run.optimizer.schedule.value(step, max(self.run.steps, 1)))
-            self._state, stats = self.program.step(self._state, batch, self._root, rate)
+            self._state, stats = self.train_step(self._state, batch, self._root, rate)
             self._taken += 1
         assert stats is not None
         jax.block_until_ready(self._state)

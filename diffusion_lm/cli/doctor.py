@@ -193,10 +193,10 @@ def _one_step() -> str:
     from diffusion_lm.parallel.rules import LogicalRules
     from diffusion_lm.parallel.shardings import place_batch
     from diffusion_lm.training.optimizers import AdamW
-    from diffusion_lm.training.step import make_program
+    from diffusion_lm.training.step import TrainStep
 
     spec = TransformerSpec(vocab_size=64, num_layers=2, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64)
-    program = make_program(SingleStream(spec), Autoregressive(), AdamW(), mesh=MeshSpec(), rules=LogicalRules())
+    train_step = TrainStep(SingleStream(spec), Autoregressive(), AdamW(), MeshSpec(), LogicalRules())
     shape = (2 * jax.device_count(), 16)
     slots = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     arrays: dict[str, Any] = dict(
@@ -209,8 +209,8 @@ def _one_step() -> str:
         special=SpecialTokens(spec.vocab_size),
     )
     key = jax.random.key(0)
-    placed = place_batch(Batch(**arrays), LogicalRules(), program.mesh)
-    _, stats = program.step(program.init(key), placed, key, np.float32(1e-3))
+    placed = place_batch(Batch(**arrays), LogicalRules(), train_step.mesh)
+    _, stats = train_step(train_step.init(key), placed, key, np.float32(1e-3))
     loss = float(stats.terms.loss)
     if not np.isfinite(loss):
         raise RuntimeError(f"the loss is {loss}")

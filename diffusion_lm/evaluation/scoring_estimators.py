@@ -12,7 +12,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.nn.named_masks import check_visibility, named_visibility, noise_share
-from diffusion_lm.nn.time_conditioning import told_time
+from diffusion_lm.nn.time_conditioning import time_input
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.block_layout import blocks_of, smallest_in_block
 
@@ -219,7 +219,7 @@ def _nll(
             positions=batch.positions,
             segment_ids=batch.segment_ids,
             encoder=encoder,
-            **told_time(model.spec, share, batch.target_mask),
+            time=time_input(model.spec, share, batch.target_mask),
         )
 
     # A time-conditioned network is conditioned on the fraction of noisy tokens.

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention behind one entry point."""
+"""Scaled dot-product attention: one entry point for all implementations."""
 
 import functools
 from collections.abc import Callable
@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.nn.attention_mask import AttentionMask, DenseMask, SymbolicMask
 from diffusion_lm.nn.constrain import Constrain, no_constraint
-from diffusion_lm.nn.embeddings import toeplitz
 from diffusion_lm.nn.flash import fits, flash_backward, flash_forward
-from diffusion_lm.nn.flash_kernels import HIDDEN, NOTHING_SEEN
+from diffusion_lm.nn.flash_kernels import HIDDEN, MAXIMUM_FLOOR
 from diffusion_lm.nn.linear import product
-from diffusion_lm.nn.masks import Visibility
 
 IMPLEMENTATIONS = ("xla", "cudnn", "flash")
 
@@ -21,86 +20,75 @@ def attend(
     q_BQHE: jax.Array,
     k_BTKE: jax.Array,
     v_BTKE: jax.Array,
+    mask: AttentionMask,
     *,
-    mask: jax.Array | Visibility,
-    bias: jax.Array | None = None,
     softcap: float | None = None,
     implementation: str = "xla",
     drop: Callable[[jax.Array], jax.Array] | None = None,
     constrain: Constrain = no_constraint,
 ) -> jax.Array:
-    """Returns softmax(q k^T + bias) v over the visible keys. Queries come pre-scaled.
+    """Returns softmax(q k^T + bias) v over the keys that the mask allows. Queries come pre-scaled.
 
     Query head h reads key/value head h // (H // K), so grouped-query attention needs no repeated keys. The softmax is
-    float32 whatever the inputs are. A query that sees nothing gets 0, with a gradient of 0.
+    float32 whatever the dtype of the inputs. A query without any allowed key gets 0, with a gradient of 0.
 
     Args:
       q_BQHE: queries.
       k_BTKE: keys, K dividing H.
       v_BTKE: values.
-      mask: bool[B|1,Q,T], True where the key is visible; or, for "flash", the expression that says so of T slots.
-      bias: f32[H,Q,T] or f32[B|1,H,Q,T], added to the scores; beside an expression f32[H,2L], its diagonals
-        (`embeddings.relative_diagonals`), which all copies of a row share.
+      mask: the allowed pairs of a query and a key, and the bias of their scores.
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
       implementation: "xla" runs everywhere; "cudnn" is flash attention on NVIDIA GPUs, in bfloat16, without softcap;
-        "flash" is that of `nn/flash.py` on TPUs where the mask is an expression and the rows fit, "xla" elsewhere.
-      drop: dropout of the attention probabilities, which it gets with the rows as first axis; for "xla" alone.
-      constrain: where activations lie; kernels are split as it says.
+        "flash" is `nn/flash.py` on TPUs if the mask is symbolic and the rows can be tiled, else "xla".
+      drop: dropout of the attention probabilities, applied to an array with the rows as first axis; only for "xla".
+      constrain: the placement of activations; kernels are split over devices accordingly.
 
     Returns:
       [B,Q,H,E] in the dtype of the values.
 
     Raises:
-      ConfigError: the implementation is unknown or cannot do what is asked.
+      ConfigError: the implementation is unknown or does not support the settings.
     """
     require(
         drop is None or implementation == "xla",
-        f"attention = {implementation!r} cannot drop attention probabilities",
+        f"attention={implementation!r}: has no dropout of attention probabilities",
         where="TransformerSpec.attention_dropout_rate",
-        fix="Set it to 0.0, or choose attention = 'xla'.",
+        fix="Set it to 0.0, or use attention = 'xla'.",
     )
-    if isinstance(mask, Visibility):
-        require(
-            implementation == "flash",
-            f"attention = {implementation!r} needs the mask written out",
-            where="TransformerSpec.attention",
-            fix="Evaluate the visibility with `dense`, or choose 'flash'.",
-        )
-        return _attend_flash(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap, constrain)
-    if bias is not None and bias.ndim == 3:
-        bias = bias[None]
+    if implementation == "flash" and isinstance(mask, SymbolicMask):
+        return _attend_flash(q_BQHE, k_BTKE, v_BTKE, mask, softcap, constrain)
     if implementation in ("xla", "flash"):
-        return _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap, drop)
+        return _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask.dense(), softcap, drop)
     if implementation == "cudnn":
-        return _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap)
+        return _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask.dense(), softcap)
     raise ConfigError(
-        f"There is no attention implementation {implementation!r}",
+        f"attention={implementation!r}: there is no such attention implementation",
         where="TransformerSpec.attention",
-        fix=f"Choose one of {', '.join(IMPLEMENTATIONS)}.",
+        fix=f"Use one of {', '.join(IMPLEMENTATIONS)}.",
     )
 
 
-def _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap, drop=None):
+def _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask: DenseMask, softcap, drop=None):
     B, Q, H, E = q_BQHE.shape
     T, K = k_BTKE.shape[1:3]
     G = H // K
-    # Two batch axes, rows and columns: what XLA's CPU backend multiplies fast. The queries of a group stand beside each
-    # other, so that a length that is split over devices stays the outer part of the axis.
+    # Two batch axes, rows and columns: the layout that XLA's CPU backend multiplies fast. The queries of a group are
+    # adjacent, so that a length that is sharded over devices stays the outer part of the axis.
     q_BKRE = q_BQHE.reshape(B, Q, K, G, E).transpose(0, 2, 1, 3, 4).reshape(B, K, Q * G, E)
     scores = product("BKRE,BTKE->BKRT", q_BKRE, k_BTKE)
     scores = scores.reshape(B, K, Q, G, T)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias.reshape(bias.shape[0], K, G, Q, T).transpose(0, 1, 3, 2, 4)
-    # A sum instead of a choice, which XLA would write out: no score is large enough to change HIDDEN.
-    scores = scores + jnp.where(mask, 0.0, HIDDEN)[:, None, :, None]
+    if mask.bias is not None:
+        scores = scores + mask.bias.reshape(mask.bias.shape[0], K, G, Q, T).transpose(0, 1, 3, 2, 4)
+    # A sum instead of a `where` on the scores, which XLA would materialise: no score is large enough to change HIDDEN.
+    scores = scores + jnp.where(mask.allowed, 0.0, HIDDEN)[:, None, :, None]
     # The weights stay unnormalised and the much smaller output is divided instead: one pass over [B,H,Q,T] less. The
-    # floor under the maximum makes the weights of a query that sees nothing underflow to 0 rather than to equal shares.
-    maximum = jnp.maximum(jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)), NOTHING_SEEN)
+    # floor of the maximum makes the weights of a query without keys underflow to 0 instead of being equal.
+    maximum = jnp.maximum(jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)), MAXIMUM_FLOOR)
     weights = jnp.exp(scores - maximum)
     total = weights.sum(axis=-1, keepdims=True)
-    # After the sum: dropped probabilities are not made up for by the others of the query, only by the scale of all.
+    # After the sum: the remaining probabilities of a query are scaled by 1 / (1 - rate) and not renormalised.
     weights = weights if drop is None else drop(weights)
     weights_BKRT = weights.astype(v_BTKE.dtype).reshape(B, K, Q * G, T)
     out = jnp.einsum("BKRT,BTKE->BKRE", weights_BKRT, v_BTKE, preferred_element_type=jnp.float32)
@@ -108,21 +96,21 @@ def _attend_xla(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap, drop=None):
     return out.astype(v_BTKE.dtype).transpose(0, 2, 1, 3, 4).reshape(B, Q, H, E)
 
 
-def _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):
+def _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask: DenseMask, softcap):
     if softcap is not None or v_BTKE.dtype == jnp.float32:
         raise ConfigError(
-            "attention='cudnn' has neither soft-capping nor float32",
+            "attention='cudnn': supports neither softcap nor float32",
             where="TransformerSpec.attention",
             fix="Set TransformerSpec.dtype = 'bfloat16' and no softcap, or attention = 'xla'.",
         )
     B, Q, _, _ = q_BQHE.shape
-    mask_B1QT = jnp.broadcast_to(mask[:, None], (B, 1, Q, mask.shape[-1]))
+    mask_B1QT = jnp.broadcast_to(mask.allowed[:, None], (B, 1, Q, mask.allowed.shape[-1]))
     try:
         out = jax.nn.dot_product_attention(
             q_BQHE,
             k_BTKE,
             v_BTKE,
-            bias=None if bias is None else bias.astype(q_BQHE.dtype),
+            bias=None if mask.bias is None else mask.bias.astype(q_BQHE.dtype),
             mask=mask_B1QT,
             scale=1.0,
             implementation="cudnn",
@@ -131,32 +119,32 @@ def _attend_cudnn(q_BQHE, k_BTKE, v_BTKE, mask, bias, softcap):
         if "cuDNN" not in str(error):
             raise
         raise ConfigError(
-            f"attention = 'cudnn' cannot be compiled here: {error}",
+            f"attention='cudnn': cannot be compiled on this machine: {error}",
             where="TransformerSpec.attention",
             fix="Install cuDNN 9 (the cuda extra; to plan without a GPU, nvidia-cudnn-cu13, nvidia-cublas and "
-            "nvidia-cuda-nvrtc), or choose 'xla'.",
+            "nvidia-cuda-nvrtc), or use 'xla'.",
         ) from error
     return jnp.where(mask_B1QT[:, 0].any(-1)[:, :, None, None], out, 0)
 
 
-def _attend_flash(q_BTHE, k_BTKE, v_BTKE, visibility, diagonals, softcap, constrain):
+def _attend_flash(q_BTHE, k_BTKE, v_BTKE, mask: SymbolicMask, softcap, constrain):
     group = q_BTHE.shape[2] // k_BTKE.shape[2]
 
-    def one(q, k, v, visibility, diagonals):
+    def per_shard(q, k, v, visibility, diagonals):
         require(
             q.shape[2] == group * k.shape[2],
-            f"{k_BTKE.shape[2]} key/value heads cannot be split as {q_BTHE.shape[2]} query heads are",
+            f"{k_BTKE.shape[2]} key/value heads cannot be split over as many devices as {q_BTHE.shape[2]} query heads",
             where="MeshSpec",
-            fix="Split the heads over no more devices than there are key/value heads, or choose attention = 'xla'.",
+            fix="Split the heads over at most as many devices as there are key/value heads, or use attention = 'xla'.",
         )
         return _flash(softcap, q, k, v, visibility, diagonals)
 
     heads, kv_heads = ("batch", None, "heads", "head_dim"), ("batch", None, "kv_heads", "head_dim")
     axes = (heads, kv_heads, kv_heads, ("batch", None, None), ("heads", None))
-    return constrain.split(one, (q_BTHE, k_BTKE, v_BTKE, visibility, diagonals), axes, heads)
+    return constrain.split(per_shard, (q_BTHE, k_BTKE, v_BTKE, mask.visibility, mask.diagonals), axes, heads)
 
 
-# The platform is known when the program is compiled for its devices, which need not be those of this process.
+# `platform_dependent`, because the program may be compiled for devices of another platform than this process has.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(softcap, q_BTHE, k_BTKE, v_BTKE, visibility, diagonals):
     return _flash_forward(softcap, q_BTHE, k_BTKE, v_BTKE, visibility, diagonals)[0]
@@ -195,6 +183,5 @@ def _fits(inputs) -> bool:
 
 
 def _dense(softcap, q_BTHE, k_BTKE, v_BTKE, visibility, diagonals):
-    length, copies = q_BTHE.shape[1], visibility.copies
-    bias = None if diagonals is None else jnp.tile(toeplitz(diagonals), (copies, copies))[None]
-    return _attend_xla(q_BTHE, k_BTKE, v_BTKE, visibility.dense(None, length), bias, softcap)
+    mask = SymbolicMask(visibility, q_BTHE.shape[1], diagonals)
+    return _attend_xla(q_BTHE, k_BTKE, v_BTKE, mask.dense(), softcap)

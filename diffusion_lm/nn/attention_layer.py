@@ -1,39 +1,19 @@
-"""The attention layer, as a Linen module: its matrices, positions and biases. The products are `nn/attention.py`'s."""
+"""The attention layer as a Linen module: projections, position encoding and biases; `nn/attention.py` does the rest."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffusion_lm.nn.attention import attend
-from diffusion_lm.nn.embeddings import relative_bias, relative_diagonals, rotary, rotate
+from diffusion_lm.nn.attention_mask import AttentionMask
+from diffusion_lm.nn.embeddings import rotary, rotate
 from diffusion_lm.nn.layers import Context, Norm, add_low_rank, fan_in_normal, parameter, row_dropout
 from diffusion_lm.nn.linear import linear
 from diffusion_lm.nn.rope import LinearRope, base_frequencies
 from diffusion_lm.nn.transformer import TransformerSpec
-
-
-def stack_bias(
-    spec: TransformerSpec, table: jax.Array, q_slots: jax.Array | None, slots: int, copies: int, *, written_out: bool
-) -> jax.Array:
-    """Returns the relative bias f32[B|1,H,Q,T], or its diagonals f32[H,2L], for `copies` of a stream in a row.
-
-    Args:
-      spec: the network's shape.
-      table: [buckets,H].
-      q_slots: i32[B,Q], the queries' slots; None means all.
-      slots: T, the slots of a row.
-      copies: see above.
-      written_out: whether attention wants the matrix and not its diagonals.
-    """
-    settings: Any = {"bidirectional": spec.relative_bidirectional, "max_distance": spec.relative_max_distance}
-    if not written_out:
-        return relative_diagonals(table, slots // copies, **settings)
-    bias = relative_bias(table, q_slots, slots // copies, **settings)
-    return jnp.tile(bias, (1, 1, copies, copies)) if copies > 1 else bias
 
 
 class Attention(nn.Module):
@@ -41,18 +21,18 @@ class Attention(nn.Module):
 
     Attributes:
       spec: the network's shape.
-      cross: whether keys and values come from the encoder; then they carry no positions.
+      cross: whether keys and values come from the encoder; then they have no position encoding.
     """
 
     spec: TransformerSpec
     cross: bool = False
 
     def setup(self):
-        """Declares the parameters, so that keys and values can also be projected on their own."""
+        """Declares the parameters here, so that `keys_values` can run without `__call__`."""
         spec = self.spec
         D, H, K, E = spec.model_dim, spec.num_heads, spec.kv_heads, spec.head_dim
         dtype = jnp.dtype(spec.param_dtype)
-        # T5 has no 1/sqrt(E) in front of the scores; its initialiser makes the queries smaller by that much.
+        # T5 does not scale the scores by 1/sqrt(E); its initialiser makes the queries smaller by this factor instead.
         query_fan_in = D * E if spec.attention_scale == "none" else D
         kv_axes = ("embed", "kv_heads", "head_dim")
         self.query = parameter(
@@ -89,19 +69,14 @@ class Attention(nn.Module):
             k = self._rotated(k, positions, windowed)
         return k, v
 
-    def own_bias(self, context: Context, q_slots: jax.Array | None, slots: int) -> jax.Array | None:
-        """Returns this layer's relative bias as in `Context`, or None where layers have none of their own.
-
-        Args:
-          context: of the block.
-          q_slots: as in `embeddings.relative_bias`.
-          slots: T, the slots of a row.
-        """
+    def with_own_bias(self, mask: AttentionMask) -> AttentionMask:
+        """Returns the mask with this layer's relative bias, or as it is if layers have none of their own."""
         spec = self.spec
         if spec.position != "relative_bias" or not spec.relative_per_layer:
-            return None
-        written_out = isinstance(context.mask, jax.Array)
-        return stack_bias(spec, self.relative_bias, q_slots, slots, context.copies, written_out=written_out)
+            return mask
+        return mask.with_relative_bias(
+            self.relative_bias, bidirectional=spec.relative_bidirectional, max_distance=spec.relative_max_distance
+        )
 
     def queries(self, x_BQD: jax.Array, positions: jax.Array, windowed: bool | jax.Array = False) -> jax.Array:
         """Returns scaled q_BQHE, position encoding applied; `windowed` as in `Context`."""
@@ -122,38 +97,39 @@ class Attention(nn.Module):
             return rotary(x_BTHE, positions, spec.rope_theta, spec.rope_scaling)
         if windowed is True:
             return rotary(x_BTHE, positions, theta)
-        far = spec.rope_scaling or LinearRope(1.0)
+        # In a scan, which layers have the window is known at run time only: choose between two sets of frequencies.
+        unwindowed = spec.rope_scaling or LinearRope(1.0)
         frequencies = jnp.where(
-            windowed, base_frequencies(spec.head_dim, theta), far.frequencies(spec.head_dim, spec.rope_theta)
+            windowed, base_frequencies(spec.head_dim, theta), unwindowed.frequencies(spec.head_dim, spec.rope_theta)
         )
-        return rotate(x_BTHE, positions, frequencies, jnp.where(windowed, 1.0, far.magnitude))
+        return rotate(x_BTHE, positions, frequencies, jnp.where(windowed, 1.0, unwindowed.magnitude))
 
     def __call__(self, x_BQD, keys_values, context: Context) -> jax.Array:
-        """Returns [B,Q,D]: what the queries of `x_BQD` read from (k_BTKE, v_BTKE)."""
+        """Returns [B,Q,D], the attention of the queries of `x_BQD` to (k_BTKE, v_BTKE)."""
         spec, constrain = self.spec, context.constrain
         mask = context.memory_mask if self.cross else context.mask
         assert mask is not None
         q = constrain(
             self.queries(x_BQD, context.positions, context.windowed), ("batch", "length", "heads", "head_dim")
         )
+        k, v = keys_values
         out = attend(
             q,
-            *keys_values,
-            mask=mask,
-            bias=None if self.cross else context.bias,
+            k,
+            v,
+            mask,
             softcap=spec.attention_softcap,
             implementation=spec.attention,
             drop=self._drop(context),
             constrain=constrain,
         )
-        out = constrain(out, ("batch", "length", "heads", "head_dim"))
-        read = out
-        out = linear(read, self.output, 2)
-        out = add_low_rank(self, "output", out, read, inputs=2)
+        heads = constrain(out, ("batch", "length", "heads", "head_dim"))
+        out = linear(heads, self.output, 2)
+        out = add_low_rank(self, "output", out, heads, inputs=2)
         return out + self.output_bias.astype(out.dtype) if spec.has_attention_output_bias else out
 
     def _drop(self, context: Context) -> Callable[[jax.Array], jax.Array] | None:
-        """Returns what drops attention probabilities in training, else None; the sites follow those of the block."""
+        """Returns the dropout of attention probabilities, or None outside training; sites follow those of the block."""
         rate = self.spec.attention_dropout_rate
         if context.dropout_keys is None or rate == 0:
             return None

@@ -1,4 +1,4 @@
-"""The key/value cache of incremental decoding."""
+"""The KV cache of incremental decoding."""
 
 import flax.struct
 import jax
@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of every layer, stored at the slot of the canvas they belong to.
+    """Keys and values of every layer, stored at their slots of the canvas.
 
-    What may be read is decided by the visibility alone, so slots that were never written must not be visible (a causal
-    query never sees past itself; samplers write every slot before a later query sees it).
+    The cache does not record which slots were written; only the visibility decides which keys a query attends to. So
+    slots that were never written must not be visible. Causal queries never attend past themselves, and samplers write
+    every slot before a later query attends to it.
 
     Attributes:
       keys_NBTKE: [N,B,T,K,E] in the compute dtype, position encoding applied.
@@ -32,11 +33,11 @@ class KVCache:
         return self.keys_NBTKE.shape[2]
 
     def write(self, layer: jax.Array | int, slots: jax.Array, k_BQKE: jax.Array, v_BQKE: jax.Array) -> "KVCache":
-        """Returns the cache with one layer's new keys and values at per-row slots.
+        """Returns the cache with one layer's new keys and values stored at per-row slots.
 
         Args:
           layer: index of the layer.
-          slots: i32[B,Q], distinct inside a row; a slot >= T is not written (how a finished row stands still).
+          slots: i32[B,Q], distinct inside a row; slots >= T are not written (samplers use this for finished rows).
           k_BQKE: new keys.
           v_BQKE: new values.
         """

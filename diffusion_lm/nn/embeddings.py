@@ -1,4 +1,4 @@
-"""Tokens and positions."""
+"""Position encodings: RoPE and T5's relative position bias."""
 
 import math
 
@@ -9,13 +9,13 @@ from diffusion_lm.nn.rope import RopeScaling
 
 
 def rotary(x_BQHE: jax.Array, positions_BQ: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
-    """Rotates each head's halves by angles that grow with the position (RoPE, arXiv 2104.09864; LLaMA's half split).
+    """Rotates pairs of each head's halves by angles proportional to the position (RoPE, arXiv 2104.09864; half split).
 
     Args:
       x_BQHE: queries or keys; E even.
       positions_BQ: i32[B|1,Q].
       theta: base of the geometric series of wavelengths.
-      scaling: how the frequencies were stretched; None = not at all.
+      scaling: how the frequencies are scaled; None = not scaled.
 
     Returns:
       The rotated array in the dtype of `x_BQHE`; angles and rotation are float32.
@@ -30,12 +30,12 @@ def rotary(x_BQHE: jax.Array, positions_BQ: jax.Array, theta: float, scaling: Ro
 def rotate(
     x_BQHE: jax.Array, positions_BQ: jax.Array, frequencies: jax.Array, magnitude: float | jax.Array = 1.0
 ) -> jax.Array:
-    """Rotates as `rotary` does, by given frequencies.
+    """Rotates like `rotary`, with given frequencies.
 
     Args:
       x_BQHE: queries or keys.
       positions_BQ: i32[B|1,Q].
-      frequencies: f32[E/2], angle of each pair from one position to the next.
+      frequencies: f32[E/2], the angle of each pair between adjacent positions.
       magnitude: factor of the result.
     """
     angles = positions_BQ[:, :, None, None].astype(jnp.float32) * frequencies
@@ -49,12 +49,13 @@ def rotate(
 def relative_buckets(distance: jax.Array, *, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
     """Returns T5's bucket of each relative distance (arXiv 1910.10683, section 2.1).
 
-    Half of the buckets are exact small distances, the other half grows logarithmically up to `max_distance`.
+    Half of the buckets hold one small distance each; the sizes of the other half grow logarithmically up to
+    `max_distance`.
 
     Args:
       distance: i32[...], key position minus query position.
-      bidirectional: gives past and future half of the buckets each; otherwise every future key shares bucket 0 with
-        the query itself.
+      bidirectional: past and future get half of the buckets each; otherwise every future key shares bucket 0 with the
+        query itself.
       buckets: number of rows of the table.
       max_distance: distance from which all share the last bucket.
 
@@ -77,10 +78,10 @@ def relative_buckets(distance: jax.Array, *, bidirectional: bool, buckets: int, 
 def relative_bias(
     table: jax.Array, q_slots: jax.Array | None, num_keys: int, *, bidirectional: bool, max_distance: int
 ) -> jax.Array:
-    """Returns the bias that a whole stack adds to its attention scores, made once per forward pass.
+    """Returns the relative position bias of the attention scores.
 
-    It depends on slots, not on position ids: inside a packed example both differ by the same amount, and across
-    examples nothing is seen.
+    It depends on slots, not on position ids: inside a packed example the distances are equal, and tokens of different
+    examples do not attend to each other.
 
     Args:
       table: [buckets,H].
@@ -103,23 +104,23 @@ def relative_bias(
 
 
 def relative_diagonals(table: jax.Array, length: int, *, bidirectional: bool, max_distance: int) -> jax.Array:
-    """Returns f32[H,2T], the diagonals of the Toeplitz matrix that `relative_bias` is for all T slots.
+    """Returns f32[H,2T], the diagonals of `relative_bias` for all T slots, which is a Toeplitz matrix.
 
-    They are those of the distances key - query from 0 to T - 1, then from -T to -1. Arguments as in `relative_bias`.
+    The order is distance key - query from 0 to T - 1, then from -T to -1. Arguments as in `relative_bias`.
     """
     distance = jnp.arange(2 * length)
     distance = jnp.where(distance < length, distance, distance - 2 * length)
     buckets = table.shape[0]
     ids = relative_buckets(distance, bidirectional=bidirectional, buckets=buckets, max_distance=max_distance)
-    # A product and no gather: its transpose is one too, and no scatter.
+    # A product instead of a gather: the transpose of a product is a product, that of a gather is a slow scatter.
     return (jax.nn.one_hot(ids, buckets, dtype=jnp.float32) @ table.astype(jnp.float32)).T
 
 
 def toeplitz(diagonals: jax.Array) -> jax.Array:
     """Returns f32[H,T,T], queries first, from the diagonals of `relative_diagonals`.
 
-    Reading them with a stride one short of their number shifts each row by one: no gather of T*T entries, and no
-    scatter of as many in the backward pass.
+    The diagonals are repeated T times and read in rows of 2T - 1 entries, which shifts each row by one. This avoids a
+    gather of T*T entries, and a scatter of as many in the backward pass.
     """
     heads, period = diagonals.shape
     length = period // 2

@@ -1,9 +1,9 @@
-"""Attention for TPUs that holds neither scores nor masks, for every visibility and with T5's bias.
+"""Flash attention for TPUs with any visibility and with T5's bias; neither scores nor masks are stored.
 
-The library's splash attention takes masks that are known when the program is compiled, and no bias. Here who sees whom
-is the expression of `nn/masks.py`, evaluated in the kernel from one value per slot, so that a prefix may end elsewhere
-in every row; T5's relative bias is read from its diagonals. Tiles in which nobody sees anybody are skipped. Where there
-is no TPU the same function is computed densely.
+JAX's splash attention needs masks that are known at compile time, and has no bias. Here the kernel evaluates the
+visibility expression of `nn/masks.py` from one value per slot, so that the prefix may end at a different slot in every
+row. T5's relative bias is read from its diagonals. Tiles without any allowed pair are skipped. On other platforms
+`nn/attention.py` computes the same function densely.
 """
 
 import functools
@@ -20,13 +20,13 @@ from diffusion_lm.nn.flash_kernels import LANES, Leaf, Spec
 from diffusion_lm.nn.masks import Visibility
 
 TILES = (512, 256, 128)
-"""Queries, and keys, per tile: the first that divides the row, filled up to whole lanes."""
+"""Tile sizes, for queries and keys: the first that divides the row length, padded to whole lanes, is used."""
 ROWS = 4
-"""At most so many rows of the batch share a tile of the bias."""
+"""Maximum number of rows of the batch that share a tile of the bias."""
 
 
 def fits(length: int, copies: int, has_bias: bool) -> bool:
-    """Whether rows can be cut into tiles: copies with a bias must be whole lanes long, everything else is filled up."""
+    """Whether rows can be cut into tiles: copies with a bias must be whole lanes long; all else can be padded."""
     return not has_bias or copies == 1 or length // copies % LANES == 0
 
 
@@ -40,16 +40,16 @@ def flash_forward(
     softcap: float | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what `attention.attend` computes, [B,T,H,E], and f32[B,H,T], the logsumexp of each query's scores.
+    """Returns the result of `attention.attend`, [B,T,H,E], and f32[B,H,T], the logsumexp of each query's scores.
 
     Args:
       q_BQHE: queries, scaled; [B,T,H,E].
       k_BTKE: keys, K dividing H.
       v_BTKE: values.
-      visibility: who sees whom among the T slots.
+      visibility: which of the T slots attend to which.
       diagonals: f32[H,2L], L = T / copies, or None: see `embeddings.relative_diagonals`.
       softcap: as in `attend`.
-      interpret: run the kernel as plain JAX, on any device.
+      interpret: run the kernel as plain JAX, on any platform.
     """
     call = _Call.of(q_BQHE, k_BTKE, visibility, diagonals, softcap, interpret)
     B, H, T, E = call.q_shape
@@ -118,16 +118,16 @@ def flash_backward(
 
 
 class _Call(NamedTuple):
-    """One attention, ready for its kernels.
+    """One call of attention, with operands in the layout of the kernels.
 
     Attributes:
-      spec: what is static.
-      q_shape: (B, H, T, E), T filled up to whole tiles.
-      group: query heads that share a key/value head.
-      occupied: i32[B / rows, T / tile, T / tile], 1 where somebody sees somebody, queries first.
-      leaves: the arrays of the visibility as the kernels take them, with what each varies over.
+      spec: the static settings.
+      q_shape: (B, H, T, E), with T padded to whole tiles.
+      group: number of query heads that share a key/value head.
+      occupied: i32[B / rows, T / tile, T / tile], queries first; 1 if any pair of the tile is allowed.
+      leaves: the arrays of the visibility as kernel operands, each with its kind (a key of `_block`).
       diagonals: f32[H,1,2T] in the order of the kernels, or None.
-      of_diagonals: from a gradient of those to the gradient of the caller's.
+      of_diagonals: maps a gradient of `diagonals` to the gradient of the caller's diagonals.
       interpret: run the kernels as plain JAX.
     """
 
@@ -142,18 +142,19 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, q_BQHE, k_BTKE, visibility, diagonals, softcap, interpret) -> "_Call":
-        """Cuts the work into tiles and brings the operands into their shapes."""
+        """Chooses the tile sizes and converts the operands."""
         (B, length, H, E), copies = q_BQHE.shape, visibility.copies
         whole = -(-length // LANES) * LANES
-        # A tile whose bias is read from diagonals lies in one copy.
+        # A tile with a bias must lie inside one copy, because distances jump at the border of two copies.
         divided = whole if diagonals is None else whole // copies
         tile = next(tile for tile in TILES if divided % tile == 0)
         rows = next(rows for rows in range(min(ROWS, B), 0, -1) if B % rows == 0)
         leaves, treedef = jax.tree.flatten(visibility)
-        seen = jnp.broadcast_to(visibility.dense(None, length), (B, length, length))
-        seen = jnp.pad(seen, ((0, 0), (0, whole - length), (0, whole - length)))
+        allowed = jnp.broadcast_to(visibility.dense(None, length), (B, length, length))
+        allowed = jnp.pad(allowed, ((0, 0), (0, whole - length), (0, whole - length)))
+        # Computed densely once per call; the kernels then skip tiles in which nothing is allowed.
         tiles = whole // tile
-        occupied = seen.reshape(B // rows, rows, tiles, tile, tiles, tile).any((1, 3, 5)).astype(jnp.int32)
+        occupied = allowed.reshape(B // rows, rows, tiles, tile, tiles, tile).any((1, 3, 5)).astype(jnp.int32)
         spec = Spec(
             rows=rows,
             tile=tile,
@@ -173,11 +174,11 @@ class _Call(NamedTuple):
         """Calls a kernel.
 
         Args:
-          kernel: of `flash_kernels`.
+          kernel: a function of `flash_kernels`.
           keys_first: the grid's inner loop runs over queries instead of keys.
-          inputs: pairs of a kind (a key of `_block`) and an array as the caller has it.
+          inputs: pairs of a kind (a key of `_block`) and an array in the caller's layout.
           outputs: triples of a kind, shape and dtype.
-          scratch: shapes of f32 scratch.
+          scratch: shapes of f32 scratch buffers.
         """
         B, H, whole, _ = self.q_shape
         tiles = whole // self.spec.tile
@@ -203,7 +204,7 @@ class _Call(NamedTuple):
 
     def _block(self, kind: str, shape: tuple[int, ...], keys_first: bool) -> pl.BlockSpec:
         rows, tile, group = self.spec.rows, self.spec.tile, self.group
-        one = shape[0] == 1  # a matrix that stands for all rows
+        one = shape[0] == 1  # one matrix for all rows of the batch
         block, index = {
             "q": ((rows, None, tile, shape[-1]), lambda h, b, i, j: (b, h, i, 0)),
             "k": ((rows, None, tile, shape[-1]), lambda h, b, i, j: (b, jax.lax.div(h, group), j, 0)),
@@ -220,14 +221,14 @@ class _Call(NamedTuple):
 
 
 def _heads_first(array: jax.Array, whole: int) -> jax.Array:
-    """Returns [B,H,whole,E] of [B,T,H,E], and [B,H,1,whole] of [B,H,T], filled up with zeros."""
+    """Returns [B,H,whole,E] from [B,T,H,E], and [B,H,1,whole] from [B,H,T], padded with zeros."""
     if array.ndim == 3:
         return jnp.pad(array, ((0, 0), (0, 0), (0, whole - array.shape[2])))[:, :, None]
     return jnp.pad(jnp.moveaxis(array, 1, 2), ((0, 0), (0, 0), (0, whole - array.shape[1]), (0, 0)))
 
 
 def _leaf_operands(leaf: jax.Array, batch: int, length: int, whole: int) -> list[tuple[str, jax.Array]]:
-    """Returns an array of a visibility as operands: values of rows and of slots for both sides, of pairs keys first."""
+    """Returns an array of a visibility as operands: per row or slot for queries and keys, per pair with keys first."""
     leaf, fill = leaf.astype(jnp.int32), (0, whole - length)
     if leaf.ndim == 3:
         return [("pairs", jnp.pad(jnp.swapaxes(leaf, 1, 2), ((0, 0), fill, fill)))]
@@ -238,14 +239,15 @@ def _leaf_operands(leaf: jax.Array, batch: int, length: int, whole: int) -> list
 
 
 def _kernel_order(diagonals: jax.Array | None, whole: int) -> jax.Array | None:
-    """Returns f32[H,1,2 whole]: entry i is the bias of key - query = whole - i, 0 where rows were filled up.
+    """Returns f32[H,1,2*whole]: entry i is the bias of key - query = whole - i, and 0 for padding.
 
     Args:
       diagonals: f32[H,2L], distances 0 to L - 1, then -L to -1; or None.
-      whole: slots of a copy, filled up.
+      whole: slots of a copy, padded.
     """
     if diagonals is None:
         return None
     length = diagonals.shape[1] // 2
+    # From the largest distance down to the smallest.
     falling = jnp.concatenate([diagonals[:, length - 1 :: -1], diagonals[:, :length:-1]], axis=1)
     return jnp.pad(falling, ((0, 0), (whole - length + 1, whole - length)))[:, None]

@@ -1,8 +1,8 @@
-"""The kernels of `nn/flash.py`: one tile of scores at a time, keys as rows and queries as columns.
+"""The kernels of `nn/flash.py`: one tile of scores at a time, with keys as rows and queries as columns.
 
-Reductions over keys then run over sublanes, which is cheap on a TPU, and what is kept of each query (maximum, total,
-logsumexp) is a row vector. A program handles one head, one tile of queries, one tile of keys and some rows of the
-batch, which share the tile of the bias.
+In this layout, reductions over keys run over sublanes, which is cheap on a TPU, and the running values of each query
+(maximum, total, logsumexp) are row vectors. A program handles one head, one tile of queries, one tile of keys and a few
+rows of the batch, which share the tile of the bias.
 """
 
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from diffusion_lm.nn.masks import Sides, Visibility
+from diffusion_lm.nn.masks import QueryKey, Visibility
 
 LANES = 128
 HIDDEN = -1e30
-NOTHING_SEEN = -1e29
-"""Floor under the maximum of a query's scores: the weights of one that sees nothing underflow to 0."""
+MAXIMUM_FLOOR = -1e29
+"""Lower bound of the maximum of a query's scores: the weights of a query without allowed keys underflow to 0."""
 
 
 class Leaf(NamedTuple):
-    """How an array of a visibility comes into the kernels.
+    """How an array of a visibility is passed to the kernels.
 
     Attributes:
-      pairs: [B|1,T,Q], a value per pair of slots; else two operands, [B,1,Q] and [B,1,T], a value per slot.
-      is_bool: whether it was boolean; it comes as i32.
+      pairs: [B|1,T,Q], one value per pair of slots; else two operands, [B,1,Q] and [B,1,T], one value per slot.
+      is_bool: whether the array is boolean; it is passed as i32.
     """
 
     pairs: bool
@@ -34,13 +34,13 @@ class Leaf(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What is known of an attention when it is compiled.
+    """The static settings of one call of attention.
 
     Attributes:
       rows: rows of the batch per program.
-      tile: queries per tile, and keys.
-      num_keys: T, before the keys were filled up to whole tiles.
-      copies: copies of a row that lie side by side and share the bias of their distances.
+      tile: number of queries per tile, and of keys.
+      num_keys: T, before padding to whole tiles.
+      copies: copies of a row that lie next to each other and share the bias of their distances.
       softcap: as in `attention.attend`.
       has_bias: whether there are diagonals.
       leaves: the arrays of the visibility.
@@ -58,7 +58,7 @@ class Spec(NamedTuple):
 
     @property
     def leaf_operands(self) -> int:
-        """How many operands the leaves are."""
+        """Number of operands for the arrays of the visibility."""
         return sum(1 if leaf.pairs else 2 for leaf in self.leaves)
 
 
@@ -74,7 +74,7 @@ class _Tile:
         self.bias = self._bias() if spec.has_bias else None
 
     def scores(self, row) -> tuple[jax.Array, jax.Array | None]:
-        """Returns f32 scores, the hidden ones at `HIDDEN`, and the derivative of the soft cap, if there is one."""
+        """Returns f32 scores, `HIDDEN` where masked, and the derivative of the soft cap, or None without one."""
         raw = _dot(self.k_ref[row], self.q_ref[row], 1, 1)
         slope = None
         if self.spec.softcap is not None:
@@ -82,15 +82,17 @@ class _Tile:
             raw, slope = self.spec.softcap * capped, 1.0 - capped * capped
         if self.bias is not None:
             raw = raw + self.bias
-        return jnp.where(self._seen(row), raw, HIDDEN), slope
+        return jnp.where(self._allowed(row), raw, HIDDEN), slope
 
-    def _seen(self, row) -> jax.Array:
-        queries = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1) + self.query_tile * self.spec.tile
-        keys = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0) + self.key_tile * self.spec.tile
-        refs, sides = iter(self.leaf_refs), []
+    def _allowed(self, row) -> jax.Array:
+        """Returns bool[keys,queries]: the visibility of this tile, with padding keys excluded."""
+        q_idx = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1) + self.query_tile * self.spec.tile
+        kv_idx = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0) + self.key_tile * self.spec.tile
+        refs, leaves = iter(self.leaf_refs), []
         for leaf in self.spec.leaves:
             if leaf.pairs:
                 ref = next(refs)
+                # One matrix for all rows of the batch is stored once.
                 pair = ref[jnp.minimum(row, ref.shape[0] - 1)]
                 values = (pair, pair)
             else:
@@ -99,15 +101,17 @@ class _Tile:
                     jnp.broadcast_to(of_queries, self.shape),
                     jnp.broadcast_to(jnp.expand_dims(of_keys, -1), self.shape),
                 )
-            sides.append(Sides(*(value != 0 for value in values)) if leaf.is_bool else Sides(*values))
-        expression: Visibility = jax.tree.unflatten(self.spec.treedef, sides)
-        return expression.seen(Sides(queries, keys), self.spec.num_keys) & (keys < self.spec.num_keys)
+            # Boolean arrays are passed as i32.
+            leaves.append(QueryKey(*(value != 0 for value in values)) if leaf.is_bool else QueryKey(*values))
+        expression: Visibility = jax.tree.unflatten(self.spec.treedef, leaves)
+        return expression.mask_mod(q_idx, kv_idx, self.spec.num_keys) & (kv_idx < self.spec.num_keys)
 
     @property
     def window(self) -> Any:
-        """Where the diagonals of this tile lie: 2 x `tile` of them, from the largest distance down.
+        """The slice of the diagonals that this tile needs: 2 * `tile` of them, from the largest distance down.
 
-        Diagonal i of 2L is the bias of key - query = L - i. Entry [c, r] of the tile is number `tile` + r - c of these.
+        Diagonal i of 2L is the bias of key - query = L - i. Entry [c, r] of the tile is number `tile` + r - c of the
+        slice.
         """
         spec, length = self.spec, self.diagonals_ref.shape[-1] // 2
         query, key = self.query_tile * spec.tile, self.key_tile * spec.tile
@@ -117,6 +121,7 @@ class _Tile:
         return pl.ds(pl.multiple_of(length - spec.tile - key + query, LANES), 2 * spec.tile)
 
     def _bias(self) -> jax.Array:
+        # Row c of the tile is the slice shifted by c: one strided roll instead of a gather.
         tile = self.spec.tile
         diagonals = jnp.broadcast_to(self.diagonals_ref[:, self.window], (tile, 2 * tile))
         return pltpu.roll(diagonals, 0, 1, stride=1, stride_axis=0)[:, tile:]
@@ -129,7 +134,7 @@ def forward(occupied_ref, q_ref, k_ref, v_ref, *refs, spec: Spec) -> None:
 
     @pl.when(at[2] == 0)
     def _():
-        maximum_ref[...] = jnp.full_like(maximum_ref, NOTHING_SEEN)
+        maximum_ref[...] = jnp.full_like(maximum_ref, MAXIMUM_FLOOR)
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
@@ -141,11 +146,12 @@ def forward(occupied_ref, q_ref, k_ref, v_ref, *refs, spec: Spec) -> None:
             scores, _ = tile.scores(row)
             before = maximum_ref[row]
             maximum = jnp.maximum(before, scores.max(axis=0, keepdims=True))
-            weights, kept = jnp.exp(scores - maximum), jnp.exp(before - maximum)
+            # What earlier tiles have summed is rescaled to the new maximum.
+            weights, rescale = jnp.exp(scores - maximum), jnp.exp(before - maximum)
             maximum_ref[row] = maximum
-            total_ref[row] = kept * total_ref[row] + weights.sum(axis=0, keepdims=True)
+            total_ref[row] = rescale * total_ref[row] + weights.sum(axis=0, keepdims=True)
             value = v_ref[row]
-            sum_ref[row] = kept * sum_ref[row] + _dot(value, weights.astype(value.dtype), 0, 0)
+            sum_ref[row] = rescale * sum_ref[row] + _dot(value, weights.astype(value.dtype), 0, 0)
             return 0
 
         jax.lax.fori_loop(0, spec.rows, add, 0)
@@ -154,6 +160,7 @@ def forward(occupied_ref, q_ref, k_ref, v_ref, *refs, spec: Spec) -> None:
     def _():
         def write(row, _):
             total = total_ref[row]
+            # A query without allowed keys gets 0.
             some = total > 0
             total = jnp.where(some, total, 1.0)
             out_ref[row] = (sum_ref[row] / total).T.astype(out_ref.dtype)
@@ -209,6 +216,7 @@ def backward_keys(occupied_ref, q_ref, k_ref, v_ref, do_ref, logsumexp_ref, delt
     if spec.has_bias:
         d_diagonals_ref, d_bias_ref = of_bias
 
+        # The gradient of the diagonals is summed over the whole grid of a head.
         @pl.when((rows == 0) & (key_tile == 0) & (query_tile == 0))
         def _():
             d_diagonals_ref[...] = jnp.zeros_like(d_diagonals_ref)
@@ -240,7 +248,7 @@ def backward_keys(occupied_ref, q_ref, k_ref, v_ref, do_ref, logsumexp_ref, delt
 
 
 def _differentiated(tile: _Tile, row, v_ref, do_ref, logsumexp_ref, delta_ref):
-    """Returns the weights, the gradient of the scores behind cap and bias, and the slope of the cap or None."""
+    """Returns the weights, the gradient of the scores after cap and bias, and the slope of the cap or None."""
     scores, slope = tile.scores(row)
     weights = jnp.exp(scores - logsumexp_ref[row])
     d_weights = _dot(v_ref[row], do_ref[row], 1, 1)
@@ -248,10 +256,10 @@ def _differentiated(tile: _Tile, row, v_ref, do_ref, logsumexp_ref, delta_ref):
 
 
 def _diagonal_sums(tile: jax.Array) -> jax.Array:
-    """Returns f32[1,2 tile]: the sums of what came from the same diagonal, numbered as in `_Tile.window`.
+    """Returns f32[1,2*tile], the sums of the tile's diagonals, numbered as in `_Tile.window`.
 
-    Row c must move left by c before rows are added: the lower half of the rows moves by half their number and is added
-    to the upper half, until one row is left.
+    Row c must be shifted left by c before the rows are added. The lower half of the rows is shifted by half their
+    number and added to the upper half, until one row is left.
     """
     rows, length = tile.shape[0], 2 * tile.shape[0]
     sums = jnp.concatenate([jnp.zeros_like(tile), tile], axis=1)

@@ -10,7 +10,7 @@ from diffusion_lm.core.types import Params
 from diffusion_lm.nn.linear import product
 
 NEVER = -1e30
-"""Logit of a token that is never emitted: exp underflows to 0, and products with 0 stay finite unlike with -inf."""
+"""Logit of a token that is never emitted: exp underflows to 0, and unlike with -inf, products with 0 stay finite."""
 
 
 class Head(flax.struct.PyTreeNode):
@@ -19,10 +19,10 @@ class Head(flax.struct.PyTreeNode):
     Attributes:
       weight_VD: [padded V,D].
       bias_V: [padded V] or None.
-      scale: static factor; 1/sqrt(D) where the weights are the input embedding of the T5 family.
-      vocab_size: static; rows from here on only pad the matrix and are never emitted.
+      scale: static factor; 1/sqrt(D) if the weights are the input embedding, as in the T5 family.
+      vocab_size: static; rows from here on are padding and are never emitted.
       softcap: static; logits become softcap * tanh(logits / softcap).
-      transform: parameters of f, which only the wanted slots go through; None = f(h) is h.
+      transform: parameters of f, which is computed at the selected slots only; None = f is the identity.
       run_transform: static; f as a function of `transform` and [b,t,D].
     """
 
@@ -42,7 +42,7 @@ def logits(hidden_BTD: jax.Array, head: Head, forbidden: tuple[int, ...] = ()) -
         hidden_BTD = head.run_transform(head.transform, hidden_BTD)
     scaled = hidden_BTD if head.scale == 1.0 else hidden_BTD * jnp.asarray(head.scale, hidden_BTD.dtype)
     weight_VD = head.weight_VD.astype(hidden_BTD.dtype)
-    # One axis of tokens: with two, the backward pass on a CPU spends as long on moving logits as on multiplying them.
+    # One axis of tokens: with two, the backward pass on a CPU spends as much time on transposes as on the product.
     out = product("ND,VD->NV", scaled.reshape(-1, scaled.shape[-1]), weight_VD)
     if head.bias_V is not None:
         out = out + head.bias_V.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The layers of a network but attention, as Linen modules, and what all of them are given (`Context`)."""
+"""The layers of a network except attention, as Linen modules, and the inputs that all blocks share (`Context`)."""
 
 import dataclasses
 import functools
@@ -11,72 +11,68 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.rng import fold_in_each
+from diffusion_lm.nn.attention_mask import AttentionMask
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.linear import linear
-from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.transformer import TransformerSpec
 
 ADAPTERS = "adapters"
-"""Name of the low-rank adapters, as a collection of variables and beside the parameters of a stack (`nn/stack.py`)."""
+"""Name of the low-rank adapters: of their Linen collection, and of their entry in a stack (`nn/stack.py`)."""
 
 
 class Context(flax.struct.PyTreeNode):
     """What every block of a stack needs besides its input.
 
     Attributes:
-      mask: bool[B|1,Q,T], who sees whom; or the expression that says so, for attention that evaluates it itself.
-      window_mask: the same inside the window, for `spec.window_layers`; None where no layer differs.
+      mask: which keys each query attends to, with the stack's relative bias; without a bias where there is none or each
+        layer has its own.
+      window_mask: the same inside the window, for the layers `spec.window_layers`; None if all layers have `mask`.
       positions: i32[B,Q].
-      bias: f32[B|1,H,Q,T], the stack's relative bias, beside an expression its diagonals f32[H,2L]; None where there is
-        none or each layer has its own.
-      copies: how often the stream stands in a row, for the biases of layers.
-      memory_BSD: the encoder's output where each block projects its own keys and values, or None.
-      memory_mask: bool[B,Q,S], or None without an encoder.
-      windowed: whether the layer at hand is one of them.
+      memory_BSD: the encoder's output if each block projects its own keys and values, else None.
+      memory_mask: bool[B,Q,S] as a mask, or None without an encoder.
+      windowed: whether the current layer is one of `spec.window_layers`; set by the block.
       dropout_keys: key[B], or None.
       constrain: pins activations to the mesh.
     """
 
-    mask: jax.Array | Visibility
+    mask: AttentionMask
     positions: jax.Array
-    bias: jax.Array | None = None
     memory_BSD: jax.Array | None = None
-    memory_mask: jax.Array | None = None
-    window_mask: jax.Array | Visibility | None = None
+    memory_mask: AttentionMask | None = None
+    window_mask: AttentionMask | None = None
     windowed: jax.Array | bool = flax.struct.field(default=False)
     dropout_keys: jax.Array | None = None
-    copies: int = flax.struct.field(pytree_node=False, default=1)
     constrain: Constrain = flax.struct.field(pytree_node=False, default=no_constraint)
 
 
 def row_dropout(x_BTD: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax.Array:
-    """Drops entries with one key per row, so that a row's pattern does not depend on its microbatch; None = identity.
+    """Applies dropout with one key per row, so that a row's pattern does not depend on its microbatch.
 
     Args:
       x_BTD: any [B,...] array.
-      rate: probability of dropping; the rest is scaled by 1 / (1 - rate).
-      keys: key[B] or None.
-      site: number of the place in the network, folded into the keys.
+      rate: probability of dropping; the other entries are scaled by 1 / (1 - rate).
+      keys: key[B]; None = no dropout.
+      site: number of this use of dropout in the network, folded into the keys.
     """
     if keys is None or rate == 0:
         return x_BTD
     keys = fold_in_each(keys, jnp.full(keys.shape, site))
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys)
-    return jnp.where(kept, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys)
+    return jnp.where(keep, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
 def add_low_rank(module: nn.Module, name: str, out: jax.Array, x: jax.Array, inputs: int = 1) -> jax.Array:
-    """Returns `out`, what the module's matrix `name` makes of `x`, and what its low-rank adapter adds to it (LoRA).
+    """Returns `out` + (x A) B, with the low-rank adapter of the module's matrix `name` (LoRA), or `out` without one.
 
-    Adapters are the collection `ADAPTERS` of the call, in a tree like that of the parameters: `a` maps the matrix's
-    inputs to the rank, `b` the rank to its outputs. Without one, `out` is returned as it is.
+    Adapters are the Linen collection `ADAPTERS`, in a tree like that of the parameters: `a` maps the matrix's inputs to
+    the rank, `b` maps the rank to its outputs.
 
     Args:
       module: the layer.
       name: of the matrix.
-      out: [B,T,...].
-      x: [B,T,...], what the matrix was applied to.
-      inputs: how many trailing axes of `x` the matrix reads.
+      out: [B,T,...], the matrix applied to `x`.
+      x: [B,T,...], the matrix's input.
+      inputs: number of trailing axes of `x` that the matrix contracts.
     """
     if not module.has_variable(ADAPTERS, name):
         return out
@@ -90,7 +86,7 @@ def parameter(module: nn.Module, name: str, initializer, shape, axes, dtype) -> 
 
 
 def fan_in_normal(fan_in: int):
-    """Normal initialiser with variance 1 / fan_in, for kernels with several input or output axes."""
+    """Returns a normal initialiser with variance 1 / fan_in, for kernels with several input or output axes."""
     return nn.initializers.normal(fan_in**-0.5)
 
 
@@ -101,7 +97,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns x normalised, in the compute dtype."""
+        """Returns the normalised input in the compute dtype."""
         spec, size, dtype = self.spec, x.shape[-1], jnp.dtype(self.spec.param_dtype)
         y = x.astype(jnp.float32)
         if spec.norm == "layernorm":
@@ -150,11 +146,12 @@ class Mlp(nn.Module):
 
 
 class SelfConditioning(nn.Module):
-    """What a previous prediction adds to the embedded tokens: feed-forward layer of the norm of its expected embedding.
+    """Self-conditioning on a previous prediction: norm and feed-forward layer of its expected embedding.
 
-    Without biases, so that a signal of zeros adds exactly nothing: a slot without a prediction, and a pass without any,
-    is the plain network. DiffusionGemma (gemma library) also divides the sum by its root mean square, which would
-    change the network wherever the layer stands; the blocks normalise what they read anyway.
+    The result is added to the embedded tokens. There are no biases, so a signal of zeros adds exactly zero: slots
+    without a prediction, and passes without any, compute what the network without this layer computes. DiffusionGemma
+    (gemma library) also divides the sum by its root mean square. That would change the network even without a signal,
+    and the blocks normalise their input anyway.
     """
 
     spec: TransformerSpec
@@ -171,7 +168,7 @@ class SelfConditioning(nn.Module):
 
 
 class HeadTransform(nn.Module):
-    """What the BERT family does to a hidden state before the output projection: linear layer, GELU, norm."""
+    """The layer before the output projection in the BERT family: linear layer, GELU, norm."""
 
     spec: TransformerSpec
 

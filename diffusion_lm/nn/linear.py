@@ -1,4 +1,4 @@
-"""Products of activations with matrices and with each other, and how their gradients are computed."""
+"""Matrix products with hand-written gradients, for speed on CPUs and GPUs."""
 
 import functools
 
@@ -10,19 +10,19 @@ import jax.numpy as jnp
 def linear(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     """Returns the sum over the last axes of `x` and the first of `kernel`, in the dtype of `x`.
 
-    What JAX derives for the kernel is (g^T x)^T, and XLA's CPU backend then writes g^T out together with all that g is
-    made from: a feed-forward layer takes a third longer. Here it is x^T g.
+    JAX derives (g^T x)^T as the gradient of the kernel, and XLA's CPU backend then materialises g^T together with the
+    operations that produce g: a feed-forward layer takes a third longer. Here the gradient is x^T g.
 
     Args:
       x: [...,inputs].
       kernel: [inputs,outputs], of any number of axes each.
-      inputs: how many axes are summed over.
+      inputs: number of axes that are summed over.
     """
     return _forward(x, kernel, inputs)[0]
 
 
 def _forward(x, kernel, inputs):
-    # The product itself and no call of `linear`, into which a policy of rematerialisation could not look.
+    # The product itself and not a call of `linear`: a rematerialisation policy could not look inside that.
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs), (x, kernel)
 
 
@@ -41,15 +41,15 @@ linear.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns an einsum in float32 whose gradient is rounded to the dtype of its operands: for scores and logits.
+    """Returns an einsum in float32 whose gradient is rounded to the dtype of its operands; for scores and logits.
 
-    Without it the gradient enters two more products in float32. A TPU rounds it there by itself; a GPU writes an array
-    as large as all scores in float32 and multiplies at a fraction of its bfloat16 rate.
+    Otherwise the gradient would enter two more products in float32. TPUs round it there anyway. GPUs would store a
+    float32 array of the size of all scores, and multiply at a fraction of their bfloat16 rate.
 
     Args:
       subscripts: as `jnp.einsum` takes them.
-      x: of the compute dtype.
-      y: of the same.
+      x: in the compute dtype.
+      y: in the same dtype.
     """
     return _product_forward(subscripts, x, y)[0]
 

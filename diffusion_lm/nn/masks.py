@@ -1,7 +1,7 @@
-"""Attention visibility as an algebra: who may see whom is an argument of a forward pass, never part of a network.
+"""Attention visibility as an algebra: which tokens attend to which is an argument of a forward pass, not of a network.
 
-A `Visibility` is a pytree expression that carries its own per-row arrays. `&` and `|` combine expressions; `dense`
-evaluates one for the queries at hand, all slots of a row in training or the one slot that is decoded from a cache.
+A `Visibility` is a pytree expression that carries its own per-row arrays. `&` and `|` combine expressions. `dense`
+evaluates one for given queries: all slots of a row in training, or the slots that are decoded with a cache.
 """
 
 from typing import Any, NamedTuple
@@ -13,56 +13,58 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import ConfigError
 
 
-class Sides(NamedTuple):
-    """What is known of every slot, once for the queries and once for the keys; the two broadcast against each other.
+class QueryKey(NamedTuple):
+    """One value per slot, once at the query's slot and once at the key's; the two broadcast against each other.
 
     Attributes:
-      queries: the values at the queries' slots.
-      keys: the values at the keys' slots.
+      q: the values at the queries' slots.
+      kv: the values at the keys' slots.
     """
 
-    queries: Any
-    keys: Any
+    q: Any
+    kv: Any
 
 
 class Visibility:
     """Base of all expressions. Slots are indices into the row, not position ids.
 
-    An expression is evaluated for all pairs at once (`dense`) or tile by tile inside of a kernel (`nn/flash.py`). Both
-    put a pair of `Sides` in the place of each of its arrays and ask `seen`, which only compares, element by element.
+    An expression is evaluated for all pairs at once (`dense`) or tile by tile inside a kernel (`nn/flash.py`). Both
+    replace each array of the expression by a `QueryKey` and call `mask_mod`, which is elementwise.
     """
 
-    def seen(self, slots: Sides, num_keys: int) -> Any:
-        """Says who sees whom, of an expression whose arrays are `Sides`.
+    def mask_mod(self, q_idx: Any, kv_idx: Any, num_keys: int) -> Any:
+        """Returns whether each query attends to each key, for an expression whose arrays are `QueryKey`s.
 
         Args:
-          slots: i32, numbers of the slots.
+          q_idx: i32, slots of the queries.
+          kv_idx: i32, slots of the keys; broadcasts against `q_idx`.
           num_keys: T, the number of key slots.
 
         Returns:
-          bool, as the sides broadcast; or True, where everything is seen.
+          bool in the broadcast shape; or True if every query attends to every key.
         """
         raise NotImplementedError
 
-    def dense(self, q_slots: jax.Array | None, num_keys: int) -> jax.Array:
+    def dense(self, q_idx: jax.Array | None, num_keys: int) -> jax.Array:
         """Evaluates the expression.
 
         Args:
-          q_slots: i32[B,Q], the slots of the queries; None means all slots 0..num_keys-1.
+          q_idx: i32[B,Q], the slots of the queries; None means all slots 0..num_keys-1.
           num_keys: T, the number of key slots.
 
         Returns:
-          bool[B|1,Q,T], True where the query may attend to the key; the leading axis is 1 where rows do not differ.
+          bool[B|1,Q,T], True if the query attends to the key; the leading axis is 1 if all rows are equal.
         """
-        every = jnp.arange(num_keys)[None]
-        slots = Sides((every if q_slots is None else q_slots)[:, :, None], every[:, None, :])
-        paired = jax.tree.map(lambda values: _sides(values, q_slots), self)
-        seen = jnp.asarray(paired.seen(slots, num_keys))
-        return jnp.broadcast_to(seen, jnp.broadcast_shapes(seen.shape, (1, slots.queries.shape[1], num_keys)))
+        slots = jnp.arange(num_keys)[None]
+        q_slots = (slots if q_idx is None else q_idx)[:, :, None]
+        paired = jax.tree.map(lambda values: _paired(values, q_idx), self)
+        allowed = jnp.asarray(paired.mask_mod(q_slots, slots[:, None, :], num_keys))
+        # An expression may depend on the keys alone (`Conditioning`) or on nothing (`Full`): fill in the other axes.
+        return jnp.broadcast_to(allowed, jnp.broadcast_shapes(allowed.shape, (1, q_slots.shape[1], num_keys)))
 
     @property
     def copies(self) -> int:
-        """How many copies of one row lie side by side: 2 for [noisy ; clean]. Their slots share their distances."""
+        """Number of copies of one row that lie next to each other, e.g. 2 for [noisy ; clean]; they share distances."""
         return 1
 
     def __and__(self, other: "Visibility") -> "Visibility":
@@ -74,13 +76,13 @@ class Visibility:
 
 @flax.struct.dataclass
 class And(Visibility):
-    """Seen when both sides allow it."""
+    """Pairs that both expressions allow."""
 
     left: Visibility
     right: Visibility
 
-    def seen(self, slots, num_keys):
-        return self.left.seen(slots, num_keys) & self.right.seen(slots, num_keys)
+    def mask_mod(self, q_idx, kv_idx, num_keys):
+        return self.left.mask_mod(q_idx, kv_idx, num_keys) & self.right.mask_mod(q_idx, kv_idx, num_keys)
 
     @property
     def copies(self):
@@ -89,13 +91,13 @@ class And(Visibility):
 
 @flax.struct.dataclass
 class Or(Visibility):
-    """Seen when either side allows it."""
+    """Pairs that at least one expression allows."""
 
     left: Visibility
     right: Visibility
 
-    def seen(self, slots, num_keys):
-        return self.left.seen(slots, num_keys) | self.right.seen(slots, num_keys)
+    def mask_mod(self, q_idx, kv_idx, num_keys):
+        return self.left.mask_mod(q_idx, kv_idx, num_keys) | self.right.mask_mod(q_idx, kv_idx, num_keys)
 
     @property
     def copies(self):
@@ -104,23 +106,23 @@ class Or(Visibility):
 
 @flax.struct.dataclass
 class Causal(Visibility):
-    """A query sees its own slot and the slots before it."""
+    """A query attends to its own slot and to the slots before it."""
 
-    def seen(self, slots, num_keys):
-        return slots.keys <= slots.queries
+    def mask_mod(self, q_idx, kv_idx, num_keys):
+        return kv_idx <= q_idx
 
 
 @flax.struct.dataclass
 class Full(Visibility):
-    """Every query sees every key."""
+    """Every query attends to every key."""
 
-    def seen(self, slots, num_keys):
+    def mask_mod(self, q_idx, kv_idx, num_keys):
         return True
 
 
 @flax.struct.dataclass
 class Rows(Visibility):
-    """Everything is seen in some rows, nothing in the others.
+    """All pairs in some rows of the batch, none in the others.
 
     Attributes:
       allowed: bool[B|1].
@@ -128,13 +130,13 @@ class Rows(Visibility):
 
     allowed: Any
 
-    def seen(self, slots, num_keys):
-        return self.allowed.keys
+    def mask_mod(self, q_idx, kv_idx, num_keys):
+        return self.allowed.kv
 
 
 @flax.struct.dataclass
 class Conditioning(Visibility):
-    """Keys that are conditioning are seen by every query; prefix-LM is `Causal() | Conditioning(~target_mask)`.
+    """Every query attends to the keys that are conditioning; prefix-LM is `Causal() | Conditioning(~target_mask)`.
 
     Attributes:
       is_conditioning: bool[B,T].
@@ -142,45 +144,46 @@ class Conditioning(Visibility):
 
     is_conditioning: Any
 
-    def seen(self, slots, num_keys):
-        return self.is_conditioning.keys
+    def mask_mod(self, q_idx, kv_idx, num_keys):
+        return self.is_conditioning.kv
 
 
 @flax.struct.dataclass
 class Queries(Visibility):
-    """Some queries see every key, the others none; a restriction of what stands on the other side of `&`.
+    """The selected queries attend to every key, the others to none; restricts the other operand of `&`.
 
-    `Queries(s) & Conditioning(s)` are the slots s that see each other.
+    `Queries(s) & Conditioning(s)` lets the slots in s attend to each other.
 
     Attributes:
-      asked: bool[B,T].
+      selected: bool[B,T].
     """
 
-    asked: Any
+    selected: Any
 
-    def seen(self, slots, num_keys):
-        return self.asked.queries
+    def mask_mod(self, q_idx, kv_idx, num_keys):
+        return self.selected.q
 
 
 @flax.struct.dataclass
-class Given(Visibility):
-    """Seen where a matrix says so, drawn ones for instance.
+class ExplicitMask(Visibility):
+    """The pairs of a boolean matrix, for example of one that was sampled.
 
     Attributes:
-      matrix: bool[B|1,T,T], queries first.
+      allowed: bool[B|1,T,T], queries first.
     """
 
-    matrix: Any
+    allowed: Any
 
-    def seen(self, slots, num_keys):
-        return self.matrix.keys
+    def mask_mod(self, q_idx, kv_idx, num_keys):
+        return self.allowed.kv
 
 
 @flax.struct.dataclass
 class BlindConditioning(Visibility):
-    """Conditioning queries do not see target keys; target queries see everything.
+    """Conditioning queries do not attend to target keys; target queries attend to everything.
 
-    `Full() & BlindConditioning(c)` keeps the conditioning's states independent of the canvas, so they can be cached.
+    `Full() & BlindConditioning(c)` keeps the hidden states of the conditioning independent of the canvas, so their keys
+    and values can be cached.
 
     Attributes:
       is_conditioning: bool[B,T].
@@ -188,52 +191,53 @@ class BlindConditioning(Visibility):
 
     is_conditioning: Any
 
-    def seen(self, slots, num_keys):
-        return ~self.is_conditioning.queries | self.is_conditioning.keys
+    def mask_mod(self, q_idx, kv_idx, num_keys):
+        return ~self.is_conditioning.q | self.is_conditioning.kv
 
 
 @flax.struct.dataclass
 class Block(Visibility):
-    """Block-causal: a query sees the keys of its own block and of earlier blocks.
+    """Block-causal: a query attends to the keys of its own block and of earlier blocks.
 
     Attributes:
       size: tokens per block; static.
-      starts: i32[B], the slot where block 0 begins (the first target slot); everything before it is one block that
-        all later blocks see. None means slot 0.
+      starts: i32[B], the slot where block 0 begins (the first target slot); the slots before it are one block that all
+        later blocks attend to. None means slot 0.
     """
 
     size: int = flax.struct.field(pytree_node=False)
     starts: Any = None
 
-    def seen(self, slots, num_keys):
-        starts = Sides(0, 0) if self.starts is None else self.starts
+    def mask_mod(self, q_idx, kv_idx, num_keys):
+        starts = QueryKey(0, 0) if self.starts is None else self.starts
 
         def block_of(slots, starts):
-            # TPUs divide no integers inside a kernel; half a slot above them, float32 is exact to four million slots.
+            # TPU kernels have no integer division. With half a slot added, float32 is exact up to 4 million slots.
             return jnp.maximum(jnp.floor(((slots - starts).astype(jnp.float32) + 0.5) / self.size), -1.0)
 
-        return block_of(slots.keys, starts.keys) <= block_of(slots.queries, starts.queries)
+        return block_of(kv_idx, starts.kv) <= block_of(q_idx, starts.q)
 
 
 @flax.struct.dataclass
 class Window(Visibility):
-    """Keys nearer than `size` slots, on either side (the sliding window of Mistral, arXiv 2310.06825, once causal).
+    """Keys closer than `size` slots on either side (with `Causal`, the sliding window of Mistral, arXiv 2310.06825).
 
     Attributes:
-      size: number of tokens seen on one side, the query's own included; static.
-      count: copies of the row that lie side by side and share their distances; static.
+      size: number of keys on one side, the query's own included; static.
+      count: copies of the row that lie next to each other and share their distances; static.
     """
 
     size: int = flax.struct.field(pytree_node=False)
     count: int = flax.struct.field(pytree_node=False, default=1)
 
-    def seen(self, slots, num_keys):
+    def mask_mod(self, q_idx, kv_idx, num_keys):
         length = num_keys // self.count
 
-        def inside(slots):
+        def within_copy(slots):
+            # slots % length, without integer division (see `Block`).
             return slots - sum(jnp.where(slots >= copy * length, length, 0) for copy in range(1, self.count))
 
-        return jnp.abs(inside(slots.queries) - inside(slots.keys)) < self.size
+        return jnp.abs(within_copy(q_idx) - within_copy(kv_idx)) < self.size
 
     @property
     def copies(self):
@@ -241,26 +245,26 @@ class Window(Visibility):
 
 
 @flax.struct.dataclass
-class Between(Visibility):
-    """Queries of one copy of the row see keys of one copy, where a row holds several copies side by side.
+class CopyPair(Visibility):
+    """Queries of one copy of the row attend to keys of one copy, in rows that hold several copies next to each other.
 
     Attributes:
-      queries: number of the copy that looks; static.
-      keys: number of the copy that is seen; static.
+      q_copy: number of the queries' copy; static.
+      kv_copy: number of the keys' copy; static.
       count: copies in the row; static.
     """
 
-    queries: int = flax.struct.field(pytree_node=False)
-    keys: int = flax.struct.field(pytree_node=False)
+    q_copy: int = flax.struct.field(pytree_node=False)
+    kv_copy: int = flax.struct.field(pytree_node=False)
     count: int = flax.struct.field(pytree_node=False, default=2)
 
-    def seen(self, slots, num_keys):
+    def mask_mod(self, q_idx, kv_idx, num_keys):
         length = num_keys // self.count
 
-        def within(slots, copy):
+        def is_in(slots, copy):
             return (slots >= copy * length) & (slots < (copy + 1) * length)
 
-        return within(slots.queries, self.queries) & within(slots.keys, self.keys)
+        return is_in(q_idx, self.q_copy) & is_in(kv_idx, self.kv_copy)
 
     @property
     def copies(self):
@@ -269,7 +273,7 @@ class Between(Visibility):
 
 @flax.struct.dataclass
 class Groups(Visibility):
-    """Seen by the order of group numbers, whatever the slots are.
+    """Pairs compared by their group numbers, independent of the slots.
 
     Attributes:
       group_ids: i32[B,T].
@@ -279,7 +283,7 @@ class Groups(Visibility):
     group_ids: Any
     order: str = flax.struct.field(pytree_node=False, default="same")
 
-    def seen(self, slots, num_keys):
+    def mask_mod(self, q_idx, kv_idx, num_keys):
         of_query, of_key = self.group_ids
         match self.order:
             case "same":
@@ -288,33 +292,39 @@ class Groups(Visibility):
                 return of_key < of_query
             case "not_later":
                 return of_key <= of_query
-        raise ConfigError(f"There is no order {self.order!r}", where="Groups.order", fix="same, earlier or not_later.")
+        raise ConfigError(
+            f"order={self.order!r}: there is no such order", where="Groups.order", fix="Use same, earlier or not_later."
+        )
 
 
 def two_streams(block_ids: jax.Array, *, causal_noisy: bool = False, causal_clean: bool = False) -> Visibility:
-    """Returns who sees whom in a row [noisy ; clean] of block diffusion (BD3-LM, arXiv 2503.09573, section 3).
+    """Returns the visibility of a row [noisy ; clean] of block diffusion (BD3-LM, arXiv 2503.09573, section 3).
 
-    M_BD | M_OBC | M_BC: a noisy token sees the noisy tokens of its block and the clean tokens of earlier blocks; a
-    clean token sees the clean tokens of its block and of earlier ones. So nothing noisy reaches another block, and no
-    clean token reaches the noisy copy of its own block.
+    M_BD | M_OBC | M_BC: a noisy token attends to the noisy tokens of its block and to the clean tokens of earlier
+    blocks; a clean token attends to the clean tokens of its block and of earlier ones. So no noisy token reaches
+    another block, and no clean token reaches the noisy copy of its own block.
 
     Args:
-      block_ids: i32[B,T], the block of each token of one copy, counting up inside each packed example.
-      causal_noisy: inside a block, noisy tokens see only those before them (I-DLM, arXiv 2604.11035).
+      block_ids: i32[B,T], the block of each token of one copy, increasing inside each packed example.
+      causal_noisy: inside a block, noisy tokens attend only to those before them (I-DLM, arXiv 2604.11035).
       causal_clean: the clean copy is a causal language model (Nemotron-Labs-Diffusion).
     """
+    noisy, clean = 0, 1
     blocks = jnp.concatenate([block_ids, block_ids], axis=1)
-    within_block = Between(0, 0) & Groups(blocks, "same")
+    # M_BD: noisy to noisy, block-diagonal.
+    within_block = CopyPair(noisy, noisy) & Groups(blocks, "same")
     if causal_noisy:
         within_block = within_block & Causal()
-    clean_past = Between(0, 1) & Groups(blocks, "earlier")
-    clean = Between(1, 1) & (Causal() if causal_clean else Groups(blocks, "not_later"))
-    return within_block | clean_past | clean
+    # M_OBC: noisy to clean, strictly earlier blocks; a token of its own block would reveal the target.
+    clean_past = CopyPair(noisy, clean) & Groups(blocks, "earlier")
+    # M_BC: clean to clean, block-causal.
+    clean_copy = CopyPair(clean, clean) & (Causal() if causal_clean else Groups(blocks, "not_later"))
+    return within_block | clean_past | clean_copy
 
 
 @flax.struct.dataclass
 class Segments(Visibility):
-    """Only tokens of the same packed example see each other; segment 0 (padding) neither sees nor is seen.
+    """Tokens of the same packed example; segment 0 (padding) neither attends nor is attended to.
 
     Attributes:
       segment_ids: i32[B,T].
@@ -322,7 +332,7 @@ class Segments(Visibility):
 
     segment_ids: Any
 
-    def seen(self, slots, num_keys):
+    def mask_mod(self, q_idx, kv_idx, num_keys):
         of_query, of_key = self.segment_ids
         return (of_key == of_query) & (of_query > 0)
 
@@ -332,20 +342,21 @@ def same_segment(q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
     return (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] > 0)
 
 
-def _sides(values: jax.Array, q_slots: jax.Array | None) -> Sides:
-    """Returns the sides of an array of an expression, [B] of rows, [B,T] of slots or [B,Q,T] of pairs."""
+def _paired(values: jax.Array, q_idx: jax.Array | None) -> QueryKey:
+    """Returns an array of an expression at queries and keys: [B] per row, [B,T] per slot or [B,Q,T] per pair."""
     if values.ndim == 1:
-        return Sides(values[:, None, None], values[:, None, None])
+        return QueryKey(values[:, None, None], values[:, None, None])
     if values.ndim == 2:
-        return Sides(_at_queries(values, q_slots)[:, :, None], values[:, None, :])
-    if q_slots is not None:
-        values = jnp.broadcast_to(values, (q_slots.shape[0], *values.shape[1:]))
-        values = jnp.take_along_axis(values, q_slots[:, :, None], axis=1, mode="clip")
-    return Sides(values, values)
+        return QueryKey(_at_queries(values, q_idx)[:, :, None], values[:, None, :])
+    # A value per pair has no sides: both fields hold the matrix, with the rows of the queries.
+    if q_idx is not None:
+        values = jnp.broadcast_to(values, (q_idx.shape[0], *values.shape[1:]))
+        values = jnp.take_along_axis(values, q_idx[:, :, None], axis=1, mode="clip")
+    return QueryKey(values, values)
 
 
-def _at_queries(values_BT: jax.Array, q_slots: jax.Array | None) -> jax.Array:
-    """Picks per-slot values at the query slots; slots past the end read the last one."""
-    if q_slots is None:
+def _at_queries(values_BT: jax.Array, q_idx: jax.Array | None) -> jax.Array:
+    """Returns per-slot values at the query slots; slots past the end (finished rows of a sampler) read the last one."""
+    if q_idx is None:
         return values_BT
-    return jnp.take_along_axis(values_BT, q_slots, axis=1, mode="clip")
+    return jnp.take_along_axis(values_BT, q_idx, axis=1, mode="clip")

@@ -1,4 +1,4 @@
-"""The visibilities that objectives and samplers name in configuration."""
+"""The attention visibilities that configurations select by name."""
 
 import re
 from typing import NamedTuple
@@ -16,25 +16,25 @@ _BLOCKS = re.compile(r"(example_)?blocks:([1-9][0-9]*)")
 
 
 class NamedBlocks(NamedTuple):
-    """What the name of a block visibility says.
+    """The parsed name of a block visibility.
 
     Attributes:
       size: tokens per block.
-      first_block: where block 0 opens: "target", with the first target slot, or "example", with slot 0.
+      first_block: where block 0 starts: "target", at the first target slot, or "example", at slot 0.
     """
 
     size: int
     first_block: str
 
     def starts(self, target_mask: jax.Array) -> jax.Array:
-        """Returns i32[B], the slot at which block 0 of each row opens."""
+        """Returns i32[B], the slot at which block 0 of each row starts."""
         if self.first_block == "example":
             return jnp.zeros(target_mask.shape[0], jnp.int32)
         return jnp.argmax(target_mask, axis=1).astype(jnp.int32)
 
 
 def named_blocks(name: str) -> NamedBlocks | None:
-    """Returns the blocks of a visibility's name, or None where it has none."""
+    """Returns the parsed name of a block visibility, or None for any other name."""
     match = _BLOCKS.fullmatch(str(name))
     return NamedBlocks(int(match[2]), "example" if match[1] else "target") if match else None
 
@@ -55,34 +55,35 @@ def check_visibility(name: str, where: str) -> None:
 
 
 def noise_share(noisy: jax.Array, target_mask: jax.Array, visibility: str) -> jax.Array:
-    """Returns f32[B,T], what share of the target is noise: of a row, or of the block that a slot lies in.
+    """Returns f32[B,T], the fraction of target tokens that are noise, per row or per block of a block visibility.
 
     Args:
       noisy: bool[B,T].
       target_mask: bool[B,T], as in `named_visibility`.
-      visibility: whose name may have blocks.
+      visibility: name of the visibility.
     """
     blocks = named_blocks(visibility)
     ids = jnp.zeros(target_mask.shape, jnp.int32)
     if blocks is not None:
         place = jnp.arange(target_mask.shape[1])[None] - blocks.starts(target_mask)[:, None]
         ids = jnp.maximum(place, 0) // blocks.size
+    # A row or block without target tokens has the fraction 0.
     total = segment_sum(target_mask.astype(jnp.float32), ids)
     return segment_sum((noisy & target_mask).astype(jnp.float32), ids) / jnp.maximum(total, 1.0)
 
 
 def named_visibility(name: str, target_mask: jax.Array) -> Visibility:
-    """Returns the visibility that objectives and samplers name in configuration.
+    """Returns the visibility of a name.
 
     Args:
       name: "causal" (left to right), "full" (bidirectional), "prefix" (bidirectional over the conditioning, causal
-        over the target), "prefix_blind" (bidirectional, but conditioning does not see the target), "causal_prefix"
-        (causal over the conditioning, whose states are then those of an autoregressive pass, bidirectional over the
-        target), or, for decoders of block diffusion, "blocks:N" and "example_blocks:N": seen are the own block of N
-        tokens and earlier ones. Blocks are counted from the first target token, the conditioning before it being one,
-        or from the first token of the row, so that a block may hold the end of the conditioning and the beginning of
-        the target.
-      target_mask: bool[B,T], as in `Batch`; not packed where there are blocks.
+        over the target), "prefix_blind" (bidirectional, but conditioning does not attend to the target) or
+        "causal_prefix" (causal over the conditioning, whose hidden states equal those of an autoregressive pass, and
+        bidirectional over the target). For decoders of block diffusion: "blocks:N" and "example_blocks:N", where a
+        token attends to its own block of N tokens and to earlier blocks. "blocks" start at the first target token,
+        with the conditioning as one block before them. "example_blocks" start at the first token of the row, so one
+        block may hold the end of the conditioning and the beginning of the target.
+      target_mask: bool[B,T], as in `Batch`; rows must not be packed if there are blocks.
 
     Raises:
       ConfigError: for any other name.
@@ -97,13 +98,14 @@ def named_visibility(name: str, target_mask: jax.Array) -> Visibility:
         case "prefix_blind":
             return Full() & BlindConditioning(~target_mask)
         case "causal_prefix":
+            # Conditioning slots are groups in their order; all target slots share the last group.
             length = target_mask.shape[1]
             return Groups(jnp.where(target_mask, length, jnp.arange(length)), "not_later")
     blocks = named_blocks(name)
     if blocks is not None:
         return Block(blocks.size, blocks.starts(target_mask))
     raise ConfigError(
-        f"There is no visibility {name!r}{near_names(name, VISIBILITY_NAMES)}",
+        f"visibility={name!r}: there is no such visibility{near_names(name, VISIBILITY_NAMES)}",
         where="visibility",
-        fix=f"Choose one of {', '.join((*VISIBILITY_NAMES, *BLOCK_NAMES))}.",
+        fix=f"Use one of {', '.join((*VISIBILITY_NAMES, *BLOCK_NAMES))}.",
     )

@@ -1,4 +1,4 @@
-"""Rematerialisation policies by name: what the backward pass keeps of each block and what it computes again."""
+"""Rematerialisation policies by name: which values of each block are stored for the backward pass."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ POLICIES: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""none: keep everything. full: keep only block inputs. dots: keep matmul outputs. dots_no_batch: keep the outputs of
-weight matmuls but not the attention scores, whose size grows with the square of the length."""
+"""none: store everything. full: store only block inputs. dots: store matmul outputs. dots_no_batch: store the outputs
+of weight matmuls but not the attention scores, whose size grows with the square of the length."""
 
 
 def rematerialise(function: Callable, policy: str) -> Callable:
-    """Wraps a block so that its backward pass follows the policy of that name; "none" returns it as it is."""
+    """Returns the block with the named policy for its backward pass; "none" returns it unchanged."""
     if policy == "none":
         return function
     return jax.checkpoint(function, policy=POLICIES[policy], prevent_cse=False)

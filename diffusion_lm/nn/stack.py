@@ -1,5 +1,8 @@
-"""Stacks of blocks as pure functions. The parameters of the N blocks lie on a leading `layers` axis, always; whether
-the compiled program loops over them or unrolls them is a matter of execution and leaves checkpoints alone."""
+"""Stacks of blocks as pure functions.
+
+The parameters of the N blocks always have a leading `layers` axis. Whether the compiled program loops over the blocks
+or unrolls them is a setting of execution, and checkpoints do not depend on it.
+"""
 
 import dataclasses
 from typing import Any
@@ -8,7 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.types import Params
+from diffusion_lm.nn.attention_mask import DenseMask
 from diffusion_lm.nn.block import Block
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
@@ -18,12 +23,12 @@ from diffusion_lm.nn.transformer import TransformerSpec
 
 
 def init_stack(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: bool = False) -> Params:
-    """Returns the parameters of `layers` blocks, stacked: block i's do not depend on how many there are."""
+    """Returns the stacked parameters of `layers` blocks; those of block i do not depend on the number of blocks."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(layers))
     return jax.vmap(lambda key: _values(_init_block(spec, key, has_cross)))(keys)
 
 
-def stack_axes(spec: TransformerSpec, has_cross: bool = False) -> Any:
+def stack_axes(spec: TransformerSpec, has_cross: bool = False) -> AxesTree:
     """Returns the logical axes of `init_stack`'s tree, each tuple beginning with "layers"."""
     boxed = jax.eval_shape(lambda: _init_block(spec, jax.random.key(0), has_cross))
     return jax.tree.map(lambda box: ("layers", *box.names), boxed, is_leaf=_is_box)
@@ -42,12 +47,12 @@ def run_stack(
 
     Args:
       spec: the network's shape.
-      blocks: from `init_stack`, or `layers_apart` of that where layers are not scanned; under the name `ADAPTERS` there
-        may stand low-rank adapters, stacked like the rest.
+      blocks: from `init_stack`, or `layers_apart` of that if layers are not scanned; may hold low-rank adapters under
+        the name `ADAPTERS`, stacked like the rest.
       x_BQD: embedded tokens in the compute dtype.
-      context: masks, positions and the like; a block has cross-attention where there is a `memory_mask`.
+      context: masks, positions and other shared inputs; blocks have cross-attention if there is a `memory_mask`.
       cache: read and written at `context.positions`, or None.
-      cross: every layer's projected cross-attention keys and values, or None to project as they are needed.
+      cross: the projected cross-attention keys and values of every layer, or None: each block projects its own.
 
     Returns:
       The residual stream before the final norm, and the cache.
@@ -65,6 +70,7 @@ def run_stack(
             lambda carry, xs: (one(*carry, *xs), None), (x_BQD, cache), (blocks, jnp.arange(layers), cross)
         )
         return x_BQD, cache
+    # Unrolled: `layer` is a Python int, so that a block can branch on it while it is traced.
     leaves, tree = jax.tree.flatten([blocks, cross], is_leaf=_is_apart)
     for layer, slices in enumerate(zip(*map(_apart, leaves), strict=True)):
         params, layer_cross = jax.tree.unflatten(tree, slices)
@@ -73,9 +79,9 @@ def run_stack(
 
 
 def layers_apart(blocks: Params) -> Params:
-    """Returns the tree of `init_stack` with a tuple of the layers' arrays in the place of each stacked array.
+    """Returns the tree of `init_stack` with a tuple of per-layer arrays in place of each stacked array.
 
-    For loops around a network: inside of one, XLA's CPU backend copies every layer out of its stack in every turn.
+    For loops around a network: inside a loop, XLA's CPU backend copies every layer out of its stack in every iteration.
     """
     return jax.tree.map(_apart, blocks)
 
@@ -98,27 +104,27 @@ def project_memory(spec: TransformerSpec, blocks: Params, memory_BSD: jax.Array)
 
 
 def init_norm(spec: TransformerSpec) -> Params:
-    """Returns the parameters of a norm outside of the blocks."""
+    """Returns the parameters of a norm outside the blocks."""
     return _values(_init_norm(spec))
 
 
-def norm_axes(spec: TransformerSpec) -> Any:
+def norm_axes(spec: TransformerSpec) -> AxesTree:
     """Returns the logical axes of `init_norm`'s tree."""
     return jax.tree.map(lambda box: box.names, jax.eval_shape(lambda: _init_norm(spec)), is_leaf=_is_box)
 
 
 def run_norm(spec: TransformerSpec, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """Applies a norm outside of the blocks."""
+    """Applies a norm outside the blocks."""
     normed: Any = Norm(spec).apply({"params": params}, x_BTD)
     return normed
 
 
 def init_head_transform(spec: TransformerSpec, key: jax.Array) -> Params:
-    """Returns the parameters of the layer in front of the output projection."""
+    """Returns the parameters of the layer before the output projection."""
     return _values(_init_head_transform(spec, key))
 
 
-def head_transform_axes(spec: TransformerSpec) -> Any:
+def head_transform_axes(spec: TransformerSpec) -> AxesTree:
     """Returns the logical axes of `init_head_transform`'s tree."""
     boxed = jax.eval_shape(lambda: _init_head_transform(spec, jax.random.key(0)))
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_box)
@@ -126,7 +132,7 @@ def head_transform_axes(spec: TransformerSpec) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class RunHeadTransform:
-    """The layer in front of the output projection as a function that compares by value, so that it can be static.
+    """The layer before the output projection, as a function that compares by value, so that it can be a static field.
 
     Attributes:
       spec: the network's shape.
@@ -135,19 +141,19 @@ class RunHeadTransform:
     spec: TransformerSpec
 
     def __call__(self, params: Params, x_BTD: jax.Array) -> jax.Array:
-        """Returns [B,T,D], what the output projection reads."""
+        """Returns [B,T,D], the input of the output projection."""
         transformed: Any = HeadTransform(self.spec).apply({"params": params}, x_BTD)
         return transformed
 
 
 def init_self_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:
-    """Returns the parameters of the layer that reads a previous prediction; fresh, it adds nothing."""
+    """Returns fresh parameters of the layer that reads a previous prediction; with them it adds zero."""
     params: dict[str, Any] = dict(_values(_init_self_conditioning(spec, key)))
-    # A network that gets the layer later starts out as what it was, whatever the signal is.
+    # So that a trained network that gets the layer later starts out unchanged, whatever the signal is.
     return params | {"mlp": params["mlp"] | {"down": jnp.zeros_like(params["mlp"]["down"])}}
 
 
-def self_conditioning_axes(spec: TransformerSpec) -> Any:
+def self_conditioning_axes(spec: TransformerSpec) -> AxesTree:
     """Returns the logical axes of `init_self_conditioning`'s tree."""
     boxed = jax.eval_shape(lambda: _init_self_conditioning(spec, jax.random.key(0)))
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_box)
@@ -156,7 +162,7 @@ def self_conditioning_axes(spec: TransformerSpec) -> Any:
 def run_self_conditioning(
     spec: TransformerSpec, params: Params, signal_BTD: jax.Array, constrain: Constrain
 ) -> jax.Array:
-    """Returns what the embedding [B,T,D] of a previous prediction adds to the tokens' own."""
+    """Returns [B,T,D], to be added to the embedded tokens, from the expected embedding of a previous prediction."""
     context = _empty_context(constrain)
     added: Any = SelfConditioning(spec).apply({"params": params}, signal_BTD.astype(spec.compute_dtype), context)
     return added
@@ -169,17 +175,19 @@ def _init_self_conditioning(spec: TransformerSpec, key: jax.Array):
 
 def _empty_context(constrain: Constrain = no_constraint) -> Context:
     """Returns the context of a layer that looks at one token by itself."""
-    return Context(mask=jnp.ones((1, 1, 1), bool), positions=jnp.zeros((1, 1), jnp.int32), constrain=constrain)
+    return Context(
+        mask=DenseMask(jnp.ones((1, 1, 1), bool)), positions=jnp.zeros((1, 1), jnp.int32), constrain=constrain
+    )
 
 
 def _init_block(spec: TransformerSpec, key: jax.Array, has_cross: bool):
-    """Returns one block's boxed parameters; inside jit or vmap the dummy pass costs nothing."""
-    spec = dataclasses.replace(spec, attention="xla")  # cuDNN's knows neither this device nor vmap
+    """Returns one block's boxed parameters; inside jit or vmap the unused pass is removed by the compiler."""
+    spec = dataclasses.replace(spec, attention="xla")  # the cuDNN kernel supports neither vmap nor every device
     context = Context(
-        mask=jnp.ones((1, 1, 1), bool),
+        mask=DenseMask(jnp.ones((1, 1, 1), bool)),
         positions=jnp.zeros((1, 1), jnp.int32),
         memory_BSD=jnp.zeros((1, 1, spec.model_dim), spec.compute_dtype) if has_cross else None,
-        memory_mask=jnp.ones((1, 1, 1), bool) if has_cross else None,
+        memory_mask=DenseMask(jnp.ones((1, 1, 1), bool)) if has_cross else None,
     )
     x = jnp.zeros((1, 1, spec.model_dim), spec.compute_dtype)
     return Block(spec, has_cross=has_cross).init(key, x, context, 0)["params"]
@@ -194,7 +202,7 @@ def _init_norm(spec: TransformerSpec):
 
 
 def _collections(block: Params) -> dict[str, Any]:
-    """Returns a block's parameters as Linen's collections, its adapters apart."""
+    """Returns a block's parameters as Linen's collections, with the adapters in their own."""
     params = {name: part for name, part in block.items() if name != ADAPTERS}
     return {"params": params, ADAPTERS: block.get(ADAPTERS, {})}
 
@@ -204,5 +212,5 @@ def _is_box(leaf) -> bool:
 
 
 def _values(boxed) -> Params:
-    # `nn.unbox` would constrain the sharding, by rules of a context that is not ours.
+    # Not `nn.unbox`: it would constrain the sharding by the axis rules of a global context.
     return jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box)

@@ -1,27 +1,27 @@
-"""The time as an addend to the embedded tokens: sinusoidal features, two layers, zero when fresh and on clean slots.
+"""Time conditioning that is added to the embedded tokens: sinusoidal features and two layers.
 
-The features and layers are those with which DDPM (arXiv 2006.11239) and the networks of SEDD and MDLM (2310.16834,
-2406.07524) embed a time. There the embedding scales and shifts every norm; here it is added once, in front of the
-blocks, so that a network which is adapted to diffusion keeps its blocks and starts out as itself.
+The features and layers are those of DDPM (arXiv 2006.11239) and of the networks of SEDD and MDLM (2310.16834,
+2406.07524). There the embedding scales and shifts every norm. Here it is added once, before the blocks, so a network
+that is adapted to diffusion keeps its blocks, and with fresh parameters it computes what it computed before.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.types import Params
 from diffusion_lm.nn.linear import linear
 from diffusion_lm.nn.transformer import TransformerSpec
 
 FEATURES = 256
-_SLOWEST = 1e4
-"""Periods go from 2 pi to this many times that, of a time counted in thousandths."""
+_MAX_PERIOD = 1e4
+"""Periods range from 2 pi to 2 pi times this, for a time in thousandths."""
 
 
 def init_time_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:
-    """Returns the parameters; fresh, they add nothing: a network that gets them later starts out as what it was."""
+    """Returns fresh parameters, which add zero: a network that gets them later starts out unchanged."""
     D, dtype = spec.model_dim, jnp.dtype(spec.param_dtype)
     return {
         "up": FEATURES**-0.5 * jax.random.normal(key, (FEATURES, D), dtype),
@@ -31,7 +31,7 @@ def init_time_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:
     }
 
 
-def time_conditioning_axes() -> Any:
+def time_conditioning_axes() -> AxesTree:
     """Returns the logical axes of `init_time_conditioning`'s tree."""
     return {"up": ("norm", "mlp"), "up_bias": ("mlp",), "down": ("mlp", "embed"), "down_bias": ("norm",)}
 
@@ -42,7 +42,7 @@ def time_conditioning_flops(spec: TransformerSpec) -> float:
 
 
 def run_time_conditioning(spec: TransformerSpec, params: Params, time_BT: jax.Array) -> jax.Array:
-    """Returns [B,T,D] in the compute dtype, what is added at each slot; exactly nothing where the time is 0.
+    """Returns [B,T,D] in the compute dtype, to be added at each slot; exactly zero where the time is 0.
 
     Args:
       spec: the network's shape.
@@ -52,24 +52,25 @@ def run_time_conditioning(spec: TransformerSpec, params: Params, time_BT: jax.Ar
     x = time_features(time_BT).astype(spec.compute_dtype)
     x = jax.nn.silu(linear(x, params["up"]) + params["up_bias"].astype(x.dtype))
     x = linear(x, params["down"]) + params["down_bias"].astype(x.dtype)
+    # Clean slots get no addend at all, so conditioning is processed as by the network without this layer.
     return jnp.where((time_BT > 0)[..., None], x, 0)
 
 
 def time_features(time_BT: jax.Array) -> jax.Array:
-    """Returns f32[B,T,FEATURES], cosines and sines of 1000 t at `FEATURES / 2` frequencies from 1 down to 1/10000."""
-    frequencies = jnp.exp(-math.log(_SLOWEST) * jnp.arange(FEATURES // 2) / (FEATURES // 2))
+    """Returns f32[B,T,FEATURES]: cosines and sines of 1000 t at `FEATURES / 2` frequencies from 1 down to 1/10000."""
+    frequencies = jnp.exp(-math.log(_MAX_PERIOD) * jnp.arange(FEATURES // 2) / (FEATURES // 2))
     angles = 1000.0 * time_BT[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def told_time(spec: TransformerSpec, rate: jax.Array | None, noisy: jax.Array) -> dict[str, jax.Array]:
-    """Returns the argument `time` of a forward pass, where the network reads one; nothing where it does not.
+def time_input(spec: TransformerSpec, rate: jax.Array | None, is_noisy: jax.Array) -> jax.Array | None:
+    """Returns f32[B,T], the `time` of a forward pass; None if the network does not read one.
 
     Args:
       spec: the network's shape.
-      rate: f32 that broadcasts to [B,T], the rate of noise; None tells nothing.
-      noisy: bool[B,T], the slots that noise may have touched; the others are clean.
+      rate: f32 that broadcasts to [B,T], the noise rate 1 - alpha(t); None = no time conditioning in this pass.
+      is_noisy: bool[B,T], the slots that may hold noise; the time of the others is 0.
     """
     if rate is None or not spec.time_conditioning:
-        return {}
-    return {"time": jnp.where(noisy, rate, 0.0)}
+        return None
+    return jnp.where(is_noisy, rate, 0.0)

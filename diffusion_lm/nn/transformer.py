@@ -1,10 +1,11 @@
-"""The shape of a network: model families differ by these fields and by nothing else."""
+"""The shape of a network: model families differ only in these fields."""
 
 import dataclasses
 
 import jax.numpy as jnp
 
-from diffusion_lm.core.errors import near_names, require
+from diffusion_lm.core.checks import check_choice, check_count, check_probability
+from diffusion_lm.core.errors import require
 from diffusion_lm.nn.attention import IMPLEMENTATIONS
 from diffusion_lm.nn.remat import POLICIES
 from diffusion_lm.nn.rope import DynamicRope, RopeScaling
@@ -26,78 +27,80 @@ _CHOICES = {
 @dataclasses.dataclass(frozen=True)
 class TransformerSpec:
     """A transformer. The defaults are T5 v1.1 (arXiv 2002.05202); LLaMA is `position="rope"`, `mlp="swiglu"`,
-    `attention_scale="inverse_sqrt"`, `tied_embeddings=False` and fewer `num_kv_heads`. `interop/name_maps/` spells out
-    the families whose released checkpoints can be read.
+    `attention_scale="inverse_sqrt"`, `tied_embeddings=False` and fewer `num_kv_heads`. `interop/name_maps/` has the
+    settings of the families whose released checkpoints can be imported.
 
     Attributes:
-      vocab_size: tokens of the vocabulary.
-      num_layers: blocks of the (decoder) stack.
+      vocab_size: number of tokens in the vocabulary.
+      num_layers: number of blocks in the (decoder) stack.
       model_dim: width D of the residual stream.
-      num_heads: query heads H.
+      num_heads: number of query heads H.
       head_dim: size E of one head; H * E need not equal D.
       mlp_dim: width F of the feed-forward layer (of each of the two halves of a gated one).
-      num_kv_heads: key/value heads K, a divisor of H; None = H.
+      num_kv_heads: number of key/value heads K, a divisor of H; None = H.
       mlp: "geglu" and "swiglu" are gated (GELU, SiLU); "gelu" and "relu" are not.
       gelu: the "tanh" approximation (T5, GPT-2) or the "exact" function by erf (BERT, RoBERTa).
       norm: "rmsnorm" or "layernorm".
       norm_eps: added to the variance.
-      norm_placement: "pre" normalises what each layer reads and, once, what the stack returns; "post" normalises each
-        sum of a layer and its input (BERT, RoBERTa), and the stack has no final norm; "both" is "pre" and a norm of
-        what each layer adds (Gemma 2).
-      norm_around_one: the scales of the norms are stored as their distance from 1, and begin at 0 (Gemma).
-      embedding_norm: a norm behind the sum of token and position embeddings (BERT, RoBERTa).
-      first_attention_norm: whether the first block has a norm in front of its attention; without one (ModernBERT) it
-        reads the embeddings as their own norm left them, and the row of the norm's scale for it is never read.
+      norm_placement: "pre" normalises the input of each layer and, once, the output of the stack; "post" normalises
+        the sum of each layer and its input (BERT, RoBERTa), without a final norm; "both" is "pre" with another norm
+        on the output of each layer (Gemma 2).
+      norm_around_one: the scales of the norms are stored as scale - 1, and start at 0 (Gemma).
+      embedding_norm: a norm after the sum of token and position embeddings (BERT, RoBERTa).
+      first_attention_norm: whether the first block has a norm before its attention. Without one (ModernBERT) its
+        attention reads the embeddings after `embedding_norm`, and its row of the stacked scale is never read.
       position: "relative_bias" (T5, see `relative_per_layer`), "rope", "learned" or "none".
       rope_theta: base of RoPE's wavelengths.
-      rope_scaling: how RoPE's frequencies were stretched for long streams, see `nn/rope.py`; None = not at all.
-      window: how far a token sees: keys at a distance below this one, in both directions where the visibility allows
-        both (Mistral's sliding window); None = as far as the visibility goes.
-      window_layers: numbers of the layers (of each stack) that have the window; None = all of them.
-      window_rope_theta: base of RoPE in those layers, without scaling; None = as in the others (Gemma 3 has one).
-      relative_buckets: rows of the relative-bias table.
+      rope_scaling: how RoPE's frequencies are scaled for long streams, see `nn/rope.py`; None = not scaled.
+      window: sliding window: a token attends to keys at a distance below this number, in both directions if the
+        visibility allows both (Mistral); None = no window.
+      window_layers: indices of the layers (of each stack) that have the window; None = all layers.
+      window_rope_theta: base of RoPE in those layers, without scaling; None = `rope_theta` (Gemma 3 has its own).
+      relative_buckets: number of rows of the relative-bias table.
       relative_max_distance: distance from which relative positions share a bucket.
-      relative_bidirectional: tells future distances apart. Also on for causal models, where it costs half of the
-        buckets: a diffusion stage may then start from an AR checkpoint and change only loss and visibility, without
-        every future distance being taken for distance 0. Off for the released T5s, whose decoder has all buckets for
-        the past; an encoder tells both directions apart in any case.
-      relative_per_layer: each layer has a relative bias of its own (umT5, and T5X where layers are scanned) and not one
-        for its whole stack.
+      relative_bidirectional: separate buckets for future distances. Also on for causal models, where it costs half of
+        the buckets: a diffusion stage can then start from an AR checkpoint and change only loss and visibility. With
+        unidirectional buckets every future distance would look like distance 0. Off for the released T5s, whose
+        decoder has all buckets for the past; encoders are always bidirectional.
+      relative_per_layer: each layer has its own relative bias (umT5, and T5X with scanned layers) instead of one per
+        stack.
       max_positions: longest stream; required by learned positions, None = unlimited.
-      position_offset: row of the learned table that belongs to position 0; the rows before it are never read. RoBERTa
-        counts from the id of its padding token + 1.
+      position_offset: row of the learned table for position 0; the rows before it are never read. RoBERTa starts at
+        the id of its padding token + 1.
       tied_embeddings: the output projection is the input embedding.
       tied_logit_scale: logits are divided by sqrt(D) when tied, as in T5.
-      use_bias: biases in all linear layers of the blocks (and in "layernorm").
+      use_bias: biases in all linear layers of the blocks and in "layernorm".
       qkv_bias: biases in the query, key and value projections (Qwen2).
       attention_output_bias: biases in the output projection of attention.
       mlp_bias: biases in the feed-forward layers.
-      head_transform: a linear layer, GELU and norm in front of the output projection (BERT's masked language models).
+      head_transform: a linear layer, GELU and norm before the output projection (BERT's masked language models).
       head_transform_bias: a bias in that linear layer (ModernBERT has none).
-      head_bias: a bias a token on the logits.
+      head_bias: a bias per token on the logits.
       qk_norm: normalises each head's queries and keys (Qwen3).
       embedding_std: standard deviation of fresh embeddings.
       scaled_embeddings: embedded tokens are multiplied by sqrt(D) (Gemma).
-      attention_scale: "none" (T5, which initialises the queries smaller instead) or "inverse_sqrt" of the head size.
-      attention_scale_size: takes the place of the head size in "inverse_sqrt" (Gemma 2 and 3).
+      attention_scale: "none" (T5, which initialises the query matrix smaller instead) or "inverse_sqrt" of the head
+        size.
+      attention_scale_size: replaces the head size in "inverse_sqrt" (Gemma 2 and 3).
       attention_softcap: soft cap of the attention scores, or None (Gemma 2 uses 50).
       logit_softcap: soft cap of the logits, or None (Gemma 2 uses 30).
-      dropout_rate: on embeddings, on what each layer adds to the residual stream, inside the MLP and on the output.
-      attention_dropout_rate: on attention probabilities, after the softmax and without renormalising them (XLM-R's
-        `attention_probs_dropout_prob`); for attention = "xla" alone.
-      vocab_multiple: the embedding has this multiple of rows; those past the vocabulary are never emitted.
-      encoder_layers: blocks of the encoder; 0 for single-stream networks.
-      self_conditioning: a layer in front of the (decoder) blocks that reads the network's previous prediction, as the
-        embedding that it expects (DiffusionGemma); see `nn.layers.SelfConditioning`.
-      time_conditioning: a layer in front of the (decoder) blocks that reads the time of each noisy slot; see
+      dropout_rate: on embeddings, on the output of each layer, inside the MLP and on the final hidden states.
+      attention_dropout_rate: on attention probabilities, after the softmax and without renormalisation (XLM-R's
+        `attention_probs_dropout_prob`); only for attention = "xla".
+      vocab_multiple: the number of embedding rows is rounded up to a multiple of this; rows beyond the vocabulary are
+        never emitted.
+      encoder_layers: number of encoder blocks; 0 for single-stream networks.
+      self_conditioning: a layer before the (decoder) blocks that reads the expected embedding of the network's previous
+        prediction (DiffusionGemma); see `nn.layers.SelfConditioning`.
+      time_conditioning: a layer before the (decoder) blocks that reads the noise rate of each noisy slot; see
         `nn.time_conditioning`.
-      dtype: of the computation; softmax, norms and logits are float32 in any case.
+      dtype: of the computation; softmax, norms and logits are always float32.
       param_dtype: of the stored parameters.
-      scan_layers: runs the blocks as a loop of the compiled program (quick to compile) or unrolled (faster on CPU).
-        The parameters are stacked either way, so checkpoints do not depend on it.
-      remat: what the backward pass keeps: "none" (keeps all), "full", "dots" or "dots_no_batch"; see `nn/remat.py`.
-      logits_chunk: most tokens whose logits a device holds at a time.
-      attention: implementation, "xla", "cudnn" or "flash": see `attention.attend`.
+      scan_layers: runs the blocks as a loop of the compiled program (fast to compile) or unrolled (faster on CPU). The
+        parameters are stacked either way, so checkpoints do not depend on it.
+      remat: what the backward pass stores: "none" (everything), "full", "dots" or "dots_no_batch"; see `nn/remat.py`.
+      logits_chunk: maximum number of tokens whose logits a device holds at a time.
+      attention: the implementation, "xla", "cudnn" or "flash"; see `attention.attend`.
     """
 
     vocab_size: int
@@ -157,116 +160,92 @@ class TransformerSpec:
     attention: str = "xla"
 
     def __post_init__(self):
-        positive = ("vocab_size", "num_layers", "model_dim", "num_heads", "head_dim", "mlp_dim", "relative_buckets")
-        for name in (*positive, "relative_max_distance", "vocab_multiple", "logits_chunk"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and not isinstance(value, bool) and value > 0,
-                f"{name} = {value!r} is not a positive whole number",
-                where=f"TransformerSpec.{name}",
-                fix="Give a whole number from 1 up.",
-            )
+        sizes = ("vocab_size", "num_layers", "model_dim", "num_heads", "head_dim", "mlp_dim", "relative_buckets")
+        for name in (*sizes, "relative_max_distance", "vocab_multiple", "logits_chunk"):
+            check_count(getattr(self, name), f"TransformerSpec.{name}")
         for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            require(
-                value in choices,
-                f"{name} = {value!r} is unknown{near_names(str(value), choices)}",
-                where=f"TransformerSpec.{name}",
-                fix=f"Choose one of {', '.join(choices)}.",
-            )
+            check_choice(getattr(self, name), choices, f"TransformerSpec.{name}")
+        for name in ("position_offset", "encoder_layers"):
+            check_count(getattr(self, name), f"TransformerSpec.{name}", minimum=0)
+        if self.window is not None:
+            check_count(self.window, "TransformerSpec.window", "Use a number of tokens from 1 up, or None.")
+        for name in ("dropout_rate", "attention_dropout_rate"):
+            check_probability(getattr(self, name), f"TransformerSpec.{name}", below_one=True)
         require(
             self.num_heads % self.kv_heads == 0,
-            f"{self.num_heads} query heads cannot share {self.kv_heads} key/value heads evenly",
+            f"num_kv_heads={self.kv_heads}: must divide num_heads={self.num_heads}",
             where="TransformerSpec.num_kv_heads",
-            fix="Choose a divisor of num_heads.",
+            fix="Use a divisor of num_heads.",
         )
+        self._check_positions()
+        self._check_layers()
+
+    def _check_positions(self) -> None:
         require(
             self.position != "rope" or self.head_dim % 2 == 0,
-            f"RoPE rotates pairs, and head_dim = {self.head_dim} is odd",
+            f"head_dim={self.head_dim}: must be even, because RoPE rotates pairs",
             where="TransformerSpec.head_dim",
-            fix="Choose an even head_dim.",
+            fix="Use an even head_dim.",
         )
         require(
             self.position != "learned" or self.max_positions is not None,
-            "Learned positions need a longest stream",
+            "max_positions=None: learned positions need the length of the longest stream",
             where="TransformerSpec.max_positions",
-            fix="Bind max_positions, or choose position = 'rope'.",
+            fix="Bind max_positions, or use position = 'rope'.",
         )
         require(
-            self.position_offset >= 0,
-            f"position_offset = {self.position_offset} is negative",
-            where="TransformerSpec.position_offset",
-            fix="Give the row that belongs to position 0.",
+            self.max_positions is not None or not isinstance(self.rope_scaling, DynamicRope),
+            "max_positions=None: DynamicRope needs the length of the longest training stream",
+            where="TransformerSpec.max_positions",
+            fix="Bind max_positions, or use another rope_scaling for longer streams.",
         )
+        directions = {self.relative_bidirectional, self.relative_bidirectional or self.encoder_layers > 0}
+        # Half of the buckets of a direction hold exact distances; the rest must reach up to the maximum distance.
+        exact = [self.relative_buckets // (4 if both else 2) for both in directions]
         require(
-            self.window is None or self.window >= 1,
-            f"window = {self.window} hides a token from itself",
-            where="TransformerSpec.window",
-            fix="Give a number of tokens from 1 up, or None.",
+            self.position != "relative_bias" or all(0 < count < self.relative_max_distance for count in exact),
+            f"relative_buckets={self.relative_buckets}: do not fit relative_max_distance={self.relative_max_distance}",
+            where="TransformerSpec.relative_buckets",
+            fix="Use at least 4 buckets, and a maximum distance above a quarter of them.",
         )
+
+    def _check_layers(self) -> None:
         if self.window_layers is not None:
             object.__setattr__(self, "window_layers", tuple(self.window_layers))
             require(
                 self.window is not None and all(layer >= 0 for layer in self.window_layers),
-                f"window_layers = {self.window_layers} are no layers with a window",
+                f"window_layers={self.window_layers}: need indices from 0 up, and a window",
                 where="TransformerSpec.window_layers",
-                fix="Count layers from 0 and bind window too.",
+                fix="Use layer indices from 0 up, and bind TransformerSpec.window.",
             )
         require(
             self.window_rope_theta is None or self.window_layers is not None,
-            f"window_rope_theta = {self.window_rope_theta} is for the window_layers, and none are named",
+            f"window_rope_theta={self.window_rope_theta}: applies to window_layers, which is None",
             where="TransformerSpec.window_rope_theta",
             fix="Bind window_layers, or rope_theta for all layers.",
         )
         require(
-            self.max_positions is not None or not isinstance(self.rope_scaling, DynamicRope),
-            "RoPE that is stretched with the stream is not stretched up to max_positions, and there are none",
-            where="TransformerSpec.max_positions",
-            fix="Bind the longest stream of training, or another rope_scaling for longer ones.",
-        )
-        require(
             self.first_attention_norm or self.norm_placement != "post",
-            "A network with its norms behind the layers has none in front of the first one to leave out",
+            "first_attention_norm=False: norm_placement='post' has no norm before the first attention",
             where="TransformerSpec.first_attention_norm",
-            fix="Bind it to True, or choose norm_placement = 'pre'.",
+            fix="Set it to True, or use norm_placement = 'pre'.",
         )
-        both_ways = {self.relative_bidirectional, self.relative_bidirectional or self.encoder_layers > 0}
-        halves = [self.relative_buckets // (4 if both else 2) for both in both_ways]
-        require(
-            self.position != "relative_bias" or all(0 < half < self.relative_max_distance for half in halves),
-            f"{self.relative_buckets} buckets do not fit relative_max_distance = {self.relative_max_distance}",
-            where="TransformerSpec.relative_buckets",
-            fix="Give at least 4 buckets and a max distance above a quarter of them.",
-        )
-        for name in ("dropout_rate", "attention_dropout_rate"):
-            require(
-                0 <= getattr(self, name) < 1,
-                f"{name} = {getattr(self, name)} is not a probability in [0, 1)",
-                where=f"TransformerSpec.{name}",
-                fix="Choose a rate in [0, 1).",
-            )
         require(
             self.attention_dropout_rate == 0 or self.attention == "xla",
-            f"attention_dropout_rate = {self.attention_dropout_rate}: attention = {self.attention!r} never writes its "
-            "probabilities out, so it cannot drop any",
+            f"attention_dropout_rate={self.attention_dropout_rate}: attention={self.attention!r} never stores the "
+            "probabilities, so it cannot drop any",
             where="TransformerSpec.attention",
-            fix="Choose 'xla', or attention_dropout_rate = 0.0.",
-        )
-        require(
-            self.encoder_layers >= 0,
-            f"encoder_layers = {self.encoder_layers} is negative",
-            where="TransformerSpec.encoder_layers",
-            fix="Use 0 for single-stream networks.",
+            fix="Use attention = 'xla', or attention_dropout_rate = 0.0.",
         )
 
     @property
     def has_dropout(self) -> bool:
-        """Whether a training pass drops anything."""
+        """Whether a training pass has any dropout."""
         return self.dropout_rate > 0 or self.attention_dropout_rate > 0
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """Number of embedding rows: the vocabulary, rounded up."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
@@ -276,7 +255,7 @@ class TransformerSpec:
 
     @property
     def group(self) -> int:
-        """Query heads that share one key/value head."""
+        """Number of query heads that share one key/value head."""
         return self.num_heads // self.kv_heads
 
     @property
@@ -301,12 +280,12 @@ class TransformerSpec:
 
     @property
     def has_final_norm(self) -> bool:
-        """Whether a norm stands behind the blocks: where they do not end in one themselves."""
+        """Whether there is a norm after the blocks: not with "post", where each block ends in one."""
         return self.norm_placement != "post"
 
     @property
     def position_rows(self) -> int:
-        """Rows of the table of learned positions."""
+        """Number of rows of the learned position table."""
         assert self.max_positions is not None
         return self.max_positions + self.position_offset
 
@@ -317,5 +296,5 @@ class TransformerSpec:
 
     @property
     def logit_scale(self) -> float:
-        """The factor in front of the logits."""
+        """The factor of the logits."""
         return self.model_dim**-0.5 if self.tied_embeddings and self.tied_logit_scale else 1.0

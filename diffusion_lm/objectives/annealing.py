@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys, fold_in_each
 from diffusion_lm.core.types import Batch
-from diffusion_lm.nn.masks import Causal, Given, Visibility
+from diffusion_lm.nn.masks import Causal, ExplicitMask, Visibility
 from diffusion_lm.nn.named_masks import named_visibility
 
 OPENING_STREAM = "visibility/opening"
@@ -87,7 +87,7 @@ class MaskAnnealing:
             rows_BTT = jnp.take(seen_TT, batch.positions, axis=0)
         # Columns as rows: whole rows are what accelerators gather well.
         seen_BTT = jax.vmap(lambda seen, at: jnp.take(seen.T, at, axis=0).T)(rows_BTT, batch.positions)
-        return Causal() | (named_visibility(name, batch.target_mask) & Given(seen_BTT))
+        return Causal() | (named_visibility(name, batch.target_mask) & ExplicitMask(seen_BTT))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch, EncoderInputs
 from diffusion_lm.nn.masks import Visibility
 from diffusion_lm.nn.named_masks import named_visibility
-from diffusion_lm.nn.time_conditioning import told_time
+from diffusion_lm.nn.time_conditioning import time_input
 
 
 class ForwardPasses:
@@ -75,7 +75,7 @@ class ForwardPasses:
                 segment_ids=self._batch.segment_ids,
                 encoder=encoder,
                 self_condition=self_condition,
-                time=told_time(model.spec, rate, self._batch.target_mask).get("time"),
+                time=time_input(model.spec, rate, self._batch.target_mask),
                 dropout_keys=self._dropout_keys(f"decoder/{number}"),
             )
 

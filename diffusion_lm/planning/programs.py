@@ -22,7 +22,6 @@ from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.shardings import Placement, batch_shardings, replicated, tree_shardings
 from diffusion_lm.samplers.base import Sampler
-from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
 
 
@@ -48,12 +47,12 @@ def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
     refused = _refused("train", run, devices)
     if refused is not None:
         return refused
-    program = run_program(run, tuple(devices))
-    batch = _placed(run.data.abstract_batch(run.batch_size), run, program.mesh)
-    rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(program.mesh))
+    train_step = run.train_step(tuple(devices))
+    batch = _placed(run.data.abstract_batch(run.batch_size), run, train_step.mesh)
+    rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(train_step.mesh))
     return _compile(
         "train",
-        lambda: program.step.lower(program.abstract_state, batch, _key(program.mesh), rate),  # type: ignore[attr-defined]
+        lambda: train_step.compiled.lower(train_step.abstract_state, batch, _key(train_step.mesh), rate),
     )
 
 

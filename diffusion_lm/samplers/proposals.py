@@ -11,7 +11,7 @@ from diffusion_lm.core.types import Batch, TokenStats
 from diffusion_lm.nn.cross_entropy import Noised, Ratios
 from diffusion_lm.nn.masks import Causal, Queries, Visibility
 from diffusion_lm.nn.named_masks import named_blocks, named_visibility
-from diffusion_lm.nn.time_conditioning import told_time
+from diffusion_lm.nn.time_conditioning import time_input
 from diffusion_lm.noise.corruption import Corruption
 from diffusion_lm.samplers.base import Model
 from diffusion_lm.samplers.blockwise import unfinished_slots
@@ -110,10 +110,10 @@ class Proposal:
           None).
         """
         rows, tokens = self.rows, canvas
-        told = told_time(self.model.spec, rate, rows.target_mask)
+        time = time_input(self.model.spec, rate, rows.target_mask)
         if self.blank is not None:
             tokens = jnp.concatenate([canvas, jnp.where(rows.target_mask, canvas, self.blank)])
-            rows, active, told = _joined(rows, rows), _joined(active, active), _joined(told, told)
+            rows, active, time = _joined(rows, rows), _joined(active, active), _joined(time, time)
         if prediction is not None:
             prediction = jnp.concatenate(jnp.unstack(prediction, axis=2))
         inputs = {
@@ -122,9 +122,9 @@ class Proposal:
             "encoder": self.encoder,
         }
         if feed is None:
-            hidden = self.model(tokens, positions=rows.positions, self_condition=prediction, **told, **inputs)
+            hidden = self.model(tokens, positions=rows.positions, self_condition=prediction, time=time, **inputs)
         else:
-            hidden = feed.run(self.model, tokens, {"self_condition": prediction, **told}, **inputs)
+            hidden = feed.run(self.model, tokens, {"self_condition": prediction, "time": time}, **inputs)
         if self.blank is None:
             return hidden, None
         R = canvas.shape[0]

@@ -28,11 +28,10 @@ from diffusion_lm.training.finite import require_finite
 from diffusion_lm.training.hooks import Adjusting, Log, Preempted, Preemption, evaluation_due
 from diffusion_lm.training.imported import check_mask
 from diffusion_lm.training.profile import Profile
-from diffusion_lm.training.program import run_program
 from diffusion_lm.training.run import TrainRun
 from diffusion_lm.training.selection import Selected
 from diffusion_lm.training.state import TrainState
-from diffusion_lm.training.step import Program
+from diffusion_lm.training.step import TrainStep
 from diffusion_lm.training.transfer import TransferReport, transfer
 
 
@@ -79,13 +78,13 @@ def train(
     pruned = getattr(run.data, "pruned", None)
     if pruned is not None and jax.process_index() == 0:
         pruned.save(workdir)
-    program = run_program(run)
+    train_step = run.train_step()
     with Checkpointer(workdir, run.checkpoint) as checkpoints:
         if _is_finished(run, checkpoints, workdir):
-            return _result(run, workdir, program)
-        state, start, report = _start(run, program, checkpoints, init_params)
+            return _result(run, workdir, train_step)
+        state, start, report = _start(run, train_step, checkpoints, init_params)
         best, adjustments = start.best, start.adjustments
-        program = run_program(_adjusted(run, adjustments))
+        train_step = _adjusted(run, adjustments).train_step()
         resumed, root = checkpoints.latest_step, jax.random.key(run.seed)
         with (
             _log(run, workdir, start, resumed) as log,
@@ -102,11 +101,11 @@ def train(
                 stop = preemption.reached(step)
                 profile.before(step, state)
                 evaluated, measured = _evaluate(
-                    run, program, state, step, log, stop, start.evaluated and step == resumed
+                    run, train_step, state, step, log, stop, start.evaluated and step == resumed
                 )
                 if found := _adjustments(run, step, measured):
                     adjustments = adjustments | found
-                    program = run_program(_adjusted(run, adjustments))
+                    train_step = _adjusted(run, adjustments).train_step()
                 best = _best(run, best, step, measured)
                 better = best is not None and best.step == step
                 if step != resumed and (step == run.steps or stop or better or checkpoints.due(step)):
@@ -118,12 +117,12 @@ def train(
                     raise Preempted(step)
                 if step < run.steps:
                     with log.waiting():
-                        batch = place_batch(next(batches), run.rules, program.mesh)
+                        batch = place_batch(next(batches), run.rules, train_step.mesh)
                     rate = np.float32(run.optimizer.schedule.value(step, run.steps))
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                        state, stats = program.step(state, batch, root, rate)
+                        state, stats = train_step(state, batch, root, rate)
                     log.push(step + 1, stats)
-    return _result(run, workdir, program, state, report)
+    return _result(run, workdir, train_step, state, report)
 
 
 def cut_sentence(cut: Mapping[str, Any]) -> str:
@@ -145,7 +144,7 @@ def final_metrics(workdir: str | Path, step: int) -> dict[str, float]:
 def _result(
     run: TrainRun,
     workdir: Path,
-    program: Program,
+    train_step: TrainStep,
     state: TrainState | None = None,
     report: TransferReport | None = None,
 ) -> TrainResult:
@@ -161,7 +160,7 @@ def _result(
     if state is not None and step == run.steps:
         params = state.final_params
     else:
-        params = restore_params(workdir, step=step, like=program.abstract_state.params)
+        params = restore_params(workdir, step=step, like=train_step.abstract_state.params)
     return TrainResult(params, run.steps, final_metrics(workdir, run.steps), report, best)
 
 
@@ -177,11 +176,11 @@ def _is_finished(run: TrainRun, checkpoints: Checkpointer, workdir: Path) -> boo
 
 
 def _start(
-    run: TrainRun, program: Program, checkpoints: Checkpointer, init_params: Any
+    run: TrainRun, train_step: TrainStep, checkpoints: Checkpointer, init_params: Any
 ) -> tuple[TrainState, Progress, TransferReport | None]:
     """Returns the state to go on from: the newest checkpoint, given parameters, or a fresh initialisation."""
     if checkpoints.latest_step is not None:
-        return *checkpoints.restore(program.abstract_state), None
+        return *checkpoints.restore(train_step.abstract_state), None
     key, fresh = StreamKeys.create(run.seed).key("init"), Progress(seed=run.seed)
     source = init_params() if callable(init_params) else init_params
     rows, source = None, run.initial if source is None else source
@@ -190,14 +189,14 @@ def _start(
         rows = _vocabulary_rows(run, folder)
         if rows is None:  # a pruned vocabulary has ids of its own
             check_mask(folder, getattr(run.data, "specials", None))
-        source = restore_params(folder, like=program.abstract_state.params)
+        source = restore_params(folder, like=train_step.abstract_state.params)
     elif source is not None:
         require_finite(source, "the initial parameters hold", where="init_params", fix="Start from other parameters.")
-    state = program.init(key)
+    state = train_step.init(key)
     if source is None:
         return state, fresh, None
     params, report = transfer(source, state.params, run.model.logical_axes(), rows)
-    return program.adopt(params), fresh, report
+    return train_step.adopt(params), fresh, report
 
 
 def _vocabulary_rows(run: TrainRun, folder: str | Path) -> np.ndarray | None:
@@ -284,7 +283,7 @@ def _best(run: TrainRun, best: Selected | None, step: int, measured: dict[str, d
 
 
 def _evaluate(
-    run: TrainRun, program: Program, state: TrainState, step: int, log: Log, stop: bool, done: bool
+    run: TrainRun, train_step: TrainStep, state: TrainState, step: int, log: Log, stop: bool, done: bool
 ) -> tuple[bool, dict[str, dict[str, float]]]:
     """Runs the evaluations that are due at `step`; returns whether none is left to do, and what each measured.
 
@@ -298,7 +297,7 @@ def _evaluate(
         return False, measured
     log.drain()
     _require_finite(state, step)
-    model = BoundModel(run.model, state.final_params, Placement(program.mesh, run.rules))
+    model = BoundModel(run.model, state.final_params, Placement(train_step.mesh, run.rules))
     with log.pause():
         for evaluation in due:
             start = time.perf_counter()

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.architectures.extended import layer_with
 from diffusion_lm.core.errors import ConfigError, require
@@ -20,6 +22,7 @@ from diffusion_lm.training.checkpoint import CheckpointPolicy
 from diffusion_lm.training.hooks import Adjusting, Evaluation
 from diffusion_lm.training.optimizers import AdamW, Optimizer
 from diffusion_lm.training.profile import check_profile
+from diffusion_lm.training.step import TrainStep
 
 # How a run is executed, not what it computes: a run may be continued with other values of these.
 _EXECUTION = {
@@ -155,6 +158,24 @@ class TrainRun:
             where="TrainRun.model",
             fix="Use gin/runs/token_schedules.gin, which wraps it in exponents.WithTokenSchedules.",
         )
+
+    def train_step(self, devices: tuple[jax.Device, ...] | None = None) -> TrainStep:
+        """Returns the training step of the run, the one that `train` runs and `plan` compiles.
+
+        Args:
+          devices: as in `TrainStep`.
+        """
+        return TrainStep(
+            self.model,
+            self.objective,
+            self.optimizer,
+            self.mesh,
+            self.rules,
+            microbatches=self.microbatches,
+            ema_decay=self.ema_decay,
+            devices=devices,
+            xla_option_sets=self.xla_options,
+        ).shared()
 
     def check_window(self) -> None:
         """Raises `ConfigError` where the target window does not fit the objective's length model."""

@@ -44,8 +44,9 @@ class TableArchitecture:
             vocab_size=self.table.shape[1], logits_chunk=4096, self_conditioning=False, time_conditioning=False
         )
 
-    def hidden(self, params, tokens, *, positions, cache=None, **unused):
-        return Hidden(jnp.asarray(self.table, jnp.float32)[tokens if self.by_token else positions], cache)
+    def hidden(self, params, inputs):
+        rows = inputs.tokens if self.by_token else inputs.positions
+        return Hidden(jnp.asarray(self.table, jnp.float32)[rows], inputs.cache)
 
     def head(self, params):
         return Head(jnp.eye(self.table.shape[1]), vocab_size=self.table.shape[1])

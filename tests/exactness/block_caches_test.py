@@ -12,7 +12,7 @@ import pytest
 from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.nn.masks import Between, Conditioning, Full
+from diffusion_lm.nn.masks import Conditioning, CopyPair, Full
 from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
 from diffusion_lm.samplers.blockwise import Blocks
 from diffusion_lm.samplers.caching import DualCache, Feed, Kept, PrefixCache
@@ -143,10 +143,10 @@ def two_states(model, row, before, now, fed):
     One pass over [before ; now], in which the second copy sees itself at `fed` and the first copy elsewhere.
     """
     twice = jnp.tile(jnp.asarray(fed)[None], (1, 2))
-    new = (Between(1, 1) & Conditioning(twice)) | (Between(1, 0) & Conditioning(~twice))
+    new = (CopyPair(1, 1) & Conditioning(twice)) | (CopyPair(1, 0) & Conditioning(~twice))
     hidden = model(
         jnp.concatenate([before, now])[None],
-        visibility=Between(0, 0) | new,
+        visibility=CopyPair(0, 0) | new,
         positions=jnp.tile(row.positions, (1, 2)),
         segment_ids=jnp.tile(row.segment_ids, (1, 2)),
     )

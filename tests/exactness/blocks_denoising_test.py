@@ -151,7 +151,7 @@ def both_streams(model, noisy, clean, batch, visibility):
 def noisy_context(blocks):
     """What MaxText trains: later blocks see the noisy copies of earlier ones."""
     twice = jnp.tile(blocks.ids, (1, 2))
-    return masks.Between(0, 0) & masks.Groups(twice, "not_later") | masks.Between(1, 1) & masks.Causal()
+    return masks.CopyPair(0, 0) & masks.Groups(twice, "not_later") | masks.CopyPair(1, 1) & masks.Causal()
 
 
 @pytest.mark.parametrize("causal_clean", [False, True])
@@ -200,7 +200,7 @@ def test_T19_two_stream_leak(first_block, causal_clean):
     assert (right[hidden] == 0).all()
     assert (right[~hidden] > 0).all(), "and every clean token of earlier blocks is seen"
     twice = jnp.tile(blocks.ids, (1, 2))
-    leaky = masks.two_streams(blocks.ids) | (masks.Between(0, 1) & masks.Groups(twice, "same"))
+    leaky = masks.two_streams(blocks.ids) | (masks.CopyPair(0, 1) & masks.Groups(twice, "same"))
     assert (influence(leaky)[hidden] > 0).any(), "the test sees the mistake"
 
 

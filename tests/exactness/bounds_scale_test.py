@@ -115,7 +115,8 @@ class CopyingArchitecture:
     def spec(self):
         return stubs.TableArchitecture(np.zeros((1, self.kinds + 1))).spec
 
-    def hidden(self, params, tokens, **unused):
+    def hidden(self, params, inputs):
+        tokens = inputs.tokens
         shown = jax.nn.one_hot(tokens[:, 1:], self.kinds + 1)[..., : self.kinds].max(axis=1)
         logits = jnp.pad(60.0 * shown, ((0, 0), (0, 1)))
         return stubs.Hidden(jnp.broadcast_to(logits[:, None], (*tokens.shape, self.kinds + 1)), None)

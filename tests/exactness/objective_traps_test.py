@@ -126,7 +126,7 @@ def test_T16_carry_over_and_mask_logit(smoothing):
     np.testing.assert_allclose(loss(table.at[:, 2, 0].add(7.0)), plain, rtol=1e-6)
     assert abs(loss(table.at[:, 1, 0].add(7.0)) - plain) > 0.1
     canvas = batch.tokens.at[:, 1].set(WORLD.mask_id).at[:, 3].set(WORLD.mask_id)
-    hidden = model.architecture.hidden(model.params, canvas)
+    hidden = model(canvas, visibility=Causal(), positions=batch.positions, segment_ids=batch.segment_ids)
     with_mask, without = model.nll(hidden, batch.tokens), model.nll(hidden, batch.tokens, forbidden=(3,))
     assert (with_mask[0, 1:] > without[0, 1:] + 1e-3).all(), "the variant that gives MASK a probability"
     if not smoothing:

@@ -94,13 +94,13 @@ class _WorldArchitecture:
             vocab_size=self.world.V + 1, logits_chunk=1 << 22, self_conditioning=False, time_conditioning=False
         )
 
-    def hidden(self, params, tokens, *, cache=None, **unused):
-        world = self.world
+    def hidden(self, params, inputs):
+        world, tokens = self.world, inputs.tokens
         place = (world.V + 1) ** jnp.arange(world.L)[::-1]
         code = jnp.sum(tokens[:, 1:] * place, axis=1)
         network = jnp.minimum(tokens[:, 0], world.logits.shape[0] - 1)
         values = jnp.asarray(world.logits)[network, code]
-        return Hidden(jnp.pad(values, ((0, 0), (1, 0), (0, 0))), cache)
+        return Hidden(jnp.pad(values, ((0, 0), (1, 0), (0, 0))), inputs.cache)
 
     def head(self, params):
         return Head(jnp.eye(self.world.V + 1), vocab_size=self.world.V + 1)

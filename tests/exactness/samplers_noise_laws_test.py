@@ -248,15 +248,15 @@ class Exact:
             vocab_size=V + 1, logits_chunk=1 << 22, self_conditioning=False, time_conditioning=True
         )
 
-    def hidden(self, params, tokens, *, time, **unused):
-        rate = time.max(axis=1)
+    def hidden(self, params, inputs):
+        rate = inputs.time.max(axis=1)
         grid = jnp.linspace(0.0, 1.0, 20_001)
         t = jnp.interp(rate, 1.0 - self.noise.level(grid).signal, grid)
         level = self.noise.level(t)
         # q[row,z,x], the probability of a noisy token given a clean one.
         ordinary = (level.uniform / V)[:, None, None] + level.signal[:, None, None] * jnp.eye(V)
         q = jnp.concatenate([ordinary, jnp.broadcast_to(level.mask[:, None, None], (len(rate), 1, V))], axis=1)
-        z = tokens[:, 1:]
+        z = inputs.tokens[:, 1:]
         seen = [jnp.take_along_axis(q, z[:, i, None, None], axis=1)[:, 0] for i in range(L)]
         joint = jnp.asarray(JOINT, jnp.float32)
         # Of each slot's clean token with the other slot's noisy one.

@@ -35,7 +35,8 @@ class Asked:
         layers = {"self_conditioning": False, "time_conditioning": False}
         return types.SimpleNamespace(vocab_size=V, logits_chunk=1 << 22, **layers)
 
-    def hidden(self, params, tokens, **unused):
+    def hidden(self, params, inputs):
+        tokens = inputs.tokens
         code = tokens[:, 2:] @ (V ** jnp.arange(L)[::-1])
         return Hidden(jnp.pad(jnp.asarray(LOGITS)[tokens[:, 1], code], ((0, 0), (2, 0), (0, 0))))
 

@@ -172,9 +172,9 @@ def test_T22_overlong_request_scores_zero():
 class CountingArchitecture(stubs.TableArchitecture):
     calls: list = dataclasses.field(default_factory=list)
 
-    def hidden(self, params, tokens, **inputs):
-        jax.debug.callback(lambda rows=tokens.shape[0]: self.calls.append(rows))
-        return super().hidden(params, tokens, **inputs)
+    def hidden(self, params, inputs):
+        jax.debug.callback(lambda rows=inputs.tokens.shape[0]: self.calls.append(rows))
+        return super().hidden(params, inputs)
 
 
 def counted(estimator, batch, **options):

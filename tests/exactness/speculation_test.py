@@ -77,9 +77,9 @@ class Sure(stubs.TableArchitecture):
 class Misled(Sure):
     """Says something else where it reads MASK: every draft is wrong."""
 
-    def hidden(self, params, tokens, **inputs):
-        hidden = super().hidden(params, tokens, **inputs)
-        sign = jnp.where(tokens == MASK, -1.0, 1.0)
+    def hidden(self, params, inputs):
+        hidden = super().hidden(params, inputs)
+        sign = jnp.where(inputs.tokens == MASK, -1.0, 1.0)
         return hidden.replace(values_BTD=sign[..., None] * hidden.values_BTD)
 
 

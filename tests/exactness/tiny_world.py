@@ -30,10 +30,10 @@ class CanvasArchitecture:
             vocab_size=self.table.shape[-1], logits_chunk=4096, self_conditioning=False, time_conditioning=False
         )
 
-    def hidden(self, params, tokens, **unused):
+    def hidden(self, params, inputs):
         V, L = self.table.shape[-1], self.table.shape[1]
         digits = V ** np.arange(L - 1, -1, -1)
-        rows = jnp.asarray(self.table, jnp.float32)[tokens[:, 1:] @ digits]
+        rows = jnp.asarray(self.table, jnp.float32)[inputs.tokens[:, 1:] @ digits]
         return Hidden(jnp.concatenate([jnp.zeros_like(rows[:, :1]), rows], axis=1))
 
     def head(self, params):

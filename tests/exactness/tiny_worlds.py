@@ -38,9 +38,10 @@ class CanvasArchitecture:
             vocab_size=self.base, logits_chunk=1 << 20, self_conditioning=False, time_conditioning=False
         )
 
-    def hidden(self, params, tokens, *, cache=None, **unused):
+    def hidden(self, params, inputs):
+        tokens = inputs.tokens
         digits = self.base ** jnp.arange(tokens.shape[1] - 1)
-        return Hidden(params["table"][jnp.sum(tokens[:, 1:] * digits, axis=1)], cache)
+        return Hidden(params["table"][jnp.sum(tokens[:, 1:] * digits, axis=1)], inputs.cache)
 
     def head(self, params):
         return Head(jnp.eye(self.base), vocab_size=self.base)

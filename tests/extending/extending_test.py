@@ -20,7 +20,7 @@ from diffusion_lm.interop.huggingface import load
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.training.optimizers import AdamW
-from diffusion_lm.training.step import make_program
+from diffusion_lm.training.step import TrainStep
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = dict(
@@ -61,9 +61,9 @@ def test_the_objective_trains(page):
     ]
     np.testing.assert_allclose(terms.loss, parts[0].loss + 0.3 * parts[1].loss, rtol=1e-5)
 
-    program = make_program(model.architecture, objective, AdamW(), mesh=MeshSpec(data=1, fsdp=1), rules=LogicalRules())
-    before = program.adopt(model.params)
-    after, stats = program.step(program.adopt(model.params), batch, jax.random.key(0), 1e-3)
+    train_step = TrainStep(model.architecture, objective, AdamW(), MeshSpec(data=1, fsdp=1), LogicalRules())
+    before = train_step.adopt(model.params)
+    after, stats = train_step(train_step.adopt(model.params), batch, jax.random.key(0), 1e-3)
     assert np.isfinite(stats.terms.loss)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before.params, after.params)
     assert max(jax.tree.leaves(moved)) > 0

@@ -8,6 +8,7 @@ import pytest
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.nn import masks, named_masks
 from diffusion_lm.nn.attention import attend
+from diffusion_lm.nn.attention_mask import SymbolicMask
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import Placement
@@ -28,7 +29,7 @@ def test_devices_share_rows_and_heads(spec):
 
     def loss(inputs, **settings):
         *qkv, diagonals = inputs
-        out = attend(*qkv, mask=visibility, bias=diagonals, implementation="flash", **settings)
+        out = attend(*qkv, SymbolicMask(visibility, 8, diagonals), implementation="flash", **settings)
         return jnp.sum(jnp.sin(out))
 
     placement = Placement(spec.build(), LogicalRules())
@@ -41,4 +42,4 @@ def test_too_few_key_value_heads_are_refused():
     q, k, v, _ = _inputs(kv_heads=1)
     placement = Placement(MeshSpec(data=4, fsdp=1, tensor=2).build(), LogicalRules())
     with pytest.raises(ConfigError, match="1 key/value heads cannot be split"):
-        attend(q, k, v, mask=masks.Causal(), implementation="flash", constrain=placement)
+        attend(q, k, v, SymbolicMask(masks.Causal(), 8), implementation="flash", constrain=placement)

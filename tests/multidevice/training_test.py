@@ -25,7 +25,7 @@ from diffusion_lm.planning import programs
 from diffusion_lm.training.checkpoint import CheckpointPolicy, restore_params
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.optimizers import AdamW
-from diffusion_lm.training.step import make_program
+from diffusion_lm.training.step import TrainStep
 
 BATCH = RaggedRows().batch(0, 16)
 MODEL = nano(num_heads=8, head_dim=4)
@@ -51,11 +51,11 @@ MESHES = {
 
 def _step(objective, mesh, microbatches=1, ema_decay=None, model=MODEL):
     """Returns the parameters, gradient moments and statistics after one step of Adam from fixed parameters."""
-    program = make_program(
-        model, objective, AdamW(), mesh=mesh, rules=LogicalRules(), microbatches=microbatches, ema_decay=ema_decay
-    )
-    state = program.init(jax.random.key(7))
-    state, stats = program.step(state, BATCH, jax.random.key(0), np.float32(1e-3))
+    train_step = TrainStep(
+        model, objective, AdamW(), mesh, LogicalRules(), microbatches=microbatches, ema_decay=ema_decay
+    ).shared()
+    state = train_step.init(jax.random.key(7))
+    state, stats = train_step(state, BATCH, jax.random.key(0), np.float32(1e-3))
     return state, jax.device_get(stats)
 
 
@@ -108,8 +108,8 @@ def test_parts_of_a_mixture_keep_their_global_weights_on_a_mesh_with_microbatche
 
 
 def test_the_state_is_sharded_by_the_rules():
-    program = make_program(MODEL, AUTOREGRESSIVE, AdamW(), mesh=MESHES["4x2"], rules=LogicalRules(), ema_decay=0.9)
-    state = program.init(jax.random.key(0))
+    train_step = TrainStep(MODEL, AUTOREGRESSIVE, AdamW(), MESHES["4x2"], LogicalRules(), ema_decay=0.9)
+    state = train_step.init(jax.random.key(0))
     up = P(None, "fsdp", "tensor")
     for tree in (state.params, state.opt_state[1].mu, state.opt_state[1].nu, state.ema):
         assert tree["blocks"]["mlp"]["up"].sharding.spec == up

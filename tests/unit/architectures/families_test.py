@@ -106,7 +106,7 @@ def bind(spec) -> BoundModel:
 
 def given(visibility, length):
     """A visibility written out, so that one compiled program serves all of them."""
-    return masks.Given(visibility.dense(None, length))
+    return masks.ExplicitMask(visibility.dense(None, length))
 
 
 def token_ids(rows, length, seed=0):
@@ -398,18 +398,18 @@ def test_users_get_errors_that_say_what_to_do():
     ("field", "value", "message"),
     [
         ("mlp", "geglue", "did you mean geglu"),
-        ("num_kv_heads", 3, "evenly"),
-        ("model_dim", 0, "positive"),
-        ("dropout_rate", 1.0, "probability"),
-        ("attention_dropout_rate", -0.1, "probability"),
+        ("num_kv_heads", 3, "must divide num_heads"),
+        ("model_dim", 0, "model_dim=0: must be an integer >= 1"),
+        ("dropout_rate", 1.0, "must be in"),
+        ("attention_dropout_rate", -0.1, "must be in"),
         ("position", "learned", "max_positions"),
         ("relative_buckets", 2, "buckets"),
-        ("attention", "splash", "Choose one of xla, cudnn, flash"),
-        ("norm_placement", "behind", "Choose one of pre, post, both"),
-        ("position_offset", -1, "negative"),
-        ("window", 0, "hides a token from itself"),
-        ("window_layers", (0,), "no layers with a window"),
-        ("window_rope_theta", 10.0, "none are named"),
+        ("attention", "splash", "Use one of xla, cudnn, flash"),
+        ("norm_placement", "behind", "Use one of pre, post, both"),
+        ("position_offset", -1, "must be an integer >= 0"),
+        ("window", 0, "must be an integer >= 1"),
+        ("window_layers", (0,), "need indices from 0 up, and a window"),
+        ("window_rope_theta", 10.0, "applies to window_layers, which is None"),
     ],
 )
 def test_wrong_fields_are_refused(field, value, message):

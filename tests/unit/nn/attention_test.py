@@ -7,6 +7,7 @@ import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.nn.attention import attend
+from diffusion_lm.nn.attention_mask import DenseMask
 from diffusion_lm.nn.layers import row_dropout
 
 
@@ -32,7 +33,8 @@ def test_value_and_gradient_equal_plain_softmax(kv_heads):
         return jnp.sum(jnp.sin(function(*args)))
 
     ours = jax.value_and_grad(
-        lambda q, k, v, b: total(lambda *a: attend(*a[:3], mask=mask, bias=a[3]), q, k, v, b), argnums=(0, 1, 2, 3)
+        lambda q, k, v, b: total(lambda *a: attend(*a[:3], DenseMask(mask, a[3][None])), q, k, v, b),
+        argnums=(0, 1, 2, 3),
     )(q, k, v, bias)
     plain = jax.value_and_grad(
         lambda q, k, v, b: total(lambda *a: _reference(*a[:3], mask, a[3]), q, k, v, b), argnums=(0, 1, 2, 3)
@@ -43,34 +45,34 @@ def test_value_and_gradient_equal_plain_softmax(kv_heads):
 def test_blind_query_gives_zero_and_finite_gradient():
     q, k, v, mask, bias = _inputs()
     mask = mask.at[0, 2].set(False)
-    out, gradient = jax.value_and_grad(lambda q: attend(q, k, v, mask=mask, bias=bias)[0, 2].sum())(q)
+    out, gradient = jax.value_and_grad(lambda q: attend(q, k, v, DenseMask(mask, bias[None]))[0, 2].sum())(q)
     assert out == 0
     assert not jnp.any(gradient)
-    assert jnp.isfinite(jax.grad(lambda q: attend(q, k, v, mask=mask, bias=bias).sum())(q)).all()
+    assert jnp.isfinite(jax.grad(lambda q: attend(q, k, v, DenseMask(mask, bias[None])).sum())(q)).all()
 
 
 def test_large_scores_stay_finite_and_softmax_is_float32_in_bfloat16():
     q, k, v, mask, bias = _inputs()
-    out = attend(q * 1e4, k, v, mask=mask, bias=bias)
+    out = attend(q * 1e4, k, v, DenseMask(mask, bias[None]))
     assert jnp.isfinite(out).all()
-    half = attend(*(x.astype(jnp.bfloat16) for x in (q, k, v)), mask=mask, bias=bias)
+    half = attend(*(x.astype(jnp.bfloat16) for x in (q, k, v)), DenseMask(mask, bias[None]))
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), attend(q, k, v, mask=mask, bias=bias), atol=0.06)
+    np.testing.assert_allclose(half.astype(jnp.float32), attend(q, k, v, DenseMask(mask, bias[None])), atol=0.06)
 
 
 def test_softcap_bounds_the_scores():
     q, k, v, mask, _ = _inputs()
-    capped = attend(q * 1e4, k, v, mask=mask, softcap=1e-6)
+    capped = attend(q * 1e4, k, v, DenseMask(mask), softcap=1e-6)
     even = jnp.repeat(jnp.einsum("bqt,btke->bqke", mask / mask.sum(-1, keepdims=True), v), 2, axis=2)
     np.testing.assert_allclose(capped, even, rtol=1e-4, atol=1e-4)
 
 
 def test_unknown_and_unfit_implementations_are_refused():
     q, k, v, mask, _ = _inputs()
-    with pytest.raises(ConfigError, match="no attention implementation"):
-        attend(q, k, v, mask=mask, implementation="splash")
+    with pytest.raises(ConfigError, match="no such attention implementation"):
+        attend(q, k, v, DenseMask(mask), implementation="splash")
     with pytest.raises(ConfigError, match="bfloat16"):
-        attend(q, k, v, mask=mask, implementation="cudnn")
+        attend(q, k, v, DenseMask(mask), implementation="cudnn")
 
 
 def test_dropped_probabilities_are_scaled_and_keyed_by_row():
@@ -82,7 +84,7 @@ def test_dropped_probabilities_are_scaled_and_keyed_by_row():
     keys = jax.random.split(jax.random.key(5), rows)
 
     def probabilities(rows, drop=None):
-        return np.asarray(attend(q[rows], k[rows], v[rows], mask=mask, drop=drop))
+        return np.asarray(attend(q[rows], k[rows], v[rows], DenseMask(mask), drop=drop))
 
     def drop(keys):
         return functools.partial(row_dropout, rate=rate, keys=keys, site=6)
@@ -99,4 +101,4 @@ def test_dropped_probabilities_are_scaled_and_keyed_by_row():
     assert (dropped[0] != dropped[1]).any(axis=None)
     assert len({kept[0, :, head].tobytes() for head in range(2)}) == 2, "heads drop apart"
     with pytest.raises(ConfigError, match="attention_dropout_rate"):
-        attend(q, k, v, mask=mask, drop=drop(keys), implementation="cudnn")
+        attend(q, k, v, DenseMask(mask), drop=drop(keys), implementation="cudnn")

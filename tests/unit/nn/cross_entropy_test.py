@@ -38,7 +38,7 @@ def test_chunked_nll_equals_optax_in_value_and_gradient(setup, chunk):
 @pytest.mark.parametrize("some", [False, True], ids=["all slots", "some slots"])
 def test_a_loop_has_the_gradients_of_all_that_its_chunks_read(setup, monkeypatch, some):
     """Bias and transform of the head, the states, and a float beside them, against all logits at once."""
-    monkeypatch.setattr(chunks, "_grain", lambda *sizes: 2)
+    monkeypatch.setattr(chunks, "_min_slots", lambda *sizes: 2)
     monkeypatch.setattr(chunks, "UNROLLED_BYTES", 0)
     hidden, head, targets = setup
     head = head.replace(transform=jnp.eye(D) + 0.1, run_transform=lambda w, x: jnp.tanh(x @ w))
@@ -152,7 +152,7 @@ def test_drawing_without_keys_is_an_error(setup):
 def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chunk, unrolled, slots):
     """Ragged rows, one of them empty: values and gradients on the wanted slots are those of the whole row."""
     monkeypatch.setattr(chunks, "UNROLLED_BYTES", 2**28 if unrolled else 0)
-    monkeypatch.setattr(chunks, "_grain", lambda *sizes: slots)
+    monkeypatch.setattr(chunks, "_min_slots", lambda *sizes: slots)
     hidden, head, targets = setup
     where = jnp.asarray([[0, 0, 1, 1, 1, 0, 0], [0] * 7, [1, 0, 1, 0, 1, 1, 1]], bool)
     weights = jax.random.uniform(jax.random.key(5), (B, T)) * where
@@ -177,7 +177,7 @@ def test_unwanted_slots_are_zero_and_change_nothing_else(setup, monkeypatch, chu
 
 @pytest.mark.parametrize("chunk_tokens", [1000, 2 * B], ids=["all logits fit", "a loop"])
 def test_chunks_without_wanted_slots_are_skipped(setup, monkeypatch, chunk_tokens):
-    monkeypatch.setattr(chunks, "_grain", lambda *sizes: 2)
+    monkeypatch.setattr(chunks, "_min_slots", lambda *sizes: 2)
     computed, logits = [], cross_entropy.logits
 
     def watched(hidden, *settings):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.nn import flash, masks, named_masks
 from diffusion_lm.nn.attention import attend
+from diffusion_lm.nn.attention_mask import DenseMask, SymbolicMask
 from diffusion_lm.nn.embeddings import toeplitz
 
 LENGTH = 256
@@ -28,8 +28,8 @@ CASES = {
     "blocks": (named_masks.named_visibility("blocks:24", TARGET), {}),
     "noisy and clean, bias": (masks.two_streams(BLOCKS), {"bias": True}),
     "window of two copies": (masks.two_streams(BLOCKS) & masks.Window(20, 2), {}),
-    "drawn": (masks.Causal() | masks.Given(DRAWN), {}),
-    "drawn for all, in one row": (masks.Rows(jnp.array([True, False])) & masks.Given(DRAWN[:1]), {}),
+    "drawn": (masks.Causal() | masks.ExplicitMask(DRAWN), {}),
+    "drawn for all, in one row": (masks.Rows(jnp.array([True, False])) & masks.ExplicitMask(DRAWN[:1]), {}),
 }
 
 
@@ -48,8 +48,8 @@ def _inputs(length=LENGTH, copies=1, bias=False, batch=2, heads=2, kv_heads=1, s
 
 def _dense(visibility, softcap, q, k, v, diagonals):
     copies = visibility.copies
-    bias = None if diagonals is None else jnp.tile(toeplitz(diagonals), (copies, copies))
-    return attend(q, k, v, mask=visibility.dense(None, q.shape[1]), bias=bias, softcap=softcap)
+    bias = None if diagonals is None else jnp.tile(toeplitz(diagonals), (copies, copies))[None]
+    return attend(q, k, v, DenseMask(visibility.dense(None, q.shape[1]), bias), softcap=softcap)
 
 
 def _agree(visibility, inputs, cotangent, softcap=None):
@@ -102,21 +102,21 @@ def test_copies_that_cannot_be_cut_are_computed_densely():
     assert not flash.fits(200, 2, True)
     (q, k, v, diagonals), _ = _inputs(length=200, copies=2, bias=True)
     visibility = masks.two_streams(BLOCKS[:, :100])
-    out = attend(q, k, v, mask=visibility, bias=diagonals, implementation="flash")
+    out = attend(q, k, v, SymbolicMask(visibility, 200, diagonals), implementation="flash")
     np.testing.assert_allclose(out, _dense(visibility, None, q, k, v, diagonals), atol=1e-6)
 
 
-def test_the_entry_point_differentiates_and_takes_no_other_implementation():
+def test_the_entry_point_differentiates_and_other_implementations_evaluate_the_mask():
     """Off a TPU `attend` computes densely what the kernel would; the gradients are those of the dense function."""
     inputs, cotangent = _inputs(bias=True)
     visibility, _ = CASES["prefix, packed, bias, cap"]
 
     def attended(q, k, v, diagonals):
-        return attend(q, k, v, mask=visibility, bias=diagonals, softcap=5.0, implementation="flash")
+        return attend(q, k, v, SymbolicMask(visibility, LENGTH, diagonals), softcap=5.0, implementation="flash")
 
     out, pull = jax.vjp(attended, *inputs)
     expected, dense_pull = jax.vjp(lambda *inputs: _dense(visibility, 5.0, *inputs), *inputs)
     np.testing.assert_allclose(out, expected, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), pull(cotangent), dense_pull(cotangent))
-    with pytest.raises(ConfigError, match="written out"):
-        attend(*inputs[:3], mask=visibility, implementation="xla")
+    mask = SymbolicMask(visibility, LENGTH, inputs[3])
+    np.testing.assert_allclose(attend(*inputs[:3], mask, softcap=5.0, implementation="xla"), expected, atol=1e-6)

@@ -12,7 +12,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.training import card, finite
 from diffusion_lm.training.checkpoint import Checkpointer, CheckpointPolicy, finished_steps, restore_params, save_params
 from diffusion_lm.training.loop import train
-from diffusion_lm.training.program import run_program
+from diffusion_lm.training.step import TrainStep
 from diffusion_lm.training.trained import trained_model
 
 NAME = "final_norm/scale"
@@ -34,7 +34,7 @@ def broken(run, tmp_path_factory):
     with pytest.raises(OSError, match="disk"):
         train(dataclasses.replace(run, data=FailingRows(fail_at=2)), workdir)
     with Checkpointer(workdir, CheckpointPolicy(keep=1)) as checkpoints:
-        state, progress = checkpoints.restore(run_program(run).abstract_state)
+        state, progress = checkpoints.restore(run.train_step().abstract_state)
         state = dataclasses.replace(state, params=poisoned(state.params))
         checkpoints._manager.delete(2)
         checkpoints.save(state, progress)
@@ -55,7 +55,7 @@ def test_resuming_names_the_tensor(run, broken):
 def test_starting_from_it_and_reading_it_name_the_tensor(run, broken, tmp_path, way):
     ways = {
         "initial": lambda: train(dataclasses.replace(run, initial=str(broken)), tmp_path),
-        "memory": lambda: train(run, tmp_path, init_params=poisoned(run_program(run).init(jax.random.key(0)).params)),
+        "memory": lambda: train(run, tmp_path, init_params=poisoned(run.train_step().init(jax.random.key(0)).params)),
         "trained_model": lambda: trained_model(run, broken),
         "restore_params": lambda: restore_params(broken),
     }
@@ -66,7 +66,7 @@ def test_starting_from_it_and_reading_it_name_the_tensor(run, broken, tmp_path, 
 
 def test_parameters_that_are_to_be_written_as_a_run_folder(run, tmp_path):
     """What `import` does with a checkpoint from elsewhere."""
-    params = poisoned(run_program(run).init(jax.random.key(0)).params, np.inf)
+    params = poisoned(run.train_step().init(jax.random.key(0)).params, np.inf)
     with pytest.raises(ConfigError, match=NAME):
         save_params(tmp_path, params)
     assert finished_steps(tmp_path) == []
@@ -75,20 +75,12 @@ def test_parameters_that_are_to_be_written_as_a_run_folder(run, tmp_path):
 @pytest.mark.parametrize("evaluations", [(), (SumOfParameters(),)])
 def test_an_update_that_breaks_the_network_is_not_saved_as_the_result(run, tmp_path, monkeypatch, evaluations):
     """The loss of the last step was finite: it is that of the parameters before the update."""
-    from diffusion_lm.training import loop
 
-    make = loop.run_program
+    def breaking(self, state, batch, root, learning_rate):
+        state, stats = self.compiled(state, batch, root, learning_rate)
+        return dataclasses.replace(state, params=poisoned(state.params)), stats
 
-    def breaking(run):
-        program = make(run)
-
-        def step(state, batch, root, rate):
-            state, stats = program.step(state, batch, root, rate)
-            return dataclasses.replace(state, params=poisoned(state.params)), stats
-
-        return dataclasses.replace(program, step=step)
-
-    monkeypatch.setattr(loop, "run_program", breaking)
+    monkeypatch.setattr(TrainStep, "__call__", breaking)
     one = dataclasses.replace(run, steps=1, evaluations=evaluations)
     with pytest.raises(ConfigError, match=rf"after step 1 .*{NAME}.*learning rate"):
         train(one, tmp_path)

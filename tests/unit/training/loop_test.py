@@ -18,13 +18,13 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
 from diffusion_lm.objectives.sundae import Sundae
 from diffusion_lm.objectives.token_schedules import TokenSchedules
-from diffusion_lm.training import loop
 from diffusion_lm.training.checkpoint import Checkpointer, CheckpointPolicy, finished_steps, restore_params
 from diffusion_lm.training.hooks import RESTART_EXIT_CODE, Preempted
 from diffusion_lm.training.imported import check_mask
 from diffusion_lm.training.loop import train
 from diffusion_lm.training.optimizers import AdamW
 from diffusion_lm.training.schedules import Constant
+from diffusion_lm.training.step import TrainStep
 
 MASKED = MaskedDiffusion()
 FED_BACK = Sundae(unrolls=0, self_conditioning=0.5)
@@ -256,23 +256,17 @@ def test_wrong_fields_are_refused_when_the_run_is_made(changes, message):
 
 def test_a_step_moves_nothing_but_its_learning_rate(undisturbed, tmp_path, monkeypatch):
     run, _, result = undisturbed
-    make = loop.run_program
 
-    def guarded(run):
-        program = make(run)
+    def guarded(self, state, batch, root, learning_rate):
+        learning_rate = jax.device_put(learning_rate)  # the only number that the host computes in each step
+        with jax.transfer_guard("disallow"):
+            return self.compiled(state, batch, root, learning_rate)
 
-        def step(state, batch, root, rate):
-            rate = jax.device_put(rate)  # a number that the host computes is all that may be handed over
-            with jax.transfer_guard("disallow"):
-                return program.step(state, batch, root, rate)
-
-        return dataclasses.replace(program, step=step)
-
-    monkeypatch.setattr(loop, "run_program", guarded)
+    monkeypatch.setattr(TrainStep, "__call__", guarded)
     assert_equal(train(run, tmp_path).params, result.params)
-    program, key = guarded(run), jax.random.key(0)
+    train_step, key = run.train_step(), jax.random.key(0)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        program.step(program.init(key), run.data.batch(0, run.batch_size), key, np.float32(0))
+        train_step(train_step.init(key), run.data.batch(0, run.batch_size), key, np.float32(0))
 
 
 def test_the_log_says_how_long_a_checkpoint_held_up_the_run(tmp_path, monkeypatch):

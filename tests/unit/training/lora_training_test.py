@@ -14,7 +14,7 @@ from diffusion_lm.training.loop import train
 from diffusion_lm.training.optimizers import Adafactor, AdamW, Muon
 from diffusion_lm.training.partial import rejoined, trained_part
 from diffusion_lm.training.schedules import Constant
-from diffusion_lm.training.step import make_program
+from diffusion_lm.training.step import TrainStep
 
 PLAIN = nano(num_layers=1, scan_layers=False)
 ADAPTED = WithLoRA(PLAIN, rank=4, targets=("query", "value", "mlp"))
@@ -27,17 +27,17 @@ def names(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def program_of(model, optimizer=None, **options):
+def train_step_of(model, optimizer=None, **options):
     optimizer = AdamW(schedule=Constant(1e-2), weight_decay=0.5) if optimizer is None else optimizer
-    return make_program(model, DIFFUSION, optimizer, mesh=ONE_DEVICE, rules=LogicalRules(), **options)
+    return TrainStep(model, DIFFUSION, optimizer, ONE_DEVICE, LogicalRules(), **options).shared()
 
 
-def run_steps(program, count, batch_size=4):
-    state = program.init(KEY)
+def run_steps(train_step, count, batch_size=4):
+    state = train_step.init(KEY)
     before = names(state.params)
     for step in range(count):
         batch = RaggedRows().batch(step, batch_size)
-        state, stats = program.step(state, batch, jax.random.key(0), np.float32(1e-2))
+        state, stats = train_step(state, batch, jax.random.key(0), np.float32(1e-2))
     return before, state, stats
 
 
@@ -51,8 +51,8 @@ def run_steps(program, count, batch_size=4):
     ids=["adamw", "muon", "adafactor"],
 )
 def test_only_adapters_move_and_only_they_have_state(optimizer):
-    program = program_of(ADAPTED, optimizer, ema_decay=0.9)
-    before, state, _ = run_steps(program, 3)
+    train_step = train_step_of(ADAPTED, optimizer, ema_decay=0.9)
+    before, state, _ = run_steps(train_step, 3)
     after, mean, frozen = names(state.params), names(state.ema), ADAPTED.frozen_arrays()
     for name, value in before.items():
         moved = (after[name] != value).any()
@@ -66,17 +66,17 @@ def test_only_adapters_move_and_only_they_have_state(optimizer):
 
 
 def test_named_arrays_are_trained_along():
-    before, state, _ = run_steps(program_of(WITH_EMBED), 2)
+    before, state, _ = run_steps(train_step_of(WITH_EMBED), 2)
     moved = {name for name, value in names(state.params).items() if (value != before[name]).any()}
     assert moved == {"embed/tokens", "lora/blocks/attention/query/a", "lora/blocks/attention/query/b"}
 
 
 def test_the_gradient_is_that_of_the_trained_arrays_and_microbatches_change_nothing():
-    whole, parts = (run_steps(program_of(ADAPTED, microbatches=count), 2, batch_size=8) for count in (1, 4))
+    whole, parts = (run_steps(train_step_of(ADAPTED, microbatches=count), 2, batch_size=8) for count in (1, 4))
     for name, value in names(whole[1].params).items():
         np.testing.assert_allclose(names(parts[1].params)[name], value, atol=2e-6, err_msg=name)
-    everything = run_steps(program_of(PLAIN), 1)[2].grad_norm
-    adapters = run_steps(program_of(ADAPTED), 1)[2].grad_norm
+    everything = run_steps(train_step_of(PLAIN), 1)[2].grad_norm
+    adapters = run_steps(train_step_of(ADAPTED), 1)[2].grad_norm
     assert 0 < adapters < 0.9 * everything
 
 

@@ -21,7 +21,7 @@ from diffusion_lm.objectives.objective import Needs
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.training.optimizers import Adafactor, AdamW
 from diffusion_lm.training.schedules import Constant, Cosine
-from diffusion_lm.training.step import make_program, ramped_decay, train_step
+from diffusion_lm.training.step import TrainStep, ramped_decay
 
 OBJECTIVES = pytest.mark.parametrize(
     "objective", [pytest.param(AUTOREGRESSIVE, marks=pytest.mark.thorough), DIFFUSION], ids=["ar", "diffusion"]
@@ -50,18 +50,16 @@ class Sgd:
         return PlainGradient().transformation(axes)
 
 
-def _program(objective=AUTOREGRESSIVE, optimizer=Sgd(), model=None, **settings):
-    return make_program(
-        model or nano(), objective, optimizer, **({"mesh": ONE_DEVICE, "rules": LogicalRules()} | settings)
-    )
+def _train_step(objective=AUTOREGRESSIVE, optimizer=Sgd(), model=None, **settings):
+    return TrainStep(model or nano(), objective, optimizer, ONE_DEVICE, LogicalRules(), **settings).shared()
 
 
 def _gradient(objective, batch, seed=0, model=None, **settings):
     """Returns (gradient, StepStats) of one step from fixed parameters."""
-    program = _program(objective, model=model, **settings)
-    state = program.init(jax.random.key(7))
+    train_step = _train_step(objective, model=model, **settings)
+    state = train_step.init(jax.random.key(7))
     before = jax.tree.map(np.asarray, state.params)
-    after, stats = program.step(state, batch, jax.random.key(seed), RATE)
+    after, stats = train_step(state, batch, jax.random.key(seed), RATE)
     return jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params), jax.device_get(stats)
 
 
@@ -128,12 +126,12 @@ def test_parts_of_a_mixture_are_divided_by_their_own_global_weights():
         ((total, weight),) = [(other.total, other.weight) for other in terms.others]
         return terms.loss_sum / terms.weight + total / weight
 
-    program = _program(MIXED, model=model, microbatches=4)
-    state = program.init(jax.random.key(7))
+    train_step = _train_step(MIXED, model=model, microbatches=4)
+    state = train_step.init(jax.random.key(7))
     state = state.replace(step=jax.device_put(jnp.int32(1), state.step.sharding))
     before = jax.tree.map(np.asarray, state.params)
     value, gradient = jax.jit(jax.value_and_grad(loss))(before)
-    after, stats = program.step(state, batch, jax.random.key(0), RATE)
+    after, stats = train_step(state, batch, jax.random.key(0), RATE)
     np.testing.assert_allclose(stats.terms.loss, value, rtol=1e-5)
     _assert_same(jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params), gradient)
 
@@ -144,9 +142,9 @@ def test_the_weights_of_a_mixture_cost_no_forward_pass():
     batch, model = RaggedRows(mask_id=3).batch(0, 8), nano()
 
     def flops(objective):
-        program = _program(objective, model=model, microbatches=2)
-        state = jax.eval_shape(program.init, jax.random.key(0))
-        return program.step.lower(state, batch, jax.random.key(0), RATE).compile().cost_analysis()["flops"]
+        train_step = _train_step(objective, model=model, microbatches=2)
+        state = jax.eval_shape(train_step.init, jax.random.key(0))
+        return train_step.compiled.lower(state, batch, jax.random.key(0), RATE).compile().cost_analysis()["flops"]
 
     parts = [flops(part) for part in MIXED.parts]
     assert flops(MIXED) < 1.05 * sum(parts)
@@ -159,18 +157,19 @@ def test_parts_that_an_objective_does_not_announce_are_an_error():
             return dataclasses.replace(super().needs(), several_weights=False)
 
     silent = Silent(MIXED.names, MIXED.parts, MIXED.weights, MIXED.primary)
-    program = _program(silent)
+    train_step = _train_step(silent)
     with pytest.raises(ConfigError, match="several_weights"):
-        jax.eval_shape(program.step, program.abstract_state, RaggedRows(mask_id=3).batch(0, 4), jax.random.key(0), RATE)
+        batch = RaggedRows(mask_id=3).batch(0, 4)
+        jax.eval_shape(train_step.compiled, train_step.abstract_state, batch, jax.random.key(0), RATE)
 
 
 def test_noise_is_fresh_at_every_step_and_seed():
-    batch, program = RaggedRows().batch(0, 4), _program(DIFFUSION)
+    batch, train_step = RaggedRows().batch(0, 4), _train_step(DIFFUSION)
     losses = []
     for seed, step in [(0, 0), (0, 0), (0, 1), (1, 0)]:
-        state = program.init(jax.random.key(7))
+        state = train_step.init(jax.random.key(7))
         state = state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding))
-        _, stats = program.step(state, batch, jax.random.key(seed), RATE)
+        _, stats = train_step(state, batch, jax.random.key(seed), RATE)
         losses.append(float(stats.terms.loss))
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
@@ -179,10 +178,10 @@ def test_noise_is_fresh_at_every_step_and_seed():
 @pytest.mark.parametrize(("optimizer", "microbatches"), [(AdamW(), 1), (Adafactor(), 2)], ids=["adamw", "adafactor"])
 def test_T15_nothing_scored(optimizer, microbatches):
     """A batch without a scored token: loss 0, finite everything, and an update that changes nothing."""
-    program = _program(optimizer=optimizer, microbatches=microbatches, ema_decay=0.9)
-    state, _ = program.step(program.init(jax.random.key(0)), RaggedRows().batch(0, 4), jax.random.key(0), RATE)
+    train_step = _train_step(optimizer=optimizer, microbatches=microbatches, ema_decay=0.9)
+    state, _ = train_step(train_step.init(jax.random.key(0)), RaggedRows().batch(0, 4), jax.random.key(0), RATE)
     before = jax.tree.map(np.asarray, state)
-    after, stats = program.step(state, RaggedRows(scored=False).batch(1, 4), jax.random.key(0), RATE)
+    after, stats = train_step(state, RaggedRows(scored=False).batch(1, 4), jax.random.key(0), RATE)
     assert float(stats.terms.loss) == 0.0
     assert float(stats.grad_norm) == 0.0
     assert int(after.step) == int(before.step) + 1
@@ -203,21 +202,21 @@ class ZeroOverZero:
 
 
 def test_T15_a_nan_gradient_of_an_empty_batch_does_not_reach_the_parameters():
-    program = _program(ZeroOverZero(), AdamW())
-    state = program.init(jax.random.key(0))
-    state, _ = program.step(state, RaggedRows(scored=False).batch(0, 4), jax.random.key(0), RATE)
+    train_step = _train_step(ZeroOverZero(), AdamW())
+    state = train_step.init(jax.random.key(0))
+    state, _ = train_step(state, RaggedRows(scored=False).batch(0, 4), jax.random.key(0), RATE)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("limit", [0.9, 0.15])
 def test_ema_follows_its_closed_form(limit):
     """The decay grows as (1 + n)/(10 + n) up to its limit: 0.1, 0.18, 0.25 where that is 0.9."""
-    program = _program(optimizer=AdamW(), ema_decay=limit)
-    state = program.init(jax.random.key(0))
+    train_step = _train_step(optimizer=AdamW(), ema_decay=limit)
+    state = train_step.init(jax.random.key(0))
     expected = np.asarray(state.params["final_norm"]["scale"])
     for step, ramp in enumerate((1 / 10, 2 / 11, 3 / 12)):
         decay = min(limit, ramp)
-        state, _ = program.step(state, RaggedRows().batch(step, 4), jax.random.key(0), np.float32(0.1))
+        state, _ = train_step(state, RaggedRows().batch(step, 4), jax.random.key(0), np.float32(0.1))
         expected = decay * expected + (1 - decay) * np.asarray(state.params["final_norm"]["scale"])
         np.testing.assert_allclose(state.ema["final_norm"]["scale"], expected, rtol=1e-6)
     assert state.final_params is state.ema
@@ -235,58 +234,58 @@ def test_the_average_forgets_the_parameters_that_it_started_from():
 
 def test_a_resumed_average_is_that_of_the_undisturbed_run():
     """The decay is a function of the step, which checkpoints hold."""
-    program = _program(optimizer=AdamW(), ema_decay=0.9)
+    train_step = _train_step(optimizer=AdamW(), ema_decay=0.9)
 
     def after(state, first, last):
         for step in range(first, last):
-            state, _ = program.step(state, RaggedRows().batch(step, 4), jax.random.key(0), RATE)
+            state, _ = train_step(state, RaggedRows().batch(step, 4), jax.random.key(0), RATE)
         return jax.tree.map(np.asarray, state)
 
-    whole = after(program.init(jax.random.key(0)), 0, 4)
-    half = after(program.init(jax.random.key(0)), 0, 2)
-    resumed = after(jax.device_put(half, program.state_shardings), 2, 4)
+    whole = after(train_step.init(jax.random.key(0)), 0, 4)
+    half = after(train_step.init(jax.random.key(0)), 0, 2)
+    resumed = after(jax.device_put(half, train_step.state_shardings), 2, 4)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    restarted = after(jax.device_put(half.replace(step=np.int32(0)), program.state_shardings), 2, 4)
+    restarted = after(jax.device_put(half.replace(step=np.int32(0)), train_step.state_shardings), 2, 4)
     assert not np.array_equal(restarted.ema["final_norm"]["scale"], whole.ema["final_norm"]["scale"])
 
 
 def test_adopted_parameters_survive_the_donation_of_the_state():
-    program = _program(optimizer=AdamW(), ema_decay=0.9)
+    train_step = _train_step(optimizer=AdamW(), ema_decay=0.9)
     given = nano().init(jax.random.key(3))
-    state, _ = program.step(program.adopt(given), RaggedRows().batch(0, 4), jax.random.key(0), RATE)
+    state, _ = train_step(train_step.adopt(given), RaggedRows().batch(0, 4), jax.random.key(0), RATE)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(given))
     assert int(state.step) == 1
 
 
 def test_the_state_is_donated():
-    program = _program(optimizer=AdamW(), ema_decay=0.9)
-    state = program.init(jax.random.key(0))
+    train_step = _train_step(optimizer=AdamW(), ema_decay=0.9)
+    state = train_step.init(jax.random.key(0))
     leaf = state.params["embed"]["tokens"]
-    program.step(state, RaggedRows().batch(0, 4), jax.random.key(0), RATE)
+    train_step(state, RaggedRows().batch(0, 4), jax.random.key(0), RATE)
     assert leaf.is_deleted()
 
 
 def test_runs_that_differ_in_schedule_or_seed_share_one_compiled_step():
-    one = _program(optimizer=AdamW(schedule=Cosine(peak=1e-3)), ema_decay=0.9)
-    other = _program(model=nano(), optimizer=AdamW(schedule=Constant(peak=2e-3)), ema_decay=0.9)
+    one = _train_step(optimizer=AdamW(schedule=Cosine(peak=1e-3)), ema_decay=0.9)
+    other = _train_step(model=nano(), optimizer=AdamW(schedule=Constant(peak=2e-3)), ema_decay=0.9)
     assert one is other
-    assert _program(optimizer=AdamW(b1=0.8), ema_decay=0.9) is not one
-    before = one.step._cache_size()
+    assert _train_step(optimizer=AdamW(b1=0.8), ema_decay=0.9) is not one
+    before = one.compiled._cache_size()
     for seed, rate in [(0, 1e-3), (1, 2e-3), (2, 3e-3)]:
-        one.step(one.init(jax.random.key(seed)), RaggedRows().batch(seed, 4), jax.random.key(seed), np.float32(rate))
-    assert one.step._cache_size() <= before + 1
+        one(one.init(jax.random.key(seed)), RaggedRows().batch(seed, 4), jax.random.key(seed), np.float32(rate))
+    assert one.compiled._cache_size() <= before + 1
 
 
 def test_the_learning_rate_scales_the_update():
-    batch, program = RaggedRows().batch(0, 4), _program()
+    batch, train_step = RaggedRows().batch(0, 4), _train_step()
     moved = []
     for rate in (0.5, 1.0):
-        state = program.init(jax.random.key(7))
+        state = train_step.init(jax.random.key(7))
         before = np.asarray(state.params["final_norm"]["scale"])
-        after, _ = program.step(state, batch, jax.random.key(0), np.float32(rate))
+        after, _ = train_step(state, batch, jax.random.key(0), np.float32(rate))
         moved.append(np.asarray(after.params["final_norm"]["scale"]) - before)
     np.testing.assert_allclose(2 * moved[0], moved[1], atol=1e-6)
 
 
 def test_the_step_is_pure():
-    assert train_step.__closure__ is None
+    assert TrainStep.update.__closure__ is None
