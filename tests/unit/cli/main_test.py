@@ -67,7 +67,7 @@ def test_importing_the_package_is_quick_and_loads_no_tensorflow():
             "no module named no_such_module",
         ),
         (["doctor", "--gin.X=1"], "doctor does not accept --gin flags"),
-        (["evaluate", "--workdir", "nowhere"], "there is no run in nowhere"),
+        (["evaluate", "--workdir", "nowhere"], "nowhere is not a run directory"),
     ],
 )
 def test_wrong_input_is_one_line_on_stderr_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_module_is_found_in_the_current_folder(tmp_path, monkeypatch):
 def test_doctor_passes_here(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DIFFUSION_LM_CACHE", str(tmp_path))
     assert main(["doctor", "--no_tasks", "--json", str(tmp_path / "doctor.json")]) == 0
-    assert "all is well" in capsys.readouterr().out
+    assert "all checks passed" in capsys.readouterr().out
     checks = {check["name"]: check["status"] for check in json.loads((tmp_path / "doctor.json").read_text())["checks"]}
     assert checks["one training step"] == "ok"
 

@@ -282,7 +282,7 @@ def test_prompts_that_the_vocabulary_cannot_write_are_a_warning(folder, capsys):
     (folder / "strange.txt").write_text("10 plus one\n10 {plus} one\n", encoding="utf-8")
     assert main(["decode", "--workdir", "run", "--input", "strange.txt"]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == ["warning: prompt 2: the vocabulary cannot write '{' 1, '}' 1"]
+    assert warnings == ["warning: prompt 2: the vocabulary cannot encode '{' 1, '}' 1"]
 
 
 def test_what_the_vocabulary_lost_is_shown_by_every_verb(folder, capsys, monkeypatch, tmp_path):
@@ -326,7 +326,7 @@ def test_the_checkpoint_that_a_run_selected_is_what_the_verbs_use(folder, capsys
         "its best checkpoint: maximum of decode/toy/exact_match on toy/validation, every 2" in capsys.readouterr().out
     )
     assert main(["train", "--gin_file", "best.gin", "--workdir", "best", "--json", "best.json"]) == 0
-    assert "handed on: step 2: decode/toy/exact_match 0 is the maximum" in capsys.readouterr().out
+    assert "best checkpoint: step 2: decode/toy/exact_match 0 is the maximum" in capsys.readouterr().out
     assert json.loads((folder / "best.json").read_text())["selected"]["step"] == 2
     for flags, step, by in (([], 2, "decode/toy/exact_match"), (["--step", "4"], 4, None)):
         assert main(["evaluate", "--workdir", "best", "--only", "bound", "--json", "best.json", *flags]) == 0
@@ -348,10 +348,10 @@ def test_a_network_that_holds_nan_is_neither_scored_nor_decoded(folder, capsys, 
 
 
 def test_missing_checkpoint(folder, capsys):
-    assert "there is no run in nowhere" in fails(capsys, "evaluate", "--workdir", "nowhere")
+    assert "nowhere is not a run directory" in fails(capsys, "evaluate", "--workdir", "nowhere")
     (folder / "empty").mkdir(exist_ok=True)
     message = fails(capsys, "evaluate", "--workdir", "empty", "--gin_file", "run.gin")
-    assert "there is no checkpoint in empty (--workdir). Train first" in message
+    assert "no checkpoint in empty (--workdir). Train first" in message
 
 
 @pytest.mark.parametrize(
