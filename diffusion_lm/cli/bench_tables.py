@@ -45,7 +45,7 @@ def train(found: Found) -> dict[str, Any]:
         ("tokens", tokens),
         ("FLOPs per step", f"{output.flops(facts['flops_per_step'])}, forward passes: {facts['passes']}"),
         *([("peak", f"{output.flops(peak)}/s of all devices (denominator of MFU)")] if peak else []),
-        ("memory", f"peak usage of the {facts['peak_memory_of']}"),
+        ("memory", f"peak of the {facts['peak_memory_of']}"),
         ("first call", _first_call(facts["compiled_from_cache"])),
     ]
     result = {"rows": rows, "facts": facts}
@@ -90,7 +90,7 @@ def decode(found: Found, batch_size: int, prompt_length: int, length: int) -> di
         ("speed", f"relative to {baseline}, as the median of per-round ratios"),
         (
             "memory",
-            f"{output.size(facts['peak_memory'])}, peak usage of the {facts['peak_memory_of']} over all samplers",
+            f"{output.size(facts['peak_memory'])}, peak of the {facts['peak_memory_of']} over all samplers",
         ),
     ]
     facts["arms"] = {

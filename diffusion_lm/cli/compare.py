@@ -1,7 +1,7 @@
 """Trains the arms of a Comparison, evaluates them on its tasks, and writes results.json, results.md and a report.
 
-The report is report/index.html. A stage that several arms share is trained once. Finished stages are skipped, so running
-the same command again resumes a stopped comparison."""
+The report is report/index.html. A stage that several arms share is trained once. Finished stages are skipped, so
+running the same command again resumes a stopped comparison."""
 
 import argparse
 from typing import Any

@@ -66,7 +66,8 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def _windows(conditions: Mapping[str, Any]) -> str:
-    return f"{conditions['window']} tokens per row; after the first row at least {conditions['context']} of them are context"
+    window, context = conditions["window"], conditions["context"]
+    return f"{window} tokens per row; in every row after the first, at least {context} are context"
 
 
 def _data(arguments: argparse.Namespace, opened: OpenRun) -> list[DataPipeline]:

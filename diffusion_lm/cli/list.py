@@ -1,7 +1,7 @@
 """Lists the gin files of one kind with a description and their sources, e.g. `diffusion-lm list objectives`.
 
-Kinds of gin files: objectives, samplers, scoring, suites, models, sizes, optimizers, partitioning, runs, recipes, bench.
-The description is the first sentence of the comment at the top of the file. The kind `families` lists the checkpoint
+Kinds: objectives, samplers, scoring, suites, models, sizes, optimizers, partitioning, runs, recipes, bench. The
+description is the first sentence of the comment at the top of the file. The kind `families` lists the checkpoint
 families that `import` reads."""
 
 import argparse

@@ -167,9 +167,13 @@ def _looped_backward(chunk, tree, residuals, g):
 _looped.defvjp(_looped_forward, _looped_backward)
 
 
+MAX_TRIPS_SCOPE = "at_most_"
+"""Named scope of a loop whose trip count is a run-time value, followed by its maximum; `planning.hlo` reads it."""
+
+
 def _first(turns: jax.Array, most: int, body: Callable, init):
-    """A loop over the first `turns` numbers; its scope says to readers of the compiled program how many they may be."""
-    with jax.named_scope(f"at_most_{most}"):
+    """Loops over 0..turns-1. The named scope gives the maximum `most` to tools that read the compiled program."""
+    with jax.named_scope(f"{MAX_TRIPS_SCOPE}{most}"):
         return jax.lax.fori_loop(0, turns, body, init)
 
 

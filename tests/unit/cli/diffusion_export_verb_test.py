@@ -246,7 +246,7 @@ def test_random_tokens_are_no_masked_diffusion(folder, capsys):
     assert (result["layout"], result["tokenizer"]) == ("llama", [])
     capsys.readouterr()
     assert main(["export", "random", "--to", "wrong", "--layout", "llada"]) == 2
-    assert "was not trained as such" in capsys.readouterr().err
+    assert "was not trained by masked diffusion" in capsys.readouterr().err
     assert not (folder / "wrong").exists()
 
 

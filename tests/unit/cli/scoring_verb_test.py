@@ -202,7 +202,7 @@ def test_exact_scores_are_the_training_bound(folder, capsys):
 def test_rolling_scores_the_stored_targets_without_a_window(folder, capsys):
     """Targets that fit one row: the tokens as they are stored, no EOS, each scored once after the whole prompt."""
     name, result = evaluate("exact", "autoregressive", "--rolling", "--context", "3", path="rolling.json")
-    assert "3 or more are context" in capsys.readouterr().out
+    assert "at least 3 are context" in capsys.readouterr().out
     assert name == "rolling/toy/validation"
     assert result["conditions"]["window"] == 21
     opened = opened_run("exact")
@@ -233,7 +233,7 @@ def test_an_autoregressive_run_judges_what_a_masked_run_writes(folder, capsys):
     assert "no evaluation of the run decodes" in fails(capsys, "evaluate", "--workdir", "masked", "--judge", "exact")
     both = ["--judge", "exact", "--estimator", "gin/scoring/autoregressive.gin"]
     assert "--judge cannot be combined" in fails(capsys, *command[:-2], *both)
-    assert "needs an estimator" in fails(capsys, "evaluate", "--workdir", "masked", "--rolling")
+    assert "--rolling requires an estimator" in fails(capsys, "evaluate", "--workdir", "masked", "--rolling")
 
 
 def test_bounds_of_a_masked_run_agree_with_their_own_errors(folder, capsys):
@@ -350,7 +350,7 @@ def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):
     assert values["pseudo_nats_per_token"] == pytest.approx(-scores.log_likelihood[0] / scores.tokens[0], rel=1e-5)
     assert values["acc_tokens"] == (np.argmax(scores.log_likelihood / scores.tokens) == 0)
 
-    assert "one or the other" in fails(capsys, *command, "--estimator", "gin/scoring/llada_exact_count.gin")
+    assert "Pass only one of" in fails(capsys, *command, "--estimator", "gin/scoring/llada_exact_count.gin")
     (folder / "none.gin").write_text("SUITE = (1, 2)\n")
     assert "SUITE = (1, 2): must be a non-empty tuple" in fails(capsys, *command[:-1], "none.gin")
     assert "do not define the macro SUITE" in fails(capsys, *command[:-1], "gin/models/sizes/nano.gin")

@@ -231,7 +231,9 @@ def test_decode_with_a_sampler_file_and_samples(folder, capsys):
 def test_decode_errors(folder, capsys):
     assert "cannot read nowhere.txt" in fails(capsys, "decode", "--workdir", "run", "--input", "nowhere.txt")
     (folder / "broken.txt").write_text('{"prompt": "x"}\n')
-    assert "has no field 'inputs'" in fails(capsys, "decode", "--workdir", "run", "--input", "broken.txt")
+    assert "not a JSON object with a field 'inputs'" in fails(
+        capsys, "decode", "--workdir", "run", "--input", "broken.txt"
+    )
     assert "not materialised" in fails(capsys, "decode", "--workdir", "run", "--task", "toys")
 
 
@@ -368,7 +370,7 @@ def test_missing_checkpoint(folder, capsys):
         ),
         (["--gin.TrainRun.step=3"], "TrainRun has no parameter 'step'; did you mean steps"),
         (["--gin.STEPPS=3"], "no binding uses the macro STEPPS; did you mean STEPS?"),
-        (["--gin.STEPS='three'"], "TrainRun.steps = 'three': must be an int"),
+        (["--gin.STEPS='three'"], "TrainRun.steps = 'three' (from STEPS, --gin.STEPS): must be an int"),
         (
             ["--gin.TrainRun.model=@Autoregressive()"],
             "TrainRun.model = @Autoregressive(): must be an Architecture (--gin.TrainRun.model). Autoregressive has no",
@@ -422,7 +424,7 @@ def test_bench_of_a_pipeline_counts_what_is_in_its_batches(folder, capsys):
 
 
 def test_materialise_says_what_to_name(capsys):
-    assert "Give --task NAME, or a recipe" in fails(capsys, "materialise")
+    assert "Pass --task NAME, or a recipe" in fails(capsys, "materialise")
     assert "bind GrainSource.root" in fails(capsys, "materialise", "--gin_file", "run.gin", "--root", "x")
 
 
