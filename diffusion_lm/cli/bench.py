@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _train(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
     from diffusion_lm.bench.against import measure_alone, train_against_torch
-    from diffusion_lm.bench.train import TrainSide, resized
+    from diffusion_lm.bench.train import TrainBenchmark, resized
     from diffusion_lm.parallel import multihost
     from diffusion_lm.training.run import TrainRun
 
@@ -85,7 +85,7 @@ def _train(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
         multihost.initialize()
     configured = resized(load_config(arguments).build(TrainRun), arguments.batch_size)
     output.progress(f"train    {configured.batch_size} rows x {configured.data.row_length}, {rounds} rounds")
-    side = TrainSide(configured, 5 if arguments.steps is None else arguments.steps)
+    side = TrainBenchmark(configured, 5 if arguments.steps is None else arguments.steps)
     if arguments.against:
         return bench_tables.train(train_against_torch(side, rounds, arguments.torch_python))
     found = measure_alone(side, rounds)
@@ -94,13 +94,13 @@ def _train(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
 
 def _decode(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
     from diffusion_lm.bench.against import decode_against_torch, measure_alone
-    from diffusion_lm.bench.decode import DecodeSide
+    from diffusion_lm.bench.decode import DecodeBenchmark
 
     study = _study(arguments)
     results = []
     for length in study.lengths:
         output.progress(f"decode   {length} tokens, {study.batch_size} prompts")
-        side = DecodeSide(study, length)
+        side = DecodeBenchmark(study, length)
         found = (
             decode_against_torch(side, rounds, arguments.torch_python)
             if arguments.against
@@ -112,14 +112,14 @@ def _decode(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
 
 def _data(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
     from diffusion_lm.bench.against import measure_alone
-    from diffusion_lm.bench.pipeline import PipelineSide
+    from diffusion_lm.bench.pipeline import PipelineBenchmark
     from diffusion_lm.bench.train import resized
     from diffusion_lm.cli.materialise import ensure
     from diffusion_lm.training.run import TrainRun
 
     configured = resized(load_config(arguments).build(TrainRun), arguments.batch_size)
     ensure(configured.data, arguments)
-    side = PipelineSide(configured, 20 if arguments.steps is None else arguments.steps)
+    side = PipelineBenchmark(configured, 20 if arguments.steps is None else arguments.steps)
     return bench_tables.data(measure_alone(side, rounds))
 
 

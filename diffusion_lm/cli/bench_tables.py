@@ -24,7 +24,7 @@ def train(found: Found) -> dict[str, Any]:
             rows[-1]["mfu"] = achieved / facts["peak_flops"]
     output.heading(f"training step of {facts['objective']}: {facts['batch_size']} rows x {facts['row_length']}")
     output.table(
-        ["side", "ms/step", "quartiles", "tokens/s", "MFU", "memory", "first call"],
+        ["framework", "ms/step", "quartiles", "tokens/s", "MFU", "memory", "first call"],
         [
             [
                 row["label"],

@@ -98,8 +98,11 @@ def test_decode_takes_samplers_and_a_network_of_their_own(capsys, tmp_path):
             ["train", "--against", "torch", "--torch_python", "/no/such/python", *TINY_ROWS],
             "cannot run /no/such/python",
         ),
-        (["train", "--against", "torch", "--gin.TransformerSpec.dtype=bfloat16"], "in bfloat16"),
-        (["train", "--against", "torch", "--gin.TransformerSpec.norm=rmsnorm"], "no family of transformers has"),
+        (["train", "--against", "torch", "--gin.TransformerSpec.dtype=bfloat16"], "dtype='bfloat16', param_dtype="),
+        (
+            ["train", "--against", "torch", "--gin.TransformerSpec.norm=rmsnorm"],
+            "transformers has no model of",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):
