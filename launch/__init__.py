@@ -1,1 +1,1 @@
-"""Starts `diffusion-lm` on machines: `python -m launch.tpu_vm`, `launch.gke`, `launch.slurm`, and on this one."""
+"""Launchers that start `diffusion-lm` on Cloud TPUs, GKE, Slurm clusters, or as several processes on this machine."""

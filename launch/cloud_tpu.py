@@ -1,7 +1,7 @@
-"""One TPU of Google Cloud, or several slices of one request, by the commands of `gcloud compute tpus`.
+"""Manages one Cloud TPU, or several slices of one request, with `gcloud compute tpus`.
 
-`tpu-vm create` asks for a machine now and fails if there is none. `queued-resources create` asks for one when there
-is one, and is the only way to several slices. Flags: https://cloud.google.com/sdk/gcloud/reference/compute/tpus
+`tpu-vm create` requests a TPU immediately and fails without capacity. `queued-resources create` waits for capacity and
+is the only way to get several slices. Flags: https://cloud.google.com/sdk/gcloud/reference/compute/tpus
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ RUNTIMES = {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-"""Image of each generation for JAX (https://cloud.google.com/tpu/docs/runtimes); TPU7x is rented through GKE only."""
+"""TPU software version for JAX of each generation (https://cloud.google.com/tpu/docs/runtimes); TPU7x needs GKE."""
 
-# A host that is gone answers nothing: without these, ssh would wait for it for hours.
+# Without these timeouts, ssh would wait for hours for a host that no longer exists.
 _SSH = ("--ssh-flag=-oConnectTimeout=30", "--ssh-flag=-oServerAliveInterval=30", "--ssh-flag=-oServerAliveCountMax=4")
 _SCP = tuple(flag.replace("--ssh-flag", "--scp-flag") for flag in _SSH)
 
 
 class Phase(enum.Enum):
-    """What a state of Cloud's means for a job."""
+    """The phases of a TPU that a job distinguishes; several states of Cloud map to one phase."""
 
     ABSENT = "absent"
     COMING = "coming"
@@ -38,7 +38,7 @@ class Phase(enum.Enum):
     LEAVING = "leaving"
 
 
-# Unknown states count as COMING, so that a new name in the service is waited for and not deleted.
+# Unknown states count as COMING. If the service adds a state, the job waits instead of deleting the TPU.
 _PHASES = {
     "READY": Phase.READY,
     "ACTIVE": Phase.READY,
@@ -55,7 +55,7 @@ _PHASES = {
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What Cloud says of a TPU: the phase, its own name for it, and why it failed."""
+    """State of a TPU: its phase, Cloud's name of the state, and the reason of a failure."""
 
     phase: Phase
     name: str
@@ -67,14 +67,14 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class CloudTpu:
-    """A TPU by name.
+    """A Cloud TPU, identified by its name.
 
     Attributes:
       shell: runs gcloud.
-      name: of the node, or of the queued resource and the beginning of its nodes' names.
-      zone: where.
-      project: None = that of gcloud's configuration.
-      queued: ask through the queue.
+      name: name of the node, or of the queued resource and the prefix of its node names.
+      zone: Cloud zone.
+      project: Cloud project; None = that of the gcloud configuration.
+      queued: whether to use queued resources.
     """
 
     shell: Shell
@@ -91,10 +91,10 @@ class CloudTpu:
         runtime: str | None = None,
         extra: Sequence[str] = (),
     ) -> None:
-        """Asks for the TPU; one that is there already is left as it is.
+        """Requests the TPU; does nothing if it exists already.
 
         Raises:
-          ConfigError: Cloud's TPU API has no such slices, or refuses.
+          ConfigError: Cloud's TPU API does not offer these slices, or refuses the request.
         """
         self.require_offered(accelerator)
         kind = accelerator.generation.name
@@ -115,14 +115,16 @@ class CloudTpu:
                 raise
 
     def require_offered(self, accelerator: Accelerator) -> None:
-        """Raises `ConfigError` where Cloud's TPU API hands out no such slices."""
+        """Raises `ConfigError` if Cloud's TPU API does not offer these slices."""
         kind = accelerator.generation.name
         if accelerator.slices > 1 and not self.queued:
             raise ConfigError(
-                "several slices are only handed out through the queue", where="--slices", fix="Add --queued."
+                f"slices={accelerator.slices}: several slices need a queued request",
+                where="--slices",
+                fix="Add --queued.",
             )
         if kind not in RUNTIMES:
-            raise ConfigError(f"{kind} is rented through GKE only", where="--accelerator", fix="Use launch.gke.")
+            raise ConfigError(f"{kind} is only available through GKE", where="--accelerator", fix="Use launch.gke.")
 
     def describe(self, node: str | None = None) -> State:
         """Returns the state of the TPU, or of one of its nodes."""
@@ -138,7 +140,7 @@ class CloudTpu:
         return _state(json.loads(answer))
 
     def lost_node(self, slices: int) -> State | None:
-        """Returns the state of the first node of several slices that is lost; a queue can stay ACTIVE without it."""
+        """Returns the state of the first lost node, or None. A queued resource can stay ACTIVE when a node is lost."""
         if not self.queued or self.shell.dry_run:
             return None
         names = [f"{self.name}-{index}" for index in range(slices)] if slices > 1 else [self.name]
@@ -146,7 +148,7 @@ class CloudTpu:
         return next((state for state in states if state.phase not in (Phase.READY, Phase.COMING)), None)
 
     def delete(self) -> None:
-        """Deletes the TPU and its request, however it was asked for; what is not there is not missed."""
+        """Deletes the TPU and its queued resource; does nothing if they do not exist."""
         forced = self._gcloud("delete", self.name, "--force", group="queued-resources")
         for argv in [forced] if self.queued else [forced, self._gcloud("delete", self.name, group="tpu-vm")]:
             try:
@@ -156,15 +158,15 @@ class CloudTpu:
                     raise
 
     def ssh(self, command: str, *, worker: str = "all", expect: str = "") -> str:
-        """Runs a shell command on all workers, or on the first of the first slice, and returns what they print."""
+        """Runs a shell command on all workers, or on worker 0 of slice 0, and returns their output."""
         return self.shell.run(self._ssh(command, worker), expect=expect)
 
     def follow(self, command: str) -> int:
-        """Runs a shell command on the first worker with its output on this terminal; returns its exit code."""
+        """Runs a shell command on worker 0 with its output on this terminal; returns its exit code."""
         return self.shell.follow(self._ssh(command, "0"))
 
     def copy(self, paths: Sequence[str], folder: str) -> None:
-        """Copies files into a folder below the home of all workers."""
+        """Copies files into a directory in the home of all workers."""
         where = self._where("all")
         self.shell.run(self._gcloud("scp", *paths, f"{self.name}:{folder}/", *where, *_SCP))
 
@@ -181,13 +183,13 @@ class CloudTpu:
 
     def _fix_request(self) -> str:
         return (
-            f"See what the zone has: gcloud compute tpus accelerator-types list --zone={self.zone}; what you may have: "
-            "IAM & Admin > Quotas in the console (tpu.googleapis.com); with --queued you wait for what is in use."
+            f"List the types of the zone with gcloud compute tpus accelerator-types list --zone={self.zone}; see your "
+            "quota in the console under IAM & Admin > Quotas (tpu.googleapis.com); add --queued to wait for capacity."
         )
 
 
 def _slice_flags(accelerator: Accelerator) -> list[str]:
-    """The type by its size, or by its shape where that is not the one that the size alone gives."""
+    """Returns the flags for the TPU type: by size if the size implies this shape, else by generation and shape."""
     name = accelerator.cloud_name
     try:
         usual = parse(name).shape == accelerator.shape
@@ -201,7 +203,7 @@ def _slice_flags(accelerator: Accelerator) -> list[str]:
 def _state(answer: dict[str, Any]) -> State:
     found = answer.get("state", "UNKNOWN")
     reason = ""
-    if isinstance(found, dict):  # of a queued resource: its name and what belongs to it
+    if isinstance(found, dict):  # the state of a queued resource is an object
         reason = found.get("failedData", {}).get("error", {}).get("message", "")
         found = found.get("state", "UNKNOWN")
     return State(_PHASES.get(found, Phase.COMING), found, reason)

@@ -1,7 +1,6 @@
-"""Other programs (`gcloud`, `kubectl`, `sbatch`): shown before they run, run again where that can help, and explained
-in one sentence where it cannot.
+"""Runs external programs (`gcloud`, `kubectl`, `sbatch`): dry runs, retries of transient failures, and clear errors.
 
-What a failure means is read from what the program prints, because gcloud and kubectl exit with 1 for all of them.
+The cause of a failure is found in the error output, because gcloud and kubectl exit with code 1 for all failures.
 """
 
 import dataclasses
@@ -20,18 +19,18 @@ from diffusion_lm.core.errors import ConfigError
 
 
 class Meaning(enum.Enum):
-    """What a failed command says about trying again."""
+    """Causes of a failed command, which decide whether to retry."""
 
-    MISSING = "there is no such thing"
-    EXISTS = "it is there already"
-    CAPACITY = "the zone has none to give at the moment"
-    REFUSED = "not allowed, over quota, or asked wrongly; asking again changes nothing"
-    PASSING = "a fault of the network or the service"
-    UNKNOWN = "none of these"
+    MISSING = "the resource does not exist"
+    EXISTS = "the resource exists already"
+    CAPACITY = "the zone has no capacity at the moment"
+    REFUSED = "no permission, over quota, or an invalid request; a retry does not help"
+    PASSING = "a transient failure of the network or the service"
+    UNKNOWN = "unknown cause"
 
 
 _RETRIED = (Meaning.PASSING,)
-# The first that is found counts: services answer a lack of chips and a lack of quota with the same RESOURCE_EXHAUSTED.
+# The first match counts. Order matters: services report both lack of capacity and lack of quota as RESOURCE_EXHAUSTED.
 _PATTERNS = (
     (Meaning.CAPACITY, r"no more capacity|insufficient (reserved )?capacity|ZONE_RESOURCE_POOL_EXHAUSTED|stockout"),
     (Meaning.PASSING, r"per minute|rateLimitExceeded"),
@@ -62,13 +61,13 @@ _PATTERNS = (
 
 
 def meaning(text: str) -> Meaning:
-    """Returns what the error output of gcloud, kubectl or ssh means."""
+    """Returns the cause of a failure from the error output of gcloud, kubectl or ssh."""
     return next((found for found, pattern in _PATTERNS if re.search(pattern, text)), Meaning.UNKNOWN)
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a finished command said: its exit code, and the text of stdout and of stderr."""
+    """Exit code, stdout and stderr of a finished command."""
 
     code: int
     stdout: str
@@ -76,10 +75,10 @@ class Output:
 
 
 class CommandError(ConfigError):
-    """A command failed for good.
+    """A command failed, and retries did not help.
 
     Attributes:
-      meaning: why.
+      meaning: the cause.
     """
 
     def __init__(self, argv: Sequence[str], output: Output, fix: str = ""):
@@ -91,21 +90,21 @@ class CommandError(ConfigError):
 
 _FIXES = {
     Meaning.MISSING: "Check the name, --zone and --project.",
-    Meaning.EXISTS: "Choose another name, or delete it first.",
-    Meaning.CAPACITY: "Wait, try another zone, or let it queue (--queued).",
-    Meaning.REFUSED: "Trying again will not help: change the request, or have the quota or the permission granted.",
-    Meaning.PASSING: "It failed several times; look at the status of the service and run the command again.",
-    Meaning.UNKNOWN: "Run it by hand to see all that it prints.",
+    Meaning.EXISTS: "Use another name, or delete the existing one first.",
+    Meaning.CAPACITY: "Wait, try another zone, or queue the request (--queued).",
+    Meaning.REFUSED: "A retry will not help: change the request, or get the quota or permission.",
+    Meaning.PASSING: "All retries failed; check the status of the service and run the command again later.",
+    Meaning.UNKNOWN: "Run it by hand to see its full output.",
 }
 
 
 class Shell:
-    """Runs commands, or with `dry_run` only prints them, quoted so that they can be pasted.
+    """Runs commands or, with `dry_run`, prints them with shell quoting.
 
     Args:
-      dry_run: print what would run and execute nothing.
-      attempts: how often a command that fails for a passing reason is started, the first time included.
-      sleep: waits between attempts; tests replace it.
+      dry_run: print commands instead of running them.
+      attempts: maximum number of attempts for transient failures, including the first.
+      sleep: waits between attempts; replaceable for tests.
     """
 
     def __init__(self, *, dry_run: bool = False, attempts: int = 5, sleep: Callable[[float], None] | None = None):
@@ -113,21 +112,21 @@ class Shell:
         self.sleep = sleep or (lambda seconds: None if dry_run else time.sleep(seconds))
 
     def say(self, text: str) -> None:
-        """Prints a line about what happens, on stderr; a dry run prints commands only."""
+        """Prints a progress line to stderr; does nothing in a dry run, which prints commands only."""
         if not self.dry_run:
             print(text, file=sys.stderr, flush=True)
 
     def run(self, argv: Sequence[str], *, stdin: str | None = None, expect: str = "", fix: str = "") -> str:
-        """Runs a command to its end and returns its stdout; what it writes to stderr is passed on while it runs.
+        """Runs a command to its end and returns its stdout; its stderr is forwarded while it runs.
 
         Args:
           argv: the program and its arguments.
           stdin: text for its standard input.
-          expect: what a dry run takes for the answer.
-          fix: what to do if the service refuses, where more can be said than for any command.
+          expect: output that a dry run returns.
+          fix: advice for the case that the service refuses the request; empty = a general one.
 
         Raises:
-          CommandError: it failed, and again if the reason could pass.
+          CommandError: the command failed; transient failures are retried first.
           ConfigError: the program is not installed.
         """
         if self.dry_run:
@@ -141,13 +140,13 @@ class Shell:
             error = CommandError(argv, output, fix)
             if error.meaning not in _RETRIED or attempt == self._attempts:
                 raise error
-            self.say(f"{argv[0]}: {last_error(output.stderr)}; again in {delay:.0f} s ({attempt}/{self._attempts - 1})")
+            self.say(f"{argv[0]}: {last_error(output.stderr)}; retry {attempt}/{self._attempts - 1} in {delay:.0f} s")
             self.sleep(delay)
             delay = min(2 * delay, 60.0)
         raise AssertionError("unreachable")
 
     def follow(self, argv: Sequence[str]) -> int:
-        """Runs a command whose output goes straight to the terminal, once; returns its exit code."""
+        """Runs a command once, with its output on this terminal; returns its exit code."""
         if self.dry_run:
             self.show(argv)
             return 0
@@ -155,13 +154,13 @@ class Shell:
         return subprocess.call(argv, stdin=subprocess.DEVNULL)
 
     def show(self, argv: Sequence[str], stdin: str | None = None) -> None:
-        """Prints a command as a shell would read it; its standard input follows as a here-document."""
+        """Prints a command with shell quoting; its standard input follows as a here-document."""
         print(shlex.join(argv) + ("" if stdin is None else f" <<'END'\n{stdin.rstrip()}\nEND"), flush=True)
 
 
 def last_error(stderr: str) -> str:
-    """Returns the sentence in which a program said why it failed, on one line."""
-    # gcloud prints some errors as JSON over several lines behind `ERROR:`.
+    """Returns the error message of a program on one line."""
+    # gcloud prints some errors as JSON over several lines after `ERROR:`.
     found = list(re.finditer(r"ERROR: (\(\S+\) )?|error: |Error from server ", stderr))
     text = stderr[found[-1].end() :] if found else "\n".join(stderr.strip().splitlines()[-1:])
     return " ".join(text.split())[:400]
@@ -170,7 +169,7 @@ def last_error(stderr: str) -> str:
 def _installed(program: str) -> None:
     if shutil.which(program) is None:
         raise ConfigError(
-            f"the program {program} is not on the path", fix="Install it, or see what it would do with --dry_run."
+            f"program {program} is not on the PATH", fix="Install it, or use --dry_run to print the commands."
         )
 
 

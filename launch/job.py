@@ -1,4 +1,4 @@
-"""What all launchers have in common: their command line, and what they ask of a command before they spend machines."""
+"""Code that all launchers share: their command line, and checks of the command before machines are requested."""
 
 import argparse
 import re
@@ -17,13 +17,13 @@ _WRITES = ("train", "compare")
 
 
 def parser_of(launcher: str, doc: str | None, verbs: Mapping[str, tuple[str, Any]], of: str) -> argparse.ArgumentParser:
-    """Returns the parser of a launcher with its verbs and the flags that all have.
+    """Returns the parser of a launcher with its verbs and the flags that all launchers have.
 
     Args:
-      launcher: its module in `launch`.
-      doc: what it does.
-      verbs: of each what it does, and the function that does it.
-      of: what `--name` names.
+      launcher: name of its module in `launch`.
+      doc: description for `--help`.
+      verbs: description and function of each verb.
+      of: help text of `--name`.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m launch.{launcher}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -32,16 +32,16 @@ def parser_of(launcher: str, doc: str | None, verbs: Mapping[str, tuple[str, Any
         "verb", choices=sorted(verbs), help="; ".join(f"{name}: {what}" for name, (what, _) in verbs.items())
     )
     parser.add_argument("--name", required=True, help=of)
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands without running them")
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable; may be repeated"
     )
     parser.add_argument(
         "--shared_folder",
         action="store_true",
-        help="the run folder is local but the same on all machines and outlives them (Filestore, gcsfuse, Lustre)",
+        help="the run directory is on a file system shared by all machines (Filestore, gcsfuse, Lustre)",
     )
-    parser.epilog = "Behind -- comes a verb of diffusion-lm with its flags."
+    parser.epilog = "Write the verb of diffusion-lm and its flags after --."
     return parser
 
 
@@ -52,7 +52,7 @@ def run(
     *,
     interrupted: str = "",
 ) -> int:
-    """Returns the exit code of `verb`: 2 for wrong input, 130 for Ctrl-C, which prints `interrupted`."""
+    """Runs `verb` and returns its exit code: 2 for invalid input, 130 for Ctrl-C, which also prints `interrupted`."""
     arguments = parse(parser, argv)
     try:
         checked_name(arguments.name)
@@ -67,7 +67,7 @@ def run(
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the flags before `--` parsed, and what stands behind it as `command`."""
+    """Parses the flags before `--`; the words after it are stored as `command`."""
     given = list(sys.argv[1:] if argv is None else argv)
     at = given.index("--") if "--" in given else len(given)
     parsed = parser.parse_args(given[:at])
@@ -76,33 +76,31 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def command_of(arguments: argparse.Namespace, *, why_shared: str = "") -> list[str]:
-    """Returns the verb and its flags, once they are known to be readable.
+    """Returns the verb and its flags after checking them.
 
     Args:
       arguments: parsed flags.
-      why_shared: why the run folder must be one that all machines see and that outlives them; empty = it need not.
+      why_shared: why the run directory must be on shared, persistent storage; empty = it may be local.
 
     Raises:
-      ConfigError: there is no such verb or flag, or the run folder would be lost.
+      ConfigError: the verb or a flag does not exist, or the run directory would be lost.
     """
     command = list(arguments.command)
     if not command or command[0] not in VERBS:
         given = command[0] if command else ""
         raise ConfigError(
-            f"{given!r} is no verb of diffusion-lm{near_names(given, VERBS)}"
-            if given
-            else "there is no command to run",
+            f"unknown verb {given!r}{near_names(given, VERBS)}" if given else "no command given",
             where="-- VERB ...",
-            fix=f"End with -- and one of {', '.join(VERBS)} and its flags.",
+            fix=f"End with --, one of {', '.join(VERBS)}, and its flags.",
         )
     rest, _ = split_gin_flags(command)
-    parsed = build_parser().parse_args(rest)  # a misspelt flag is found here and not on rented machines
+    parsed = build_parser().parse_args(rest)  # find misspelt flags before machines are requested
     workdir = getattr(parsed, "workdir", None)
     if why_shared and workdir and command[0] in _WRITES and not arguments.shared_folder and not is_bucket(workdir):
         raise ConfigError(
-            f"the run folder {workdir} is local to each machine, but {why_shared}",
+            f"the run directory {workdir} is local to each machine, but {why_shared}",
             where="--workdir",
-            fix="Name a bucket (gs://BUCKET/...), or add --shared_folder if it is mounted on all of them.",
+            fix="Use a bucket (gs://BUCKET/...), or add --shared_folder if all machines mount this directory.",
         )
     return command
 
@@ -111,30 +109,30 @@ def environment_of(arguments: argparse.Namespace) -> dict[str, str]:
     """Returns the variables of `--env`.
 
     Raises:
-      ConfigError: one is no NAME=VALUE.
+      ConfigError: an argument is not NAME=VALUE.
     """
     pairs = [text.partition("=") for text in arguments.env]
     for name, equals, _ in pairs:
         if not equals or not _VARIABLE.fullmatch(name):
-            raise ConfigError(f"{name + equals!r} sets no variable", where="--env", fix="Write NAME=VALUE.")
+            raise ConfigError(f"{name + equals!r} is not NAME=VALUE", where="--env", fix="Write NAME=VALUE.")
     return {name: value for name, _, value in pairs}
 
 
 def checked_name(name: str) -> str:
-    """Returns a name that Cloud and Kubernetes accept.
+    """Returns `name` if Cloud and Kubernetes accept it.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: the name is not valid.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} is no name for a machine or a job",
+            f"{name!r} is not a valid name of a machine or job",
             where="--name",
-            fix="Use at most 63 lower-case letters, digits and hyphens, a letter first and no hyphen last.",
+            fix="Use at most 63 lower-case letters, digits and hyphens, a letter first and no hyphen at the end.",
         )
     return name
 
 
 def is_bucket(path: str) -> bool:
-    """True for a folder that is no machine's own: `gs://...`."""
+    """Returns whether a path is in a bucket: `gs://...`."""
     return path.startswith("gs://")

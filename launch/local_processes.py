@@ -1,10 +1,10 @@
-"""Runs one `diffusion-lm` command as N processes on this machine, as N hosts of a pod would.
+"""Runs one `diffusion-lm` command as N processes on this machine, which simulates N hosts.
 
   python -m launch.local_processes --processes 2 train --gin_file gin/runs/train.gin --workdir runs/two
 
-Each process sees `--devices` CPU devices and reads its part of the data. Lines are printed with the number of their
-process. When one process fails the others, which would wait for it forever, are stopped; the exit code is the first
-failure's.
+Each process has `--devices` CPU devices and reads its part of the data. Output lines are prefixed with the number of
+their process. If one process fails, the others would wait for it forever, so they are stopped. The exit code is that of
+the first process that failed.
 """
 
 import argparse
@@ -20,24 +20,24 @@ from collections.abc import Sequence
 from typing import IO
 
 GRACE_SECONDS = 20.0
-"""How long the others may go on after one process ended with an error, and after SIGTERM."""
+"""Time for the other processes to exit after one has failed, and for all after SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="number of processes (default 2)")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="CPU devices of each process (default 1)")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="number of processes (default: 2)")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="CPU devices per process (default: 1)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="a verb of diffusion-lm and its flags")
     given = parser.parse_args(argv)
     if not given.command or given.processes < 1 or given.devices < 1:
-        parser.error("give a verb of diffusion-lm, at least one process and at least one device")
+        parser.error("pass a verb of diffusion-lm; --processes and --devices must be >= 1")
     command = [sys.executable, "-m", "diffusion_lm.cli.main", *given.command]
     return run(command, processes=given.processes, devices=given.devices)
 
 
 def run(command: Sequence[str], *, processes: int, devices: int = 1) -> int:
-    """Runs `command` as processes that find each other; returns 0, or the exit code of the first that failed."""
+    """Runs `command` as connected JAX processes; returns 0 or the exit code of the first process that failed."""
     address = f"localhost:{_free_port()}"
     workers = [
         subprocess.Popen(
@@ -68,7 +68,7 @@ def run(command: Sequence[str], *, processes: int, devices: int = 1) -> int:
 
 
 def environment(address: str, processes: int, number: int, devices: int) -> dict[str, str]:
-    """Returns the environment of one process: how `parallel.multihost` finds the others, and its CPU devices."""
+    """Returns the environment of one process: the variables that `parallel.multihost` reads, and its CPU devices."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
     return os.environ | {
         "JAX_COORDINATOR_ADDRESS": address,
@@ -76,8 +76,8 @@ def environment(address: str, processes: int, number: int, devices: int) -> dict
         "JAX_PROCESS_ID": str(number),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
-        # A device that waits for the others holds a thread. With one for each core, those that wait in two collectives
-        # can wait for each other.
+        # A device that waits in a collective occupies a thread. With only one thread per core, devices that wait in two
+        # different collectives can deadlock.
         "PJRT_NPROC": str(max(4 * devices, os.cpu_count() or 1)),
     }
 
@@ -91,14 +91,14 @@ def _free_port() -> int:
 def _forward(stream: IO[bytes] | None, number: int) -> None:
     assert stream is not None
     for line in stream:
-        # Read on without a reader of our own output: a worker whose pipe is full would wait for ever.
+        # Keep reading even if our own stdout is closed: a worker whose pipe is full would block forever.
         with contextlib.suppress(OSError):
             sys.stdout.write(f"[{number}] {line.decode(errors='replace')}")
             sys.stdout.flush()
 
 
 def _wait(workers: Sequence[subprocess.Popen]) -> int:
-    """Waits until all have ended, or one has failed and the others had time to notice."""
+    """Waits until all processes have ended, or until one has failed and the grace period of the others is over."""
     failed, since = 0, 0.0
     while any(worker.poll() is None for worker in workers):
         for worker in workers:

@@ -1,11 +1,11 @@
-"""Runs a `diffusion-lm` command on GPUs of a Slurm cluster: writes the batch script and hands it to `sbatch`.
+"""Runs a `diffusion-lm` command on GPUs of a Slurm cluster: writes a batch script and submits it with `sbatch`.
 
   python -m launch.slurm submit --name ar2diff --nodes 2 --gpus 8 --time 24:00:00 --setup 'source .venv/bin/activate' \\
     -- compare --gin_file gin/recipes/ar2diff_base.gin --workdir /scratch/$USER/ar2diff_base
 
-One task runs on each GPU, which is how JAX finds the others on Slurm. Some minutes before the time is up, and at a
-preemption, Slurm sends SIGTERM to all tasks; the run saves itself, and the job is queued again and goes on from its
-run folder. `script` prints the batch script.
+One task runs per GPU, which JAX's cluster detection for Slurm requires. Some minutes before the time limit, and on
+preemption, Slurm sends SIGTERM to all tasks. The run then saves a checkpoint, the job is requeued, and it resumes from
+its run directory. `script` prints the batch script.
 """
 
 import argparse
@@ -19,10 +19,11 @@ from launch import job
 from launch.commands import Shell
 
 SAVED = 75
-"""The exit code of `diffusion-lm` that says: saved, start me again."""
+"""Exit code of `diffusion-lm` after SIGTERM with a checkpoint saved; the same command resumes."""
 
-# Slurm signals the tasks, and sometimes this shell too, which must outlive them: a signal ends `wait`, not the step.
-# No task may end the others (--kill-on-bad-exit): one that has saved itself exits with 75 while the rest still save.
+# Slurm signals the tasks and sometimes this shell too, which must outlive them. A signal interrupts `wait` but not the
+# job step, so `wait` is repeated. --kill-on-bad-exit=0: the first task that has saved exits with 75 while others are
+# still saving, and must not terminate them.
 _BODY = """\
 set -u
 cd "$SLURM_SUBMIT_DIR" || exit 1
@@ -51,26 +52,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = job.parser_of("slurm", __doc__, _VERBS, of="of the job; also of its log, NAME-JOBID.log")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
+    parser = job.parser_of("slurm", __doc__, _VERBS, of="name of the job; its log is NAME-JOBID.log")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of machines (default: 1)")
     parser.add_argument(
-        "--gpus", type=int, default=8, metavar="N", help="GPUs of each machine, a task for each (default 8)"
+        "--gpus", type=int, default=8, metavar="N", help="GPUs per machine, with one task each (default: 8)"
     )
-    parser.add_argument("--time", default="24:00:00", metavar="LIMIT", help="as Slurm writes it (default 24:00:00)")
     parser.add_argument(
-        "--grace", type=int, default=300, metavar="SECONDS", help="for saving before the end (default 300)"
+        "--time", default="24:00:00", metavar="LIMIT", help="time limit in Slurm's format (default: 24:00:00)"
     )
-    parser.add_argument("--cpus", type=int, metavar="N", help="CPU cores of each task")
-    parser.add_argument("--max_restarts", type=int, default=100, metavar="N", help="of the job (default 100)")
     parser.add_argument(
-        "--setup", default="", metavar="SHELL", help="shell command before, e.g. to activate an environment"
+        "--grace",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="time between SIGTERM and the time limit, to save a checkpoint (default: 300)",
+    )
+    parser.add_argument("--cpus", type=int, metavar="N", help="CPU cores per task")
+    parser.add_argument(
+        "--max_restarts", type=int, default=100, metavar="N", help="maximum restarts of the job (default: 100)"
+    )
+    parser.add_argument(
+        "--setup", default="", metavar="SHELL", help="shell command to run first, e.g. to activate an environment"
     )
     parser.add_argument(
         "--sbatch_flag",
         action="append",
         default=[],
         metavar="FLAG",
-        help="a line more for sbatch, e.g. --sbatch_flag=--partition=gpu; may be repeated",
+        help="extra sbatch option, e.g. --sbatch_flag=--partition=gpu; may be repeated",
     )
     return parser
 
@@ -92,36 +101,41 @@ def script(
     """Returns the batch script of a `diffusion-lm` command.
 
     Args:
-      name: of the job.
+      name: name of the job.
       command: verb and flags.
-      nodes: machines.
-      gpus: tasks of each machine, one GPU each.
-      time: limit, in Slurm's notation.
-      grace: seconds between SIGTERM and the limit; the run saves itself in them.
-      cpus: cores of each task; None = Slurm's default.
-      setup: shell command that runs before, on the first machine; its exported variables reach the tasks.
-      environment: variables of the command.
+      nodes: number of machines.
+      gpus: tasks per machine, with one GPU each.
+      time: time limit in Slurm's format.
+      grace: seconds between SIGTERM and the time limit, for saving a checkpoint.
+      cpus: CPU cores per task; None = Slurm's default.
+      setup: shell command that runs first, on the first machine; the tasks inherit its exported variables.
+      environment: environment variables of the command.
       flags: more options of sbatch.
-      max_restarts: how often the job may be queued again.
+      max_restarts: maximum number of times the job is requeued.
 
     Raises:
-      ConfigError: a number or a time makes no job.
+      ConfigError: a number is too small, or the time limit is malformed.
     """
-    require(nodes >= 1 and gpus >= 1, "a job needs a machine and a GPU", where="--nodes, --gpus", fix="Give 1 or more.")
+    require(
+        nodes >= 1 and gpus >= 1,
+        f"nodes={nodes}, gpus={gpus}: both must be >= 1",
+        where="--nodes, --gpus",
+        fix="Pass larger numbers.",
+    )
     require(
         re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time) is not None,
-        f"{time!r} is no time limit of Slurm's",
+        f"{time!r} is not a time limit in Slurm's format",
         where="--time",
         fix="Write HOURS:MINUTES:SECONDS or DAYS-HOURS.",
     )
-    # JAX gives task i of a machine the i-th GPU that it sees. `--gpus-per-task` would hide all but one from each task.
+    # JAX assigns the i-th visible GPU to task i of a machine. `--gpus-per-task` would hide all but one GPU from each.
     options = {
         "job-name": name,
         "nodes": nodes,
         "ntasks-per-node": gpus,
         "gres": f"gpu:{gpus}",
         "time": time,
-        # Without `B:` the signal goes to the tasks; at a preemption it comes with Slurm's own grace time instead.
+        # Without `B:` the signal goes to the tasks. On preemption, Slurm's own grace time applies instead.
         "signal": f"TERM@{grace}",
         "output": f"{name}-%j.log",
         "open-mode": "append",
@@ -145,7 +159,7 @@ def script(
 def _script(arguments: argparse.Namespace) -> str:
     return script(
         arguments.name,
-        # Homes and scratch of Slurm clusters are the same on all machines, so any folder will do.
+        # Slurm clusters share home and scratch directories between machines, so any run directory works.
         job.command_of(arguments),
         nodes=arguments.nodes,
         gpus=arguments.gpus,
@@ -171,8 +185,8 @@ def _submit(shell: Shell, arguments: argparse.Namespace) -> int:
 
 _Verb = Callable[[Shell, argparse.Namespace], int]
 _VERBS: dict[str, tuple[str, _Verb]] = {
-    "submit": ("hand the script to sbatch", _submit),
-    "script": ("print it", _print),
+    "submit": ("submit the batch script with sbatch", _submit),
+    "script": ("print the batch script", _print),
 }
 
 if __name__ == "__main__":

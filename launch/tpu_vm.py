@@ -1,13 +1,13 @@
-"""Runs a `diffusion-lm` command on a Cloud TPU: one verb for the whole job, or one for each step of it.
+"""Runs a `diffusion-lm` command on a Cloud TPU. `job` does everything; the other verbs are its single steps.
 
   make wheel
   python -m launch.tpu_vm job --name ar2diff --zone us-west4-a --accelerator v5e-16 --spot --queued \\
     -- compare --gin_file gin/recipes/ar2diff_base.gin --workdir gs://BUCKET/ar2diff_base
 
 `job` creates the TPU, installs the wheel on all workers, starts the command, follows its log and deletes the TPU when
-the command has ended. A TPU that is taken away is deleted, created again and given the same command, which goes on
-from its run folder; `job` itself can be stopped and started again at any time. `--dry_run` prints all commands.
-Exit code: the command's; 2 for a wrong input or a refusal of Cloud's.
+the command has ended. If the TPU is preempted, `job` deletes it, creates another one and starts the same command, which
+resumes from its run directory. `job` itself can be stopped and started again at any time. `--dry_run` prints all
+commands. The exit code is that of the command; 2 means invalid input or a request that Cloud refused.
 """
 
 import argparse
@@ -29,38 +29,49 @@ CAPACITY_SECONDS = 300.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
-    paid = "stopped watching; what was started goes on and costs money until `delete`"
-    return job.run(_parser(), argv, _run, interrupted=paid)
+    notice = "stopped watching; the TPU keeps running and costs money until you run `delete`"
+    return job.run(_parser(), argv, _run, interrupted=notice)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = job.parser_of("tpu_vm", __doc__, _VERBS, of="of the TPU")
-    parser.add_argument("--zone", help="where, e.g. us-west4-a")
-    parser.add_argument("--project", help="default: that of gcloud's configuration")
-    parser.add_argument("--accelerator", help="as for `diffusion-lm plan --topology`: v5e-16, v4-32, 2xv5e-256")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that size (needs --queued)")
-    parser.add_argument("--spot", action="store_true", help="cheaper, and may be taken away at any time")
-    parser.add_argument("--queued", action="store_true", help="wait in the queue until there is one")
-    parser.add_argument("--runtime", help="image of the machines (default: the one for JAX)")
+    parser = job.parser_of("tpu_vm", __doc__, _VERBS, of="name of the TPU")
+    parser.add_argument("--zone", help="Cloud zone, e.g. us-west4-a")
+    parser.add_argument("--project", help="Cloud project (default: that of the gcloud configuration)")
+    parser.add_argument("--accelerator", help="type and size as in `plan --topology`: v5e-16, v4-32, 2xv5e-256")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices (needs --queued)")
+    parser.add_argument("--spot", action="store_true", help="Spot capacity: cheaper, may be preempted at any time")
+    parser.add_argument("--queued", action="store_true", help="queue the request until capacity is available")
+    parser.add_argument("--runtime", help="TPU software version (default: the one for JAX)")
     parser.add_argument(
         "--gcloud_flag",
         action="append",
         default=[],
         metavar="FLAG",
-        help="passed on to `create`; may be repeated, e.g. --gcloud_flag=--reserved",
+        help="extra gcloud flag for `create`, e.g. --gcloud_flag=--reserved; may be repeated",
     )
-    parser.add_argument("--wheel", type=Path, help="default: the one in dist/ (make wheel)")
-    parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt", help="the locked versions")
-    parser.add_argument("--python", default="3.11", metavar="VERSION", help="Python on the workers (default 3.11)")
+    parser.add_argument(
+        "--wheel", type=Path, help="wheel to install (default: the one in dist/, built by `make wheel`)"
+    )
+    parser.add_argument(
+        "--constraints",
+        type=Path,
+        default=ROOT / "constraints.txt",
+        help="locked versions of dependencies (default: constraints.txt of the repository)",
+    )
+    parser.add_argument("--python", default="3.11", metavar="VERSION", help="Python of the workers (default: 3.11)")
     parser.add_argument(
         "--copy",
         action="append",
         default=[],
         metavar="FILE",
-        help="put this file, e.g. a gin file, where the command runs; may be repeated",
+        help="file to copy to the working directory of the command, e.g. a gin file; may be repeated",
     )
-    parser.add_argument("--wait", type=float, default=24.0, metavar="HOURS", help="for a TPU, each time (default 24)")
-    parser.add_argument("--max_restarts", type=int, default=100, metavar="N", help="of one job (default 100)")
+    parser.add_argument(
+        "--wait", type=float, default=24.0, metavar="HOURS", help="maximum wait for a TPU, per request (default: 24)"
+    )
+    parser.add_argument(
+        "--max_restarts", type=int, default=100, metavar="N", help="maximum restarts of one job (default: 100)"
+    )
     parser.add_argument("--keep", action="store_true", help="do not delete the TPU when the job has ended")
     return parser
 
@@ -68,9 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(shell: Shell, arguments: argparse.Namespace) -> int:
     require(
         arguments.zone,
-        "it is not said where the TPU is",
+        "no zone given",
         where="--zone",
-        fix="See `gcloud compute tpus locations list`.",
+        fix="`gcloud compute tpus locations list` lists the zones.",
     )
     tpu = CloudTpu(shell, arguments.name, arguments.zone, arguments.project, arguments.queued)
     return _VERBS[arguments.verb][1](tpu, arguments)
@@ -79,16 +90,16 @@ def _run(shell: Shell, arguments: argparse.Namespace) -> int:
 def _accelerator(arguments: argparse.Namespace) -> Accelerator:
     require(
         arguments.accelerator,
-        "it is not said which TPU to use",
+        "no accelerator given",
         where="--accelerator",
-        fix="Give a generation and a size, e.g. v5e-16; `diffusion-lm plan` says what fits on it.",
+        fix="Pass a generation and a size, e.g. v5e-16; `diffusion-lm plan` checks whether a run fits.",
     )
     return parse(arguments.accelerator, arguments.slices)
 
 
 def _command(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     accelerator = _accelerator(arguments)
-    why = "its TPU may be taken away" if arguments.spot else ""
+    why = "the TPU may be preempted" if arguments.spot else ""
     why = f"there are {accelerator.vms} machines" if accelerator.vms > 1 else why
     command = job.command_of(arguments, why_shared=why)
     several = {"DIFFUSION_LM_MULTIHOST": "1"} if accelerator.vms > 1 else {}
@@ -101,11 +112,11 @@ def _create(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
 
 
 def _files(arguments: argparse.Namespace) -> Path:
-    """Returns the wheel, once it and the other files to copy are known to be there."""
+    """Returns the path of the wheel after checking that it and all files to copy exist."""
     wheel: Path = arguments.wheel or next(iter(sorted((ROOT / "dist").glob("*.whl"))), ROOT / "dist" / "*.whl")
-    require(wheel.is_file(), f"there is no wheel {wheel}", where="--wheel", fix="Build it with `make wheel`.")
+    require(wheel.is_file(), f"wheel {wheel} not found", where="--wheel", fix="Build it with `make wheel`.")
     for name in [arguments.constraints, *arguments.copy]:
-        require(Path(name).is_file(), f"there is no file {name}", where="--constraints, --copy", fix="Check the path.")
+        require(Path(name).is_file(), f"file {name} not found", where="--constraints, --copy", fix="Check the path.")
     return wheel
 
 
@@ -149,7 +160,7 @@ def _delete(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
 
 
 def _job(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
-    """Checks all that can be checked here, then runs, then deletes the TPU, however it went."""
+    """Checks the input before any request to Cloud, runs the command, and deletes the TPU on success and on failure."""
     command, environment = _command(arguments)
     _files(arguments)
     tpu.require_offered(_accelerator(arguments))
@@ -157,7 +168,7 @@ def _job(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
         code = _run_to_its_end(tpu, arguments, command, environment)
     except ConfigError:
         if not arguments.keep:
-            with contextlib.suppress(ConfigError):  # the first error is the one to read
+            with contextlib.suppress(ConfigError):  # report the first error, not a failure to clean up
                 tpu.delete()
         raise
     if not arguments.keep:
@@ -168,7 +179,10 @@ def _job(tpu: CloudTpu, arguments: argparse.Namespace) -> int:
 def _run_to_its_end(
     tpu: CloudTpu, arguments: argparse.Namespace, command: Sequence[str], environment: Mapping[str, str]
 ) -> int:
-    """Every turn of the loop can begin with a TPU in any state."""
+    """Runs the command until it ends, restarting it after preemptions; returns the exit code.
+
+    Each iteration handles a TPU in any state (absent, ready, preempted), so an interrupted `job` can be started again.
+    """
     accelerator = _accelerator(arguments)
     verdict = watch.Verdict.AGAIN
     found: dict[str, str] = {}
@@ -193,7 +207,7 @@ def _run_to_its_end(
 
 
 def _obtain(tpu: CloudTpu, arguments: argparse.Namespace) -> None:
-    """Waits until the TPU is ready, asking for it where it is not, and for another one where it was lost."""
+    """Waits until the TPU is ready. Requests it if it does not exist, and replaces it if it was preempted or failed."""
     if tpu.shell.dry_run:
         _create(tpu, arguments)
     waited = 0.0
@@ -202,10 +216,12 @@ def _obtain(tpu: CloudTpu, arguments: argparse.Namespace) -> None:
         if state.phase is Phase.READY:
             return
         if meaning(state.reason) is Meaning.REFUSED:
-            raise ConfigError(f"Cloud gives no {arguments.accelerator}: {state}", where="--accelerator", fix=_ASK)
+            raise ConfigError(
+                f"Cloud refused the request for {arguments.accelerator}: {state}", where="--accelerator", fix=_ASK
+            )
         seconds = POLL_SECONDS
         if state.phase is Phase.LOST:
-            tpu.shell.say(f"{tpu.name} is {state}: deleting it to ask for another one")
+            tpu.shell.say(f"{tpu.name} is {state}: deleting it and requesting another one")
             tpu.delete()
             seconds = 0.0
         elif state.phase is Phase.ABSENT:
@@ -215,29 +231,27 @@ def _obtain(tpu: CloudTpu, arguments: argparse.Namespace) -> None:
             except CommandError as error:
                 if error.meaning is not Meaning.CAPACITY:
                     raise
-                tpu.shell.say(f"{error} Asking again in {CAPACITY_SECONDS:.0f} s.")
+                tpu.shell.say(f"{error} Retrying in {CAPACITY_SECONDS:.0f} s.")
                 seconds = CAPACITY_SECONDS
         if waited >= 3600 * arguments.wait:
-            raise ConfigError(f"there was no TPU for {arguments.wait:g} hours ({state})", where="--wait", fix=_ASK)
-        # A request that fails at once must not be repeated without end: each turn counts for at least a second.
+            raise ConfigError(f"no TPU available within {arguments.wait:g} hours ({state})", where="--wait", fix=_ASK)
+        # Count at least one second per iteration, so that a request that fails immediately is not repeated forever.
         waited += max(seconds, 1.0)
         tpu.shell.sleep(seconds)
 
 
-_ASK = (
-    "Try another zone or type (gcloud compute tpus accelerator-types list --zone=...), have the quota raised, or wait."
-)
+_ASK = "Try another zone or type (gcloud compute tpus accelerator-types list --zone=...), request more quota, or wait."
 
 
 _Verb = Callable[[CloudTpu, argparse.Namespace], int]
 _VERBS: dict[str, tuple[str, _Verb]] = {
-    "job": ("all of the following, and again after a preemption", _job),
-    "create": ("ask for the TPU", _create),
-    "install": ("put the wheel on all workers", _install),
-    "run": ("start the command and follow it", _start),
+    "job": ("create, install, run and delete, with restarts after preemptions", _job),
+    "create": ("request the TPU", _create),
+    "install": ("install the wheel on all workers", _install),
+    "run": ("start the command and follow its log", _start),
     "logs": ("follow the log of the first worker", _logs),
-    "status": ("say what the TPU and the command are doing", _status),
-    "stop": ("end the command; a run saves itself first", _stop),
+    "status": ("show the state of the TPU and of the command", _status),
+    "stop": ("stop the command; a run saves a checkpoint first", _stop),
     "delete": ("delete the TPU", _delete),
 }
 

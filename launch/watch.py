@@ -1,4 +1,4 @@
-"""Watches a command on the workers of a TPU, and says what its end means: done, failed, or to be started again."""
+"""Watches a command on the workers of a TPU and decides how it ended: done, failed, or to be restarted."""
 
 import enum
 import sys
@@ -8,18 +8,18 @@ from launch import workers
 from launch.cloud_tpu import CloudTpu, Phase
 
 STATE_LAG_SECONDS = 60.0
-"""How long Cloud may go on calling a TPU ready whose machines are gone."""
+"""Maximum delay until Cloud reports that a preempted TPU is no longer ready."""
 ENDING_POLLS = 30
-"""How often the other workers are asked whether they have ended too."""
+"""Number of polls for the other workers to end after the first one has, before they are stopped."""
 
 
 class Verdict(enum.Enum):
-    """What the workers' exit codes mean for the job."""
+    """State of the job, derived from the exit codes of the workers."""
 
     DONE = "done"
     RUNNING = "running"
-    ENDING = "some have ended"
-    AGAIN = "start it again"
+    ENDING = "some workers have ended"
+    AGAIN = "to be restarted"
     FAILED = "failed"
 
 
@@ -39,25 +39,26 @@ def follow(tpu: CloudTpu, count: int) -> tuple[Verdict, dict[str, str]]:
             return verdict, found
         polls = polls + 1 if verdict is Verdict.ENDING else 0
         if polls >= ENDING_POLLS:
-            tpu.shell.say("some workers do not end; they are stopped")
+            tpu.shell.say("some workers do not end; stopping them")
             tpu.ssh(workers.stop())
-        lines = "20"  # the link broke and the command goes on
+        lines = "20"  # the connection broke, but the command is still running
         tpu.shell.sleep(10)
 
 
 def judge(found: Mapping[str, str], count: int) -> Verdict:
-    """Returns what exit codes (or `running`, `gone`) by worker say about a command on `count` workers."""
+    """Returns the state of a command on `count` workers, from the exit code (or `running`, `gone`) of each worker."""
     codes = set(found.values())
     if workers.RUNNING in codes:
         return Verdict.RUNNING if codes == {workers.RUNNING} else Verdict.ENDING
     if len(found) < count or codes & {"75", workers.GONE}:
-        # 75 says "saved, start me again". A worker without exit code was rebooted; the others then fail in their turn.
+        # 75 means that a checkpoint was saved and the command should be restarted. A worker without an exit code was
+        # rebooted; the other workers then fail too, so their codes do not count. Code 2 is invalid input: no restart.
         return Verdict.FAILED if "2" in codes else Verdict.AGAIN
     return Verdict.DONE if codes == {"0"} else Verdict.FAILED
 
 
 def lost(tpu: CloudTpu, slices: int) -> bool:
-    """Whether the TPU, or a slice of it, has been taken away; asks twice, because Cloud takes a while to say so."""
+    """Returns whether the TPU or a slice of it was lost; checks twice, because Cloud reports it with a delay."""
     for seconds in (0.0, STATE_LAG_SECONDS):
         tpu.shell.sleep(seconds)
         if tpu.describe().phase is not Phase.READY or tpu.lost_node(slices) is not None:
@@ -66,24 +67,24 @@ def lost(tpu: CloudTpu, slices: int) -> bool:
 
 
 def clear(tpu: CloudTpu, slices: int) -> None:
-    """Before another start: leftovers are stopped; of a TPU that has lost a part, nothing is kept."""
+    """Prepares a restart: stops remaining processes, or deletes the TPU if one of its slices was lost."""
     if tpu.describe().phase is not Phase.READY:
         return
     lost = tpu.lost_node(slices)
     if lost is not None:
-        tpu.shell.say(f"a slice is {lost}: deleting the others to ask for all of them again")
+        tpu.shell.say(f"a slice is {lost}: deleting all slices and requesting them again")
         tpu.delete()
     else:
         tpu.ssh(workers.stop())
 
 
 def conclude(tpu: CloudTpu, verdict: Verdict, found: Mapping[str, str]) -> int:
-    """Says how the command ended, with the last lines of the workers where it failed; returns the exit code."""
+    """Reports how the command ended, with the last log lines of failed workers; returns the exit code."""
     if verdict is Verdict.DONE:
         tpu.shell.say("done on all workers")
         return 0
     if verdict is Verdict.AGAIN:
-        tpu.shell.say("the command was interrupted; the same command goes on from its run folder")
+        tpu.shell.say("the command was interrupted; run the same command again to resume from its run directory")
         return 75
     failed = {name: code for name, code in found.items() if code not in ("0", "75", workers.GONE)}
     print(tpu.ssh(workers.last_lines()), end="", file=sys.stderr)

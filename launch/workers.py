@@ -1,9 +1,9 @@
-"""Shell commands for the machines of a TPU: install the wheel, start a command, watch it, end it.
+"""Returns shell commands for the machines of a TPU: install the wheel, and start, watch and stop a command.
 
-Everything is below `~/diffusion_lm` of each machine:
+All files are in `~/diffusion_lm` on each machine:
 
-    env/                  the environment            run/              where the command runs, with the copied files
-    installed             what is in it              log, log.previous what the command wrote
+    env/                  Python environment         run/              working directory, with the copied files
+    installed             hash of what is installed  log, log.previous output of the command
     pid, exit_code        of the command, which is the leader of its own process group
 """
 
@@ -20,14 +20,14 @@ _OUTCOME = re.compile(r"^diffusion_lm worker (\S+): (\S+)$", re.MULTILINE)
 
 
 def prepare() -> str:
-    """Makes the folders; the first command of all, so that its retries wait for machines that still boot."""
+    """Creates the directories. As the first command, its retries also wait for machines that are still booting."""
     return f"mkdir -p ~/{FOLDER}/run"
 
 
 def install(wheel: Path, constraints: Path, python: str) -> str:
-    """Installs the wheel with the locked versions, unless that is what is installed.
+    """Installs the wheel with the locked versions, unless they are installed already.
 
-    The images' own Python is older than ours, so uv brings one.
+    The Python of the TPU images is too old, so uv installs a newer one.
     """
     key = hashlib.sha256(wheel.read_bytes() + constraints.read_bytes() + python.encode()).hexdigest()[:16]
     uv = "~/.local/bin/uv"
@@ -45,9 +45,9 @@ def install(wheel: Path, constraints: Path, python: str) -> str:
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Starts a `diffusion-lm` command that outlives the connection; where it runs already, it is left alone."""
+    """Starts a `diffusion-lm` command that outlives the connection; does nothing if it is running already."""
     variables = "".join(f"export {name}={shlex.quote(value)}; " for name, value in environment.items())
-    # The trap keeps the shell alive through the SIGTERM that ends its process group, to write down the exit code.
+    # The trap keeps the shell alive when its process group gets SIGTERM, so that it can write the exit code.
     inner = (
         f"trap : TERM; {variables}cd run; ../env/bin/diffusion-lm {shlex.join(command)}; "
         "code=$?; cd ..; echo $code > exit_code.new; mv exit_code.new exit_code"
@@ -60,12 +60,12 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def follow(lines: str = "+1") -> str:
-    """Prints the log from a line on, and what is added to it until the command ends."""
+    """Prints the log from line `lines` (`tail -n`) and follows it until the command ends."""
     return f'cd ~/{FOLDER} && tail -s 0.2 -n {shlex.quote(lines)} --pid="$(cat pid)" -F log'
 
 
 def outcome() -> str:
-    """Prints one line a worker: its exit code, `running`, or `gone` where the command ended without leaving one."""
+    """Prints one line per worker: its exit code, `running`, or `gone` if the command ended without an exit code."""
     return (
         f"cd ~/{FOLDER} && if {_ALIVE}; then found={RUNNING}; "
         f"else found=$(cat exit_code 2>/dev/null || echo {GONE}); fi; "
@@ -74,12 +74,12 @@ def outcome() -> str:
 
 
 def read_outcomes(text: str) -> dict[str, str]:
-    """Returns what `outcome` printed, by name of the machine."""
+    """Parses the output of `outcome`; returns the outcome by name of the machine."""
     return dict(_OUTCOME.findall(text))
 
 
 def last_lines(count: int = 40) -> str:
-    """Prints the end of the log of each worker whose command failed."""
+    """Prints the last `count` log lines of each worker whose command failed."""
     return (
         f'cd ~/{FOLDER} && code=$(cat exit_code 2>/dev/null || echo {GONE}); case "$code" in 0|75) ;; *) '
         f'echo "diffusion_lm worker $(hostname) ended with $code:"; tail -n {count} log;; esac'
@@ -87,7 +87,7 @@ def last_lines(count: int = 40) -> str:
 
 
 def stop(grace: int = 120) -> str:
-    """Sends SIGTERM, on which a run saves itself, and SIGKILL to what is left after `grace` seconds."""
+    """Sends SIGTERM, on which a run saves a checkpoint, and SIGKILL after `grace` seconds to what is still running."""
     return (
         f'cd ~/{FOLDER} 2>/dev/null && group="$(cat pid 2>/dev/null)" && kill -TERM -- "-$group" 2>/dev/null; '
         f'for i in $(seq {grace}); do {_ALIVE} || exit 0; sleep 1; done; kill -KILL -- "-$group" 2>/dev/null; true'

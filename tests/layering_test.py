@@ -101,7 +101,7 @@ def _may_import(path: pathlib.Path) -> set[str]:
         return {"gin"}
     if where.startswith("data/seqio_"):
         return {"seqio", "tensorflow", "tensorflow_datasets"}
-    if where == "bench/torch_side.py":  # a script that another interpreter runs
+    if where == "bench/torch_baseline.py":  # a script that another interpreter runs
         return {"torch", "transformers"}
     return set()
 

@@ -97,7 +97,7 @@ class EncoderDecoder:
         project: bool = True,
     ) -> EncoderState:
         """Encodes the source; with `project` also computes the cross-attention keys and values of all layers."""
-        # The encoder attends in both directions, even if the decoder's relative bias has buckets for the past only (T5).
+        # The encoder attends in both directions, even if the decoder's relative bias has buckets for the past only.
         bidirectional = dataclasses.replace(self.spec, relative_bidirectional=True)
         stream = ForwardInputs(
             tokens=inputs.tokens,

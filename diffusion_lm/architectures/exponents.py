@@ -30,7 +30,7 @@ class WithTokenSchedules(Extended):
     """
 
     def init(self, key: jax.Array) -> Params:
-        """Returns the network's fresh parameters, and f32[padded V] with which every exponent is 1 (the linear schedule).
+        """Returns fresh parameters, and f32[padded V] with which every exponent is 1 (the linear schedule).
 
         They are float32 even in a bfloat16 network, where updates of a value near 1 would be rounded away.
         """

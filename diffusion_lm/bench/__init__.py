@@ -1,1 +1,1 @@
-"""What `diffusion-lm bench` measures: training, decoding, the input pipeline, starting up, and PyTorch beside them."""
+"""Implements `diffusion-lm bench`: training, decoding, input pipeline and startup, alone or against PyTorch."""

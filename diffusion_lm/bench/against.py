@@ -1,7 +1,7 @@
-"""A run or a speed study against Hugging Face transformers on PyTorch: the same weights, tokens and shapes in turns.
+"""Compares a run or a speed study with Hugging Face transformers on PyTorch: same weights, tokens and shapes.
 
-Our side initialises the network and writes it as a checkpoint; the other side reads that. So both count the same
-parameters, which is checked, and where both compute the same thing their first results agree, which is reported.
+Our side initialises the network and writes it as a checkpoint, which the PyTorch side loads. Both sides must have the
+same number of parameters. If both compute the same function, the difference of their first results is reported.
 """
 
 import tempfile
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from diffusion_lm.bench.batches import conditioning_length, synthetic_batch
-from diffusion_lm.bench.children import ChildSide, our_child, torch_child
-from diffusion_lm.bench.decode import DecodeSide
-from diffusion_lm.bench.sides import Side
-from diffusion_lm.bench.train import BATCHES, TrainSide
+from diffusion_lm.bench.benchmark import Benchmark
+from diffusion_lm.bench.children import ChildBenchmark, our_child, torch_child
+from diffusion_lm.bench.decode import DecodeBenchmark
+from diffusion_lm.bench.train import BATCHES, TrainBenchmark
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import write_json
 from diffusion_lm.evaluation.speed import random_prompt
@@ -25,8 +25,11 @@ from diffusion_lm.interop.save import family_for
 from diffusion_lm.nn.transformer import TransformerSpec
 
 
-def run_rounds(sides: Sequence[Side], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each round of every label of every side, in turns; a first round is not counted."""
+def run_rounds(sides: Sequence[Benchmark], rounds: int) -> dict[str, list[float]]:
+    """Times all labels of all sides in alternation; returns the seconds of each round by label.
+
+    A warm-up round comes first and is discarded.
+    """
     entries = [(side, label) for side in sides for label in side.labels]
     calls = [lambda number, side=side, label=label: side.measure(label, number) for side, label in entries]
     warm = 1 if rounds else 0
@@ -34,25 +37,25 @@ def run_rounds(sides: Sequence[Side], rounds: int) -> dict[str, list[float]]:
     return {label: times[warm:] for (_, label), times in zip(entries, seconds, strict=True)}
 
 
-def measure_alone(side: Side, rounds: int) -> dict[str, Any]:
-    """Prepares and times one side in this process.
+def measure_alone(side: Benchmark, rounds: int) -> dict[str, Any]:
+    """Prepares and times one benchmark in this process.
 
     Returns:
-      `{"facts": what it says of itself, "seconds": {label: [seconds of each round]}}`.
+      `{"facts": facts of the benchmark, "seconds": {label: [seconds of each round]}}`.
     """
     facts = dict(side.prepare())
     seconds = run_rounds([side], rounds)
     return {"facts": facts | dict(side.finish()), "seconds": seconds}
 
 
-def train_against_torch(side: TrainSide, rounds: int, python: str | None = None) -> dict[str, Any]:
-    """Times a training step and that of transformers, each in a child.
+def train_against_torch(side: TrainBenchmark, rounds: int, python: str | None = None) -> dict[str, Any]:
+    """Times a training step of a run and of transformers, each in a child process.
 
     Returns:
-      `{"facts", "torch": the other side's facts, "seconds": {label: ...}, "checks"}`.
+      `{"facts", "torch": facts of the PyTorch side, "seconds": {label: [seconds of each round]}, "checks"}`.
 
     Raises:
-      ConfigError: torch is missing, or transformers has no such network, or counts other parameters.
+      ConfigError: torch is not installed, transformers has no such network, or the numbers of parameters differ.
     """
     run = side.run
     _check_comparable(run.model.spec, run.data.encoder_length)
@@ -79,15 +82,15 @@ def train_against_torch(side: TrainSide, rounds: int, python: str | None = None)
     return found
 
 
-def decode_against_torch(side: DecodeSide, rounds: int, python: str | None = None) -> dict[str, Any]:
-    """Times every arm of a study and transformers' cached `generate`; returns and raises as `train_against_torch`."""
+def decode_against_torch(side: DecodeBenchmark, rounds: int, python: str | None = None) -> dict[str, Any]:
+    """Times every arm of a study and `generate` of transformers with a KV cache; see `train_against_torch`."""
     study = side.study
     networks = {arm.architecture for arm in study.arms}
     require(
         len(networks) == 1,
-        f"the study's arms have {len(networks)} networks",
+        f"the arms of the study have {len(networks)} different networks",
         where="--against torch",
-        fix="Give arms of one network.",
+        fix="Use arms with the same network.",
     )
     network = study.arms[0].architecture
     _check_comparable(network.spec, 1 if network.needs_encoder else None)
@@ -103,10 +106,11 @@ def decode_against_torch(side: DecodeSide, rounds: int, python: str | None = Non
 
 
 def same_tokens(arm: Mapping[str, Any], theirs: Sequence[Sequence[int]]) -> float | None:
-    """Returns the share of equal tokens of a greedy arm and of the other side, i32[B,W] both.
+    """Returns the fraction of equal tokens of a greedy arm and of the PyTorch side (i32[B,W] each).
 
-    Rows in which the other side emits what the arm may not (PAD or EOS, so that it fills the window) are left out: they
-    part there for a reason. None where no other is left. To make the other side avoid them would slow it down.
+    The arm must not emit EOS or PAD, so that it decodes the full length. Rows where the PyTorch side emits one of these
+    are excluded, because the sequences differ from there on for that reason. (Forbidding the tokens there too would
+    slow the PyTorch side down.) Returns None if all rows are excluded.
     """
     ours, others = np.asarray(arm["window"]), np.asarray(theirs)
     comparable = ~np.isin(others, arm["forbidden"]).any(axis=1)
@@ -114,15 +118,15 @@ def same_tokens(arm: Mapping[str, Any], theirs: Sequence[Sequence[int]]) -> floa
 
 
 def _measure_both(
-    side: TrainSide | DecodeSide, task: str, wanted: Mapping[str, Any], rounds: int, python: str | None
+    side: TrainBenchmark | DecodeBenchmark, task: str, wanted: Mapping[str, Any], rounds: int, python: str | None
 ) -> dict[str, Any]:
     with ExitStack() as stack:
-        theirs: ChildSide = stack.enter_context(torch_child(python, task))
-        ours: ChildSide = stack.enter_context(our_child(side))
+        theirs: ChildBenchmark = stack.enter_context(torch_child(python, task))
+        ours: ChildBenchmark = stack.enter_context(our_child(side))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="diffusion_lm_bench_")))
         facts = dict(ours.prepare(str(folder / "model")))
-        question = {**wanted, "model": str(folder / "model"), "platform": facts.pop("platform")}
-        write_json(folder / "wanted.json", question)
+        request = {**wanted, "model": str(folder / "model"), "platform": facts.pop("platform")}
+        write_json(folder / "wanted.json", request)
         other = {**theirs.facts, **theirs.prepare(str(folder / "wanted.json"))}
         seconds = run_rounds([theirs, ours], rounds)
         facts |= ours.finish()
@@ -133,13 +137,13 @@ def _measure_both(
 def _check_comparable(spec: TransformerSpec, encoder_length: int | None) -> None:
     require(
         encoder_length is None,
-        "only networks without an encoder are compared",
+        "networks with an encoder cannot be compared",
         where="--against torch",
-        fix="Give a decoder-only network.",
+        fix="Use a decoder-only network.",
     )
     require(
         spec.dtype == "float32" and spec.param_dtype == "float32",
-        f"the network computes in {spec.dtype}, and both sides are compared in float32",
+        f"dtype={spec.dtype!r}, param_dtype={spec.param_dtype!r}: both must be 'float32' for the comparison",
         where="TransformerSpec.dtype",
         fix="Add --gin.TransformerSpec.dtype=float32.",
     )
@@ -147,19 +151,19 @@ def _check_comparable(spec: TransformerSpec, encoder_length: int | None) -> None
         family_for(spec, None)
     except ConfigError as error:
         raise ConfigError(
-            "no family of transformers has networks of this shape",
+            "transformers has no model of this shape",
             where="--against torch",
-            fix="Compare one that it has; export --layout FAMILY says in which fields a run's network differs.",
+            fix="Use a shape that it has; export --layout FAMILY reports the fields in which a network differs.",
         ) from error
 
 
 def _check_parameters(spec: TransformerSpec, ours: int, theirs: int) -> None:
-    """Raises `ConfigError` unless both sides have as many parameters, rows that pad our vocabulary apart."""
+    """Raises `ConfigError` unless both sides have the same number of parameters, without our vocabulary padding."""
     tables = 1 if spec.tied_embeddings else 2
     padding = (spec.padded_vocab_size - spec.vocab_size) * spec.model_dim * tables
     require(
         ours - padding == theirs,
-        f"our network has {ours - padding:,} parameters and that of transformers {theirs:,}",
+        f"the network has {ours - padding:,} parameters, but the one of transformers has {theirs:,}",
         where="--against torch",
-        fix="Compare a network of a family that transformers has (diffusion-lm list families).",
+        fix="Use a network of a family that transformers has (diffusion-lm list families).",
     )

@@ -1,4 +1,4 @@
-"""Training batches of a run's shapes with random tokens in them, so that a step can be timed without data."""
+"""Makes training batches of random tokens with the shapes of a run, so that a step can be timed without data."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from diffusion_lm.training.run import TrainRun
 
 
 def synthetic_batch(run: TrainRun, number: int = 0) -> Batch:
-    """Returns a batch of full rows: conditioning as long as the run's longest, then a target in which all is scored.
+    """Returns a batch of full rows: conditioning of the maximum length of the run, then targets that are all scored.
 
-    What `number` changes is the tokens. MASK is never among them.
+    `number` seeds the random tokens. MASK never occurs.
     """
     shapes = run.data.abstract_batch(run.batch_size)
     rows, length = shapes.tokens.shape
     draw = np.random.default_rng(number)
-    # Batches are numpy arrays until they are placed, as those of a pipeline are.
+    # Like those of a pipeline, batches are numpy arrays until they are placed on devices.
     target: Any = np.broadcast_to(np.arange(length) >= conditioning_length(run), (rows, length))
     example_ids: Any = np.arange(rows, dtype=np.uint32) + np.uint32(number * rows)
     encoder = None
@@ -39,7 +39,7 @@ def synthetic_batch(run: TrainRun, number: int = 0) -> Batch:
 
 
 def conditioning_length(run: TrainRun) -> int:
-    """Returns how many slots of a row are conditioning: BOS, and the longest inputs that stand in this stream."""
+    """Returns the number of conditioning tokens per row: BOS and the longest inputs in this stream."""
     data = run.data
     if data.encoder_length is not None:
         return 1
@@ -50,10 +50,11 @@ def conditioning_length(run: TrainRun) -> int:
 
 
 def _stream(draw: np.random.Generator, run: TrainRun, shape: tuple[int, ...], special: SpecialTokens) -> Any:
-    """Returns tokens, segments and positions of one stream, i32[B,T] each."""
+    """Returns tokens, segment ids and positions of one stream, i32[B,T] each."""
     tokens = draw.integers(0, run.model.spec.vocab_size, shape, dtype=np.int32)
     mask = special.mask_id
     if mask is not None and run.objective.needs().mask_token:
+        # Real targets never contain MASK.
         tokens[tokens == mask] = mask - 1 if mask else 1
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     return tokens, np.ones(shape, np.int32), positions.copy()

@@ -1,4 +1,4 @@
-"""The child's end of `children.our_child`: unpacks a side and answers for it until nobody asks."""
+"""The child process of `children.our_child`: unpickles a benchmark and serves requests until stdin is closed."""
 
 import base64
 import json
@@ -7,12 +7,13 @@ import pickle
 import sys
 from typing import Any
 
-from diffusion_lm.bench.sides import Side
+from diffusion_lm.bench.benchmark import Benchmark
 from diffusion_lm.core.errors import ConfigError
 
 
 def main() -> None:
-    """Answers questions from stdin; what libraries print goes to stderr, so that only answers go up."""
+    """Answers one JSON request per line of stdin on stdout."""
+    # Redirect descriptor 1 to stderr, so that output of libraries does not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     side: Any = None
@@ -29,7 +30,7 @@ def main() -> None:
         answers.write(json.dumps(answer, allow_nan=False) + "\n")
 
 
-def _answer(side: Side, question: dict[str, Any]) -> dict[str, Any]:
+def _answer(side: Benchmark, question: dict[str, Any]) -> dict[str, Any]:
     match question["do"]:
         case "prepare":
             return dict(side.prepare(question["export"]))

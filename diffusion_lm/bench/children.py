@@ -1,4 +1,4 @@
-"""A side in a child process that stays alive: one JSON object a line, a question down, an answer up."""
+"""Runs a benchmark in a child process. Requests and answers are JSON objects, one per line, over stdin and stdout."""
 
 import base64
 import json
@@ -12,36 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import diffusion_lm
-from diffusion_lm.bench.sides import Side
+from diffusion_lm.bench.benchmark import Benchmark
 from diffusion_lm.core.errors import ConfigError
 
-TORCH_SIDE = Path(__file__).with_name("torch_side.py")
-"""A script for another interpreter: it imports nothing of this package."""
+TORCH_BASELINE = Path(__file__).with_name("torch_baseline.py")
+"""Script for another Python interpreter; it does not import this package."""
 
 
-class ChildSide:
-    """The parent's end. Use it as a context manager: the child ends with it.
+class ChildBenchmark:
+    """A `Benchmark` in a child process. Use it as a context manager, which terminates the child at the end.
 
     Attributes:
-      labels: what the child can be asked to measure.
-      facts: what the child says of itself once it has started.
+      labels: names of what the child can measure.
+      facts: the child's answer to the greeting.
     """
 
     def __init__(self, command: Sequence[str], greeting: Mapping[str, Any], *, where: str, fix: str):
-        """Starts `command` and waits until it has answered `greeting`.
+        """Starts `command`, sends `greeting` and waits for the answer.
 
         Args:
-          command: the child.
-          greeting: plain data that says what it is to do.
-          where: what an error of the child is blamed on.
-          fix: what the user can do where it does not start.
+          command: command line of the child.
+          greeting: plain data that tells the child what to run.
+          where: the flag or module to name in errors of the child.
+          fix: the advice in errors of the child.
 
         Raises:
-          ConfigError: it does not start; with its own words.
+          ConfigError: the child does not start; the message contains its last line of stderr.
         """
         self._where, self._fix = where, fix
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the child lives)
-        # Two sides share a GPU, so neither may take all of its memory at the start.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (open while the child runs)
+        # Both sides share one GPU, so JAX must not preallocate most of its memory.
         shared = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             self._process = subprocess.Popen(
@@ -62,19 +62,19 @@ class ChildSide:
             raise
 
     def prepare(self, export: str | None = None) -> Mapping[str, Any]:
-        """Asks the child to prepare; see `Side`."""
+        """Calls `prepare` in the child."""
         return self._ask(do="prepare", export=export)
 
     def measure(self, label: str, number: int) -> float:
-        """Asks the child for a round; see `Side`."""
+        """Calls `measure` in the child."""
         return float(self._ask(do="measure", label=label, number=number)["seconds"])
 
     def finish(self) -> Mapping[str, Any]:
-        """Asks the child what it knows after the rounds; see `Side`."""
+        """Calls `finish` in the child."""
         return self._ask(do="finish")
 
     def close(self) -> None:
-        """Ends the child, which ends by itself when nobody asks it any more."""
+        """Closes the pipes, on which the child exits, and kills it if it does not."""
         process = self._process
         for stream in (process.stdin, process.stdout):
             assert stream is not None
@@ -89,7 +89,7 @@ class ChildSide:
             process.wait()
         self._errors.close()
 
-    def __enter__(self) -> "ChildSide":
+    def __enter__(self) -> "ChildBenchmark":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,39 +107,41 @@ class ChildSide:
             line = b""
         if not line:
             self._process.wait()
-            raise ConfigError(f"the child ended: {self._last_words()}", where=self._where, fix=self._fix)
+            raise ConfigError(f"the child process exited: {self._last_error()}", where=self._where, fix=self._fix)
         answer = json.loads(line)
         if "error" in answer:
             where, fix = answer.get("where") or self._where, answer.get("fix") or self._fix
             raise ConfigError(answer["error"], where=where, fix=fix)
         return answer
 
-    def _last_words(self) -> str:
+    def _last_error(self) -> str:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"exit code {self._process.returncode}"
 
 
-def our_child(side: Side) -> ChildSide:
-    """Starts a child of this interpreter that prepares and measures `side`."""
+def our_child(side: Benchmark) -> ChildBenchmark:
+    """Starts a child process of this interpreter that runs `side`."""
     packed = base64.b64encode(pickle.dumps(side)).decode()
     command = [sys.executable, "-m", "diffusion_lm.bench.child"]
-    return ChildSide(command, {"side": packed}, where="diffusion_lm.bench.child", fix="Run again without --against.")
+    return ChildBenchmark(
+        command, {"side": packed}, where="diffusion_lm.bench.child", fix="Run again without --against."
+    )
 
 
-def torch_child(python: str | None, task: str) -> ChildSide:
-    """Starts the PyTorch side for `task`, "train" or "decode", in the interpreter `python` (None = this one).
+def torch_child(python: str | None, task: str) -> ChildBenchmark:
+    """Starts the PyTorch side for `task` ("train" or "decode") in the interpreter `python` (None = this one).
 
     Raises:
-      ConfigError: the interpreter is not there, or torch or transformers are not installed in it.
+      ConfigError: the interpreter does not exist, or lacks torch or transformers.
     """
     where = "--against torch" if python is None else f"--torch_python {python}"
-    fix = "Install torch and transformers there, or name an interpreter that has them with --torch_python."
-    return ChildSide([python or sys.executable, str(TORCH_SIDE)], {"task": task}, where=where, fix=fix)
+    fix = "Install torch and transformers there, or pass an interpreter that has them with --torch_python."
+    return ChildBenchmark([python or sys.executable, str(TORCH_BASELINE)], {"task": task}, where=where, fix=fix)
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """Returns the environment of a child that finds this package, wherever this process found it, and `more`."""
+    """Returns the environment for a child process that can import this package, with the variables `more`."""
     here = str(Path(diffusion_lm.__file__).parents[1])
     found = os.environ.get("PYTHONPATH")
     return os.environ | {"PYTHONPATH": os.pathsep.join([here, found] if found else [here]), **more}

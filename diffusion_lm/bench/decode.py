@@ -1,4 +1,4 @@
-"""The arms of a speed study as one side of a measurement: an untrained network, random prompts, full windows."""
+"""Times the samplers of a speed study on an untrained network with random prompts, at the full target length."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,30 +6,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_lm.bench.sides import device_facts, first_call, memory_facts
+from diffusion_lm.bench.benchmark import device_facts, first_call, memory_facts
 from diffusion_lm.core.types import Decoded
 from diffusion_lm.evaluation.speed import SpeedStudy, decoder, random_prompt
 from diffusion_lm.evaluation.timing import timed
 from diffusion_lm.interop.save import save
 
 
-class DecodeSide:
-    """Every arm of a study at one length; a round decodes one batch by one arm."""
+class DecodeBenchmark:
+    """All arms of a study at one target length; a round decodes one batch with one arm."""
 
     def __init__(self, study: SpeedStudy, length: int):
-        """Takes the study and the length of the window; does nothing yet."""
+        """Stores the study and the target length."""
         self.study, self.length = study, length
         self._decoders: dict[str, Callable[[int], Decoded]] = {}
 
     @property
     def labels(self) -> Sequence[str]:
-        """The arms."""
+        """Labels of the arms."""
         return tuple(arm.label for arm in self.study.arms)
 
     def prepare(self, export: str | None = None) -> Mapping[str, Any]:
-        """Draws the parameters, compiles and runs each arm once; returns passes and tokens by arm.
+        """Initialises the parameters, compiles and runs each arm once; returns facts by arm.
 
-        `export` takes the network of the first arm.
+        The facts include the number of forward passes and the decoded tokens. The network of the first arm is exported.
         """
         study = self.study
         parameters: dict[Any, Any] = {}
@@ -57,9 +57,9 @@ class DecodeSide:
         return {"arms": arms, "dtype": study.arms[0].architecture.spec.dtype, "platform": jax.default_backend()}
 
     def measure(self, label: str, number: int) -> float:
-        """Returns the seconds of one batch."""
+        """Times one batch; returns seconds."""
         return timed(lambda: self._decoders[label](number + 1))
 
     def finish(self) -> dict[str, Any]:
-        """Returns the memory of all arms together, and the device."""
+        """Returns the peak memory over all arms, and the device."""
         return {**memory_facts(), "device": device_facts()}

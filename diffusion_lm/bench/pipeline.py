@@ -1,4 +1,4 @@
-"""How fast the input pipeline of a run makes batches: read, packed, laid out; nothing is trained."""
+"""Times the input pipeline of a run: reading, packing and layout of batches, without training."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -6,31 +6,31 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lm.bench.sides import memory_facts
+from diffusion_lm.bench.benchmark import memory_facts
 from diffusion_lm.training.run import TrainRun
 
 
-class PipelineSide:
-    """The batches of a run, taken as fast as they come; a round takes `batches` of them.
+class PipelineBenchmark:
+    """The input pipeline of a run; a round takes `batches` batches as fast as they arrive.
 
-    They come from the run's own iterator with its thread, so what is timed is what a trainer that never waits for its
-    devices would wait for.
+    It uses the run's own iterator and its background thread, so it measures the time per batch of a training loop whose
+    devices take no time.
     """
 
     label = "pipeline"
 
     def __init__(self, run: TrainRun, batches: int):
-        """Takes the run and the batches of a round; does nothing yet."""
+        """Stores the run and the number of batches per round."""
         self.run, self.batches = run, batches
         self._counts = {"batches": 0, "examples": 0, "tokens": 0, "slots": 0}
 
     @property
     def labels(self) -> Sequence[str]:
-        """The one thing that is timed."""
+        """The only label."""
         return (self.label,)
 
     def prepare(self, export: str | None = None) -> Mapping[str, Any]:
-        """Opens the data and takes a first batch."""
+        """Opens the data and takes the first batch."""
         del export
         started = time.perf_counter()
         self._iterator = self.run.data.iterator(self.run.batch_size)
@@ -43,7 +43,7 @@ class PipelineSide:
         }
 
     def measure(self, label: str, number: int) -> float:
-        """Returns the seconds of one batch, the mean of a round; counting what is in it is not timed."""
+        """Returns the mean seconds per batch of one round; counting its examples and tokens is not timed."""
         del label, number
         started = time.perf_counter()
         taken = [next(self._iterator) for _ in range(self.batches)]
@@ -57,7 +57,7 @@ class PipelineSide:
         return seconds / self.batches
 
     def finish(self) -> dict[str, Any]:
-        """Returns examples and tokens of a batch, means over all that were taken, and closes the iterator."""
+        """Closes the iterator and returns the mean numbers of examples and tokens per batch."""
         self._iterator.close()
         batches = max(self._counts["batches"], 1)
         return {

@@ -1,4 +1,4 @@
-"""How long the command takes to start: what a user waits for, so each measurement is a process of its own."""
+"""Times how long the command takes to start; each measurement is a separate process."""
 
 import subprocess
 import sys
@@ -16,16 +16,16 @@ IMPORT, HELP, COLD, WARM = "import diffusion_lm", "--help", "first step, cold", 
 
 
 def measure_startup(first_step: Sequence[str], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each round by what was started, from the start of a process to its end.
+    """Returns the seconds from start to exit of each process, by kind of process.
 
-    Cold and warm are the same command, once with an empty compile cache and then with what that left there.
+    The cold and warm first step are the same command, first with an empty compilation cache and then with a filled one.
 
     Args:
-      first_step: arguments of the command that ends after one training step; empty leaves it out.
-      rounds: processes of each kind.
+      first_step: arguments of a command that ends after one training step; empty = do not measure a first step.
+      rounds: number of processes of each kind.
 
     Raises:
-      ConfigError: a process failed; with its own words.
+      ConfigError: a process failed; the message contains its last line of stderr.
     """
     with tempfile.TemporaryDirectory(prefix="diffusion_lm_bench_") as folder:
 
@@ -43,7 +43,7 @@ def measure_startup(first_step: Sequence[str], rounds: int) -> dict[str, list[fl
 
 
 def _run(command: Sequence[str], cache: str | None = None) -> None:
-    """Runs a child to its end, in the current folder, with a compile cache of its own where one is given."""
+    """Runs a command to its end; `cache` is the directory of its compilation cache (None = the default)."""
     environment = child_environment(**({} if cache is None else {"JAX_COMPILATION_CACHE_DIR": cache}))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -51,5 +51,5 @@ def _run(command: Sequence[str], cache: str | None = None) -> None:
         raise ConfigError(
             f"{' '.join(command)} failed: {lines[-1] if lines else done.returncode}",
             where="bench startup",
-            fix="Run that command by itself.",
+            fix="Run this command by itself to see its output.",
         )

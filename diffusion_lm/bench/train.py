@@ -1,4 +1,4 @@
-"""The training step of a run, timed on synthetic batches: no data, no run folder, nothing written."""
+"""Times the training step of a run on synthetic batches, without data and without a run directory."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from diffusion_lm.bench.batches import conditioning_length, synthetic_batch
-from diffusion_lm.bench.sides import device_facts, first_call, memory_facts
+from diffusion_lm.bench.benchmark import device_facts, first_call, memory_facts
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.interop.save import save
@@ -20,23 +20,23 @@ from diffusion_lm.training.run import TrainRun
 from diffusion_lm.training.step import TrainStep
 
 BATCHES = 4
-"""Different batches that the rounds go through; more would only take memory."""
+"""Number of different batches that the steps cycle through."""
 
 
-class TrainSide:
-    """A run's training step: the program that `train` runs, with the batch on the device already.
+class TrainBenchmark:
+    """The training step of a run: the program that `train` runs, with batches that are already on the devices.
 
-    A round is `steps` steps that are started without waiting, as the training loop does, and awaited together.
+    A round dispatches `steps` steps without waiting, as the training loop does, and then waits for all of them.
     """
 
     def __init__(self, run: TrainRun, steps: int, *, label: str = "diffusion_lm"):
-        """Takes the run, the steps of a round and what the row is called; does nothing yet."""
+        """Stores the run, the number of steps per round and the label of the table row."""
         self.run, self.steps, self.label = run, steps, label
         self._taken = self._rounds = 0
 
     @property
     def labels(self) -> Sequence[str]:
-        """The one thing that is timed."""
+        """The only label."""
         return (self.label,)
 
     @functools.cached_property
@@ -45,7 +45,7 @@ class TrainSide:
         return self.run.train_step()
 
     def prepare(self, export: str | None = None) -> Mapping[str, Any]:
-        """Initialises, takes the first step, and returns what is known of the step."""
+        """Initialises the parameters, takes the first step, and returns facts about the step."""
         self.run.check_mesh()
         run, train_step = self.run, self.train_step
         self._root = jax.random.key(run.seed)
@@ -64,7 +64,7 @@ class TrainSide:
         }
 
     def facts(self) -> dict[str, Any]:
-        """Returns shapes and work of a step, known without running it."""
+        """Returns shapes, parameter count and FLOPs of a step, which are known without running it."""
         run = self.run
         length, source = run.data.row_length, run.data.encoder_length
         flops = train_flops_per_token(run.model, run.objective, length, source)
@@ -82,7 +82,7 @@ class TrainSide:
         }
 
     def measure(self, label: str, number: int) -> float:
-        """Returns the seconds of one step, the mean of a round."""
+        """Returns the mean seconds per step of one round."""
         del label, number
         self._rounds += 1
         started = time.perf_counter()
@@ -90,23 +90,23 @@ class TrainSide:
         return (time.perf_counter() - started) / self.steps
 
     def finish(self) -> dict[str, Any]:
-        """Returns what is known only after the rounds."""
-        # The peak of a CPU is measured too, which a start that is timed by itself need not wait for.
+        """Returns peak memory, peak FLOP/s and the device."""
+        # On a CPU the peak FLOP/s is measured. Skip that with zero rounds, where only startup is timed.
         peak = peak_flops() if self._rounds else None
         return {**memory_facts(), "peak_flops": peak, "device": device_facts()}
 
     def _local(self, number: int) -> Batch:
-        """Returns the rows of a batch that this process holds."""
+        """Returns the rows of a synthetic batch that belong to this process."""
         share = self.run.batch_size // jax.process_count()
         first = jax.process_index() * share
         return jax.tree.map(lambda leaf: leaf[first : first + share], synthetic_batch(self.run, number))
 
     def _advance(self, steps: int) -> jax.Array:
-        """Takes steps, waits for them and returns the loss of the last."""
+        """Takes `steps` steps, waits for them and returns the loss of the last one."""
         stats = None
         for _ in range(steps):
             batch = self._batches[self._taken % BATCHES]
-            step = min(self._taken, self.run.steps)  # schedules end with the run, rounds do not
+            step = min(self._taken, self.run.steps)  # schedules are only defined up to the last step
             rate = np.float32(self.run.optimizer.schedule.value(step, max(self.run.steps, 1)))
             self._state, stats = self.train_step(self._state, batch, self._root, rate)
             self._taken += 1
@@ -116,5 +116,5 @@ class TrainSide:
 
 
 def resized(run: TrainRun, batch_size: int | None) -> TrainRun:
-    """Returns the run with another batch size; None leaves it."""
+    """Returns the run with another batch size; None keeps it."""
     return run if batch_size is None else dataclasses.replace(run, batch_size=batch_size)

@@ -1,1 +1,1 @@
-"""Floor 6: the command line, one file per verb. Building the parser imports neither JAX nor TensorFlow."""
+"""The command line (the top layer), one file per verb. Building the parser imports neither JAX nor TensorFlow."""

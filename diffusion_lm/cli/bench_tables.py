@@ -1,4 +1,4 @@
-"""The tables of `bench`, and their figures as plain data: what is printed is what `--json` holds, with every round."""
+"""Prints the tables of `bench` and returns their figures as plain data for `--json`, with the seconds of each round."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 from diffusion_lm.cli import output
 
 Found = Mapping[str, Any]
-"""What `bench.against` returns: facts of a side, of the other side, seconds of each round."""
+"""The result of `bench.against`: facts of our side (`facts`), of PyTorch (`torch`), and seconds of each round."""
 
 
 def train(found: Found) -> dict[str, Any]:
-    """Prints the training step of one or both sides and returns the figures."""
+    """Prints the training step of one or both sides; returns the figures."""
     facts, other = found["facts"], found.get("torch")
     rows = []
     for label, seconds in found["seconds"].items():
@@ -24,7 +24,7 @@ def train(found: Found) -> dict[str, Any]:
             rows[-1]["mfu"] = achieved / facts["peak_flops"]
     output.heading(f"training step of {facts['objective']}: {facts['batch_size']} rows x {facts['row_length']}")
     output.table(
-        ["side", "ms/step", "quartiles", "tokens/s", "MFU", "memory", "first call"],
+        ["framework", "ms/step", "quartiles", "tokens/s", "MFU", "memory", "first call"],
         [
             [
                 row["label"],
@@ -39,25 +39,25 @@ def train(found: Found) -> dict[str, Any]:
         fold=[],
     )
     peak = facts["peak_flops"]
-    tokens = f"{facts['tokens_per_step']:,}, {facts['scored_per_row']} of {facts['row_length']} of a row scored"
+    tokens = f"{facts['tokens_per_step']:,} per step; {facts['scored_per_row']} of {facts['row_length']} per row scored"
     pairs = [
         ("parameters", output.count(facts["parameters"])),
         ("tokens", tokens),
         ("FLOPs per step", f"{output.flops(facts['flops_per_step'])}, forward passes: {facts['passes']}"),
-        *([("peak", f"{output.flops(peak)}/s of all devices, which MFU is a share of")] if peak else []),
-        ("memory", f"most in use by the {facts['peak_memory_of']}"),
+        *([("peak", f"{output.flops(peak)}/s of all devices (denominator of MFU)")] if peak else []),
+        ("memory", f"peak of the {facts['peak_memory_of']}"),
         ("first call", _first_call(facts["compiled_from_cache"])),
     ]
     result = {"rows": rows, "facts": facts}
     if other is not None:
-        said, more = _against(found, [label for label in found["seconds"] if label not in other["labels"]])
-        pairs, result = pairs + said, result | more
+        more_pairs, figures = _against(found, [label for label in found["seconds"] if label not in other["labels"]])
+        pairs, result = pairs + more_pairs, result | figures
     output.facts(pairs)
     return result
 
 
 def decode(found: Found, batch_size: int, prompt_length: int, length: int) -> dict[str, Any]:
-    """Prints the samplers of one length and returns the figures."""
+    """Prints the samplers at one target length; returns the figures."""
     facts, other = found["facts"], found.get("torch")
     seconds = found["seconds"]
     baseline = next(iter(seconds))
@@ -87,22 +87,25 @@ def decode(found: Found, batch_size: int, prompt_length: int, length: int) -> di
     )
     pairs = [
         ("parameters", output.count(next(iter(facts["arms"].values()))["parameters"])),
-        ("speed", f"times as fast as {baseline}, round by round"),
-        ("memory", f"{output.size(facts['peak_memory'])}, most in use by the {facts['peak_memory_of']}, all samplers"),
+        ("speed", f"relative to {baseline}, as the median of per-round ratios"),
+        (
+            "memory",
+            f"{output.size(facts['peak_memory'])}, peak of the {facts['peak_memory_of']} over all samplers",
+        ),
     ]
     facts["arms"] = {
         label: {name: value for name, value in arm.items() if name != "window"} for label, arm in facts["arms"].items()
     }
     result = {"length": length, "prompt_length": prompt_length, "batch_size": batch_size, "rows": rows, "facts": facts}
     if other is not None:
-        said, more = _against(found, [])
-        pairs, result = pairs + said, result | more
+        more_pairs, figures = _against(found, [])
+        pairs, result = pairs + more_pairs, result | figures
     output.facts(pairs)
     return result
 
 
 def data(found: Found) -> dict[str, Any]:
-    """Prints the speed of a pipeline and returns the figures."""
+    """Prints the speed of an input pipeline; returns the figures."""
     facts, (times,) = found["facts"], found["seconds"].values()
     row = {"label": "pipeline", **_speed(times, facts["tokens_per_batch"])}
     row["examples_per_second"] = facts["examples_per_batch"] / row["seconds"]["median"]
@@ -129,7 +132,7 @@ def startup(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = [
         {"label": label, "seconds": _spread(times), "rounds": list(times)} for label, times in seconds.items()
     ]
-    output.heading("starting up: seconds from the start of a process to its end")
+    output.heading("startup: seconds from process start to exit")
     cells = []
     for row in rows:
         one = row["seconds"]
@@ -139,42 +142,42 @@ def startup(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def load_average() -> list[float]:
-    """Returns the machine's load averages over 1, 5 and 15 minutes; nothing where it keeps none."""
+    """Returns the load averages over 1, 5 and 15 minutes, or an empty list if the system does not report them."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
 def show_conditions(result: Mapping[str, Any]) -> None:
-    """Prints how busy the machine was: a figure from a busy one is none."""
+    """Prints the load average, and a warning if other processes were running."""
     before, after = (result["load_average"][name] for name in ("before", "after"))
     if not before:
         return
     cores = os.cpu_count() or 1
     output.facts([("load average", f"{before[0]:.2f} before, {after[0]:.2f} after, {cores} cores")])
     if before[0] > cores / 4:
-        output.say("  The machine had other work: compare ratios, and no times with those of another day.")
+        output.say("  Other processes were running: compare ratios only, not times with those of other runs.")
 
 
 def _against(found: Found, ours: Sequence[str]) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
-    """Returns what there is to say of the other side, of the ratio to each label of `ours` and of the checks."""
+    """Returns lines about PyTorch, the speed ratios of the labels `ours` and the checks; and the same as figures."""
     other, checks = found["torch"], found["checks"]
     theirs = other["labels"][0]
     ratios = {label: _ratio(found["seconds"][label], found["seconds"][theirs]) for label in ours}
     pairs: list[tuple[str, Any]] = []
     for label, one in ratios.items():
-        pairs.append((label, f"{one['median']:.2f}x as fast as {theirs}, round by round"))
-        pairs.append(("", f"quartiles {_range(one, 1.0, 2)}, all within {one['least']:.2f}..{one['most']:.2f}"))
+        pairs.append((label, f"{one['median']:.2f}x as fast as {theirs} (median of per-round ratios)"))
+        pairs.append(("", f"quartiles {_range(one, 1.0, 2)}, range {one['least']:.2f}..{one['most']:.2f}"))
     pairs += [
         (theirs, f"{other['model']}, transformers {other['transformers']}, torch {other['torch']}"),
         ("", f"{other['attention']} attention, {other['threads']} threads"),
-        ("same network", f"{checks['parameters']:,} parameters on both sides, the same weights"),
+        ("same network", f"{checks['parameters']:,} parameters on both sides, identical weights"),
     ]
     if "first_loss_difference" in checks:
-        pairs.append(("same loss", f"the first losses differ by {checks['first_loss_difference']:.1e}"))
+        pairs.append(("same loss", f"first losses differ by {checks['first_loss_difference']:.1e}"))
     for label, share in checks.get("same_tokens", {}).items():
         if share is not None:
-            pairs.append(("same tokens", f"{share:.0%} of those of {label}"))
-    said = {name: value for name, value in other.items() if name != "window"}
-    return pairs, {"torch": said, "ratios": ratios, "checks": checks}
+            pairs.append(("same tokens", f"{share:.0%} of the tokens of {label}"))
+    torch_facts = {name: value for name, value in other.items() if name != "window"}
+    return pairs, {"torch": torch_facts, "ratios": ratios, "checks": checks}
 
 
 def _speed(seconds: Sequence[float], tokens: float) -> dict[str, Any]:
@@ -201,7 +204,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def _shown(row: Mapping[str, Any], factor: float = 1e3) -> list[str]:
-    """Returns the cells of milliseconds (or seconds times another factor), their quartiles and tokens per second."""
+    """Returns the table cells for the median (seconds times `factor`), its quartiles and tokens per second."""
     found = row["seconds"]
     if found is None:
         return ["", "", ""]
@@ -219,5 +222,5 @@ def _number(value: float) -> str:
 
 def _first_call(from_cache: int) -> str:
     if from_cache:
-        return f"compiling and one step; {from_cache} program(s) came out of the compile cache"
-    return "compiling and one step; nothing came out of the compile cache"
+        return f"compilation and one step; {from_cache} program(s) read from the compilation cache"
+    return "compilation and one step; no program read from the compilation cache"

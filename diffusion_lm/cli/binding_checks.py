@@ -1,4 +1,4 @@
-"""What gin does not check: macros without value or use, values of the wrong type, bindings without effect."""
+"""Checks that gin lacks: undefined and unused macros, values of the wrong type, bindings without effect."""
 
 import dataclasses
 import re
@@ -10,19 +10,28 @@ from diffusion_lm.cli.bindings import Binding, Current, Macro, Reference, Requir
 from diffusion_lm.core.errors import ConfigError, near_names
 
 Used = Mapping[tuple[str, str], set[str]]
-"""For each (scope, selector) that was called: the parameters that gin supplied or left at their default."""
+"""For each (scope, selector) that was called: the parameters that gin supplied or left at their defaults."""
 
 
 def check_macros(bindings: Sequence[Binding], current: Current, *, roots: Sequence[str] = ()) -> None:
-    """Raises `ConfigError` for a macro without a value, or one of a given file or flag that no binding refers to."""
+    """Checks that every macro has a value, and that every macro of a flag or `--gin_file` file is used.
+
+    Args:
+      bindings: all bindings in the order they were read, including replaced ones.
+      current: the effective bindings.
+      roots: macros that the caller builds by name and that no binding needs to use.
+
+    Raises:
+      ConfigError: a macro is undefined, unused or defined in terms of itself.
+    """
     defined = {binding.scope: binding for binding in current.values() if binding.is_macro}
     referred = {*roots, *(name for binding in bindings for name in macros_in(binding.value))}
     for name, binding in defined.items():
         if name not in referred and binding.origin != "included file":
             raise ConfigError(
-                f"no binding refers to macro {name}{near_names(name, referred)}",
+                f"no binding uses the macro {name}{near_names(name, referred)}",
                 where=binding.where,
-                fix="Correct its name, or remove it.",
+                fix="Correct the name or remove the line.",
             )
     for binding in current.values():
         for name in macros_in(binding.value):
@@ -32,40 +41,40 @@ def check_macros(bindings: Sequence[Binding], current: Current, *, roots: Sequen
             raise ConfigError(
                 f"macro {name} {problem}",
                 where=binding.where,
-                fix=f"Give it a value with --gin.{name}=VALUE or in a gin file.",
+                fix=f"Set it with --gin.{name}=VALUE or in a gin file.",
             )
     for name, binding in defined.items():
         _check_cycle(name, binding, defined)
 
 
 def check_types(current: Current) -> None:
-    """Raises `ConfigError` for a value that does not fit the annotation of its parameter, macros followed."""
+    """Raises `ConfigError` if a value, with macros replaced, does not match the type of its parameter."""
     for binding in current.values():
         if binding.is_macro:
             continue
         hint = type_checks.parameter_hints(binding.target).get(binding.parameter, Any)
         value, sources = follow(binding.value, current)
         if isinstance(value, Required):
-            raise ConfigError(f"{binding.name} has no value", where=binding.where, fix="It is required: bind it.")
+            raise ConfigError(f"{binding.name} is required and has no value", where=binding.where, fix="Bind it.")
         if type_checks.fits(value, hint):
             continue
         through = f" (from {' and '.join(f'{source.name}, {source.where}' for source in sources)})" if sources else ""
         raise ConfigError(
-            f"{binding.name} takes {type_checks.describe(hint)}, not {shown(value)}{through}",
+            f"{binding.name} = {shown(value)}{through}: must be {type_checks.describe(hint)}",
             where=binding.where,
             fix=_type_fix(value, hint),
         )
 
 
 def check_effect(current: Current, used: Used, used_macros: set[str]) -> None:
-    """Raises `ConfigError` for a binding that had no effect on what was built; the rule stands in `config.py`."""
+    """Raises `ConfigError` for a binding that had no effect on the built object (rules: `config.py`)."""
     for binding in current.values():
         if binding.is_macro:
             if binding.origin == "command line" and binding.scope not in used_macros:
                 raise ConfigError(
-                    f"{binding.name} has no effect: nothing that is built reads it",
+                    f"{binding.name} has no effect: no object that is built uses it",
                     where=binding.where,
-                    fix="Remove it, or bind the parameter itself with --gin.Class.parameter=VALUE.",
+                    fix="Remove it, or bind the parameter directly with --gin.Class.parameter=VALUE.",
                 )
         elif binding.origin != "included file":
             _check_parameter_effect(binding, current, used)
@@ -82,43 +91,46 @@ def _check_parameter_effect(binding: Binding, current: Current, used: Used) -> N
         raise ConfigError(
             f"{binding.name} has no effect: no {binding.class_name} is built{in_scope}",
             where=binding.where,
-            fix="Remove it, or refer to it from an object that is built.",
+            fix="Remove it, or reference the class from an object that is built.",
         )
     winners = [_winner(scope, binding, current) for scope in scopes]
     if binding.origin == "command line" and binding not in winners:
         raise ConfigError(
-            f"{binding.name} has no effect: {winners[0].name} is more specific ({winners[0].where})",
+            f"{binding.name} has no effect: {winners[0].name} is more specific and overrides it ({winners[0].where})",
             where=binding.where,
             fix=f"Write --gin.{winners[0].name}=VALUE.",
         )
 
 
 def _within(scope: str, outer: str) -> bool:
+    """Returns whether `scope` is `outer` or nested in it; the empty scope contains all scopes."""
     return not outer or scope == outer or scope.startswith(f"{outer}/")
 
 
 def _winner(scope: str, binding: Binding, current: Current) -> Binding:
-    """Returns the binding that gin uses for this parameter in `scope`: the one of the longest prefix."""
+    """Returns the binding that gin uses for this parameter in `scope`: the one with the longest prefix of `scope`."""
     parts = scope.split("/") if scope else []
     prefixes = ["/".join(parts[:length]) for length in range(len(parts), -1, -1)]
     return next(current[key] for prefix in prefixes if (key := (prefix, *binding.key[1:])) in current)
 
 
 def _check_cycle(name: str, binding: Binding, defined: Mapping[str, Binding]) -> None:
-    seen, waiting = {name}, macros_in(binding.value)
-    while waiting:
-        following = waiting.pop()
-        if following in seen:
-            raise ConfigError(f"macro {name} refers to itself", where=binding.where, fix="Give it a value.")
-        seen.add(following)
-        waiting += macros_in(defined[following].value)
+    visited, pending = {name}, macros_in(binding.value)
+    while pending:
+        current = pending.pop()
+        if current in visited:
+            raise ConfigError(
+                f"macro {name} is defined in terms of itself", where=binding.where, fix="Give it a value."
+            )
+        visited.add(current)
+        pending += macros_in(defined[current].value)
 
 
 def _type_fix(value: Any, hint: Any) -> str:
     if isinstance(value, Reference):
         called = dataclasses.replace(value, called=True)
         if not value.called and type_checks.fits(called, hint):
-            return f"Write {shown(called)}, with brackets, for an object of that class."
+            return f"Write {shown(called)}, with parentheses, to pass an instance."
         missing = type_checks.missing_members(value.target, hint) if type_checks.is_protocol(hint) else []
         return f"{value.target.__name__} has no {', '.join(missing[:3])}." if missing else "Bind another object."
     if isinstance(value, float) and value.is_integer() and type_checks.fits(int(value), hint):

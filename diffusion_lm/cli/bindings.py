@@ -1,4 +1,4 @@
-"""What a gin file says, one statement at a time, in values that need no gin to be read."""
+"""The bindings of gin files as plain data, one per statement. Only `gin_reader.py` deals with gin's own types."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ Origin = Literal["command line", "given file", "included file"]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A `@target` (or `@target()`, then `called`) inside a bound value."""
+    """A reference `@target`, or `@target()` with `called`, inside a bound value."""
 
     target: Any
     called: bool
@@ -17,19 +17,19 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Macro:
-    """A `%name` inside a bound value."""
+    """A macro reference `%name` inside a bound value."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Required:
-    """`%gin.REQUIRED`: a macro that the user has to give."""
+    """`%gin.REQUIRED`: a macro that the user must define."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unknown:
-    """A value that is known only when it is built, such as the result of a function."""
+    """A value that is only known once it is built, such as the result of a function."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Binding:
     """One statement `scope/Class.parameter = value`, or `scope/MACRO = value`.
 
     Attributes:
-      scope: the scope, or the name of the macro (with its scopes).
-      selector: gin's complete name of the class or function; empty for macros.
+      scope: the scope, or for a macro its name, including scopes.
+      selector: gin's full name of the class or function; empty for macros.
       parameter: the parameter's name; empty for macros.
-      value: what was bound; references and macros stand as `Reference` and `Macro`.
-      target: the class or function itself; None for macros.
-      where: `file:line`, or the flag.
-      origin: who said so.
+      value: the bound value; references and macros are `Reference` and `Macro` objects.
+      target: the class or function; None for macros.
+      where: `file:line`, or the command-line flag.
+      origin: whether a flag, a file of `--gin_file` or an included file made the binding.
     """
 
     scope: str
@@ -66,7 +66,7 @@ class Binding:
 
     @property
     def name(self) -> str:
-        """The binding as a user writes it, without the modules: `ar/TrainRun.steps` or `TRAIN_STEPS`."""
+        """The binding as users write it, without module names: `ar/TrainRun.steps` or `TRAIN_STEPS`."""
         if self.is_macro:
             return self.scope
         name = f"{self.class_name}.{self.parameter}"
@@ -74,16 +74,16 @@ class Binding:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What identifies the parameter: a later binding of the same key replaces an earlier one."""
+        """The identity of the parameter; a later binding with the same key replaces an earlier one."""
         return self.scope, self.selector, self.parameter
 
 
 Current = Mapping[tuple[str, str, str], Binding]
-"""For each key the binding that holds."""
+"""The effective binding of each key."""
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Yields what a bound value consists of, containers opened."""
+    """Yields the leaves of a bound value, descending into dicts, lists and tuples."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from leaves(key)
@@ -101,7 +101,7 @@ def macros_in(value: Any) -> list[str]:
 
 
 def follow(value: Any, current: Current) -> tuple[Any, list[Binding]]:
-    """Returns the value with macros replaced by theirs, and the macros that were followed, outermost last."""
+    """Replaces macros by their values; returns the value and the bindings of these macros, outermost last."""
     if isinstance(value, Macro):
         source = current[value.name, "", ""]
         followed, deeper = follow(source.value, current)
@@ -116,7 +116,7 @@ def follow(value: Any, current: Current) -> tuple[Any, list[Binding]]:
 
 
 def shown(value: Any) -> str:
-    """Returns a bound value as it would be written in a gin file."""
+    """Formats a bound value as it would be written in a gin file."""
     if isinstance(value, Reference):
         return f"@{value.target.__name__}{'()' if value.called else ''}"
     if isinstance(value, Macro):

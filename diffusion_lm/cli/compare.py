@@ -1,6 +1,7 @@
-"""Runs the arms of a Comparison, scores them on its tasks, and writes results.json, results.md and report/index.html.
+"""Trains the arms of a Comparison, evaluates them on its tasks, and writes results.json, results.md and a report.
 
-Stages that arms share run once; what is finished is skipped. Run the same command again to go on."""
+The report is report/index.html. A stage that several arms share is trained once. Finished stages are skipped, so
+running the same command again resumes a stopped comparison."""
 
 import argparse
 from typing import Any
@@ -14,7 +15,7 @@ from diffusion_lm.core.files import as_path, write_text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     add_gin(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the comparison")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the comparison")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             say(likelihood_table.CAPTION)
         cut = cut_sentences(result.results)
         if cut:
-            heading("cut to the windows")
+            heading("truncated to the configured lengths")
             for sentence in cut:
                 say(f"  {sentence}")
         say(f"table   {result.table}")

@@ -1,17 +1,17 @@
-"""gin files in, objects out: with `gin_reader.py` the only module that imports gin.
+"""Loads gin files, checks them and builds the configured objects. Only this module and `gin_reader.py` import gin.
 
-gin 0.5.0 rejects an unknown class or parameter, in a message of many lines; it accepts a misspelt macro, a wrong type
-and a binding that nothing reads. `load` reads the files itself (`gin_reader.py`), so that it knows where each binding
-stands, and adds what is missing:
+gin 0.5.0 rejects an unknown class or parameter, with a message of many lines. It accepts a misspelt macro, a value of
+the wrong type and an unused binding. `load` parses the files itself (`gin_reader.py`), so it knows file and line of
+each binding, and adds these checks:
 
-* Every class, parameter, module and macro that is named must exist, in every file; the error names the near ones.
-* Every value must fit the annotation of its parameter (`type_checks.py`), macros followed to their value.
-* What was said must matter. In a file given with `--gin_file`, a macro must be referred to by some binding, and a
-  parameter must belong to an object that is built. A binding given on the command line must moreover be read, and not
-  be shadowed by a more specific scope. *Included* files are presets, which offer more than one root takes: there only
-  the first two rules hold.
+* Every class, parameter, module and macro must exist, in every file. The error suggests similar names.
+* Every value, with macros replaced, must match the type annotation of its parameter (`type_checks.py`).
+* Every binding must have an effect. In a file of `--gin_file`, each macro must be used by some binding, and each
+  parameter must belong to an object that is built. A binding on the command line must also be read, and must not be
+  overridden by a more specific scope. *Included* files are presets that may define more than one configuration needs,
+  so only the first two rules apply to them.
 
-gin keeps its state in its module, so there is one configuration at a time: `load` forgets the previous one.
+gin's state is global, so only one configuration exists at a time: `load` clears the previous one.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A configuration that was read and checked, and from which objects can be built.
+    """A loaded and checked configuration that builds objects.
 
     Attributes:
-      bindings: every binding in the order in which they were read, replaced ones included.
+      bindings: all bindings in the order they were read, including those that later ones replaced.
       files: the files that were read.
     """
 
@@ -45,39 +45,39 @@ class Config:
 
     @property
     def current(self) -> Current:
-        """The bindings that hold: for each key the one that was read last."""
+        """The effective bindings: for each key the one that was read last."""
         return {binding.key: binding for binding in self.bindings}
 
     def binds(self, target: type) -> bool:
-        """Returns whether some binding is for `target`, which is how a gin file says what it configures."""
+        """Returns whether any binding sets a parameter of `target`."""
         return any(binding.target is target for binding in self.bindings)
 
     def defines(self, macro: str) -> bool:
-        """Returns whether some file or flag defines a macro."""
+        """Returns whether a file or flag defines this macro."""
         return (macro, "", "") in self.current
 
     def build(self, target: type[T]) -> T:
-        """Returns the configured object of class `target`, after checking that every binding mattered.
+        """Builds the configured object of class `target` and checks that every binding had an effect.
 
         Raises:
-          ConfigError: nothing configures `target`, a required parameter is not bound, the object rejects its values,
-            or a binding has no effect.
+          ConfigError: no binding sets a parameter of `target`, a required parameter is not bound, the object rejects
+            its values, or a binding has no effect.
         """
         if not self.binds(target):
             raise ConfigError(
                 f"the gin files do not configure a {target.__name__}",
                 where=", ".join(str(path) for path in self.files[:3]),
-                fix="Give one that does with --gin_file, e.g. from gin/recipes/.",
+                fix="Pass a file that does with --gin_file, e.g. from gin/recipes/.",
             )
         return self._build(lambda: gin.get_configurable(target)())
 
     def build_macro(self, name: str) -> Any:
-        """Returns the value of a macro, its references built; checks and errors as in `build`."""
+        """Builds the value of a macro and returns it; checks and errors as in `build`."""
         if not self.defines(name):
             raise ConfigError(
                 f"the gin files do not define the macro {name}",
                 where=", ".join(str(path) for path in self.files[:3]),
-                fix="Give a file that does.",
+                fix="Pass a file that does.",
             )
 
         def evaluate() -> Any:
@@ -100,11 +100,11 @@ class Config:
         return built
 
     def resolved(self) -> str:
-        """Returns what `build` used, defaults included, as the text of one gin file that includes no other."""
+        """Returns all values that `build` used, including defaults, as one gin file without includes."""
         return gin.operative_config_str(max_line_length=120)
 
     def _with_source(self, where: str) -> str:
-        """Adds to `Class.parameter` the places that bound it."""
+        """Appends to `Class.parameter` the places where it was bound."""
         sources = [one.where for one in self.current.values() if not one.is_macro and one.name.endswith(where)]
         return f"{where}, set at {' and '.join(sources)}" if where and sources else where
 
@@ -116,20 +116,20 @@ def load(
     *,
     macros: Sequence[str] = (),
 ) -> Config:
-    """Reads gin files, then bindings that override them, and checks all that can be checked without building.
+    """Reads gin files and then bindings that override them, and runs all checks that do not need to build objects.
 
     Args:
-      gin_files: names of gin files (`find_gin_file` says where they are looked for), later ones override earlier ones.
+      gin_files: names of gin files, searched as `find_gin_file` describes; later files override earlier ones.
       bindings: `NAME=VALUE` for a macro, or `Class.parameter=VALUE`, `scope/Class.parameter=VALUE`,
-        `module.Class.parameter=VALUE`; needs no import: every module that some file imports is known.
-      search_path: folders to look in, between the current folder and the packaged one.
-      macros: macros that will be built by name, e.g. the `SAMPLER` of a sampler's file; nothing need refer to them.
+        `module.Class.parameter=VALUE`. Classes need no import; all modules that any file imports are searched.
+      search_path: directories to search after the current directory and before the packaged files.
+      macros: macros that the caller builds by name, e.g. the `SAMPLER` of a sampler file; no binding needs to use them.
 
     Raises:
-      ConfigError: with file and line, as the module's docstring lists.
+      ConfigError: a check of the module docstring failed; the message names file and line.
     """
     if not gin_files:
-        raise ConfigError("no gin file is given", fix="Add --gin_file, e.g. --gin_file gin/recipes/quickstart.gin.")
+        raise ConfigError("no gin file given", fix="Add --gin_file, e.g. --gin_file gin/recipes/quickstart.gin.")
     gin.clear_config()
     reader = GinReader(tuple(search_path))
     for name in gin_files:
@@ -143,13 +143,13 @@ def load(
 
 
 def _missing_parameters(error: TypeError) -> ConfigError | None:
-    """Returns the sentence for a call that lacks arguments, or None for a `TypeError` of another kind."""
+    """Converts the `TypeError` of a call with missing arguments; returns None for any other `TypeError`."""
     found = re.search(r"(\w+)\.__init__\(\) missing \d+ required [\w-]+ arguments?: (.*)", str(error).splitlines()[0])
     if not found:
         return None
     names = re.findall(r"'(\w+)'", found[2])
     return ConfigError(
-        f"{found[1]} needs {', '.join(names)}, which no gin file gives",
+        f"{found[1]} requires {', '.join(names)}, which no gin file sets",
         where=f"{found[1]}.{names[0]}",
         fix=f"Bind it in a gin file, or with --gin.{found[1]}.{names[0]}=VALUE.",
     )

@@ -1,4 +1,4 @@
-"""What the windows of a configuration cut, of the data that are there: for verbs that run nothing."""
+"""Reports which examples of the materialised data are truncated or lose characters, for verbs that train nothing."""
 
 from typing import Any
 
@@ -13,24 +13,24 @@ from diffusion_lm.training.run import TrainRun
 
 
 def cut_sentences(root: Any) -> list[str]:
-    """Returns a sentence for each data set and part that rows below `root` do not hold whole.
+    """Returns a sentence for each data set and part (inputs, targets) whose examples are truncated under `root`.
 
-    Data that are not materialised are passed over.
+    Data that are not materialised are skipped.
     """
     found: list[str] = []
     for run in parts(root, TrainRun):
-        if _are_there(run.data):
+        if _is_materialised(run.data):
             found += map(str, run.data.cuts("training"))
     for kind in (GenerationTask, BoundEvaluation, ScoringEvaluation):
         evaluation: Any
         for evaluation in parts(root, kind):
-            if _are_there(evaluation.data):
+            if _is_materialised(evaluation.data):
                 found += map(str, evaluation.cuts)
     return list(dict.fromkeys(found))
 
 
 def lossy_sentences(root: Any) -> list[str]:
-    """Returns a sentence for each data set below `root` that its vocabulary could not write whole."""
+    """Returns a sentence for each data set under `root` with characters that its vocabulary cannot encode."""
     manifests = (read_manifest(source.folder) for source in parts(root, GrainSource))
     return [
         sentence
@@ -40,5 +40,5 @@ def lossy_sentences(root: Any) -> list[str]:
     ]
 
 
-def _are_there(data: Any) -> bool:
+def _is_materialised(data: Any) -> bool:
     return all(read_manifest(source.folder) is not None for source in parts(data, GrainSource))

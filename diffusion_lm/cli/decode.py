@@ -1,9 +1,11 @@
-"""Completes prompts with the model of a run folder and prints one JSON object a line.
+"""Completes prompts with a trained model and prints one JSON object per line.
 
-Prompts come from --input FILE (one a line, or JSON lines with a field "inputs"; '-' is stdin), or from a split of a
-materialised task with --task and --split, or else from what the run itself decodes. A JSON line may say what stands
-behind the gap that is to be filled ("suffix") and how many tokens the gap has ("slots"). The sampler is the run's own,
-or the SAMPLER of --sampler FILE; --gin flags then set the sampler's parameters."""
+Prompts come from --input FILE ('-' for stdin), from a split of a materialised task (--task, --split), or by default
+from the task that the run evaluates by decoding. A line of --input is plain text or a JSON object with the field
+"inputs". For infilling, the JSON object may also give the text after the gap ("suffix") and the number of tokens to
+fill in ("slots").
+
+The sampler is that of the run, or the SAMPLER of --sampler FILE. With --sampler, --gin flags set its parameters."""
 
 import argparse
 import dataclasses
@@ -19,20 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     common.add_gin(parser)
     common.add_run_folder(parser)
-    parser.add_argument("--input", metavar="FILE", help="prompts, one a line; '-' is stdin")
+    parser.add_argument("--input", metavar="FILE", help="prompts, one per line; '-' for stdin")
     parser.add_argument("--task", metavar="NAME", help="materialised task to take prompts from")
-    parser.add_argument("--split", default="validation", metavar="NAME", help="its split (default: validation)")
-    parser.add_argument("--root", metavar="DIR", help="where it was materialised")
+    parser.add_argument("--split", default="validation", metavar="NAME", help="split of --task (default: validation)")
+    parser.add_argument("--root", metavar="DIR", help="directory of the materialised data (default: that of the run)")
     parser.add_argument("--sampler", metavar="FILE", help="gin file that defines SAMPLER, e.g. gin/samplers/greedy.gin")
     parser.add_argument("--limit", type=int, metavar="N", help="decode only the first N prompts")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="prompts decoded at once (default: 8)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions of each prompt (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="root of the decoding noise (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="prompts per batch (default: 8)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of decoding (default: 0)")
     common.add_force(parser)
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs the verb and returns what it printed."""
+    """Runs the verb; returns one dict per printed line."""
     import jax
 
     from diffusion_lm.cli.prompts import CutPrompts, given_prompts
@@ -101,14 +103,14 @@ def _sampler(arguments: argparse.Namespace, opened: Any) -> Any:
     if opened.generation:
         return opened.generation[0].sampler
     raise ConfigError(
-        "the run's configuration names no sampler",
+        "the configuration of the run has no sampler",
         where="--workdir",
-        fix="Give one with --sampler, e.g. --sampler gin/samplers/greedy.gin.",
+        fix="Add one with --sampler, e.g. --sampler gin/samplers/greedy.gin.",
     )
 
 
 def _data(arguments: argparse.Namespace, opened: Any) -> Any:
-    """Returns the pipeline whose converter lays the prompts out, and whose sources they come from."""
+    """Returns the pipeline whose converter lays out the prompts and, without `--input`, whose sources provide them."""
     tasks = [evaluation.task for evaluation in opened.generation]
     if arguments.task:
         from diffusion_lm.data.grain_source import GrainSource
@@ -121,4 +123,4 @@ def _data(arguments: argparse.Namespace, opened: Any) -> Any:
         return tasks[0].data
     if arguments.input:
         return opened.run.data
-    raise ConfigError("no prompts are named", fix="Give --input FILE, or --task NAME with --split.")
+    raise ConfigError("no prompts given", fix="Pass --input FILE, or --task NAME with --split.")

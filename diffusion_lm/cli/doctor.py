@@ -1,6 +1,6 @@
-"""Checks that this machine can run all of it: versions, devices, folders, gin files, tasks, and one training step.
+"""Checks this installation: package versions, devices, directories, gin files, SeqIO tasks, and one training step.
 
-Exit code 0 if every check passes, 1 otherwise. What only `materialise` needs may be missing."""
+The exit code is 0 if every check passes and 1 otherwise. Packages that only `materialise` needs may be missing."""
 
 import argparse
 import os
@@ -32,15 +32,15 @@ FOR_TASKS = ("seqio", "tensorflow", "tensorflow-datasets", "babel", "num2words")
 
 
 class Skipped(Exception):
-    """The check does not apply here; not a failure."""
+    """Raised by a check that does not apply here; not a failure."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.add_argument(
-        "--task", action="append", default=[], metavar="NAME", help="also check that this task resolves"
+        "--task", action="append", default=[], metavar="NAME", help="also check that this SeqIO task is registered"
     )
-    parser.add_argument("--no_tasks", action="store_true", help="leave out the checks that import TensorFlow")
+    parser.add_argument("--no_tasks", action="store_true", help="skip the checks that import TensorFlow")
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     results = [_check(name, call) for name, call in checks]
     output.table(["", "check", "found"], [(r["status"], r["name"], r["found"]) for r in results], fold=[2])
     failed = [r["name"] for r in results if r["status"] == "FAIL"]
-    output.say(f"\n{'failed: ' + ', '.join(failed) if failed else 'all is well'}")
+    output.say(f"\n{'failed: ' + ', '.join(failed) if failed else 'all checks passed'}")
     return {"ok": not failed, "checks": results}, environment.EXIT_FAILED if failed else environment.EXIT_OK
 
 
@@ -71,7 +71,7 @@ def _check(name: str, call: Callable[[], str]) -> dict[str, str]:
         return {"name": name, "status": "ok", "found": call()}
     except Skipped as reason:
         return {"name": name, "status": "-", "found": str(reason)}
-    except Exception as error:  # whatever goes wrong in a check is its finding
+    except Exception as error:  # any error in a check is reported as the result of that check
         return {
             "name": name,
             "status": "FAIL",
@@ -96,7 +96,7 @@ def _versions(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
 def _packages() -> str:
     found, missing = _versions(REQUIRED)
     if missing:
-        raise RuntimeError(f"not installed: {', '.join(missing)}; run pip install diffusion-lm")
+        raise RuntimeError(f"not installed: {', '.join(missing)}; install them with pip install diffusion-lm")
     return ", ".join(found)
 
 
@@ -141,13 +141,13 @@ def _data_folder() -> str:
 
 
 def _materialised() -> str:
-    """Counts the splits of the data folder and names those that their vocabulary could not write."""
+    """Counts the materialised splits and names those with characters that their vocabulary cannot encode."""
     from diffusion_lm.data.round_trip import loss_sentences
     from diffusion_lm.data.store import MANIFEST, default_root, read_manifest
 
     root = default_root()
     if is_bucket(root) or not root.is_dir():
-        raise Skipped("none yet")
+        raise Skipped("no data materialised yet")
     manifests = [read_manifest(path.parent) for path in sorted(root.glob(f"*/*/{MANIFEST}"))]
     found = [manifest for manifest in manifests if manifest is not None]
     lossy = [
@@ -162,7 +162,7 @@ def _gin_files() -> str:
     folder = packaged_folder()
     files = list(folder.rglob("*.gin"))
     if not files:
-        raise RuntimeError(f"there are none in {folder}")
+        raise RuntimeError(f"no gin files in {folder}")
     return f"{len(files)} in {folder}"
 
 
@@ -180,7 +180,7 @@ def _tasks(names: list[str]) -> str:
 
 
 def _one_step() -> str:
-    """Trains a small network for one step on random tokens and returns its loss."""
+    """Trains a small network for one step on random tokens and reports its loss."""
     import jax
     import numpy as np
 

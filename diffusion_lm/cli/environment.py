@@ -1,4 +1,4 @@
-"""The process around a verb: environment variables, the compile cache, the user's modules, signals and exit codes."""
+"""Sets up the process for a verb: environment variables, compilation cache, user modules, signals and exit codes."""
 
 import contextlib
 import importlib
@@ -16,17 +16,17 @@ from diffusion_lm.core.files import as_path
 
 EXIT_OK = 0
 EXIT_FAILED = 1
-"""A check of `doctor` failed, or an error that is ours: the traceback is printed."""
+"""A check of `doctor` failed, or a bug in this package (the traceback is printed)."""
 EXIT_CONFIG = 2
-"""A wrong input: one line on stderr says what, where, and what to do."""
+"""Invalid input; one line on stderr says what is wrong, where, and what to do."""
 EXIT_DOES_NOT_FIT = 3
-"""Kept for plans that exceed the memory of the devices."""
+"""A planned program exceeds the memory of the devices (`plan`)."""
 EXIT_PREEMPTED = 75
-"""SIGTERM (`EX_TEMPFAIL`): what was done is saved; the same command goes on. Launchers restart on it."""
+"""Stopped by SIGTERM with a checkpoint saved (`EX_TEMPFAIL`). Launchers run the same command again to resume."""
 EXIT_INTERRUPTED = 130
-"""Ctrl-C; the same command goes on from the last checkpoint."""
+"""Stopped by Ctrl-C; the same command resumes from the last checkpoint."""
 EXIT_OUTPUT_CLOSED = 141
-"""The reader of stdout went away before all results were written: the code of a process that SIGPIPE ended."""
+"""stdout was closed before all results were written: the exit code of a process killed by SIGPIPE."""
 
 
 _STDERR = 2
@@ -36,11 +36,11 @@ _NOISE = re.compile(
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived while nothing else was watching for it."""
+    """SIGTERM arrived while no other handler was installed."""
 
 
 def prepare() -> None:
-    """Sets what must be set before JAX and TensorFlow are imported; environment variables that are set stay."""
+    """Sets environment variables that JAX and TensorFlow read on import; existing values are kept."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -53,9 +53,10 @@ def prepare() -> None:
 
 
 def compile_cache_folder() -> Path | None:
-    """Returns where compiled programs are kept, or None.
+    """Returns the directory of JAX's persistent compilation cache, or None if the cache is off.
 
-    `$DIFFUSION_LM_COMPILE_CACHE` says where ("off" = nowhere); else `$DIFFUSION_LM_CACHE/jax`, else the user's cache.
+    It is `$DIFFUSION_LM_COMPILE_CACHE` ("off" disables the cache), else `$DIFFUSION_LM_CACHE/jax`, else
+    `~/.cache/diffusion_lm/jax`.
     """
     given = os.environ.get("DIFFUSION_LM_COMPILE_CACHE")
     if given is None:
@@ -65,10 +66,10 @@ def compile_cache_folder() -> Path | None:
 
 
 def import_modules(names: Sequence[str]) -> tuple[str, ...]:
-    """Imports the user's modules (which register SeqIO tasks); the current folder counts as a place to find them.
+    """Imports user modules, e.g. ones that register SeqIO tasks, from the Python path or the current directory.
 
     Raises:
-      ConfigError: there is no such module.
+      ConfigError: a module does not exist.
     """
     if names and "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -76,27 +77,30 @@ def import_modules(names: Sequence[str]) -> tuple[str, ...]:
         try:
             import_quietly(name)
         except ModuleNotFoundError as error:
-            missing = "" if error.name == name else f", which needs {error.name}"
+            missing = "" if error.name == name else f", which imports {error.name}"
             raise ConfigError(
-                f"there is no module {error.name or name} (wanted: {name}{missing})",
+                f"no module named {error.name or name} (requested: {name}{missing})",
                 where="--module",
-                fix="Give the dotted name of a module that can be imported from the current folder.",
+                fix="Pass the dotted name of a module that can be imported from the current directory.",
             ) from error
     return tuple(names)
 
 
 def import_quietly(name: str) -> None:
-    """Imports a module without what TensorFlow logs before it heeds `TF_CPP_MIN_LOG_LEVEL`; the rest is passed on."""
+    """Imports a module and drops what TensorFlow logs before it reads `TF_CPP_MIN_LOG_LEVEL`.
+
+    The log lines come from C++, so the file descriptor of stderr is captured. All other lines are written to stderr.
+    """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as captured:
-        kept = os.dup(_STDERR)
+        original = os.dup(_STDERR)
         os.dup2(captured.fileno(), _STDERR)
         try:
             importlib.import_module(name)
         finally:
             sys.stderr.flush()
-            os.dup2(kept, _STDERR)
-            os.close(kept)
+            os.dup2(original, _STDERR)
+            os.close(original)
             captured.seek(0)
             lines = captured.read().splitlines(keepends=True)
             os.write(_STDERR, b"".join(line for line in lines if not _NOISE.match(line)))
@@ -104,7 +108,7 @@ def import_quietly(name: str) -> None:
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Turns SIGTERM into `Terminated` for the length of a verb, so that temporary files are cleaned up."""
+    """Raises `Terminated` on SIGTERM while a verb runs, so that temporary files are cleaned up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What `evaluate --estimator` does: the estimator of a gin file on a run's data."""
+"""Implements `evaluate --estimator`: applies the estimator of a gin file to the data of a run."""
 
 import argparse
 import dataclasses
@@ -18,10 +18,10 @@ from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, mismatches
 
 
 def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[ScoringEvaluation, ...]:
-    """Returns what `--estimator` scores: each split that the run is evaluated on, or that of `--task`.
+    """Returns one evaluation per split: the splits that the run is evaluated on, or the split of `--task`.
 
     Raises:
-      ConfigError: the file defines no estimator, the run's noise is another one, or no data is named.
+      ConfigError: the file defines no estimator, its noise process differs from that of the run, or there is no data.
     """
     search_path = split_search_path(arguments.gin_search_path)
     loaded = config.load([arguments.estimator], arguments.gin, search_path, macros=["ESTIMATOR"])
@@ -45,7 +45,7 @@ def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Scoring
 
 
 def show(results: Mapping[str, Any]) -> None:
-    """Prints under the table what its numbers are: how estimated, on which tokens, and where they are kept."""
+    """Prints below the table how each number was estimated, over which tokens, and the file that stores it."""
     for name, result in results.items():
         conditions = result["conditions"]
         if "estimator" not in conditions:
@@ -57,7 +57,7 @@ def show(results: Mapping[str, Any]) -> None:
                 (name, ""),
                 ("kind", f"{conditions['kind']}: {conditions['meaning']}"),
                 ("estimator", type(conditions["estimator"]).__name__),
-                ("tokeniser", f"{tokeniser['size']} pieces, sha256 {tokeniser['sha256'][:12]}"),
+                ("tokenizer", f"{tokeniser['size']} pieces, sha256 {tokeniser['sha256'][:12]}"),
                 ("bytes", conditions["bytes"]),
                 *([("windows", _windows(conditions))] if "window" in conditions else []),
                 ("file", result["file"]),
@@ -66,11 +66,12 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def _windows(conditions: Mapping[str, Any]) -> str:
-    return f"{conditions['window']} tokens a row, of which {conditions['context']} or more are context after the first"
+    window, context = conditions["window"], conditions["context"]
+    return f"{window} tokens per row; in every row after the first, at least {context} are context"
 
 
 def _data(arguments: argparse.Namespace, opened: OpenRun) -> list[DataPipeline]:
-    """Returns the splits to score, laid out as the model was trained."""
+    """Returns the splits to score, with the layout that the model was trained on."""
     trained = opened.run.data
     if arguments.task:
         sources = [(GrainSource(arguments.task, arguments.split, arguments.root or trained.sources[0].root),)]
@@ -78,7 +79,7 @@ def _data(arguments: argparse.Namespace, opened: OpenRun) -> list[DataPipeline]:
         evaluated = (getattr(getattr(one, "task", one), "data", None) for one in opened.evaluations)
         sources = list(dict.fromkeys(data.sources for data in evaluated if data is not None))
     if not sources:
-        raise ConfigError("no data is named", where="--task", fix="Give --task NAME with --split.")
+        raise ConfigError("no data to score", where="--task", fix="Pass --task NAME with --split.")
     found = []
     for one in sources:
         pretraining = None if one[0].manifest.has_inputs else trained.pretraining

@@ -1,19 +1,19 @@
-"""Scores the model of a run folder: the teacher-forced bound and the metrics of decoded completions.
+"""Evaluates a trained model: teacher-forced likelihood bounds and metrics of decoded completions.
 
-What is scored is what the run's configuration evaluates (TrainRun.evaluations), or, for a stage of a comparison, the
-comparison's tasks; the checkpoint is the one that the run selected, else the newest. Settings can be overridden with
---gin flags.
+By default it runs the evaluations of the run (TrainRun.evaluations) or, for a stage of a comparison, the tasks of the
+comparison. It uses the best checkpoint if the run selects one, else the newest. --gin flags override settings.
 
-With --suite FILE (`diffusion-lm list suites`) it is what a published protocol evaluates: tasks with their prompts,
-lengths, estimators and samplers, whatever the run itself was evaluated on. --gin flags then set the suite's parameters.
+--suite FILE runs a published evaluation protocol instead: tasks with their prompts, lengths, estimators and samplers
+(`diffusion-lm list suites`). --gin flags then set parameters of the suite.
 
-With --estimator FILE (`diffusion-lm list scoring`) the likelihood of targets is estimated, or, for a task whose
-examples have choices, which of them the model prefers; on the data of those evaluations, or of --task. --gin flags then
-set the estimator's parameters. With --rolling whole documents are
-scored, in windows, each token once.
+--estimator FILE estimates the likelihood of targets or, for tasks with answer choices, scores multiple choice
+(`diffusion-lm list scoring`). The data are those of the run's evaluations, or of --task. --gin flags then set
+parameters of the estimator. With --rolling it scores whole documents in windows, each token once.
 
-With --judge DIR what the run generates is scored by the likelihood of an autoregressive run, next to its entropy and
-distinct n-grams. The numbers of suites, estimators and judges are also written to WORKDIR/scores/."""
+--judge DIR scores the completions of the run by their likelihood under an autoregressive run, together with their
+entropy and distinct n-grams.
+
+Results of --suite, --estimator and --judge are also written to WORKDIR/scores/."""
 
 import argparse
 import dataclasses
@@ -30,35 +30,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_gin(parser)
     common.add_run_folder(parser)
     parser.add_argument("--suite", metavar="FILE", help="gin file that defines SUITE, e.g. gin/suites/diffullama.gin")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run only these evaluations")
-    parser.add_argument("--limit", type=int, metavar="N", help="score only the first N examples of each")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="run only this evaluation; may be repeated"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N examples of each evaluation")
     parser.add_argument(
         "--estimator", metavar="FILE", help="gin file that defines ESTIMATOR, e.g. gin/scoring/llada_exact_count.gin"
     )
     parser.add_argument(
-        "--rolling", action="store_true", help="with --estimator, score whole documents in windows, each token once"
+        "--rolling", action="store_true", help="with --estimator: score whole documents in windows, each token once"
     )
     parser.add_argument(
-        "--context", type=int, default=1, metavar="N", help="tokens of context of a window with --rolling (default: 1)"
+        "--context", type=int, default=1, metavar="N", help="with --rolling: context tokens per window (default: 1)"
     )
     parser.add_argument(
-        "--judge", metavar="DIR", help="autoregressive run whose likelihood scores what this run generates"
+        "--judge", metavar="DIR", help="autoregressive run that scores the completions of this run by likelihood"
     )
-    parser.add_argument("--task", metavar="NAME", help="materialised task to score with --estimator")
-    parser.add_argument("--split", default="validation", metavar="NAME", help="its split (default: validation)")
-    parser.add_argument("--root", metavar="DIR", help="where it was materialised")
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows a pass with --estimator")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="root of the noise with --estimator")
+    parser.add_argument("--task", metavar="NAME", help="with --estimator: materialised task to score")
+    parser.add_argument("--split", default="validation", metavar="NAME", help="split of --task (default: validation)")
+    parser.add_argument("--root", metavar="DIR", help="directory of the materialised data (default: that of the run)")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="with --estimator: rows per forward pass (default: 32)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --estimator: random seed (default: 0)")
     common.add_force(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs the verb and returns `{"workdir", "step", "evaluations": {name: values}}`, and `selected_by` if it was."""
+    """Runs the verb; returns `{"workdir", "step", "evaluations": {name: result}}`.
+
+    The result also has `selected_by`, the metric that selected the checkpoint, if there is one.
+    """
     from diffusion_lm.cli import estimator, judge, scores, suite
     from diffusion_lm.cli.run_folder import open_run
 
     _check_flags(arguments)
-    kept = bool(arguments.estimator or arguments.suite or arguments.judge)
+    recorded = bool(arguments.estimator or arguments.suite or arguments.judge)
     opened = open_run(arguments, bindings=() if arguments.estimator or arguments.suite else arguments.gin)
     evaluations = opened.evaluations
     if arguments.estimator:
@@ -68,9 +75,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     elif arguments.judge:
         evaluations = judge.evaluations(arguments, opened)
     chosen = [_limited(one, arguments.limit) for one in _choose(evaluations, arguments.only)]
-    # All samplers are looked at before the first of them decodes.
+    # Check all samplers first, so that a mismatch in the last one does not waste the work of the others.
     unlike = {one.name: opened.mismatches(getattr(one, "sampler", None), force=arguments.force) for one in chosen}
-    if kept:
+    if recorded:
         scores.refuse_another(arguments.json, chosen, opened)
     model = opened.load()
     results: dict[str, Any] = {}
@@ -91,7 +98,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             **_conditions(evaluation, unlike[evaluation.name]),
             "cuts": [cut.plain() for cut in cuts],
         }
-        if kept:
+        if recorded:
             results[evaluation.name] |= scores.record(evaluation, opened, results[evaluation.name])
     heading(f"{opened.folder}, step {opened.step:,}" + (f" ({opened.selected.metric})" if opened.selected else ""))
     rows = [
@@ -103,28 +110,28 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, result in results.items():
         for cut in result["cuts"]:
             say(f"  {name}: {cut['text']}")
-    if kept:
+    if recorded:
         estimator.show(results)
     return {"workdir": str(opened.folder), "step": opened.step, **_selection(opened), "evaluations": results}
 
 
 def _selection(opened: Any) -> dict[str, Any]:
-    """Returns what selected the checkpoint, where something did."""
+    """Returns `{"selected_by": metric}`, or an empty dict if no metric selected the checkpoint."""
     return {} if opened.selected is None else {"selected_by": opened.selected.metric}
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
-    """Raises `ConfigError` for flags that exclude each other, or that say nothing alone."""
+    """Raises `ConfigError` for flags that exclude each other, or that need another flag."""
     given = [name for name in ("suite", "estimator", "judge") if getattr(arguments, name)]
     if len(given) > 1:
         raise ConfigError(
-            f"--{given[0]} and --{given[1]} are evaluations of their own",
+            f"--{given[0]} and --{given[1]} cannot be combined",
             where=f"--{given[1]}",
-            fix=f"Give --{given[0]} or --{given[1]}, one or the other.",
+            fix=f"Pass only one of --{given[0]} and --{given[1]}.",
         )
     if arguments.rolling and not arguments.estimator:
         raise ConfigError(
-            "rolling likelihood needs an estimator",
+            "--rolling requires an estimator",
             where="--rolling",
             fix="Add --estimator, e.g. --estimator gin/scoring/autoregressive.gin.",
         )
@@ -134,16 +141,16 @@ def _choose(evaluations: tuple[Any, ...], names: list[str]) -> list[Any]:
     known = {evaluation.name: evaluation for evaluation in evaluations}
     if not known:
         raise ConfigError(
-            "the run's configuration evaluates nothing",
+            "the configuration of the run has no evaluations",
             where="TrainRun.evaluations",
             fix="Bind evaluations, e.g. --gin.TrainRun.evaluations='[@BoundEvaluation()]'.",
         )
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"there is no evaluation {name!r}{near_names(name, known)}",
+                f"unknown evaluation {name!r}{near_names(name, known)}",
                 where="--only",
-                fix=f"Use {', '.join(known)}.",
+                fix=f"Use one of {', '.join(known)}.",
             )
     return [known[name] for name in names or known]
 
@@ -157,7 +164,7 @@ def _limited(evaluation: Any, limit: int | None) -> Any:
 
 
 def _conditions(evaluation: Any, unlike: tuple[str, ...]) -> dict[str, Any]:
-    """Returns what a reader of a number must know about how it came about."""
+    """Returns the conditions under which the numbers hold: sampler, seed, oracle information, kind of bound."""
     found = {"sampler": getattr(evaluation, "sampler", None), "seed": getattr(evaluation, "seed", None)}
     found["oracle"] = getattr(getattr(evaluation, "task", None), "oracle", None)
     objective = getattr(evaluation, "objective", None)

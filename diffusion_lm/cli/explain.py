@@ -1,5 +1,5 @@
-"""Shows what a configuration is, without running it and without its data: every setting, then the stages and arms of a
-comparison, parameters, shapes, shardings, FLOPs, and the memory that training needs on each device."""
+"""Prints a configuration without running it and without its data: all settings, the stages and arms of a comparison,
+parameters, shapes, shardings, FLOPs, and the memory that training needs per device."""
 
 import argparse
 import dataclasses
@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices",
         type=int,
         metavar="N",
-        help="number of devices to plan for (default: the fewest that the mesh allows)",
+        help="number of devices (default: the smallest number that the mesh allows)",
     )
-    parser.add_argument("--no_config", action="store_true", help="leave out the list of settings")
+    parser.add_argument("--no_config", action="store_true", help="do not print the settings")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs the verb and returns all that it printed."""
+    """Runs the verb; returns everything that it printed as data."""
     from diffusion_lm.cli.cut_report import cut_sentences, lossy_sentences
     from diffusion_lm.planning.estimates import estimate
     from diffusion_lm.recipes.comparison import Comparison
@@ -54,12 +54,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         _print_steps(runs, costs)
     result["cuts"] = cut_sentences(root)
     if result["cuts"]:
-        output.heading("cut to the windows, of the data that are materialised")
+        output.heading("truncated to the configured lengths (materialised data only)")
         for sentence in result["cuts"]:
             output.say(f"  {sentence}")
     result["unwritten"] = lossy_sentences(root)
     if result["unwritten"]:
-        output.heading("lost by the vocabulary, of the data that are materialised")
+        output.heading("characters that the vocabulary cannot encode (materialised data only)")
         for sentence in result["unwritten"]:
             output.say(f"  {sentence}")
     result["runs"] = {name: _data(one, costs[name]) for name, one in runs.items()}
@@ -88,7 +88,7 @@ def _explain_comparison(comparison: Any) -> dict[str, Any]:
                 "arms": users[stage.name],
             }
         )
-    output.heading(f"{comparison.title or comparison.name}: stages, each run once")
+    output.heading(f"{comparison.title or comparison.name}: stages, each trained once")
     output.table(
         ["stage", "objective", "steps", "tokens", "FLOPs", "arms"],
         [
@@ -105,10 +105,10 @@ def _explain_comparison(comparison: Any) -> dict[str, Any]:
         right=[2, 3, 4, 5],
         fold=[],
     )
-    output.say("  An indented stage starts from the parameters of the one above it; arms: how many share it.")
+    output.say("  An indented stage starts from the parameters of its parent. arms: number of arms that use the stage.")
     for selection in dict.fromkeys(stage["selection"] for stage in stages if stage["selection"]):
         names = ", ".join(stage["name"] for stage in stages if stage["selection"] == selection)
-        output.say(f"  Handed on is the best checkpoint, {selection}, of {names}.")
+        output.say(f"  Later stages use the best checkpoint ({selection}) of {names}.")
     arms = [_arm(comparison, arm) for arm in comparison.arms]
     output.heading("arms")
     output.table(
@@ -138,12 +138,12 @@ def _explain_comparison(comparison: Any) -> dict[str, Any]:
     )
     once = sum(stage["flops"] for stage in stages)
     apart = sum(arm["flops"] for arm in arms)
-    output.say(f"\n  all stages: {output.flops(once)}; without sharing stages it would be {output.flops(apart)}")
+    output.say(f"\n  all stages: {output.flops(once)}; without shared stages: {output.flops(apart)}")
     return {"name": comparison.name, "stages": stages, "arms": arms, "tasks": tasks, "flops": once}
 
 
 def _selection(run: Any) -> str | None:
-    """Returns what selects a run's checkpoint, on what and how often; None where it hands on the last one."""
+    """Describes how a run selects its best checkpoint: metric, data and interval; None if it uses the last one."""
     best = run.checkpoint.best
     if best is None:
         return None
@@ -154,7 +154,7 @@ def _selection(run: Any) -> str | None:
 
 
 def _tree(stages: list[dict[str, Any]], parent: str | None, depth: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the stages depth first, each with its depth; one that starts from a checkpoint's path is a root."""
+    """Yields (depth, stage) depth first; a stage that starts from the path of a checkpoint is a root."""
     names = {stage["name"] for stage in stages}
     for stage in stages:
         if (stage["initial"] if stage["initial"] in names else None) == parent:
@@ -185,10 +185,11 @@ def _stage_flops(run: Any) -> float:
 
 
 def distinct_runs(comparison: Any) -> dict[str, Any]:
-    """Returns one run for each combination of what costs differ by; the first stage that trains gives it its name."""
+    """Returns one run per set of stages with equal cost, named after the first of these stages that trains."""
     found: dict[Any, tuple[str, Any]] = {}
     for stage in sorted(comparison.stages, key=lambda stage: stage.run.steps == 0):
         run = stage.run
+        # The learning rate schedule does not change the cost, so it must not distinguish runs.
         optimizer = dataclasses.replace(run.optimizer, schedule=comparison.stages[0].run.optimizer.schedule)
         lengths = (run.data.row_length, run.data.encoder_length)
         costs = (run.objective, optimizer, run.batch_size, run.microbatches, lengths)
@@ -198,7 +199,7 @@ def distinct_runs(comparison: Any) -> dict[str, Any]:
 
 
 def _explain_model(model: Any, devices: int | None) -> dict[str, Any]:
-    """Prints a network by itself, which presets of gin/models/ describe."""
+    """Prints a network without a run, as the presets of gin/models/ define it."""
     from diffusion_lm.parallel.mesh import MeshSpec
     from diffusion_lm.parallel.rules import LogicalRules
     from diffusion_lm.planning.estimates import layout
@@ -239,13 +240,13 @@ def _print_model(model: Any, placed: Any, with_decay: bool) -> None:
 
 def _share(placed: Any) -> str:
     share = placed.trained_parameters / placed.total_parameters
-    return f"{output.count(placed.trained_parameters)}, {100 * share:.2f} % of all; the rest is frozen"
+    return f"{output.count(placed.trained_parameters)}, {100 * share:.2f} % of the total; the rest is frozen"
 
 
 def _print_step(name: str, run: Any, cost: Any) -> None:
     tokens = f"{run.batch_size} rows x {run.data.row_length} = {cost.tokens_per_step:,} tokens"
     if cost.encoder_tokens_per_step:
-        tokens += f", and {cost.encoder_tokens_per_step:,} of the encoder"
+        tokens += f", and {cost.encoder_tokens_per_step:,} encoder tokens"
     output.heading(f"{name}: one step of {type(run.objective).__name__} with {type(run.optimizer).__name__}")
     memory = cost.memory
     output.facts(
@@ -256,8 +257,8 @@ def _print_step(name: str, run: Any, cost: Any) -> None:
             ("", f"{output.flops(cost.train_flops_per_token)} forward and backward, all passes"),
             ("FLOPs per step", output.flops(cost.flops_per_step)),
             ("whole run", f"{run.steps:,} steps, {output.flops(cost.flops_per_step * run.steps)}"),
-            *([("hands on", f"its best checkpoint: {_selection(run)}")] if _selection(run) else []),
-            ("memory", f"of each of {_where(cost.layout)}"),
+            *([("selects", f"its best checkpoint: {_selection(run)}")] if _selection(run) else []),
+            ("memory", f"per device, on {_where(cost.layout)}"),
             ("  parameters", output.size(memory.parameters)),
             *([("  moving average", output.size(memory.ema))] if memory.ema else []),
             ("  optimizer", output.size(memory.optimizer)),
@@ -269,7 +270,7 @@ def _print_step(name: str, run: Any, cost: Any) -> None:
 
 
 def _print_steps(runs: dict[str, Any], costs: dict[str, Any]) -> None:
-    """Prints the stages that differ in cost, one a line."""
+    """Prints the stages that differ in cost, one per line."""
     rows = []
     for name, run in runs.items():
         cost, memory = costs[name], costs[name].memory
@@ -277,11 +278,11 @@ def _print_steps(runs: dict[str, Any], costs: dict[str, Any]) -> None:
         batch = f"{run.batch_size} x {run.data.row_length}" + (f" / {run.microbatches}" if run.microbatches > 1 else "")
         sizes = [state, memory.activations, memory.total]
         rows.append([name, batch, cost.passes, output.flops(cost.flops_per_step, unit=""), *map(output.size, sizes)])
-    output.heading(f"one training step, memory of each of {_where(next(iter(costs.values())).layout)}")
+    output.heading(f"one training step, memory per device on {_where(next(iter(costs.values())).layout)}")
     columns = ["stage", "batch", "passes", "FLOPs/step", "state", "activations", "total"]
     output.table(columns, rows, right=range(1, 7), fold=[])
     output.say(
-        "  FLOPs: forward and backward of all passes. state: parameters, optimizer, gradients. activations: estimate."
+        "  FLOPs: forward and backward of all passes. state: parameters, optimizer, gradients. activations: estimated."
     )
 
 

@@ -1,9 +1,12 @@
-"""Writes the model of a run folder as a Hugging Face checkpoint: config.json, safetensors files, tokenizer, model card.
+"""Writes a trained model as a Hugging Face checkpoint: config.json, safetensors files, tokenizer and model card.
 
-RUN is what `train`, `compare` (WORKDIR/stages/STAGE) or `import` left. A model that was trained as masked or block
-diffusion gets the layout of the public diffusion models of its shape, alignment and visibility; --layout chooses
-another. What was imported goes back as it came. Else the layout is the first of `list families` that has networks of
-this shape. No code is written beside the weights. Where anything is wrong, nothing is written."""
+RUN is a run directory of `train`, `import` or `compare` (WORKDIR/stages/STAGE). The layout is a family of
+`diffusion-lm list families`:
+  - An imported checkpoint is exported in the layout that it was imported from.
+  - A model trained by masked or block diffusion gets the layout of the public diffusion model with the same shape,
+    alignment and attention visibility.
+  - Any other model gets the first family that has networks of its shape.
+--layout overrides this choice. No code is written next to the weights. If anything fails, nothing is written."""
 
 import argparse
 import dataclasses
@@ -18,22 +21,29 @@ from diffusion_lm.core.errors import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     common.add_gin(parser)
-    parser.add_argument("workdir", metavar="RUN", help="run folder")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; must be new")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the newest)")
+    parser.add_argument("workdir", metavar="RUN", help="run directory")
+    parser.add_argument("--to", required=True, metavar="DIR", help="directory to write; must not exist yet")
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="checkpoint step to export (default: the best one if the run selects one, else the newest)",
+    )
     parser.add_argument(
         "--layout",
         "--family",
         dest="layout",
         metavar="NAME",
-        help="one of `list families` (default: the public one of such a model, else the first that fits)",
+        help="a family of `diffusion-lm list families` (default: see above)",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as they are)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: that of the checkpoint)"
+    )
     parser.add_argument(
         "--tokenizer",
         choices=("auto", "none"),
         default="auto",
-        help="write tokenizer files (default: those of the import, or of the run's data)",
+        help="tokenizer files to write: auto = those of the import or of the run's data (default: auto)",
     )
 
 
@@ -77,7 +87,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         bound_kind=source.bound_kind,
     )
     files[MODEL_CARD] = model_card(card).encode()
-    told = {} if trained is None else trained.facts()
+    trained_facts = {} if trained is None else trained.facts()
     save(
         arguments.to,
         model,
@@ -85,7 +95,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         family=layout,
         config=source.config,
         dtype=arguments.dtype,
-        trained_as=told,
+        trained_as=trained_facts,
         files=files,
     )
     heading(f"{kind} in {arguments.to}")
@@ -99,7 +109,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if trained is not None and family.diffusion is None:
         progress(
-            f"no public diffusion layout: {trained.prediction}, visibility {trained.visibility}; README.md says it"
+            f"no public diffusion layout matches this model ({trained.prediction}, visibility {trained.visibility}); "
+            "README.md of the checkpoint describes it"
         )
     return {
         "to": str(arguments.to),
@@ -113,18 +124,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What is exported: the network and all that the files beside its weights say.
+    """A model to export, with the contents of the files next to its weights.
 
     Attributes:
       model: the network.
-      step: whose parameters are wanted.
-      config: contents of config.json besides what follows from the network.
-      layout: the family that it was imported as; None for what was trained here.
-      trained: what a diffusion model was trained as.
-      sampler: the run's sampler as plain data.
-      lineage: what the parameters began as, in words.
-      bound_kind: what the objective's evaluation is.
-      tokenizer: the tokenizer's files by name.
+      step: step of the checkpoint to export.
+      config: entries of config.json other than those that follow from the network.
+      layout: the family that it was imported from; None for a model that was trained here.
+      trained: how a diffusion model was trained; None for other models.
+      sampler: the sampler of the run as plain data.
+      lineage: what the parameters were initialised from, as text.
+      bound_kind: kind of likelihood that the objective evaluates, e.g. a bound.
+      tokenizer: tokenizer files by name.
     """
 
     model: Any
@@ -139,18 +150,21 @@ class _Source:
 
 
 def _imported(arguments: argparse.Namespace, folder: Path, imported: Any) -> _Source:
-    """Returns an imported checkpoint as it came."""
+    """Returns an imported checkpoint, to be exported in its original layout."""
     from diffusion_lm.cli import config
     from diffusion_lm.interop.diffusion import TrainedAs
     from diffusion_lm.interop.run_folder import MODEL_GIN
     from diffusion_lm.interop.tokenizer_folder import TOKENIZER, check_inside
 
     if arguments.step not in (None, 0):
-        raise ConfigError("an imported checkpoint has step 0 alone", where="--step", fix="Leave --step out.")
+        raise ConfigError(
+            f"step={arguments.step}: an imported checkpoint only has step 0", where="--step", fix="Omit --step."
+        )
     model = config.load([str(folder / MODEL_GIN)], arguments.gin, [], macros=["MODEL"]).build_macro("MODEL")
     given = imported.get("diffusion")
     trained = None if given is None else TrainedAs(**given)
-    # Of the families of one shape the model type is the narrower name (xlm-roberta), but for those that share it.
+    # Several families have one shape, so `model_type` (e.g. xlm-roberta) identifies the original layout more narrowly.
+    # Diffusion families share the model type of their backbone and are identified by the family name instead.
     layout = imported["family"] if trained else imported["config"]["model_type"]
     files = sorted((folder / TOKENIZER).glob("*")) if arguments.tokenizer == "auto" else []
     for file in files:
@@ -175,7 +189,7 @@ def _trained(arguments: argparse.Namespace) -> _Source:
 
 
 def _named(start: str) -> str:
-    """Returns what parameters began as in words: a stage or a folder, and what that was imported from."""
+    """Describes an initial checkpoint: the stage or directory, and what that was imported from."""
     from diffusion_lm.core.files import as_path, read_json
     from diffusion_lm.core.gin_text import one_line
     from diffusion_lm.training.imported import IMPORT_CARD
@@ -188,45 +202,45 @@ def _named(start: str) -> str:
 
 
 def _tokens(data: Any, wanted: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Returns what config.json says of special tokens, and the tokenizer's files; without data, neither.
+    """Returns the special tokens for config.json and the tokenizer files; both are empty without data.
 
-    Where no file would encode as the vocabulary does, none is written and that is said.
+    If no tokenizer file would encode text as the vocabulary does, none is written and a message says so.
     """
     from diffusion_lm.interop.tokenizer_export import tokenizer_files
 
     try:
         specials = data.specials
     except ConfigError as error:
-        progress(f"no special tokens and no tokenizer are written: {error.what}")
+        progress(f"writing neither special tokens nor a tokenizer: {error.what}")
         return {}, {}
     names = {"pad_token_id": specials.pad_id, "bos_token_id": specials.bos_id, "eos_token_id": specials.eos_id}
     config = {**names, **({} if specials.mask_id is None else {"mask_token_id": specials.mask_id})}
     if not wanted:
         return config, {}
     if data.pruned is not None:
-        progress("no tokenizer is written: the run's vocabulary map gives its tokens other ids")
+        progress("writing no tokenizer: the vocabulary map of the run changes the token ids")
         return config, {}
     try:
         return config, tokenizer_files(data.vocabulary)
     except ConfigError as error:
-        progress(f"no tokenizer is written: {error.what}")
+        progress(f"writing no tokenizer: {error.what}")
         return config, {}
 
 
 def _check_meaning(family: Any, trained: Any) -> None:
-    """Raises `ConfigError` where a diffusion layout would be read as what the network was not trained as."""
-    meant = family.diffusion
-    blocks = "blocks" if meant.block_key else "full"
+    """Raises `ConfigError` if a diffusion layout would describe another kind of training than that of the model."""
+    layout = family.diffusion
+    visibility = "blocks" if layout.block_key else "full"
     if trained is None:
         raise ConfigError(
-            f"the layout {family.name} is read as masked diffusion, and this model was not trained as such",
+            f"layout {family.name} is a masked diffusion model, but this model was not trained by masked diffusion",
             where="--layout",
-            fix="Leave it out, or train with a masked objective.",
+            fix="Omit --layout, or train with a masked objective.",
         )
-    if (meant.shifted, meant.block_key is None) != (trained.shifted, trained.block_size is None):
+    if (layout.shifted, layout.block_key is None) != (trained.shifted, trained.block_size is None):
         raise ConfigError(
-            f"the layout {family.name} is read as {meant.prediction}, visibility {blocks}, and this model was trained "
-            f"as {trained.prediction}, visibility {trained.visibility}",
+            f"layout {family.name} has {layout.prediction}, visibility {visibility}, but this model was trained with "
+            f"{trained.prediction}, visibility {trained.visibility}",
             where="--layout",
-            fix="Leave it out to have one looked for.",
+            fix="Omit --layout to select a matching one.",
         )

@@ -1,4 +1,4 @@
-"""From a name in a gin file to a module, a class or a parameter; a name that leads nowhere is told its near ones."""
+"""Resolves names in gin files to modules, classes and parameters; errors suggest similar names."""
 
 import inspect
 import pkgutil
@@ -14,7 +14,7 @@ def import_module(context: Any, statement: Any) -> types.ModuleType | None:
     """Lets gin process an import statement; returns the module, or None for gin's own `__gin__` statements.
 
     Raises:
-      ConfigError: there is no such module (with near names), or it needs a package that is not installed.
+      ConfigError: the module does not exist, or it needs a package that is not installed.
     """
     try:
         context.process_import(statement)
@@ -25,8 +25,8 @@ def import_module(context: Any, statement: Any) -> types.ModuleType | None:
                 fix=f"Install it: pip install {error.name.partition('.')[0]}.",
             ) from error
         raise ConfigError(
-            f"there is no module {statement.module}{_near_modules(statement.module)}",
-            fix="Correct the import; `from package import module` takes a module, not a class.",
+            f"no module named {statement.module}{_near_modules(statement.module)}",
+            fix="Correct the import; `from package import module` must name a module, not a class.",
         ) from error
     return sys.modules.get(statement.module)
 
@@ -42,16 +42,16 @@ def _near_modules(module: str) -> str:
 def configurable(
     context: Any, selector: str, modules: Iterable[types.ModuleType], parameter: str = ""
 ) -> tuple[str, Any]:
-    """Returns the selector as gin knows it and gin's record of the class or function.
+    """Returns gin's full selector and gin's registry entry of a class or function.
 
     Args:
       context: gin's parse context, with the imports of the file.
       selector: `module.Class`; with `modules` also `Class` alone.
-      modules: modules in which a short name is looked up; empty inside a gin file, where gin's own rule holds.
-      parameter: of several classes that the name may mean, only those that take this parameter are meant.
+      modules: modules in which to look up a short name; empty inside a gin file, where gin's own rule applies.
+      parameter: if the name matches several classes, only those with this parameter are considered.
 
     Raises:
-      ConfigError: the name leads nowhere, to several classes, or to something that cannot be configured.
+      ConfigError: the name does not exist, is ambiguous, or is not a class or function.
     """
     modules = tuple(modules)
     if modules:
@@ -69,31 +69,31 @@ def configurable(
         known = [statement.bound_name() for statement in context.imports if not statement.module.startswith("__gin__")]
         raise ConfigError(
             f"{head!r} of {selector} is not imported in this file{near_names(head, known)}",
-            fix="Add `from package import module` at the top; names are module.Class.",
+            fix="Add `from package import module` at the top and write module.Class.",
         ) from error
     except AttributeError as error:
         raise _unknown_attribute(context, selector) from error
     if found is None:
         raise ConfigError(
-            f"there is no class or function {selector}",
-            fix="Let the file begin with `from __gin__ import dynamic_registration`, then import the module.",
+            f"no class or function named {selector}",
+            fix="Begin the file with `from __gin__ import dynamic_registration`, then import the module.",
         )
     return selector, found
 
 
 def check_parameter(target: Any, parameter: str) -> None:
-    """Raises `ConfigError`, with near names, unless `target` (a class or function) takes `parameter`."""
+    """Raises `ConfigError` unless the class or function `target` has this parameter."""
     parameters = inspect.signature(target).parameters
     if parameter in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         return
     raise ConfigError(
         f"{target.__name__} has no parameter {parameter!r}{near_names(parameter, parameters)}",
-        fix=f"It takes {', '.join(parameters)}.",
+        fix=f"Its parameters are {', '.join(parameters)}.",
     )
 
 
 def public_names(module: Any) -> list[str]:
-    """Returns the classes and functions of a module, its own ones first."""
+    """Returns the public classes and functions of a module; those that it imports come last."""
     found = {
         name: value
         for name, value in vars(module).items()
@@ -116,13 +116,14 @@ def _unknown_attribute(context: Any, selector: str) -> ConfigError:
                 f"{'.'.join(parts[:length])} has no {name!r}{near_names(name, known)}",
                 fix=f"It has {', '.join(known[:6])}." if isinstance(owner, types.ModuleType) else "Correct the name.",
             )
-    return ConfigError(f"there is no class or function {selector}", fix="Correct the name.")
+    return ConfigError(f"no class or function named {selector}", fix="Correct the name.")
 
 
 def _expand(selector: str, modules: tuple[types.ModuleType, ...], parameter: str) -> str:
-    """Returns the full name of what a short one such as `TrainRun` or `run.TrainRun` stands for in `modules`."""
+    """Returns the full name of a short one such as `TrainRun` or `run.TrainRun`, searched in `modules`."""
+    # Keyed by object identity, because a class is also an attribute of every module that imports it.
     found: dict[int, str] = {}
-    takers: set[int] = set()
+    accepting: set[int] = set()
     parts = selector.split(".")
     for split in range(len(parts)):
         prefix, attributes = ".".join(parts[:split]), parts[split:]
@@ -137,15 +138,15 @@ def _expand(selector: str, modules: tuple[types.ModuleType, ...], parameter: str
                 if is_home or id(value) not in found:
                     found[id(value)] = ".".join([module.__name__, *attributes])
                 if parameter in inspect.signature(value).parameters:
-                    takers.add(id(value))
-    meant = {number: name for number, name in found.items() if number in takers} if takers else found
-    names = list(meant.values())
+                    accepting.add(id(value))
+    candidates = {number: name for number, name in found.items() if number in accepting} if accepting else found
+    names = list(candidates.values())
     if len(names) > 1:
-        raise ConfigError(f"{selector} may mean {' or '.join(sorted(names))}", fix="Write the module as well.")
+        raise ConfigError(f"{selector} is ambiguous: {' or '.join(sorted(names))}", fix="Add the module name.")
     if not names:
         known = {name for module in modules for name in public_names(module)}
         raise ConfigError(
-            f"there is no class or function {selector} in what the gin files import{near_names(selector, known)}",
+            f"the gin files import no class or function named {selector}{near_names(selector, known)}",
             fix="Correct the name, or include a gin file that imports it.",
         )
     return names[0]

@@ -1,6 +1,6 @@
-"""Reads gin files and flags statement by statement, with gin's own parser, into gin and into a list of bindings.
+"""Reads gin files and flags with gin's own parser, one statement at a time, into gin and into a list of bindings.
 
-Each binding keeps the place where it stands, and errors are sentences with file and line.
+Each binding records its file and line, and errors name them.
 """
 
 import io
@@ -26,15 +26,15 @@ MACRO = "gin.macro"
 _BARE_WORD = re.compile(r"[A-Za-z_./~][\w./:~+=@-]*")
 _PYTHON_WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 _AS = " as "
-"""`include 'objectives/mdlm.gin as mdlm'` binds what the file binds under the scope `mdlm`, so that one configuration
-can hold several objectives; the resolved configuration is plain gin."""
+"""`include 'objectives/mdlm.gin as mdlm'` puts all bindings of the file into the scope `mdlm`, so that one
+configuration can hold several objectives. The resolved configuration is plain gin."""
 
 
 class _Delegate(gin_config.ParserDelegate):
-    """Resolves references while gin parses a value, with errors of our own.
+    """Resolves references while gin parses a value, with error messages of this package.
 
-    A reference with a scope leaves the scope it stands in, so those of a file that is read under the scope `within` get
-    it in front, as the file's bindings do.
+    A reference with a scope replaces the current scope. In a file that is read into the scope `within`, such references
+    therefore get `within/` as a prefix, as the bindings of the file do.
     """
 
     def __init__(self, context: gin_config.ParseContext, modules: Iterable[types.ModuleType] = (), *, within: str = ""):
@@ -49,7 +49,7 @@ class _Delegate(gin_config.ParserDelegate):
 
 
 class _SyntaxOnly(config_parser.ParserDelegate):
-    """Lets a value be parsed for its syntax alone."""
+    """Parses a value to check its syntax only; resolves nothing."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
         return None
@@ -59,11 +59,11 @@ class _SyntaxOnly(config_parser.ParserDelegate):
 
 
 class GinReader:
-    """Reads statements into gin, remembering where each stood.
+    """Reads statements into gin and records where each one is.
 
     Attributes:
-      bindings: what was read, in order.
-      files: the files that were read, in order; a file that is included twice stands there twice.
+      bindings: all bindings in the order they were read.
+      files: all files in the order they were read; a file that is included twice appears twice.
     """
 
     def __init__(self, search_path: tuple[str, ...]):
@@ -74,11 +74,11 @@ class GinReader:
         self._open: list[Path] = []
 
     def read_file(self, name: str, origin: Origin, where: str, scope: str = "") -> None:
-        """Reads a file; with `scope`, all of its parameters (not its macros) are bound under that scope."""
+        """Reads a file. With `scope`, all of its parameter bindings (not its macros) go into that scope."""
         path = find_gin_file(name, self._search_path, where=where)
         place = path if is_bucket(path) else path.resolve()
         if place in self._open:
-            raise ConfigError(f"{name} includes itself", where=where, fix="Remove the include.")
+            raise ConfigError(f"{name} includes itself", where=where, fix="Remove the include line.")
         self.files.append(path)
         self._open.append(place)
         with io.StringIO(read_text(path), newline=None) as stream, gin_config._parse_scope() as context:
@@ -88,11 +88,11 @@ class GinReader:
         self._open.pop()
 
     def read_flag(self, text: str) -> None:
-        """Reads one `NAME=VALUE` of the command line."""
+        """Reads one `NAME=VALUE` from the command line."""
         key, equals, value = (part.strip() for part in text.partition("="))
         where = f"--gin.{key}"
         if not equals or not key or not value:
-            raise ConfigError(f"{where} gives no value", fix="Write --gin.NAME=VALUE.")
+            raise ConfigError(f"{where} has no value", fix="Write --gin.NAME=VALUE.")
         with gin_config._parse_scope() as context:
             context._enable_dynamic_registration()
             for module in self._modules:
@@ -141,7 +141,7 @@ class GinReader:
 
 
 def _statements(source: Any, delegate: config_parser.ParserDelegate, name: str) -> Iterator[tuple[Any, int]]:
-    """Yields each statement with its line; gin's errors about the text become one sentence with file and line."""
+    """Yields each statement and its line number; converts gin's syntax errors to `ConfigError` with file and line."""
     parser = None
     try:
         parser = config_parser.ConfigParser(source, delegate)
@@ -150,14 +150,14 @@ def _statements(source: Any, delegate: config_parser.ParserDelegate, name: str) 
             yield statement, line
     except SyntaxError as error:
         raise ConfigError(
-            f"gin cannot read {(error.text or '').strip()!r}: {str(error.msg).splitlines()[0].rstrip('.')}",
+            f"gin cannot parse {(error.text or '').strip()!r}: {str(error.msg).splitlines()[0].rstrip('.')}",
             where=_place(name, error.lineno),
             fix="Write Class.parameter = value, with strings in quotes.",
         ) from error
     except tokenize.TokenError as error:
         message, (line, _) = error.args
         raise ConfigError(
-            f"gin cannot read the text: {message}", where=_place(name, line), fix="Close the bracket or string."
+            f"gin cannot parse the file: {message}", where=_place(name, line), fix="Close the bracket or string."
         ) from error
     except ConfigError as error:
         line = parser.current_token.start[0] if parser else 1
@@ -169,6 +169,7 @@ def _place(name: str, line: int | None) -> str:
 
 
 def _located(where: str, call: Callable[[], T]) -> T:
+    """Returns `call()`; a `ConfigError` without a place gets `where`."""
     try:
         return call()
     except ConfigError as error:
@@ -176,7 +177,7 @@ def _located(where: str, call: Callable[[], T]) -> T:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a bound value with gin's references replaced by those of `bindings.py`."""
+    """Replaces gin's reference objects in a bound value by those of `bindings.py`."""
     if isinstance(value, gin_config.ConfigurableReference):
         if value.configurable.selector == MACRO:
             return Macro("/".join(value.scopes))
@@ -191,16 +192,18 @@ def _plain(value: Any) -> Any:
 
 
 def _with_quotes(value: str, where: str) -> str:
-    """Returns the text of a value, with the quotes that a shell took off a plain word put back."""
+    """Returns the text of a value; a bare word, whose quotes the shell removed, is quoted again."""
     word = _PYTHON_WORDS.get(value.lower())
     if word and value != word:
-        raise ConfigError(f"{value} is no Python value", where=where, fix=f"Write {word}, or quote it: \"'{value}'\".")
+        raise ConfigError(
+            f"{value} is not a Python value", where=where, fix=f"Write {word}, or quote it: \"'{value}'\"."
+        )
     if not word and _BARE_WORD.fullmatch(value):
         return repr(value)
     try:
         config_parser.ConfigParser(value, _SyntaxOnly()).parse_value()
     except (SyntaxError, tokenize.TokenError) as error:
         raise ConfigError(
-            f"gin cannot read the value {value}", where=where, fix=f"Quote a string twice: {where}=\"'...'\"."
+            f"gin cannot parse the value {value}", where=where, fix=f"Quote a string twice: {where}=\"'...'\"."
         ) from error
     return value

@@ -1,11 +1,15 @@
-"""Makes a run folder of a released checkpoint: other runs start from it, and decode and evaluate read it.
+"""Converts a released checkpoint into a run directory, from which other runs start and which decode and evaluate read.
 
-PATH is a folder with config.json and safetensors files (or pytorch_model.bin, read without torch), as `hf download NAME
---local-dir PATH` makes, a GGUF file, whose weights are dequantised, or a T5X checkpoint of T5 or mT5, such as
-checkpoint_1000000. The run folder gets the parameters as checkpoint 0, model.gin, which binds the network, import.json,
-which says what became of each tensor, and the tokenizer. A diffusion model's gets objective.gin and sampler.gin too:
-which state predicts which token, what sees what, and MASK. No code that comes with a checkpoint is run. Where anything
-is wrong, nothing is written."""
+PATH is one of:
+  - a Hugging Face directory (`hf download NAME --local-dir PATH`) with config.json and safetensors files, or with
+    pytorch_model.bin, which is read without torch
+  - a GGUF file; its weights are dequantised
+  - a T5X checkpoint of T5 or mT5, such as checkpoint_1000000
+
+The run directory contains the parameters (checkpoint 0), model.gin (binds the network), import.json (lists what each
+tensor became) and the tokenizer. For a diffusion model it also contains objective.gin and sampler.gin, which set the
+alignment, the attention visibility and the mask token. Code that comes with a checkpoint is never run. If anything
+fails, nothing is written."""
 
 import argparse
 import dataclasses
@@ -22,17 +26,24 @@ DTYPES = ("float32", "bfloat16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint, or a GGUF file")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="run folder to write; must be new")
-    parser.add_argument("--param_dtype", choices=DTYPES, default="float32", help="of the parameters (default: float32)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default: float32)")
+    parser.add_argument("path", metavar="PATH", help="directory of the checkpoint, or a GGUF file")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="run directory to write; must not exist yet")
     parser.add_argument(
-        "--fresh_missing", action="store_true", help="initialise what the files lack, e.g. an encoder's output head"
+        "--param_dtype", choices=DTYPES, default="float32", help="dtype of the parameters (default: float32)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the computation (default: float32)"
+    )
+    parser.add_argument(
+        "--fresh_missing",
+        action="store_true",
+        help="initialise parameters that the checkpoint lacks, e.g. the output head of an encoder",
     )
     parser.add_argument(
         "--layout",
         metavar="NAME",
-        help="one of `list families`, where the files do not show it: diffullama for LLaMA's names",
+        help="family of `diffusion-lm list families` (default: detected; needed e.g. for diffullama, which has LLaMA's "
+        "config)",
     )
 
 
@@ -56,7 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         layout=arguments.layout,
     )
     report = imported.report
-    progress(f"read in {report.seconds:.1f} s; at most {size(report.peak_host)} on the host at a time")
+    progress(f"read in {report.seconds:.1f} s; peak host memory {size(report.peak_host)}")
     write_run_folder(imported, source, workdir)
     own = []
     if imported.gguf is not None:
@@ -71,31 +82,31 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         facts(
             [
                 ("parameters", count(report.parameters)),
-                ("arrays", f"{len(report.mapped)} mapped, {len(report.missing)} initialised afresh"),
+                ("arrays", f"{len(report.mapped)} mapped, {len(report.missing)} newly initialised"),
                 ("tensors ignored", one_line(", ".join(report.ignored)) or "none"),
                 *([("files not read", one_line(", ".join(report.unread_files)))] if report.unread_files else []),
                 *([("adapter merged", report.adapter)] if report.adapter else []),
                 *([("config not read", one_line(", ".join(report.unread_fields)))] if report.unread_fields else []),
                 ("largest array", size(report.largest_array)),
                 ("trained", _trained(imported)),
-                ("special tokens", ", ".join(f"{name} {value}" for name, value in specials.items()) or "none named"),
+                ("special tokens", ", ".join(f"{name} {value}" for name, value in specials.items()) or "none"),
                 *own,
             ]
         )
         for note in report.notes:
             say(f"  note   {one_line(note)}")
         for name in report.missing:
-            say(f"  fresh  {name}")
-        say(f"\nTrain on from it, in a gin file: include {literal(str(workdir / MODEL_GIN))}")
+            say(f"  new    {name}")
+        say(f"\nTo train from it, in a gin file: include {literal(str(workdir / MODEL_GIN))}")
         say(f"                                 run.TrainRun.initial = {literal(str(workdir))}")
         if (workdir / OBJECTIVE_GIN).is_file():
-            say(f"with its own objective:          include {literal(str(workdir / OBJECTIVE_GIN))}")
+            say(f"With its own objective:          include {literal(str(workdir / OBJECTIVE_GIN))}")
             sampler = shlex.quote(str(workdir / SAMPLER_GIN))
-            say(f"Decode with it:                  decode --workdir {shlex.quote(str(workdir))} --sampler {sampler}")
+            say(f"To decode:                       decode --workdir {shlex.quote(str(workdir))} --sampler {sampler}")
         elif imported.diffusion is not None:
             trained = imported.diffusion
             files = f"objectives/{trained.objective}.gin and samplers/{trained.sampler}.gin"
-            say(f"\nNo file names MASK: bind MASK_ID after {files}")
+            say(f"\nThe checkpoint does not name its mask token: bind MASK_ID after including {files}")
     return {
         "workdir": str(workdir),
         "family": imported.family,
@@ -110,6 +121,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _trained(imported: Any) -> str:
     trained = imported.diffusion
     if trained is None:
-        return "from left to right" if imported.causal else "in both directions"
-    mask = "MASK not named" if trained.mask_id is None else f"MASK {trained.mask_id} ({trained.mask_from})"
-    return f"as masked diffusion: {trained.prediction}, visibility {trained.visibility}, {mask}"
+        return "with causal attention" if imported.causal else "with bidirectional attention"
+    mask = "no mask token named" if trained.mask_id is None else f"MASK {trained.mask_id} ({trained.mask_from})"
+    return f"by masked diffusion: {trained.prediction}, visibility {trained.visibility}, {mask}"

@@ -1,4 +1,4 @@
-"""What `evaluate --judge` does: the likelihood of a run's completions under another, autoregressive run."""
+"""Implements `evaluate --judge`: the likelihood of completions of a run under an autoregressive run."""
 
 import argparse
 
@@ -8,14 +8,14 @@ from diffusion_lm.evaluation.generative import GenerativeEvaluation, Judge
 
 
 def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[GenerativeEvaluation, ...]:
-    """Returns an evaluation for each that decodes, scored by the newest checkpoint of `--judge`.
+    """Returns one evaluation for each evaluation of the run that decodes, scored by the run of `--judge`.
 
     Raises:
-      ConfigError: the run decodes nothing, or the judge is not autoregressive.
+      ConfigError: no evaluation of the run decodes, or the judge is not autoregressive.
     """
     if not opened.generation:
         raise ConfigError(
-            "the run's configuration decodes nothing",
+            "no evaluation of the run decodes completions",
             where="TrainRun.evaluations",
             fix="Bind evaluations, e.g. --gin.TrainRun.evaluations='[@GenerationEvaluation()]'.",
         )

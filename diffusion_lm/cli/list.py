@@ -1,7 +1,8 @@
-"""Lists the gin files of one kind with what they are and where they come from, e.g. `diffusion-lm list objectives`.
+"""Lists the gin files of one kind with a description and their sources, e.g. `diffusion-lm list objectives`.
 
-Kinds: objectives, samplers, scoring, suites, models, sizes, optimizers, partitioning, runs, recipes, bench. The texts
-are the first sentences of the files themselves. The kind families is that of checkpoints which `import` reads."""
+Kinds: objectives, samplers, scoring, suites, models, sizes, optimizers, partitioning, runs, recipes, bench. The
+description is the first sentence of the comment at the top of the file. The kind `families` lists the checkpoint
+families that `import` reads."""
 
 import argparse
 import re
@@ -24,13 +25,13 @@ KINDS = {
     "recipes": "recipes",
     "bench": "bench",
 }
-"""Kinds and their folders below gin/."""
+"""Kinds and their directories under gin/."""
 
 PARTS = "parts"
-"""The folder of files that recipes include and nobody runs."""
+"""Directory of files that recipes include and that are not listed."""
 
 FAMILIES = "families"
-"""The kind that is no folder of gin files."""
+"""The kind that lists checkpoint families instead of gin files."""
 
 _SOURCE = re.compile(r"(?<![\w.])(\d{4}\.\d{4,5})(?!\w)")
 _NAMED = re.compile(r"^Source: (.*?)\.?$")
@@ -46,19 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIRS",
-        help="comma-separated folders with files of your own (DIR/objectives/*.gin), listed too",
+        help="comma-separated directories with gin files to list too (DIR/objectives/*.gin)",
     )
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs the verb and returns one object per file: name, path to include, description, arXiv numbers."""
+    """Runs the verb; returns one dict per file: name, path to include, description and sources."""
     if arguments.kind == FAMILIES:
         return _families()
     found: dict[str, dict[str, Any]] = {}
     for root in (*map(Path, split_search_path(arguments.gin_search_path)), packaged_folder()):
-        offered = root / KINDS[arguments.kind]
-        for path in sorted(offered.glob("**/*.gin" if arguments.kind == "recipes" else "*.gin")):
-            inside = path.relative_to(offered)
+        directory = root / KINDS[arguments.kind]
+        for path in sorted(directory.glob("**/*.gin" if arguments.kind == "recipes" else "*.gin")):
+            inside = path.relative_to(directory)
             if PARTS in inside.parts:
                 continue
             description, sources = describe(path.read_text(encoding="utf-8"))
@@ -75,11 +76,11 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         (e["name"], e["description"], ", ".join(_SOURCE.sub(r"arXiv \1", source) for source in e["sources"]))
         for e in entries
     ]
-    table([arguments.kind, "what it is", "source"], rows, fold=(1, 2))
+    table([arguments.kind, "description", "source"], rows, fold=(1, 2))
     flags = {"samplers": "decode --sampler", "scoring": "evaluate --estimator", "suites": "evaluate --suite"}
     flag = flags.get(arguments.kind, "--gin_file")
     below = KINDS[arguments.kind]
-    say(f"\nUse one: include '{below}/NAME.gin' in a gin file, or {flag} gin/{below}/NAME.gin.")
+    say(f"\nTo use one: include '{below}/NAME.gin' in a gin file, or pass {flag} gin/{below}/NAME.gin.")
     return entries
 
 
@@ -97,15 +98,15 @@ def _families() -> list[dict[str, Any]]:
         for family in families
     ]
     rows = [(e["name"], e["description"], ", ".join(e["model_types"]), e["sources"][0]) for e in entries]
-    table([FAMILIES, "what it is", "model_type", "source"], rows, fold=(1, 2, 3))
-    say("\nRead one: diffusion-lm import FOLDER --workdir DIR.")
+    table([FAMILIES, "description", "model_type", "source"], rows, fold=(1, 2, 3))
+    say("\nTo import one: diffusion-lm import PATH --workdir DIR.")
     return entries
 
 
 def describe(text: str) -> tuple[str, list[str]]:
-    """Returns the first sentence of a gin file's opening comment and its sources.
+    """Returns the first sentence of the comment at the top of a gin file, and its sources.
 
-    Sources are the arXiv numbers that the comment names, and what stands in its lines `# Source: ...`.
+    Sources are the arXiv numbers in the comment and the text of its `# Source: ...` lines.
     """
     lines, named = [], []
     for line in text.splitlines():
@@ -118,7 +119,7 @@ def describe(text: str) -> tuple[str, list[str]]:
             lines.append(line[1:].strip())
     sources = list(dict.fromkeys(_SOURCE.findall(" ".join(lines)) + named))
     opening = " ".join(lines).split("  ")[0] if lines else ""
-    # The numbers have a column of their own.
+    # arXiv numbers are shown in the source column instead.
     opening = _BRACKET.sub("", opening)
     end = _SENTENCE_END.search(opening)
     return (opening[: end.start()] if end else opening).strip(), sources

@@ -1,4 +1,4 @@
-"""`diffusion-lm VERB`: reads the flags, runs the verb, turns errors into one line and an exit code."""
+"""Entry point of `diffusion-lm VERB`: parses the flags, runs the verb, maps errors to one line and an exit code."""
 
 import argparse
 import importlib
@@ -14,43 +14,46 @@ from diffusion_lm.cli.output import progress, write_result
 from diffusion_lm.core.errors import ConfigError, near_names
 
 VERBS = {
-    "compare": "run the arms of a comparison, score them, write the report",
+    "compare": "train and evaluate all arms of a comparison and write the report",
     "train": "train one model",
-    "evaluate": "score a trained model: bound, metrics, likelihood, multiple choice",
+    "evaluate": "evaluate a trained model: likelihood bound, task metrics, likelihood, multiple choice",
     "decode": "complete prompts with a trained model",
-    "explain": "show what a configuration is: parameters, shapes, shardings, FLOPs, memory",
-    "plan": "compile for TPUs that are not here: memory, communication and speed of each chip",
-    "bench": "time training, decoding, the input pipeline or starting up, alone or against PyTorch",
-    "list": "show the objectives, samplers, estimators, models, recipes and families of checkpoints that there are",
-    "import": "make a run folder of a Hugging Face checkpoint",
+    "explain": "print a configuration: settings, parameters, shapes, shardings, FLOPs, memory",
+    "plan": "compile for TPUs or GPUs without access to them: memory, communication and speed per chip",
+    "bench": "time training, decoding, the input pipeline or startup, alone or against PyTorch",
+    "list": "list objectives, samplers, estimators, models, recipes and checkpoint families",
+    "import": "convert a Hugging Face, GGUF or T5X checkpoint into a run directory",
     "export": "write a trained model as a Hugging Face checkpoint",
-    "materialise": "write tasks to files that training reads without TensorFlow",
-    "doctor": "check that this machine can run all of it",
+    "materialise": "write SeqIO tasks to files that training reads without TensorFlow",
+    "doctor": "check that this installation works",
 }
 
 PRINTED = ("evaluate", "decode", "explain", "plan", "bench", "list", "doctor")
-"""Verbs whose product is what they print; the others leave a folder."""
+"""Verbs whose result is what they print. The other verbs write a directory."""
+
+
+_RESUME = "run the same command again to resume from the last checkpoint"
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with an error of one line."""
+    """An `ArgumentParser` that reports errors in one line, as `ConfigError`."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, fix=f"See {self.prog} --help.")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all verbs; imports their modules, which import nothing heavy."""
+    """Returns the parser of all verbs. It imports the modules of all verbs, but not JAX or TensorFlow."""
     parser = _Parser(
         prog="diffusion-lm",
-        description="Compare autoregressive and diffusion language models under one recipe.",
-        epilog="Start: diffusion-lm compare --gin_file gin/recipes/quickstart.gin --workdir runs/quickstart",
+        description="Train, convert and compare autoregressive and diffusion language models.",
+        epilog="First run: diffusion-lm compare --gin_file gin/recipes/quickstart.gin --workdir runs/quickstart",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"diffusion-lm {diffusion_lm.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser, title="verbs")
     for name, summary in VERBS.items():
-        # `import` is no name that a module could be imported by.
+        # `import` is a Python keyword, so its module is called `import_`.
         module = importlib.import_module(f"diffusion_lm.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
         verb = verbs.add_parser(
             name,
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _checked(given: list[str], stdout: streams.GuardedStream) -> int:
-    """Runs the command line; errors become one line and an exit code."""
+    """Runs the command line and maps errors to one line on stderr and an exit code."""
     debug = "--debug" in given
     try:
         return _run(given, stdout)
@@ -88,14 +91,14 @@ def _checked(given: list[str], stdout: streams.GuardedStream) -> int:
         progress(f"error: {' '.join(str(error).split())}")
         return error.exit_code
     except KeyboardInterrupt:
-        progress("stopped; the same command goes on from what is saved")
+        progress(f"interrupted; {_RESUME}")
         return environment.EXIT_INTERRUPTED
     except environment.Terminated:
-        progress("terminated; the same command goes on from what is saved")
+        progress(f"terminated; {_RESUME}")
         return environment.EXIT_PREEMPTED
-    except SystemExit as error:  # argparse after --help, or a training run that saved itself after SIGTERM
+    except SystemExit as error:  # argparse after --help, or a training run that saved a checkpoint after SIGTERM
         if error.code == environment.EXIT_PREEMPTED:
-            progress("terminated; the same command goes on from what is saved")
+            progress(f"terminated; {_RESUME}")
         return error.code if isinstance(error.code, int) else environment.EXIT_OK
 
 
@@ -103,7 +106,7 @@ def _run(given: list[str], stdout: streams.GuardedStream) -> int:
     rest, bindings = arguments.split_gin_flags(given)
     if rest and not rest[0].startswith("-") and rest[0] not in VERBS:
         raise ConfigError(
-            f"there is no verb {rest[0]!r}{near_names(rest[0], VERBS)}",
+            f"unknown verb {rest[0]!r}{near_names(rest[0], VERBS)}",
             where="VERB",
             fix=f"Use one of {', '.join(VERBS)}.",
         )
@@ -113,9 +116,11 @@ def _run(given: list[str], stdout: streams.GuardedStream) -> int:
         parser.print_help()
         return environment.EXIT_OK
     if bindings and not hasattr(parsed, "gin_file"):
-        raise ConfigError(f"{parsed.verb} takes no --gin flags", where=f"--gin.{bindings[0]}", fix="Remove them.")
+        raise ConfigError(
+            f"{parsed.verb} does not accept --gin flags", where=f"--gin.{bindings[0]}", fix="Remove them."
+        )
     parsed.gin = bindings
-    # What else has the result keeps the verb going without a reader: a run folder, a --json file.
+    # A verb whose result is also in a run directory or a --json file continues after stdout is closed.
     stdout.needed = parsed.verb in PRINTED and parsed.json in (None, "-")
     environment.prepare()
     with environment.sigterm_raises():

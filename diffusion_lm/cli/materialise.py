@@ -1,6 +1,6 @@
-"""Writes SeqIO tasks to ArrayRecord files, which training then reads without TensorFlow. What is there is skipped.
+"""Writes SeqIO tasks to ArrayRecord files, which training reads without TensorFlow. Existing files are skipped.
 
-Name tasks with --task, or give a recipe with --gin_file to write everything that its pipelines read."""
+Name tasks with --task, or pass a recipe with --gin_file to write all data that it reads."""
 
 import argparse
 import os
@@ -20,22 +20,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     add_gin(parser)
     parser.add_argument("--task", action="append", default=[], metavar="NAME", help="SeqIO task; may be repeated")
-    parser.add_argument("--split", action="append", default=[], metavar="NAME", help="its splits (default: train)")
-    parser.add_argument("--root", metavar="DIR", help="where to (default: ~/.cache/diffusion_lm/data)")
     parser.add_argument(
-        "--chunk_length", type=int, metavar="N", help="cut documents of pretraining tasks into N tokens"
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="splits of --task; may be repeated (default: train)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="write only the first N records")
+    parser.add_argument("--root", metavar="DIR", help="output directory (default: ~/.cache/diffusion_lm/data)")
+    parser.add_argument(
+        "--chunk_length", type=int, metavar="N", help="split documents of pretraining tasks into chunks of N tokens"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="write only the first N records of each split")
     parser.add_argument(
         "--max_lossy",
         type=float,
         metavar="SHARE",
-        help="share of the targets that the vocabulary may fail to write, 1 = all (default: 0.01)",
+        help="fraction of targets that may contain characters the vocabulary cannot encode (default: 0.01)",
     )
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs the verb and returns one object per split."""
+    """Runs the verb; returns one dict per split."""
     from diffusion_lm.data.grain_source import GrainSource
     from diffusion_lm.data.materialise import TASK_MODULES
     from diffusion_lm.data.round_trip import loss_sentences
@@ -52,14 +58,14 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
         require(
             not (arguments.root or arguments.chunk_length or arguments.split),
-            "--root, --split and --chunk_length are for --task",
+            "--root, --split and --chunk_length only apply to --task",
             where="--gin_file",
-            fix="A recipe says them itself: bind GrainSource.root with --gin.",
+            fix="Set them in the recipe, e.g. with --gin.GrainSource.root=DIR.",
         )
         root = build_root(load_config(arguments))
         sources += parts(root, GrainSource)
     if not sources:
-        raise ConfigError("nothing to write is named", fix="Give --task NAME, or a recipe with --gin_file.")
+        raise ConfigError("no task given", fix="Pass --task NAME, or a recipe with --gin_file.")
     options: dict[str, Any] = {"modules": (*TASK_MODULES, *arguments.module)}
     for name in ("limit", "max_lossy"):
         if getattr(arguments, name) is not None:
@@ -73,7 +79,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 import_quietly("seqio")
             manifest = source.materialise(**options)
         except ModuleNotFoundError as error:
-            raise _needs(error.name, source) from error
+            raise _missing_package(error.name, source) from error
         if manifest.vocabulary and manifest.vocabulary_sha256 not in vocabularies:
             vocabularies.add(manifest.vocabulary_sha256)
             progress(f"vocabulary: {source.vocabulary.report}")
@@ -116,24 +122,23 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _needs(package: str | None, source: Any) -> ConfigError:
+def _missing_package(package: str | None, source: Any) -> ConfigError:
     return ConfigError(
         f"writing task {source.task!r} needs the package {package}, which is not installed",
         where=f"{source.task}/{source.split}",
-        fix=f"Install it, or copy {source.folder} from a machine that has it.",
+        fix=f"Install it, or copy {source.folder} from another machine.",
     )
 
 
 def ensure(root: Any, arguments: argparse.Namespace) -> None:
-    """Writes the datasets of the configured object `root` that are not there yet, so that one command does all.
+    """Materialises the missing data sets of the configured object `root`, so that `train` and `compare` need no set-up.
 
-    Data that are there stay as they are: where the task's code has changed since, that is said.
-
-    TensorFlow stays out of this process: it would take GPU memory, and training has no use for it. What is printed goes
-    to stderr.
+    Existing data sets are kept. If the code of their task has changed since they were written, a warning is printed.
+    The work runs in a child process, because TensorFlow would reserve GPU memory that training needs. The output of the
+    child goes to stderr.
 
     Raises:
-      SystemExit: writing them failed; the error is printed.
+      SystemExit: the child failed; it has printed the error.
     """
     from diffusion_lm.cli.walk import parts
     from diffusion_lm.data.grain_source import GrainSource
@@ -148,17 +153,17 @@ def ensure(root: Any, arguments: argparse.Namespace) -> None:
         elif is_stale(manifest):
             progress(
                 f"warning: the code of task {source.task!r} has changed since {source.folder} was written; "
-                "delete that folder to have it written again"
+                "delete that directory to write it again"
             )
     if not missing:
         return
-    progress(f"writing {len(missing)} datasets that are not there yet")
+    progress(f"materialising {len(missing)} missing data sets")
     flags = [("--gin_file", arguments.gin_file), ("--gin_search_path", arguments.gin_search_path)]
     flags.append(("--module", arguments.module))
     command = [sys.executable, "-m", "diffusion_lm.cli.main", "materialise"]
     command += [part for flag, values in flags for value in values for part in (flag, value)]
     command += [f"--gin.{binding}" for binding in arguments.gin]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # accelerators belong to this process
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # keep the child off the accelerators of this process
     done = subprocess.run(command, stdout=_STDERR, env=environment, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)

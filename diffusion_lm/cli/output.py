@@ -1,4 +1,4 @@
-"""Results on stdout, progress on stderr; tables that are pretty on a terminal and plain in a pipe."""
+"""Prints results to stdout and progress to stderr. Tables use rich on a terminal and plain text in a pipe."""
 
 import dataclasses
 import sys
@@ -10,11 +10,11 @@ from diffusion_lm.core.files import json_text, write_text
 MAX_WIDTH = 100
 _GAP = 3
 _LEAST_FOLDED = 16
-"""Columns that fold keep this width, or the table grows."""
+"""Minimum width of a column that wraps, in characters; the table exceeds `MAX_WIDTH` rather than go below it."""
 
 
 def progress(text: str) -> None:
-    """Prints a line about what is going on to stderr."""
+    """Prints a progress line or a warning to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -39,13 +39,13 @@ def table(
     right: Sequence[int] = (),
     fold: Sequence[int] | None = None,
 ) -> None:
-    """Prints rows of text, at most 100 columns wide where cells can be folded to that; nothing is ever cut.
+    """Prints a table, at most `MAX_WIDTH` characters wide if wrapping cells allows it. Cells are never truncated.
 
     Args:
       columns: headings.
       rows: cells, printed with `str`.
-      right: numbers of the columns that are aligned to the right.
-      fold: numbers of the columns whose cells may continue on a further line; None = all but the first.
+      right: indices of right-aligned columns.
+      fold: indices of columns whose cells may wrap; None = all but the first.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -72,14 +72,14 @@ def table(
 
 
 def facts(pairs: Sequence[tuple[str, Any]]) -> None:
-    """Prints names and values in two columns."""
+    """Prints (name, value) pairs in two columns."""
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         say(f"  {name:<{width}}  {value}")
 
 
 def write_result(path: str | None, result: Any) -> None:
-    """Writes the machine-readable result of a verb to `path` ("-" is stdout); nothing where no path is given."""
+    """Writes the result of a verb as JSON to `path` ("-" for stdout); does nothing if `path` is None."""
     if path is None:
         return
     text = json_text(plain(result), indent=1) + "\n"
@@ -90,7 +90,7 @@ def write_result(path: str | None, result: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Returns what JSON can hold of a value: dataclasses as objects with their class, paths and others as text."""
+    """Converts a value to JSON types: dataclasses become objects with a field `class`; unknown types become `str`."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -106,7 +106,7 @@ def plain(value: Any) -> Any:
 
 
 def count(number: float) -> str:
-    """Returns `281.6M (281,562,240)`; small numbers stand alone."""
+    """Formats a count as `281.6M (281,562,240)`; numbers below 1,000 have no short form."""
     exact = f"{number:,.0f}"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
@@ -116,7 +116,7 @@ def count(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """Returns a number of bytes as `1.05 GiB`."""
+    """Formats a number of bytes, e.g. `1.05 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024 or unit == "GiB":
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.2f} {unit}"
@@ -125,7 +125,7 @@ def size(number: float) -> str:
 
 
 def flops(number: float, unit: str = "FLOP") -> str:
-    """Returns a number of floating-point operations as `1.7 GFLOP`; without `unit` as `1.7 G`."""
+    """Formats a number of floating-point operations, e.g. `1.7 GFLOP`, or `1.7 G` with an empty `unit`."""
     for limit, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if number >= limit:
             return f"{number / limit:.2f} {letter}{unit}"

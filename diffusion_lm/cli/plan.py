@@ -1,5 +1,6 @@
-"""Compiles a configuration for TPUs or GPUs that are not here and reports what each chip needs, whether it fits, and
-how fast it can be: training step, bound and decode of each run that differs in cost. Exit code 3: one does not fit."""
+"""Compiles a configuration for TPUs or GPUs without access to them, and reports memory per device, whether the programs
+fit, communication, and an upper bound on speed. It compiles the training step, the likelihood bound and the decoding
+program of each run that differs in cost. Exit code 3: a program does not fit."""
 
 import argparse
 import dataclasses
@@ -24,17 +25,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="TPU slice, e.g. v5e-16, v4-32, v5p:4x4x4, 2xv6e-256; GPUs, e.g. h100-8; cpu-8",
     )
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of such slices (default 1)")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices (default: 1)")
     parser.add_argument(
-        "--programs", default=",".join(PROGRAMS), metavar="LIST", help=f"of {','.join(PROGRAMS)} (default: all)"
+        "--programs",
+        default=",".join(PROGRAMS),
+        metavar="LIST",
+        help=f"comma-separated programs to compile, of {','.join(PROGRAMS)} (default: all)",
     )
-    parser.add_argument("--stage", metavar="NAME", help="only this stage of a comparison")
-    parser.add_argument("--search", action="store_true", help="where a training step does not fit, look for what does")
-    parser.add_argument("--search_limit", type=int, default=8, metavar="N", help="programs to compile for it at most")
+    parser.add_argument("--stage", metavar="NAME", help="compile only this stage of a comparison")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="if a training step does not fit, search remat policy, microbatches and mesh for settings that fit",
+    )
+    parser.add_argument(
+        "--search_limit", type=int, default=8, metavar="N", help="maximum programs to compile per search (default: 8)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Runs the verb and returns all that it printed and the exit code."""
+    """Runs the verb; returns everything that it printed as data, and the exit code."""
     from diffusion_lm.planning import topologies
     from diffusion_lm.recipes.comparison import Comparison
 
@@ -65,7 +75,15 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """What is to be compiled: its kind (of `PROGRAMS`), whose it is, and how; of a training step its run."""
+    """A program to compile.
+
+    Attributes:
+      kind: one of `PROGRAMS`.
+      of: name of the run, stage, arm or task that it belongs to.
+      compile: compiles the program and returns its plan.
+      detail: text that is appended to the heading.
+      run: the run, for training steps only.
+    """
 
     kind: str
     of: str
@@ -75,9 +93,9 @@ class _Program:
 
 
 class _Planner:
-    """Compiles and reads programs for one accelerator; the training step of a run once.
+    """Compiles programs for one accelerator and analyses them; a training step is compiled once per run.
 
-    Only of a training step are the FLOPs known: how many passes a bound or a decode takes is theirs to decide.
+    FLOPs are known for training steps only. The number of forward passes of a bound or a decode depends on the data.
     """
 
     def __init__(self, accelerator: Any, devices: Sequence[Any]):
@@ -102,21 +120,21 @@ class _Planner:
         return self._steps[run]
 
     def bound(self, run: Any) -> Any:
-        """Returns the plan of the bound of one batch."""
+        """Returns the plan of the likelihood bound of one batch."""
         from diffusion_lm.planning import plan, programs
 
         tokens = run.batch_size * run.data.row_length
         return plan.examine(programs.bound(run, self.devices), self.accelerator, model_flops=0.0, tokens=tokens)
 
     def decode(self, run: Any, sampler: Any, prompts: int) -> Any:
-        """Returns the plan of decoding `prompts` rows of the run's shape."""
+        """Returns the plan of decoding a batch of `prompts` rows with the shapes of the run."""
         from diffusion_lm.planning import plan, programs
 
         compiled = programs.decode(run, sampler, prompts, self.devices)
         return plan.examine(compiled, self.accelerator, model_flops=0.0, tokens=prompts * run.data.row_length)
 
     def decode_alone(self, arm: Any, study: Any) -> Any:
-        """Returns the plan of the longest decode of one arm of a speed study, which runs on one device."""
+        """Returns the plan of the longest decode of one arm of a speed study, which uses one device."""
         from diffusion_lm.evaluation.speed import random_prompt
         from diffusion_lm.planning import plan, programs
 
@@ -130,7 +148,7 @@ def _programs(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in PROGRAMS:
             raise ConfigError(
-                f"there is no program {name!r}{near_names(name, PROGRAMS)}",
+                f"unknown program {name!r}{near_names(name, PROGRAMS)}",
                 where="--programs",
                 fix=f"Use {', '.join(PROGRAMS)}.",
             )
@@ -141,9 +159,9 @@ def _one_stage(root: Any, name: str) -> dict[str, Any]:
     stages = {stage.name: stage.run for stage in getattr(root, "stages", ())}
     if name not in stages:
         raise ConfigError(
-            f"there is no stage {name!r}{near_names(name, stages)}",
+            f"unknown stage {name!r}{near_names(name, stages)}",
             where="--stage",
-            fix=f"Use one of {', '.join(stages)}." if stages else "Leave it out: this is one run.",
+            fix=f"Use one of {', '.join(stages)}." if stages else "Omit --stage: this is a single run.",
         )
     return {name: stages[name]}
 
@@ -163,7 +181,10 @@ def _in_order(planner: _Planner, root: Any, runs: dict[str, Any], stage: str | N
 
 
 def _decodes(root: Any, stage: str | None) -> list[tuple[str, Any, Any, int]]:
-    """Returns one decode for each sampler and network: that of the task with the most slots."""
+    """Returns (name, run, sampler, prompts) per pair of network and sampler, for the task with the largest batch.
+
+    The size of a batch is its number of tokens, `batch_size * row_length`.
+    """
     found: dict[Any, tuple[int, tuple[str, Any, Any, int]]] = {}
     if hasattr(root, "arms"):
         for arm in root.arms:
@@ -197,11 +218,11 @@ def _show(program: _Program, plan: Any, accelerator: Any) -> dict[str, Any]:
         output.facts([("does not fit", plan.refusal.splitlines()[0])])
         return output.plain(plan)
     memory, roof = plan.memory, plan.roof
-    verdict = f"fits, {output.size(memory.spare)} to spare" if plan.fits else f"{output.size(-memory.spare)} too much"
+    verdict = f"fits, {output.size(memory.spare)} free" if plan.fits else f"exceeds by {output.size(-memory.spare)}"
     output.facts(
         [
-            ("memory", f"{output.size(memory.peak)} of {output.size(memory.available)} a device: {verdict}"),
-            ("  arguments", f"{output.size(memory.arguments)}, {output.size(memory.donated)} of it updated in place"),
+            ("memory", f"{output.size(memory.peak)} of {output.size(memory.available)} per device: {verdict}"),
+            ("  arguments", f"{output.size(memory.arguments)}, of which {output.size(memory.donated)} donated"),
             ("  temporaries", output.size(memory.temporaries)),
             ("  outputs, code", f"{output.size(memory.outputs)}, {output.size(memory.code)}"),
         ]
@@ -214,7 +235,7 @@ def _show(program: _Program, plan: Any, accelerator: Any) -> dict[str, Any]:
             (one.kind, one.group, links[one.crosses_slices], one.count, output.size(one.bytes))
             for one in plan.collectives
         ]
-        output.table(["collective", "devices", "over", "times", "sent by each"], rows, right=[1, 3, 4], fold=[])
+        output.table(["collective", "devices", "over", "count", "sent per device"], rows, right=[1, 3, 4], fold=[])
     pairs: list[tuple[str, str]] = []
     speed: dict[str, Any] = {}
     if roof is not None:
@@ -243,12 +264,12 @@ def _search(planner: _Planner, run: Any, limit: int) -> dict[str, Any] | None:
 
     found = search(run, planner.accelerator, planner.train, limit=limit, log=output.progress)
     if found is None:
-        output.say(f"  search: nothing among {limit} compiled settings fits; take more chips or a smaller batch")
+        output.say(f"  search: none of {limit} compiled settings fits; use more chips or a smaller batch")
         return None
-    output.say(f"  search: fits with {'; '.join(found.changes)} ({found.tried} compiled)")
+    output.say(f"  search: fits with {'; '.join(found.changes)} ({found.tried} settings compiled)")
     settings = _Program("train", "found", lambda: found.plan, run=found.run)
     return {"changes": list(found.changes), "tried": found.tried} | _show(settings, found.plan, planner.accelerator)
 
 
 def _advice(searched: bool) -> str:
-    return "Not everything fits." + ("" if searched else " --search looks for settings that do.")
+    return "Not everything fits." + ("" if searched else " Add --search to look for settings that fit.")

@@ -1,4 +1,4 @@
-"""Prompts that are given to `decode` as lines of text or JSON, with or without text behind the gap."""
+"""Reads the prompts of `decode --input`: lines of text or JSON, optionally with the text after the gap (infilling)."""
 
 import dataclasses
 import json
@@ -25,8 +25,8 @@ class Prompt:
 
     Attributes:
       inputs: the text before the gap.
-      suffix: the text behind it.
-      slots: tokens of the gap; None = the window that the run decodes.
+      suffix: the text after the gap.
+      slots: number of tokens in the gap; None = the target length of the run.
     """
 
     inputs: str
@@ -35,46 +35,46 @@ class Prompt:
 
 
 class CutPrompts:
-    """Counts the prompts that the window cuts and says so on stderr, for the first ones each by itself.
+    """Counts truncated prompts and reports them on stderr, the first ten individually.
 
     Args:
-      converter: lays the prompts out.
-      suffixes: whether a suffix may be cut; the rows of `--input` are as long as its suffixes need.
+      converter: lays out the prompts.
+      suffixes: whether suffixes may be truncated; the rows of `--input` are always long enough for its suffixes.
     """
 
     _SHOWN = 10
 
     def __init__(self, converter: Converter, *, suffixes: bool):
         self._converter, self._suffixes = converter, suffixes
-        self._seen = self._cut = 0
+        self._total = self._cut = 0
 
     def add(self, record: Record) -> dict[str, int]:
-        """Returns the tokens that are cut off a prompt, by part; empty where it fits."""
-        self._seen += 1
+        """Returns the number of tokens cut off a prompt, by part; empty if it fits."""
+        self._total += 1
         cut = cut_tokens(self._converter, len(record.inputs), len(record.suffix) if self._suffixes else 0)
         self._cut += bool(cut)
         if cut and self._cut <= self._SHOWN:
             for part, count in cut.items():
                 total, side = len(getattr(record, part)), "left" if part == "inputs" else "right"
                 progress(
-                    f"prompt {self._seen}: {count} of {total} tokens of its {part} cut at the {side} "
+                    f"prompt {self._total}: {count} of {total} tokens of its {part} cut at the {side} "
                     f"({type(self._converter).__name__}.{part}_length = {total - count})"
                 )
         return cut
 
     def conclude(self) -> None:
-        """Says how many were cut."""
+        """Reports how many prompts were truncated."""
         if self._cut:
-            progress(f"{self._cut} of {self._seen} prompts were cut; their lines have the field cut_tokens")
+            progress(f"{self._cut} of {self._total} prompts were cut; their output has the field cut_tokens")
 
 
 def given_prompts(
     path: str, limit: int | None, batch_size: int, data: DataPipeline
 ) -> Iterator[tuple[Batch, list[Record]]]:
-    """Yields batches of the prompts of a file; the last one is filled with copies of its last prompt.
+    """Yields batches of prompts and their records; the last batch is padded with copies of its last prompt.
 
     Raises:
-      ConfigError: there is no prompt, a line is not understood, or the run's rows have no place for a suffix.
+      ConfigError: the file has no prompts, a line cannot be parsed, or the network cannot condition on a suffix.
     """
     prompts = read_prompts(path)[:limit]
     encode = data.vocabulary.encode
@@ -82,12 +82,12 @@ def given_prompts(
         full = data.pruned.full.encode
         tokens = [token for one in prompts for token in (*full(one.inputs), *full(one.suffix))]
         cut = int(data.pruned.outside(tokens).sum())
-        progress(f"{cut} of {len(tokens)} tokens of the prompts are UNK: the run's vocabulary map leaves them out")
+        progress(f"{cut} of {len(tokens)} prompt tokens become UNK: the vocabulary map of the run does not keep them")
     for number, one in enumerate(prompts, 1):
         lost = unwritten(data.full_vocabulary, one.inputs) + unwritten(data.full_vocabulary, one.suffix)
         if lost:
-            progress(f"warning: prompt {number}: the vocabulary cannot write {characters(lost)}")
-    require(bool(prompts), f"there is no prompt in {path}", where="--input", fix="Write one a line.")
+            progress(f"warning: prompt {number}: the vocabulary cannot encode {characters(lost)}")
+    require(bool(prompts), f"no prompts in {path}", where="--input", fix="Write one prompt per line.")
     nothing = np.zeros(0, np.int32)
     records = [
         Record(
@@ -104,7 +104,8 @@ def given_prompts(
         chosen = range(start, min(start + batch_size, len(records)))
         filled = [*chosen, *[chosen[-1]] * (batch_size - len(chosen))]
         examples = [
-            # An oracle's window is as long as the target: here it is what the line says, and no reference.
+            # An oracle target window is as long as the target. There is no reference here, so zeros stand in for it
+            # with the length that the line gives.
             Example(
                 records[row].inputs,
                 np.zeros(prompts[row].slots or 0, np.int32),
@@ -117,22 +118,22 @@ def given_prompts(
 
 
 def _with_room(converter: Converter, prompts: list[Prompt], suffix_length: int) -> Converter:
-    """Returns the run's converter with room for the suffixes and for the slots that are asked for."""
+    """Returns the converter of the run with space for the suffixes and for the requested numbers of slots."""
     changes: dict[str, Any] = {}
     if suffix_length:
         require(
             converter.encoder_length is None,
-            "an encoder-decoder has no room for text behind the target",
+            "an encoder-decoder network cannot condition on text after the target",
             where="--input",
-            fix='Leave out "suffix", or use a network without an encoder.',
+            fix='Remove "suffix", or use a network without an encoder.',
         )
         changes["suffix_length"] = max(suffix_length, converter.suffix_length)
     slots = [one.slots for one in prompts if one.slots is not None]
     require(
         len(slots) in (0, len(prompts)),
-        f"{len(slots)} of {len(prompts)} prompts say how many slots they have",
+        f'{len(slots)} of {len(prompts)} prompts have the field "slots"',
         where="--input",
-        fix='Write "slots" in every line, or in none.',
+        fix='Write "slots" in all lines or in none.',
     )
     if slots:
         changes |= {"target_length": max(slots), "target_window": OracleLength(closing=False)}
@@ -140,7 +141,7 @@ def _with_room(converter: Converter, prompts: list[Prompt], suffix_length: int) 
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Returns the prompts of a file, or of stdin ("-"): one a line, as text or as JSON; blank lines are skipped."""
+    """Returns the prompts of a file or of stdin ("-"), one per line, as text or JSON; blank lines are skipped."""
     try:
         if path == "-":
             lines = sys.stdin.read().splitlines()
@@ -160,11 +161,11 @@ def _prompt(line: str, number: int) -> Prompt:
         inputs, suffix, slots = fields["inputs"], fields.get("suffix", ""), fields.get("slots")
     except (ValueError, KeyError) as error:
         raise ConfigError(
-            f"line {number} begins like JSON but has no field 'inputs'", where="--input", fix='Write {"inputs": "..."}.'
+            f"line {number} is not a JSON object with a field 'inputs'", where="--input", fix='Write {"inputs": "..."}.'
         ) from error
     require(
         isinstance(suffix, str) and (slots is None or (isinstance(slots, int) and slots >= 1)),
-        f"line {number} has suffix = {suffix!r} and slots = {slots!r}",
+        f"line {number}: suffix={suffix!r}, slots={slots!r}: suffix must be a string and slots an integer >= 1",
         where="--input",
         fix='Write {"inputs": "...", "suffix": "...", "slots": 8}.',
     )

@@ -1,4 +1,4 @@
-"""Opening what `train` or `compare` left: the configuration, the parameters, and what they can be scored on."""
+"""Opens a run directory of `train`, `compare` or `import`: its configuration, checkpoint and evaluations."""
 
 import argparse
 import dataclasses
@@ -25,16 +25,16 @@ from diffusion_lm.training.trained import trained_model
 
 @dataclasses.dataclass(frozen=True)
 class OpenRun:
-    """A run folder.
+    """A run directory.
 
     Attributes:
-      folder: where it is.
-      run: how it was trained.
-      evaluations: what it is scored on: the run's own evaluations, or those of the comparison that it is a stage of.
-      step: the checkpoint that is used.
-      selected: what selected it; None where it was named or is the newest.
-      trained: what the network was trained for; none where that is not known.
-      lineage: what the run's parameters began as: stages of its comparison from the first on, or `TrainRun.initial`.
+      folder: its path.
+      run: the training configuration.
+      evaluations: the evaluations of the run, or those of the comparison that it is a stage of.
+      step: step of the checkpoint to use.
+      trained: noise processes that the network was trained for; empty if unknown.
+      lineage: what the parameters were initialised from: earlier stages of the comparison, or `TrainRun.initial`.
+      selected: the metric that selected the checkpoint; None if `--step` names it or it is the newest.
     """
 
     folder: Path
@@ -46,36 +46,36 @@ class OpenRun:
     selected: Selected | None = None
 
     def load(self) -> BoundModel:
-        """Returns the model with its parameters on the run's mesh."""
+        """Returns the model with its parameters on the mesh of the run."""
         return trained_model(self.run, self.folder, step=self.step)
 
     def mismatches(self, sampler: Any, *, force: bool) -> tuple[str, ...]:
-        """Returns in words what a sampler takes otherwise than the training.
+        """Returns descriptions of how a sampler differs from the training (noise, visibility, alignment, outputs).
 
         Raises:
-          ConfigError: it takes something otherwise, and `force` is not set.
+          ConfigError: there is a difference, and `force` is False.
         """
         if not force:
             check_sampler(
                 self.trained,
                 sampler,
                 where=f"--workdir {self.folder}",
-                fix="Name a sampler for that training with --sampler (diffusion-lm list samplers); --force decodes all "
-                "the same, and the results say so.",
+                fix="Choose a matching sampler with --sampler (diffusion-lm list samplers), or pass --force to decode "
+                "anyway; results then list the differences.",
             )
         return sampler_differences(self.trained, sampler)
 
     @property
     def generation(self) -> tuple[GenerationEvaluation, ...]:
-        """The evaluations that decode."""
+        """The evaluations that decode completions."""
         return tuple(one for one in self.evaluations if isinstance(one, GenerationEvaluation))
 
 
 def open_run(arguments: argparse.Namespace, *, bindings: Sequence[str]) -> OpenRun:
-    """Returns the run of `--workdir`, configured by `--gin_file` or else by the resolved.gin that lies there.
+    """Returns the run of `--workdir`, configured by `--gin_file` or by default by its resolved.gin.
 
     Raises:
-      ConfigError: there is no configuration or no checkpoint.
+      ConfigError: the directory has no configuration or no checkpoint.
     """
     folder = as_path(arguments.workdir)
     files = arguments.gin_file or [str(_resolved_file(folder))]
@@ -84,9 +84,9 @@ def open_run(arguments: argparse.Namespace, *, bindings: Sequence[str]) -> OpenR
     if not steps or arguments.step not in (None, *steps):
         which = f" of step {arguments.step}" if steps else ""
         raise ConfigError(
-            f"there is no checkpoint{which} in {folder}",
+            f"no checkpoint{which} in {folder}",
             where="--step" if steps else "--workdir",
-            fix=f"Choose one of {', '.join(map(str, steps))}." if steps else "Train first, or name another run folder.",
+            fix=f"Use one of {', '.join(map(str, steps))}." if steps else "Train first, or pass another run directory.",
         )
     if arguments.step is None:
         step, best = chosen_step(folder), selected(folder)
@@ -105,24 +105,24 @@ def _resolved_file(folder: Path) -> Path:
         raise ConfigError(
             f"{folder} is a comparison of several runs",
             where="--workdir",
-            fix=f"Name one: {folder}/stages/NAME with NAME one of {', '.join(stages)}.",
+            fix=f"Pass one of its runs: {folder}/stages/NAME with NAME one of {', '.join(stages)}.",
         )
     for candidate in (folder / RESOLVED, folder.parent.parent / RESOLVED):
         if candidate.is_file():
             return candidate
     raise ConfigError(
-        f"there is no run in {folder}: it has no {RESOLVED}",
+        f"{folder} is not a run directory: it has no {RESOLVED}",
         where="--workdir",
-        fix="Name a folder that train or compare wrote, or add --gin_file.",
+        fix="Pass a directory that train or compare wrote, or add --gin_file.",
     )
 
 
 def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
-    """Returns a stage of a comparison, scored as the comparison scores the arms that end in it."""
+    """Returns a stage of a comparison, with the evaluations of the arms whose last stage it is."""
     stages = {stage.name: stage for stage in comparison.stages}
     if folder.name not in stages:
         raise ConfigError(
-            f"the comparison {comparison.name!r} has no stage {folder.name!r}",
+            f"comparison {comparison.name!r} has no stage {folder.name!r}",
             where="--workdir",
             fix=f"Its stages are {', '.join(stages)}.",
         )

@@ -1,4 +1,4 @@
-"""Files that keep the numbers of `evaluate --estimator`, `--suite` and `--judge`, each with its configuration."""
+"""Writes the results of `evaluate --estimator`, `--suite` and `--judge` to files, together with their configuration."""
 
 import hashlib
 import json
@@ -17,38 +17,38 @@ from diffusion_lm.training.card import first_difference
 Scored = ScoringEvaluation | GenerationEvaluation | GenerativeEvaluation
 
 FOLDER = "scores"
-"""Where a run folder keeps scores, one file a configuration."""
+"""Subdirectory of a run directory for scores, one file per configuration."""
 
 
 def refuse_another(path: str | None, chosen: Sequence[Scored], opened: OpenRun) -> None:
-    """Raises `ConfigError` where `--json` names a file that holds scores of another configuration."""
+    """Raises `ConfigError` if the file of `--json` exists and holds scores of another configuration."""
     if path in (None, "-") or not as_path(path).exists():
         return
-    there = read_json(path)
-    found = there.get("evaluations", {}) if isinstance(there, dict) else {"": {}}
-    here = {one.name: json.loads(json_text(_configuration(one, opened))) for one in chosen}
-    before = {name: result.get("configuration") for name, result in found.items()}
-    difference = first_difference(before, here, "evaluations")
+    existing = read_json(path)
+    results = existing.get("evaluations", {}) if isinstance(existing, dict) else {"": {}}
+    new = {one.name: json.loads(json_text(_configuration(one, opened))) for one in chosen}
+    old = {name: result.get("configuration") for name, result in results.items()}
+    difference = first_difference(old, new, "evaluations")
     require(
         difference is None,
         f"{path} holds scores of another configuration: {difference}",
         where="--json",
-        fix="Name another file, or remove that one.",
+        fix="Pass another file, or delete this one.",
     )
 
 
 def record(evaluation: Scored, opened: OpenRun, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes one evaluation's numbers to WORKDIR/scores; returns its configuration and the file.
+    """Writes the result of one evaluation to WORKDIR/scores; returns its configuration and the path of the file.
 
-    The file's name holds a hash of the configuration, so no other configuration's file is ever replaced.
+    The file name contains a hash of the configuration, so results of another configuration are never overwritten.
     """
     configuration = _configuration(evaluation, opened)
-    mark = hashlib.sha256(json.dumps(configuration, sort_keys=True, allow_nan=False).encode()).hexdigest()[:10]
-    by = type(evaluation.estimator if isinstance(evaluation, ScoringEvaluation) else evaluation.sampler).__name__
-    name = f"{evaluation.name.split('/', 1)[-1].replace('/', '.')}.{by}.{mark}.json"
+    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True, allow_nan=False).encode()).hexdigest()[:10]
+    method = type(evaluation.estimator if isinstance(evaluation, ScoringEvaluation) else evaluation.sampler).__name__
+    name = f"{evaluation.name.split('/', 1)[-1].replace('/', '.')}.{method}.{digest}.json"
     path = opened.folder / FOLDER / name
-    kept = {"workdir": str(opened.folder), "name": evaluation.name, **result, "configuration": configuration}
-    write_text(path, json_text(plain(kept), indent=1) + "\n")
+    content = {"workdir": str(opened.folder), "name": evaluation.name, **result, "configuration": configuration}
+    write_text(path, json_text(plain(content), indent=1) + "\n")
     return {"configuration": configuration, "file": str(path)}
 
 

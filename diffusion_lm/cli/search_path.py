@@ -1,4 +1,4 @@
-"""Where gin files are looked for: the current folder, the given folders, then the files that travel in the package."""
+"""Finds gin files in the current directory, the given directories, then among the files of the package."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -10,30 +10,30 @@ from diffusion_lm.core.files import as_path, is_bucket
 
 
 def packaged_folder() -> Path:
-    """Returns the folder of the gin files of this installation: `gin_files` in a wheel, `../gin` in a checkout."""
+    """Returns the directory of the packaged gin files: `gin_files` in a wheel, `../gin` in a checkout."""
     package = Path(diffusion_lm.__file__).parent
     installed = package / "gin_files"
     return installed if installed.is_dir() else package.parent / "gin"
 
 
 def split_search_path(given: Iterable[str]) -> tuple[str, ...]:
-    """Returns the folders of repeated, comma-separated `--gin_search_path` flags, in order."""
+    """Returns the directories of repeated, comma-separated `--gin_search_path` flags, in order."""
     return tuple(folder.strip() for flag in given for folder in flag.split(",") if folder.strip())
 
 
 def find_gin_file(name: str, search_path: Sequence[str] = (), *, where: str = "--gin_file") -> Path:
-    """Returns the file that `name` stands for.
+    """Returns the path of a gin file.
 
-    Relative names are tried in the current folder, in each folder of `search_path`, then in the packaged folder, where
-    a leading `gin/` is dropped, so that `gin/recipes/quickstart.gin` names the same file in a checkout and outside it.
+    Relative names are searched in the current directory, in each directory of `search_path`, then in the packaged
+    directory. There a leading `gin/` is dropped, so `gin/recipes/quickstart.gin` works with and without a checkout.
 
     Args:
-      name: a path; an include such as `models/sizes/tiny.gin` is relative to any of the folders.
-      search_path: folders to try after the current one.
-      where: the flag or the `file:line` that asked, for the error.
+      name: a path, absolute or relative to any of the directories, e.g. `models/sizes/tiny.gin`.
+      search_path: directories to search after the current one.
+      where: the flag or `file:line` that names the file, for the error message.
 
     Raises:
-      ConfigError: no folder has it; says which were tried and names that are near.
+      ConfigError: the file does not exist; the message lists the searched directories and similar names.
     """
     if os.path.isabs(name) or is_bucket(name):
         candidates = [as_path(name)]
@@ -44,10 +44,10 @@ def find_gin_file(name: str, search_path: Sequence[str] = (), *, where: str = "-
         if candidate.is_file():
             return candidate
     raise ConfigError(
-        f"there is no gin file {name!r}{near_names(name, _known_files(search_path))}",
+        f"gin file {name!r} not found{near_names(name, _known_files(search_path))}",
         where=where,
-        fix=f"Looked in {', '.join(dict.fromkeys(str(path.parent) for path in candidates))};"
-        " give a path, or a folder with --gin_search_path.",
+        fix=f"Searched {', '.join(dict.fromkeys(str(path.parent) for path in candidates))}."
+        " Pass a path, or add a directory with --gin_search_path.",
     )
 
 

@@ -1,8 +1,8 @@
-"""Standard output and error whose reader may go away while a verb runs (`train ... 2>&1 | head`).
+"""Handles a stdout or stderr that is closed while a verb runs (`train ... 2>&1 | head`).
 
-stderr carries progress, which is never worth a failure: when it cannot be written, the verb runs on without it.
-stdout carries results. Where they are also in files, the verb runs on; where they are the only product of the verb, it
-stops at once with `environment.EXIT_OUTPUT_CLOSED`, as a process that SIGPIPE ended.
+stderr carries progress. If it cannot be written, the verb continues without it.
+stdout carries results. If the results are also in files, the verb continues. If stdout is the only output of the verb,
+it stops with `environment.EXIT_OUTPUT_CLOSED`, the exit code of a process killed by SIGPIPE.
 """
 
 import contextlib
@@ -16,28 +16,28 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 
 class OutputClosed(BaseException):
-    """stdout was closed and what it should have carried is the product of the verb."""
+    """stdout was closed, and stdout is the only output of the verb."""
 
 
 class GuardedStream:
-    """A text stream that survives the loss of its reader. Everything but writing is the stream's own.
+    """A text stream that tolerates a closed reader. All other attributes are those of the wrapped stream.
 
     Attributes:
-      lost: whether the reader is gone. What is written from then on is dropped.
-      needed: whether a lost stream is the end of the verb (`OutputClosed`).
+      lost: whether the reader is gone; text written after that is discarded.
+      needed: whether to raise `OutputClosed` once the reader is gone.
     """
 
     def __init__(self, stream: Any, descriptor: int, *, any_error: bool):
         self.lost, self.needed = stream is None, False
         self._descriptor, self._any_error = descriptor, any_error
-        # A descriptor that was closed before the start. Python has no stream for it then.
+        # Python sets sys.stdout to None if the descriptor was closed before the process started.
         self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes `text`, or drops it where nobody reads any more."""
+        """Writes `text`, or discards it if the reader is gone."""
         if not self.lost:
             try:
                 return self._stream.write(text)
@@ -47,7 +47,7 @@ class GuardedStream:
         return len(text)
 
     def flush(self) -> None:
-        """Hands over what is buffered."""
+        """Flushes the buffer; errors are handled as in `write`."""
         if not self.lost:
             try:
                 self._stream.flush()
@@ -64,19 +64,19 @@ class GuardedStream:
             raise error
         self.lost = True
         with contextlib.suppress(OSError, ValueError):
-            # What is still buffered is written again when the interpreter ends, which would be exit code 120.
+            # The interpreter flushes the buffer again at exit. On a closed descriptor that would be exit code 120.
             if self._stream.fileno() == self._descriptor:
                 _redirect(self._descriptor)
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[GuardedStream]:
-    """Guards `sys.stdout` and `sys.stderr` for the length of a command; yields the guarded stdout."""
+    """Wraps `sys.stdout` and `sys.stderr` while a command runs; yields the wrapped stdout."""
     for descriptor in (_STDIN, _STDOUT, _STDERR):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The next file that is opened would get this number, and with it what libraries write to stderr.
+            # The next file that is opened would get this descriptor and receive what libraries write to stderr.
             _redirect(descriptor)
     before = sys.stdout, sys.stderr
     stdout: Any = GuardedStream(sys.stdout, _STDOUT, any_error=False)
@@ -89,7 +89,7 @@ def guarded() -> Iterator[GuardedStream]:
 
 
 def _redirect(descriptor: int) -> None:
-    """Makes a file descriptor one of the null device."""
+    """Points a file descriptor at the null device."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != descriptor:
         os.dup2(null, descriptor)

@@ -1,4 +1,4 @@
-"""What `evaluate --suite` does: the evaluations of a gin file, on a run's model."""
+"""Implements `evaluate --suite`: runs the evaluations of a gin file on the model of a run."""
 
 import argparse
 import dataclasses
@@ -14,11 +14,11 @@ from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, mismatches
 
 
 def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Any, ...]:
-    """Returns the evaluations of the file's SUITE; what an estimator takes otherwise than the training is recorded.
+    """Returns the evaluations of SUITE; each records how its estimator differs from the training of the run.
 
     Raises:
-      ConfigError: the file defines no suite, two of its evaluations have one name, or an estimator masks with a token
-        that the run never saw as MASK.
+      ConfigError: the file defines no suite, two of its evaluations have the same name, or an estimator uses a mask
+        token that the run was not trained with.
     """
     search_path = split_search_path(arguments.gin_search_path)
     found = config.load([arguments.suite], arguments.gin, search_path, macros=["SUITE"]).build_macro("SUITE")
@@ -26,9 +26,9 @@ def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Any, ..
     names = [one.name for one in suite if isinstance(one, GenerationEvaluation | ScoringEvaluation)]
     require(
         len(names) == len(suite) == len(set(names)) > 0,
-        f"SUITE is {suite!r}",
+        f"SUITE = {suite!r}: must be a non-empty tuple of ScoringEvaluation and GenerationEvaluation",
         where=arguments.suite,
-        fix="Make it a tuple of ScoringEvaluation and GenerationEvaluation with names of their own.",
+        fix="Give each evaluation a different name.",
     )
     return tuple(_compared(one, opened) for one in suite)
 

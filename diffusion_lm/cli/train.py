@@ -1,6 +1,6 @@
-"""Trains the model of a TrainRun. Run the same command again to go on; a finished run returns at once.
+"""Trains the model of a TrainRun. Running the same command again resumes a stopped run; a finished run returns at once.
 
-The run folder gets checkpoints, metrics.jsonl, run_card.json and resolved.gin: one file that says all that was set."""
+The run directory contains checkpoints, metrics.jsonl, run_card.json and resolved.gin, which lists all settings."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from diffusion_lm.core.files import as_path, write_text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     add_gin(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="run directory")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -33,11 +33,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         record_config(loaded, workdir, claimed_by="run_card.json")
     result = train(configured, workdir)
     if multihost.is_primary():
-        # A folder of another configuration was refused above, so this is the same run, perhaps executed differently.
+        # `train` raised if the directory belongs to another configuration. Settings that do not change the run, such as
+        # the mesh, may still differ, so the file is written again.
         write_text(workdir / RESOLVED, loaded.resolved())
         heading(f"{result.step:,} steps, in {workdir}")
         if result.selected is not None:
-            say(f"handed on: {result.selected}")
+            say(f"best checkpoint: {result.selected}")
         table(["metric", "value"], [(name, f"{value:.6g}") for name, value in result.metrics.items()], right=[1])
     return {
         "workdir": str(workdir),

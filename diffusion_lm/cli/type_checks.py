@@ -1,7 +1,6 @@
-"""Does a bound value fit the annotation of the parameter it is bound to? gin itself accepts anything.
+"""Checks bound values against the type annotations of their parameters. gin itself accepts any value.
 
-The check is static: it reads the values as they stand in the gin files, before any object is built, so the message can
-name the file and the line.
+The check is static: it reads the values in the gin files before any object is built, so errors can name file and line.
 """
 
 import collections.abc
@@ -19,7 +18,7 @@ _SEQUENCES = (tuple, list, collections.abc.Sequence, collections.abc.Iterable, c
 
 
 def parameter_hints(target: Any) -> dict[str, Any]:
-    """Returns the annotations of the parameters of a class or function; empty where they cannot be resolved."""
+    """Returns the resolved type annotations of a class or function, or an empty dict if they cannot be resolved."""
     owner = target
     if inspect.isclass(target) and not dataclasses.is_dataclass(target):
         owner = target.__init__
@@ -30,9 +29,10 @@ def parameter_hints(target: Any) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Returns whether `value` may be given for a parameter annotated with `hint`.
+    """Returns whether a parameter annotated with `hint` accepts `value`.
 
-    An int does for a float; a list does for a tuple; a path may be a string. What the check does not understand fits.
+    An int is accepted as a float, a list as a tuple, and a string as a path. Annotations that this check does not
+    support accept every value.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or isinstance(value, Unknown) or isinstance(hint, typing.TypeVar | str):
@@ -73,7 +73,7 @@ def is_protocol(hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Returns the annotation in words: `an int`, `one of 'none', 'full'`, `a tuple of int`."""
+    """Describes an annotation for error messages: `an int`, `one of 'none', 'full'`, `a tuple of int`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in _SCALARS:
         return _SCALARS[hint]
@@ -125,10 +125,13 @@ def _reference_fits(reference: Reference, hint: Any) -> bool:
 
 def missing_members(target: type, protocol: type) -> list[str]:
     """Returns the public members of a protocol that a class neither defines nor declares as a field."""
-    wanted: dict[str, None] = {}
+    required: dict[str, None] = {}
     for base in protocol.__mro__:
         if is_protocol(base) and base is not typing.Protocol:
+            # A class that is not a dataclass may set its attributes in __init__, so only methods are checked there.
             fields = inspect.get_annotations(base) if dataclasses.is_dataclass(target) else ()
-            wanted.update(dict.fromkeys([*fields, *vars(base)]))
+            required.update(dict.fromkeys([*fields, *vars(base)]))
     declared = {name for base in target.__mro__ for name in inspect.get_annotations(base)}
-    return [name for name in wanted if not name.startswith("_") and name not in declared and not hasattr(target, name)]
+    return [
+        name for name in required if not name.startswith("_") and name not in declared and not hasattr(target, name)
+    ]

@@ -1,4 +1,4 @@
-"""Finding parts of configured objects, wherever in the tree of dataclasses they hang."""
+"""Finds objects of one class anywhere in a tree of configured dataclasses."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,11 @@ T = TypeVar("T")
 
 
 def parts(root: Any, kind: type[T]) -> list[T]:
-    """Returns every distinct part of class `kind` below `root`, in order of appearance."""
+    """Returns every distinct object of class `kind` in the tree under `root`, in order of appearance."""
     found: list[T] = []
-    for part in _walk(root):
-        if isinstance(part, kind) and part not in found:
-            found.append(part)
+    for node in _walk(root):
+        if isinstance(node, kind) and node not in found:
+            found.append(node)
     return found
 
 

@@ -173,9 +173,13 @@ def _looped_backward(chunk, tree, residuals, g):
 _looped.defvjp(_looped_forward, _looped_backward)
 
 
+MAX_TRIPS_SCOPE = "at_most_"
+"""Named scope of a loop whose trip count is a run-time value, followed by its maximum; `planning.hlo` reads it."""
+
+
 def _loop(count: jax.Array, most: int, body: Callable, init):
-    """Runs `body` for 0 ... `count` - 1; the scope's name tells readers of the compiled program the largest `count`."""
-    with jax.named_scope(f"at_most_{most}"):
+    """Loops over 0..count-1. The named scope gives the maximum `most` to tools that read the compiled program."""
+    with jax.named_scope(f"{MAX_TRIPS_SCOPE}{most}"):
         return jax.lax.fori_loop(0, count, body, init)
 
 

@@ -1,1 +1,1 @@
-"""What a run will need and cost on accelerators that are not here: compiled ahead of time, read, and priced."""
+"""Plans a run for TPUs or GPUs without access to them: compiles ahead of time and estimates memory and speed."""

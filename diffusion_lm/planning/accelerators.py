@@ -1,11 +1,11 @@
-"""TPU slices by the names that Cloud users write, and what one chip of each generation can do.
+"""Parses the names of TPU slices, and lists memory, peak FLOP/s and bandwidths of each TPU generation.
 
 A name is a generation and a size (`v5e-256`), or a generation and a shape in chips (`v5e:16x16`). Cloud counts
-chips for v5e and v6e and TensorCores, two a chip, for v3, v4, v5p and TPU7x: a v4-32 has 16 chips, a v5p-128 64.
-JAX sees one device a chip where the chip's two cores work as one (v4, v5p) or there is but one (v5e, v6e), and two
-devices a chip on v3 and TPU7x.
+chips for v5e and v6e, and TensorCores (two per chip) for v3, v4, v5p and TPU7x: a v4-32 has 16 chips, a v5p-128 has 64.
+JAX sees one device per chip on v4 and v5p (both cores act as one) and on v5e and v6e (one core), and two devices per
+chip on v3 and TPU7x.
 
-Figures: Google Cloud's system-architecture pages of each version; ICI of v3 and v4 from arXiv 2304.01433, table 4.
+Figures: Google Cloud's system-architecture page of each version; ICI of v3 and v4 from arXiv 2304.01433, table 4.
 """
 
 import dataclasses
@@ -23,22 +23,23 @@ class Generation:
     """One kind of chip.
 
     Attributes:
-      name: as in `v5e`; also libtpu's.
-      hbm: bytes of memory per chip.
+      name: short name, e.g. `v5e`; also libtpu's name.
+      hbm: memory per chip, bytes.
       flops: dense bfloat16 peak per chip, FLOP/s.
-      hbm_bandwidth: bytes/s per chip.
-      ici_bandwidth: bytes/s that a chip sends over all of its links at once (it receives as much).
+      hbm_bandwidth: memory bandwidth per chip, bytes/s.
+      ici_bandwidth: bytes/s that a chip can send over all of its ICI links together; it can receive as much.
       dcn_bandwidth: bytes/s per chip to other slices.
-      dimensions: of the torus, 2 or 3.
-      counts_cores: sizes in names count TensorCores, two a chip.
-      devices_per_chip: devices that JAX sees.
+      dimensions: dimensions of the torus, 2 or 3.
+      counts_cores: whether sizes in names count TensorCores, two per chip.
+      devices_per_chip: JAX devices per chip.
       host: chips of one host, per dimension of the torus.
       pod: chips of the largest slice.
-      single_host: chips of the largest slice that Cloud's TPU API hands out as one machine.
-      cloud: what Cloud's accelerator types call it, e.g. `v5litepod`.
-      platform: JAX's name: `tpu`, `gpu` or `cpu`.
-      links: what joins the chips of a slice, and the slices.
-      usable: share of a device's memory that programs may use. A TPU's runtime keeps 1/64 (15.75 of a v5e's 16 GiB).
+      single_host: chips of the largest slice that Cloud's TPU API provides as one machine.
+      cloud: name in Cloud's accelerator types if it differs from `name`, e.g. `v5litepod`.
+      platform: JAX's platform name: `tpu`, `gpu` or `cpu`.
+      links: names of the network within a slice and of the network between slices.
+      usable: fraction of the device memory that programs may use. The TPU runtime reserves 1/64 (a v5e has 15.75 of 16
+        GiB).
     """
 
     name: str
@@ -59,7 +60,8 @@ class Generation:
     usable: float = 63 / 64
 
 
-# Network of a host divided by its chips where the vendor names no figure per chip: 3.1e9 is 100 Gbit/s for four chips.
+# Where the vendor gives no DCN bandwidth per chip, it is the network of a host divided by its chips: 3.1e9 bytes/s is
+# 100 Gbit/s for four chips.
 GENERATIONS = {
     generation.name: generation
     for generation in (
@@ -77,7 +79,7 @@ _NAME = re.compile(r"(?:(?P<slices>\d+)x)?(?P<generation>[a-z]+\d*[a-z]*|v\d+[a-
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """Some equal slices of one generation, joined over the data-center network.
+    """One or several equal slices of one generation, connected by the data-center network.
 
     Attributes:
       generation: the kind of chip.
@@ -91,43 +93,43 @@ class Accelerator:
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """Number of chips in all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
-        """Devices that JAX sees, of all slices."""
+        """Number of JAX devices in all slices."""
         return self.chips * self.generation.devices_per_chip
 
     @property
     def hosts(self) -> int:
-        """Machines of one slice that have the chips of `Generation.host` each, as in GKE's node pools."""
+        """Number of machines per slice with `Generation.host` chips each, as in GKE's node pools."""
         return math.ceil(math.prod(self.shape) / math.prod(self.generation.host))
 
     @property
     def chips_per_host(self) -> int:
-        """Chips of each of these machines; fewer than a whole host's for the smallest slices."""
+        """Chips per machine; the smallest slices use only part of a host."""
         return math.prod(self.shape) // self.hosts
 
     @property
     def vms(self) -> int:
-        """Machines of all slices as Cloud's TPU API makes them, where eight v5e or v6e chips are one machine."""
+        """Number of machines in all slices as Cloud's TPU API creates them; eight v5e or v6e chips are one machine."""
         return self.slices * (1 if math.prod(self.shape) <= self.generation.single_host else self.hosts)
 
     @property
     def cloud_name(self) -> str:
-        """What Cloud calls one slice of that many chips, e.g. `v5litepod-16`; `parse` says which shape it has."""
+        """Cloud's name of one slice of this size, e.g. `v5litepod-16`. `parse` gives its shape."""
         size = math.prod(self.shape) * (2 if self.generation.counts_cores else 1)
         return f"{self.generation.cloud or self.generation.name}-{size}"
 
     @property
     def hbm_per_device(self) -> int:
-        """Bytes of memory of one device."""
+        """Memory per device, bytes."""
         return self.generation.hbm // self.generation.devices_per_chip
 
     @property
     def usable_hbm(self) -> int:
-        """Bytes of it that programs may use."""
+        """Memory per device that programs may use, bytes."""
         return int(self.hbm_per_device * self.generation.usable)
 
     @property
@@ -144,15 +146,15 @@ class Accelerator:
 
 
 def parse(name: str, slices: int = 1, others: Sequence[str] = ()) -> Accelerator:
-    """Returns the accelerator of a name: `v5e-16`, `v5litepod-16`, `v4-32`, `v5p:4x4x4`, `2xv5e-256` (two slices).
+    """Parses a name such as `v5e-16`, `v5litepod-16`, `v4-32`, `v5p:4x4x4` or `2xv5e-256` (two slices).
 
     Args:
-      name: as Cloud users write it.
+      name: the name, as Cloud users write it.
       slices: multiplies the number of slices.
-      others: devices that the caller takes and that are no TPUs, for its message.
+      others: names of non-TPU devices that the caller also accepts, for the error message.
 
     Raises:
-      ConfigError: the generation is unknown, or it has no slice of that size or shape.
+      ConfigError: the generation is unknown, or it has no slice of this size or shape.
     """
     match = _NAME.fullmatch(name.strip().lower().replace("_", "-"))
     known = match and _OTHER_NAMES.get(match["generation"], match["generation"])
@@ -160,7 +162,7 @@ def parse(name: str, slices: int = 1, others: Sequence[str] = ()) -> Accelerator
         names = (*GENERATIONS, *others)
         guess = near_names(str(known), names) if known else ""
         raise ConfigError(
-            f"{name!r} is no {'accelerator' if others else 'TPU slice'} that can be planned for{guess}",
+            f"unknown {'accelerator' if others else 'TPU slice'} {name!r}{guess}",
             where="--topology",
             fix=f"Write a kind and a size, e.g. v5e-16, v4-32, 2xv5p-128 or v6e:4x4; kinds are {', '.join(names)}.",
         )
@@ -172,7 +174,7 @@ def parse(name: str, slices: int = 1, others: Sequence[str] = ()) -> Accelerator
     chips, odd = divmod(numbers[0], 2 if generation.counts_cores else 1)
     if odd or chips < 1:
         raise ConfigError(
-            f"{name!r} counts the TensorCores of {generation.name}, two a chip",
+            f"{name!r}: sizes of {generation.name} count TensorCores, two per chip, and must be even",
             where="--topology",
             fix=f"Write {generation.name}-{2 * max(1, round(numbers[0] / 2))}.",
         )
@@ -182,21 +184,21 @@ def parse(name: str, slices: int = 1, others: Sequence[str] = ()) -> Accelerator
 def _checked_shape(generation: Generation, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     if len(shape) != generation.dimensions or math.prod(shape) > generation.pod or min(shape) < 1:
         raise ConfigError(
-            f"{name!r} is no shape of a {generation.name} slice",
+            f"{name!r} is not a valid shape of a {generation.name} slice",
             where="--topology",
-            fix=f"Give {generation.dimensions} numbers of chips whose product is at most {generation.pod}.",
+            fix=f"Write {generation.dimensions} dimensions whose product is at most {generation.pod} chips.",
         )
     return shape
 
 
 def _shape(generation: Generation, chips: int, name: str) -> tuple[int, ...]:
-    """The most cubic shape of powers of two, as Cloud lays out slices; whole hosts, or one host's part."""
+    """Returns the most cubic power-of-two shape with `chips` chips, which is how Cloud arranges slices."""
     exponent = chips.bit_length() - 1
     if 2**exponent != chips or chips > generation.pod:
         raise ConfigError(
-            f"{generation.name} has no slice of {chips} chips by size alone ({name!r})",
+            f"{name!r}: {chips} chips do not determine the shape of a {generation.name} slice",
             where="--topology",
-            fix=f"Give a power of two up to {generation.pod} chips, or the shape, e.g. {generation.name}:"
+            fix=f"Use a power of two up to {generation.pod} chips, or write the shape, e.g. {generation.name}:"
             + "x".join(map(str, generation.host)),
         )
     parts = [exponent // generation.dimensions] * generation.dimensions

@@ -1,4 +1,4 @@
-"""The communication of a compiled program: each collective, over how many devices, how often, and how many bytes."""
+"""Finds the collectives of a compiled program: kind, group size, how often each runs, and bytes sent per device."""
 
 import dataclasses
 import math
@@ -18,14 +18,14 @@ _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}\s]*\})\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Equal collectives of a program, taken together.
+    """All collectives of a program with the same kind and group size.
 
     Attributes:
       kind: one of `KINDS`.
-      group: devices that take part in each.
-      local: how many of them are on one slice; the others are reached over the network between slices.
-      count: how often a device takes part in one run of the program.
-      bytes: that one device sends in one run, over all of them.
+      group: number of devices in each group.
+      local: maximum number of devices of a group on one slice; the others are on other slices.
+      count: number of executions per device in one run of the program.
+      bytes: bytes that one device sends in one run, summed over all executions.
     """
 
     kind: str
@@ -36,12 +36,15 @@ class Collective:
 
     @property
     def crosses_slices(self) -> bool:
-        """Whether some of the group are on other slices."""
+        """Whether a group spans several slices."""
         return self.local < self.group
 
     @property
     def bytes_across(self) -> float:
-        """Those of `bytes` that one device sends to other slices: its slice's share in all but an all-to-all."""
+        """Bytes that one device sends to other slices.
+
+        Except for an all-to-all, the devices of a slice divide this traffic among themselves (hierarchical algorithm).
+        """
         if not self.crosses_slices:
             return 0.0
         if self.kind == "all-to-all":
@@ -50,10 +53,10 @@ class Collective:
 
 
 def collectives(module: Module, devices_per_slice: int) -> tuple[Collective, ...]:
-    """Returns the collectives of a program, those that move most first.
+    """Returns the collectives of a program, sorted by bytes sent, largest first.
 
-    Bytes are those of a ring: an all-gather or reduce-scatter of N bytes over n devices sends N (n - 1) / n from each,
-    an all-reduce twice that, an all-to-all what each device does not keep, a permutation all.
+    Bytes assume ring algorithms. For N bytes over n devices, an all-gather or reduce-scatter sends N (n - 1) / n per
+    device, an all-reduce twice as much, an all-to-all N (n - 1) / n, and a permutation N.
     """
     found: dict[tuple[str, int, int], list[float]] = {}
     for instruction, kind, size, times in _all(module):
@@ -70,18 +73,18 @@ def collectives(module: Module, devices_per_slice: int) -> tuple[Collective, ...
 
 
 def _all(module: Module) -> Iterator[tuple[Instruction, str, float, int]]:
-    """Yields each collective once, its kind, the bytes of its result, and how often it runs.
+    """Yields each collective once: the instruction, its kind, the bytes of its result, and how often it runs.
 
-    The TPU compiler overlaps a collective with arithmetic by spreading it over several fusions, which all hold it; they
-    share its channel.
+    To overlap a collective with arithmetic, the TPU compiler splits it over several fusions. Each of them contains the
+    collective with the same channel id, so only the first occurrence of a channel is counted.
     """
-    seen = set()
+    channels = set()
     for instruction, kind, size, times in _occurrences(module):
         channel = _CHANNEL.search(instruction.text)
-        if channel is None or channel[1] not in seen:
+        if channel is None or channel[1] not in channels:
             yield instruction, kind, size, times
         if channel is not None:
-            seen.add(channel[1])
+            channels.add(channel[1])
 
 
 def _occurrences(module: Module) -> Iterator[tuple[Instruction, str, float, int]]:
@@ -99,7 +102,10 @@ def _occurrences(module: Module) -> Iterator[tuple[Instruction, str, float, int]
 
 
 def _kept_slice(reduction: Instruction, computation: Computation) -> float | None:
-    """Bytes of the slice of an all-reduce that its fusion keeps: so the TPU compiler writes a reduce-scatter."""
+    """Returns the bytes of an all-reduce result that its fusion slices out, or None if the whole result is used.
+
+    The TPU compiler expresses a reduce-scatter as an all-reduce followed by a dynamic slice in one fusion.
+    """
     users = [one for one in computation.values() if reduction.name in one.operands]
     if not users or any(user.opcode != "dynamic-slice" for user in users):
         return None
@@ -107,6 +113,7 @@ def _kept_slice(reduction: Instruction, computation: Computation) -> float | Non
 
 
 def _groups(instruction: Instruction) -> list[list[int]]:
+    """Returns the device ids of each group, from any of HLO's notations: iota, mesh axes, explicit lists or pairs."""
     iota = _IOTA.search(instruction.text)
     if iota:
         rows, columns = int(iota[1]), int(iota[2])
@@ -138,7 +145,7 @@ def _transposed(shape: list[int], order: list[int]) -> list[int]:
 
 
 def _sent(kind: str, size: float, group: int) -> float:
-    """Bytes that one device sends in a collective whose result has `size` bytes."""
+    """Returns the bytes that one device sends in a collective whose result has `size` bytes."""
     others = group - 1
     if kind == "collective-permute":
         return size

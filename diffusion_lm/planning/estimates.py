@@ -1,4 +1,4 @@
-"""What a training run costs, worked out from shapes: nothing is allocated, compiled or read."""
+"""Estimates FLOPs and memory of a training run from shapes, without allocating arrays, compiling or reading data."""
 
 import dataclasses
 import math
@@ -23,9 +23,9 @@ class Layout:
     """The parameters of a network on a mesh.
 
     Attributes:
-      parameters: count by part, without the total.
+      parameters: parameter count by part of the network, without the total.
       total_parameters: their sum.
-      trained_parameters: how many of them the network lets be trained.
+      trained_parameters: number of parameters that are not frozen.
       devices: number of devices.
       mesh: size of each mesh axis.
       rows: one row per array: shape, logical axes, sharding, bytes per device.
@@ -49,11 +49,11 @@ class Memory:
 
     Attributes:
       parameters: one shard of the parameters.
-      ema: one shard of the moving average; 0 where none is kept.
-      optimizer: one shard of the optimizer's state.
-      gradients: one shard of the float32 gradients, twice with microbatches (the part and the sum).
-      activations: what the backward pass keeps of the forward passes of one microbatch, and one chunk of logits; an
-        estimate from the matrix shapes and the rematerialisation policy.
+      ema: one shard of the moving average of the parameters; 0 without one.
+      optimizer: one shard of the optimizer state.
+      gradients: one shard of the float32 gradients; twice that with microbatches (current gradient and running sum).
+      activations: residuals that the forward passes of one microbatch save for the backward pass, and one chunk of
+        logits; an estimate from matrix shapes and the rematerialisation policy.
     """
 
     parameters: int
@@ -64,7 +64,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """Sum of all fields, bytes."""
         return self.parameters + self.ema + self.optimizer + self.gradients + self.activations
 
 
@@ -73,12 +73,13 @@ class Estimate:
     """The cost of one training run.
 
     Attributes:
-      layout: where its parameters lie.
+      layout: parameters and shardings.
       forward_flops_per_token: matmul FLOPs of one forward pass per token.
-      train_flops_per_token: of a step: three times that for each forward pass of the objective, frozen weights less.
-      passes: forward passes of a step.
-      tokens_per_step: slots of the main stream in a batch.
-      encoder_tokens_per_step: slots of the encoder's stream in a batch.
+      train_flops_per_token: matmul FLOPs of one step per token: three times the forward FLOPs for each forward pass of
+        the objective, less for frozen weights.
+      passes: forward passes per step.
+      tokens_per_step: tokens of the main stream in a batch, padding included.
+      encoder_tokens_per_step: tokens of the encoder in a batch, padding included.
       memory: bytes per device.
     """
 
@@ -97,10 +98,10 @@ class Estimate:
 
 
 def layout(model: Architecture, mesh: MeshSpec, rules: LogicalRules, devices: int | None = None) -> Layout:
-    """Returns where the parameters of `model` lie on `devices` devices (default: the fewest that the mesh allows).
+    """Returns the layout of the parameters of `model` on `devices` devices (default: the fewest the mesh allows).
 
     Raises:
-      ConfigError: the mesh does not fit that number of devices.
+      ConfigError: the mesh does not fit this number of devices.
     """
     devices = devices or smallest_device_count(mesh)
     sizes = mesh.sizes(devices)
@@ -129,15 +130,15 @@ def _abstract_mesh(sizes: dict[str, int]) -> Any:
 
 
 def smallest_device_count(mesh: MeshSpec) -> int:
-    """Returns the fewest devices that a mesh can be laid over."""
+    """Returns the smallest number of devices that a mesh allows; an axis of size -1 counts as 1."""
     return math.prod(size for size in dataclasses.astuple(mesh) if size != -1)
 
 
 def estimate(run: TrainRun, devices: int | None = None) -> Estimate:
-    """Returns what `run` costs on `devices` devices (default: the fewest that its mesh allows).
+    """Returns the cost of `run` on `devices` devices (default: the fewest that its mesh allows).
 
     Raises:
-      ConfigError: the mesh does not fit that number of devices.
+      ConfigError: the mesh does not fit this number of devices.
     """
     placed = layout(run.model, run.mesh, run.rules, devices)
     needs, forward = run.objective.needs(), _forward_flops(run)
@@ -153,7 +154,7 @@ def estimate(run: TrainRun, devices: int | None = None) -> Estimate:
 
 
 def train_flops_per_step(run: TrainRun) -> float:
-    """Returns the matmul FLOPs of one training step over all devices; a backward pass counts as two forward ones."""
+    """Returns the matmul FLOPs of one training step over all devices; a backward pass counts as two forward passes."""
     return _train_flops(run) * run.batch_size * run.data.row_length
 
 
@@ -171,9 +172,10 @@ def _forward_flops(run: TrainRun) -> float:
 def _memory(run: TrainRun, placed: Layout, passes: int) -> Memory:
     rows, axes = placed.rows, run.model.logical_axes()
     parameters = sum(row.bytes_per_device for row in rows)
-    # Gradients are float32 whatever the parameters are stored in.
+    # Gradients are float32 for any parameter dtype.
     frozen = frozenset(placed.frozen)
     gradients = sum(row.bytes_per_device // jnp.dtype(row.dtype).itemsize * 4 for row in rows if row.name not in frozen)
+    # Optimizer states have the shapes of parameters, so they get the sharding of a parameter of the same shape.
     share = {row.shape: row.bytes_per_device / (math.prod(row.shape) * jnp.dtype(row.dtype).itemsize) for row in rows}
     rule = run.optimizer.transformation(trained_part(axes, frozen))
     state = jax.eval_shape(rule.init, trained_part(run.model.abstract_params(), frozen))
@@ -203,12 +205,21 @@ def _activations(run: TrainRun, sizes: dict[str, int], passes: int) -> int:
         )
         decoder += spec.encoder_layers * source * _kept_per_token(spec, run.data.encoder_length or 0, item, tensor)
     chunk = min(spec.logits_chunk, rows * length)
+    # One chunk of logits and its gradient, both float32.
     logits = 2 * 4 * chunk * spec.padded_vocab_size // tensor
     return int(rows * passes * decoder + logits)
 
 
 def _kept_per_token(spec: Any, keys: int, item: int, tensor: int, *, mlp: bool = True) -> float:
-    """Returns the bytes of one block that the backward pass keeps per token which attends to `keys` tokens."""
+    """Returns the bytes per token that one block saves for the backward pass.
+
+    Args:
+      spec: the `TransformerSpec`.
+      keys: number of tokens that each token attends to.
+      item: bytes per element of the compute dtype.
+      tensor: size of the tensor-parallel axis.
+      mlp: whether the block has a feed-forward layer.
+    """
     width = spec.model_dim
     heads = (spec.num_heads * spec.head_dim + 2 * spec.kv_heads * spec.head_dim) / tensor
     gates = 2 if spec.mlp in ("geglu", "swiglu") else 1
@@ -219,14 +230,14 @@ def _kept_per_token(spec: Any, keys: int, item: int, tensor: int, *, mlp: bool =
         "full": width * item,
         "dots_no_batch": (width + outputs) * item,
         "dots": (width + outputs + spec.num_heads * spec.head_dim / tensor) * item + scores,
-        # Norms, activation and gate product, and the float32 softmax beside the scores.
+        # Also norms, activation and gate product, and the float32 softmax in addition to the scores.
         "none": (3 * width + 2 * outputs) * item + 2 * scores,
     }
     return kept[spec.remat]
 
 
 def describe_rules(rules: LogicalRules) -> dict[str, str]:
-    """Returns each logical axis and the mesh axes that it is split over, as text."""
+    """Returns, as text, the mesh axes that each logical axis is sharded over."""
     found = {}
     for field in dataclasses.fields(rules):
         value = getattr(rules, field.name)

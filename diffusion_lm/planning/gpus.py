@@ -1,9 +1,9 @@
-"""NVIDIA GPUs and the CPUs of this machine, for programs that are compiled for them and not run.
+"""Parses names of NVIDIA GPUs and CPU devices, and describes GPUs to XLA so that it can compile without one.
 
-A "slice" of GPUs is one machine: eight, joined by NVLink; `h100-16` are two machines. Figures: NVIDIA's data sheets of
-the SXM modules (dense bfloat16, without sparsity); memory as the driver reports it; the network is one 400 Gbit/s
-adapter a GPU (200 for A100), as in DGX systems. What XLA asks of a device to compile for it without one are properties
-that the CUDA programming guide lists by compute capability.
+A "slice" of GPUs is one machine with eight GPUs connected by NVLink, so `h100-16` is two machines. Figures: NVIDIA's
+data sheets of the SXM modules (dense bfloat16, without sparsity); memory as the driver reports it; the network is one
+400 Gbit/s adapter per GPU (200 for A100), as in DGX systems. The device properties that XLA needs are those that the
+CUDA programming guide lists per compute capability.
 """
 
 import dataclasses
@@ -33,15 +33,23 @@ GPUS = {
         _gpu("b200", 178.3, 2250e12, 8000e9, 900e9, 50e9),
     )
 }
-"""`usable` is what JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+"""`usable` is the fraction of GPU memory that JAX preallocates by default (XLA_PYTHON_CLIENT_MEM_FRACTION)."""
 
 NAMES = (*GPUS, "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:
-    """What XLA is told of a GPU: compute capability, multiprocessors, arithmetic units and bytes of shared memory of
-    each, bytes of second-level cache, clock in GHz."""
+    """Device properties that XLA needs.
+
+    Attributes:
+      capability: CUDA compute capability.
+      cores: number of multiprocessors.
+      units: arithmetic units per multiprocessor.
+      shared: shared memory per multiprocessor, bytes.
+      cache: L2 cache, bytes.
+      clock: clock rate, GHz.
+    """
 
     capability: tuple[int, int]
     cores: int
@@ -61,37 +69,41 @@ _NAME = re.compile(r"(?:(?P<machines>\d+)x)?(?P<kind>[a-z]+\d*)-(?P<size>\d+)$")
 
 
 def is_other(name: str) -> bool:
-    """Whether a topology's name is that of GPUs or CPUs, e.g. `h100-8`, `2xh100-8`, `cpu-4`."""
+    """Returns whether a topology name is that of GPUs or CPU devices, e.g. `h100-8`, `2xh100-8`, `cpu-4`."""
     found = _NAME.fullmatch(name.strip().lower())
     return found is not None and found["kind"] in NAMES
 
 
 def parse(name: str, machines: int = 1) -> Accelerator:
-    """Returns the GPUs or CPU devices of a name for which `is_other` holds; more than eight GPUs are whole machines.
+    """Parses a name for which `is_other` is true. More than eight GPUs must be whole machines.
 
     Raises:
-      ConfigError: there are no machines of so many.
+      ConfigError: the number of devices is not possible.
     """
     found = _NAME.fullmatch(name.strip().lower())
     assert found is not None
     size, machines = int(found["size"]), int(found["machines"] or 1) * machines
     if found["kind"] == "cpu":
         if size < 1 or machines != 1:
-            raise ConfigError(f"{name!r} is no number of devices", where="--topology", fix="Give one, e.g. cpu-8.")
+            raise ConfigError(
+                f"{name!r} is not a valid number of CPU devices of one machine",
+                where="--topology",
+                fix="Use e.g. cpu-8.",
+            )
         return Accelerator(_cpu(size), (size,))
     whole, rest = divmod(size, PER_MACHINE)
     if size < 1 or (size > PER_MACHINE and rest):
         raise ConfigError(
-            f"{name!r} is no number of GPUs: a machine has {PER_MACHINE}",
+            f"{name!r} is not a valid number of GPUs: a machine has {PER_MACHINE}",
             where="--topology",
-            fix=f"Give at most {PER_MACHINE}, or a multiple of it.",
+            fix=f"Use at most {PER_MACHINE}, or a multiple of {PER_MACHINE}.",
         )
     kind, per_machine = GPUS[found["kind"]], min(size, PER_MACHINE)
     return Accelerator(dataclasses.replace(kind, usable=_fraction(kind)), (per_machine,), machines * max(whole, 1))
 
 
 def target_config(accelerator: Accelerator) -> str:
-    """Returns what XLA must know of a GPU to compile for it without one: a `GpuTargetConfigProto` as text."""
+    """Returns the `GpuTargetConfigProto` (text format) with which XLA compiles for a GPU that is not present."""
     generation = accelerator.generation
     chip = _CHIPS[generation.name]
     major, minor = chip.capability
@@ -118,12 +130,12 @@ def _fraction(kind: Generation) -> float:
     try:
         return float(given or kind.usable)
     except ValueError as error:
-        fix = "Give a share between 0 and 1, or unset it."
-        raise ConfigError(f"{given!r} is no share", where="XLA_PYTHON_CLIENT_MEM_FRACTION", fix=fix) from error
+        fix = "Use a number between 0 and 1, or unset the variable."
+        raise ConfigError(f"{given!r} is not a number", where="XLA_PYTHON_CLIENT_MEM_FRACTION", fix=fix) from error
 
 
 def _cpu(devices: int) -> Generation:
-    """Devices that share this machine's memory; how fast a CPU is at best no data sheet says."""
+    """Returns CPU devices that share the memory of this machine. Peak rates are unknown, so they are zero."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Generation(
         "cpu", memory // devices, 0.0, 0.0, 0.0, 0.0, 1, False, 1, (devices,), devices,

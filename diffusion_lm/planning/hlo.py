@@ -1,14 +1,17 @@
-"""Reads the text of a compiled program: its instructions, how often each runs, and the bytes that each one moves.
+"""Parses the text of a compiled program (HLO): its instructions, how often each runs, and the bytes that each moves.
 
-XLA's own cost analysis counts the body of a loop once. A network scans over its layers, so here every instruction is
-multiplied by the trip counts of the loops around it, read from their conditions. A loop that ends when its values say
-so (decoding) has no such count: its body counts once, but in a scope `at_most_N` N times.
+XLA's own cost analysis counts the body of a loop once. Networks here scan over their layers, so this module multiplies
+each instruction by the trip counts of the enclosing loops, which it reads from their conditions. A loop whose trip
+count depends on run-time values (decoding) counts once, or N times if it is in a named scope `at_most_N`
+(`nn/chunks.py`).
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+
+from diffusion_lm.nn.chunks import MAX_TRIPS_SCOPE
 
 _ITEM_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
@@ -19,12 +22,13 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)"?\}')
-_AT_MOST = re.compile(r'op_name="[^"]*at_most_(\d+)/while"')
+_MAX_TRIPS = re.compile(rf'op_name="[^"]*{re.escape(MAX_TRIPS_SCOPE)}(\d+)/while"')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|called_computations|branch_computations|true_computation|false_computation)"
     r"=(?:\{([^}]*)\}|(%?[\w.-]+))"
 )
+# Instructions that move no data of their own.
 _FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call", "conditional", "after-all",
     "partition-id", "replica-id", "iota", "opt-barrier", "async-start", "async-update",
@@ -33,7 +37,13 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array in a type: element type, dimensions, and whether it lies in the chip's main memory (HBM)."""
+    """One array of an instruction's type.
+
+    Attributes:
+      dtype: element type in HLO notation, e.g. `bf16`.
+      shape: dimensions.
+      in_hbm: whether it is in main memory (HBM) and not in on-chip memory.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,7 +51,7 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Its size, tile padding not counted."""
+        """Size in bytes without tile padding."""
         return _ITEM_BYTES.get(self.dtype, 0) * math.prod(self.shape)
 
 
@@ -50,13 +60,13 @@ class Instruction:
     """One line of a program.
 
     Attributes:
-      name: without the percent sign.
+      name: its name, without the percent sign.
       opcode: e.g. `fusion`, `all-gather-start`.
-      arrays: what it returns, tuples flattened.
-      operands: names of what it reads.
-      text: the line after the operands: attributes, called computations, metadata. Of a parameter its number, of a
-        constant its value.
-      is_root: it is its computation's result.
+      arrays: the arrays of its type, tuples flattened.
+      operands: names of its operands.
+      text: the rest of the line: attributes, called computations, metadata; for a parameter its number, for a constant
+        its value.
+      is_root: whether it is the result of its computation.
     """
 
     name: str
@@ -68,15 +78,16 @@ class Instruction:
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it runs; a loop's condition is left out."""
+        """Names of the computations that it calls, except the condition of a loop."""
         found = ((several or one) for several, one in _CALLED.findall(self.text))
         return tuple(name.strip().lstrip("%") for names in found for name in names.split(","))
 
     @property
     def results(self) -> tuple[Array, ...]:
-        """What it returns anew: the type of an asynchronous start names operands and semaphores too.
+        """The arrays that it produces.
 
-        A copy's destination comes first; of other starts the operands do. Those of an all-reduce are not named.
+        The type of an asynchronous start also lists its operands and semaphores. For `copy-start` the destination comes
+        first. Other starts list the operands first and then the results; `all-reduce-start` lists the results only.
         """
         count = len(self.operands)
         if self.opcode == "copy-start":
@@ -86,13 +97,13 @@ class Instruction:
 
     @property
     def scope(self) -> str:
-        """The named scope in the source, e.g. `jit(step)/transpose(jvp(layers))/attention/dot_general`."""
+        """The JAX named scope (`op_name`), e.g. `jit(step)/transpose(jvp(layers))/attention/dot_general`."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else ""
 
     @property
     def size(self) -> float:
-        """Bytes of what it returns anew, wherever they lie."""
+        """Bytes of the arrays that it produces, in any memory."""
         return sum(array.bytes for array in self.results)
 
 
@@ -104,15 +115,15 @@ class Module:
     """A compiled program.
 
     Attributes:
-      computations: name -> its instructions by name, in order.
-      entry: name of the computation that runs.
+      computations: for each computation its instructions by name, in program order.
+      entry: name of the entry computation.
     """
 
     computations: Mapping[str, Computation]
     entry: str
 
     def executed(self) -> Iterator[tuple[Instruction, Computation, int]]:
-        """Yields what runs as an instruction of its own, with its computation and how many times it runs."""
+        """Yields each executed instruction outside fusions, with its computation and the number of executions."""
         yield from self._executed(self.entry, 1)
 
     def _executed(self, name: str, times: int) -> Iterator[tuple[Instruction, Computation, int]]:
@@ -121,17 +132,20 @@ class Module:
             yield instruction, computation, times
             if instruction.opcode in ("while", "call", "conditional", "async-start"):
                 called = instruction.called
-                if instruction.opcode == "conditional":  # one of them runs: the dearest
+                if instruction.opcode == "conditional":  # only one branch runs; assume the most expensive one
                     called = (max(called, key=self._bytes),)
                 for one in called:
                     yield from self._executed(one, times * self.trips(instruction))
 
     def trips(self, instruction: Instruction) -> int:
-        """How often a loop's body runs if its condition compares a counter with a constant or its scope says so; else
-        1."""
+        """Returns the trip count of a loop; 1 for other instructions and for loops with an unknown trip count.
+
+        The count is known if XLA states it, if the named scope gives a maximum, or if the condition compares a counter
+        with a constant.
+        """
         if instruction.opcode != "while":
             return 1
-        if stated := _TRIPS.search(instruction.text) or _AT_MOST.search(instruction.text):
+        if stated := _TRIPS.search(instruction.text) or _MAX_TRIPS.search(instruction.text):
             return int(stated[1])
         named = _CONDITION.search(instruction.text)
         condition = self.computations.get(named[1], {}) if named else {}
@@ -142,7 +156,7 @@ class Module:
         return int(limit.text) if limit is not None and limit.opcode == "constant" and limit.text.isdigit() else 1
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-        """Yields the instructions that a fusion holds, nested ones too."""
+        """Yields the instructions inside a fusion, including nested fusions, with their computations."""
         for name in instruction.called:
             computation = self.computations.get(name, {})
             for inner in computation.values():
@@ -151,11 +165,11 @@ class Module:
                     yield from self.inside(inner)
 
     def hbm_bytes(self) -> float:
-        """Bytes that one run reads from and writes to main memory, on one device.
+        """Returns the bytes that one run of the program reads from and writes to main memory, on one device.
 
-        What an instruction reads and writes, once each; of an array that is only sliced or updated in place, the slice.
-        Arrays that the compiler keeps on the chip are free. An estimate: what stays in registers between two
-        instructions is not known.
+        Each instruction reads its operands and writes its results once. For an array that is only sliced or updated in
+        place, only the slice counts. Arrays that the compiler keeps in on-chip memory do not count. This is an
+        estimate, because it is not known what stays in registers between two instructions.
         """
         return self._bytes(self.entry)
 
@@ -192,7 +206,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Returns the module of an executable's `as_text()`."""
+    """Parses the `as_text()` of a compiled executable."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -219,6 +233,7 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
 
 
 def _split_type(text: str) -> tuple[str, str]:
+    """Splits `TYPE OPCODE(...)...` into the type, which may be a tuple in parentheses, and the rest."""
     if text.startswith("("):
         end = _closing(text[1:]) + 2
         return text[:end], text[end:].lstrip()
@@ -227,7 +242,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def _closing(text: str) -> int:
-    """Index of the parenthesis that closes one opened before `text`."""
+    """Returns the index of the parenthesis that closes one opened before `text`."""
     depth = 1
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -237,6 +252,7 @@ def _closing(text: str) -> int:
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
+    # A layout with a memory space, S(n), is on-chip memory; main memory has none.
     return tuple(
         Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" not in (layout or ""))
         for dtype, dims, layout in _ARRAY.findall(text)
@@ -254,7 +270,7 @@ def _parameter_number(parameter: Instruction) -> int:
 
 
 def _sliced_part(parameter: Instruction, computation: Computation) -> float | None:
-    """Bytes of a fusion's parameter that are read if it is only sliced, updated in place or handed on; else None."""
+    """Returns the bytes read of a parameter that is only sliced, updated in place or passed through; else None."""
     users = [one for one in computation.values() if parameter.name in one.operands]
     total = 0.0
     for user in users:
@@ -275,7 +291,10 @@ def _sliced_part(parameter: Instruction, computation: Computation) -> float | No
 
 
 def _written(fusion: Instruction, computation: Computation) -> float:
-    """Bytes that a fusion writes: of an array that is updated in place only the update, of one handed on nothing."""
+    """Returns the bytes that a fusion writes.
+
+    An array that is updated in place counts with the size of the update, one that is passed through counts as zero.
+    """
     root = next((one for one in computation.values() if one.is_root), None)
     if root is None:
         return math.inf
@@ -290,11 +309,12 @@ def _written(fusion: Instruction, computation: Computation) -> float:
 
 
 def _updated_part(result: Instruction, computation: Computation) -> float:
+    """Returns the bytes written of one result of a fusion; infinity if the result is not an in-place update."""
     while result.opcode == "bitcast" and result.operands[0] in computation:
         result = computation[result.operands[0]]
     if result.opcode == "parameter" or _continues_elsewhere(result):
         return 0.0
-    # The update of a slice is its second operand, that of a scatter its third.
+    # The update is the second operand of a dynamic-update-slice and the third operand of a scatter.
     update = {"dynamic-update-slice": 1, "scatter": 2}.get(result.opcode, 0)
     if not update or result.operands[update] not in computation:
         return math.inf
@@ -302,5 +322,5 @@ def _updated_part(result: Instruction, computation: Computation) -> float:
 
 
 def _continues_elsewhere(instruction: Instruction) -> bool:
-    """Whether this is one step of a collective that overlaps with arithmetic: its start counts what it moves."""
+    """Returns whether this is one step of an overlapped collective, whose traffic is counted at its start."""
     return "async_collective_fusion_config" in instruction.text

@@ -1,4 +1,4 @@
-"""What one program needs of each device, how fast it can be, and whether it fits."""
+"""Analyses one compiled program: memory per device, communication, an upper bound on speed, and whether it fits."""
 
 import dataclasses
 import re
@@ -15,15 +15,15 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, as the compiler assigned them.
+    """Bytes per device, as assigned by the compiler.
 
     Attributes:
       arguments: parameters, optimizer state and batch.
-      outputs: results that do not lie where an argument did.
-      donated: results that do.
+      outputs: results that do not reuse the buffer of a donated argument.
+      donated: results that reuse the buffer of a donated argument.
       temporaries: activations, gradients, buffers of collectives.
-      code: the program.
-      available: what the device has.
+      code: the program itself.
+      available: memory of the device that programs may use.
     """
 
     arguments: int
@@ -35,31 +35,31 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """What the program needs while it runs."""
+        """Peak memory of the program, bytes."""
         return self.arguments + self.outputs + self.temporaries + self.code
 
     @property
     def spare(self) -> int:
-        """What is left; negative where it does not fit."""
+        """Free memory at the peak, bytes; negative if the program does not fit."""
         return self.available - self.peak
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramPlan:
-    """One program on one accelerator.
+    """The analysis of one program on one accelerator.
 
     Attributes:
       name: `train`, `bound` or `decode`.
-      fits: the compiler placed it in the device's memory.
-      memory: how; None where the compiler refused.
-      refusal: the compiler's words where it refused.
-      needed: bytes of a device that it needs; where the compiler refused, its temporaries alone.
+      fits: whether the program fits in the memory of the device.
+      memory: memory by category; None if compilation failed.
+      refusal: error message of the compiler, or empty.
+      needed: bytes that the program needs per device; if compilation failed, its temporaries only.
       collectives: communication of one device in one run.
-      largest: the largest arrays that are written to main memory, `(scope, type, bytes)`.
-      roof: the shortest time of a run; None where the compiler refused, and on CPUs.
-      model_flops: FLOPs of the model's matrix products in one run over all devices, nothing recomputed.
-      tokens: slots of the main stream in one run.
-      compile_seconds: to trace, lower and compile here.
+      largest: the largest arrays that are written to main memory, as `(scope, type, bytes)`.
+      roof: lower bound on the time of one run; None if compilation failed, and on CPUs.
+      model_flops: matmul FLOPs of the model in one run over all devices, without recomputation.
+      tokens: tokens of the main stream in one run, padding included.
+      compile_seconds: seconds to trace, lower and compile on this machine.
     """
 
     name: str
@@ -75,7 +75,7 @@ class ProgramPlan:
     compile_seconds: float
 
     def mfu(self, accelerator: Accelerator) -> float | None:
-        """Model FLOPs over what the chips could have done in the shortest time: an upper bound; None without one."""
+        """Returns an upper bound on the model FLOPs utilisation, from the roofline; None without a roofline."""
         if self.roof is None or not self.model_flops:
             return None
         return self.model_flops / (self.roof.seconds * accelerator.chips * accelerator.generation.flops)
@@ -89,14 +89,14 @@ def examine(
     recomputed_flops: float = 0.0,
     tokens: int,
 ) -> ProgramPlan:
-    """Reads a compiled program.
+    """Analyses a compiled program.
 
     Args:
       compiled: the program.
-      accelerator: what it was compiled for.
-      model_flops: of one run over all devices.
-      recomputed_flops: that rematerialisation adds.
-      tokens: of one run.
+      accelerator: the accelerator it was compiled for.
+      model_flops: matmul FLOPs of the model in one run over all devices; 0 if unknown.
+      recomputed_flops: FLOPs that rematerialisation adds in one run over all devices.
+      tokens: tokens of the main stream in one run.
     """
     if compiled.executable is None:
         return ProgramPlan(
@@ -142,12 +142,13 @@ def examine(
 
 
 def _refused_bytes(refusal: str) -> int:
+    """Returns the bytes that an out-of-memory message of the compiler names, or 0."""
     found = _REQUIRED.search(refusal)
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 
 
 def largest_arrays(module: hlo.Module, count: int = 5) -> tuple[tuple[str, str, int], ...]:
-    """Returns the largest arrays that instructions of a program return in main memory."""
+    """Returns `(scope, type, bytes)` of the `count` largest array types that a program writes to main memory."""
     found: dict[str, tuple[str, str, int]] = {}
     for instruction, _, _ in module.executed():
         if instruction.opcode in ("parameter", "while", "tuple", "get-tuple-element", "bitcast", "call", "conditional"):

@@ -1,6 +1,6 @@
-"""The three programs of a run, compiled for devices that are not here: a training step, a bound, a decode.
+"""Compiles the three programs of a run for devices that are not present: training step, likelihood bound, decoding.
 
-Shapes, shardings and donation are those of the real run: the training step is `training.step`'s own.
+Shapes, shardings and donation are those of a real run; the training step is the one of `training/step.py`.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from diffusion_lm.training.run import TrainRun
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program that was compiled and not run.
+    """A program that was compiled but not run.
 
     Attributes:
       name: `train`, `bound` or `decode`.
-      executable: JAX's compiled program; None where it does not fit.
-      refusal: why there is none, in the compiler's words where it refused.
-      seconds: to trace, lower and compile.
+      executable: JAX's compiled program; None if it does not fit or the devices cannot share the batch.
+      refusal: error message if `executable` is None, else empty.
+      seconds: seconds to trace, lower and compile.
     """
 
     name: str
@@ -43,7 +43,10 @@ class Compiled:
 
 
 def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
-    """Compiles a training step of `run` on `devices`, its state donated; a batch that they cannot share is refused."""
+    """Compiles a training step of `run` for `devices`, with the state donated.
+
+    If the batch cannot be sharded over the devices, the result has a `refusal` instead of a program.
+    """
     refused = _refused("train", run, devices)
     if refused is not None:
         return refused
@@ -57,7 +60,7 @@ def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
 
 
 def bound(run: TrainRun, devices: Sequence[Any]) -> Compiled:
-    """Compiles the evaluation of one batch: the objective's bound, without gradients; refuses as `train` does."""
+    """Compiles the likelihood bound of one batch, without gradients; see `train` for refusals."""
     refused = _refused("bound", run, devices)
     if refused is not None:
         return refused
@@ -104,7 +107,7 @@ def _params(run: TrainRun, mesh: Mesh) -> Any:
 
 
 def _refused(name: str, run: TrainRun, devices: Sequence[Any]) -> Compiled | None:
-    """Returns what a program is that need not be compiled, as the devices cannot share a batch; else None."""
+    """Returns a `Compiled` with a refusal if the devices cannot share a batch, else None."""
     try:
         run.check_mesh(devices)
     except ConfigError as error:
@@ -132,7 +135,7 @@ def _abstract_key() -> jax.ShapeDtypeStruct:
 def _compile(name: str, lower: Callable[[], Any]) -> Compiled:
     started = time.perf_counter()
     lowered = lower()
-    # What is compiled for absent devices can be written to the cache and not be read back.
+    # JAX can write programs for absent devices to the compilation cache but cannot read them back.
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     try:

@@ -1,7 +1,7 @@
-"""How fast a step can be at most: the time of its arithmetic, of its memory traffic and of its communication.
+"""Roofline model: a lower bound on the time of a program from its arithmetic, memory traffic and communication.
 
-The largest of the three governs (Williams et al. 2009, with a roof for each network). A step that overlaps them
-perfectly takes that long; none is faster. XLA's kernels reach 50 to 80 % of the arithmetic roof on large matrices.
+The bound is the largest of these times (Williams et al. 2009, with one roof per network), reached if all of them
+overlap perfectly. XLA's kernels reach 50 to 80 % of the arithmetic roof on large matrices.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from diffusion_lm.planning.collectives import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one run of a program, by resource.
+    """Minimum seconds of one run of a program, by resource.
 
     Attributes:
       compute: matrix products at the peak rate.
-      hbm: main memory.
-      ici: the links between the chips of a slice; NVLink within a machine of GPUs.
-      dcn: the network between slices or machines.
+      hbm: main memory traffic.
+      ici: links between the chips of a slice; NVLink within a machine of GPUs.
+      dcn: network between slices or machines.
     """
 
     compute: float
@@ -29,12 +29,12 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The largest: no run is faster."""
+        """Lower bound on the time of one run: the maximum over the resources."""
         return max(self.compute, self.hbm, self.ici, self.dcn)
 
     @property
     def bound(self) -> str:
-        """The resource that governs: `compute`, `hbm`, `ici` or `dcn`."""
+        """The limiting resource: `compute`, `hbm`, `ici` or `dcn`."""
         return max(("compute", "hbm", "ici", "dcn"), key=lambda name: getattr(self, name))
 
 
@@ -42,10 +42,10 @@ def roofline(accelerator: Accelerator, flops: float, hbm_bytes: float, collectiv
     """Returns the roofline of a program.
 
     Args:
-      accelerator: where it runs.
-      flops: FLOPs of one run over all devices, recomputation included.
-      hbm_bytes: main-memory traffic of one device.
-      collectives: of one device.
+      accelerator: the accelerator that it runs on.
+      flops: FLOPs of one run over all devices, including recomputation.
+      hbm_bytes: main-memory traffic of one device in one run.
+      collectives: communication of one device in one run.
     """
     generation, per_chip = accelerator.generation, accelerator.generation.devices_per_chip
     return Roofline(
@@ -57,7 +57,11 @@ def roofline(accelerator: Accelerator, flops: float, hbm_bytes: float, collectiv
 
 
 def _ici_bandwidth(accelerator: Accelerator, group: int) -> float:
-    """Bytes/s that a chip sends to a group: its links along as many dimensions of the torus as the group must span."""
+    """Returns the bytes/s that a chip can send to a group of `group` devices.
+
+    A group uses the links along as many dimensions of the torus as it must span.
+    """
+    # Assume that groups are placed along the largest dimensions first, so that they span as few as possible.
     dimensions, reached = 0, accelerator.generation.devices_per_chip
     for size in sorted(accelerator.shape, reverse=True):
         if reached >= group and dimensions:

@@ -1,4 +1,4 @@
-"""Finds settings under which a training step fits: rematerialisation, microbatches and mesh, the cheapest first."""
+"""Searches for settings with which a training step fits: rematerialisation policy, microbatches and mesh."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from diffusion_lm.planning.plan import ProgramPlan
 from diffusion_lm.training.run import TrainRun
 
 _RECOMPUTES = {"none": 0.0, "dots": 0.05, "dots_no_batch": 0.1, "full": 1 / 3}
-"""Share of a step's FLOPs that each policy adds, roughly; the order is what matters."""
+"""Approximate fraction of FLOPs that each rematerialisation policy adds to a step; only the order matters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Found:
     """Settings that fit.
 
     Attributes:
-      run: the run with them.
-      changes: as gin bindings, `TrainRun.microbatches = 4`.
-      plan: of its training step.
-      tried: programs that were compiled on the way.
+      run: the run with these settings.
+      changes: the changed settings as gin bindings, e.g. `TrainRun.microbatches = 4`.
+      plan: the plan of its training step.
+      tried: number of programs that were compiled.
     """
 
     run: TrainRun
@@ -31,7 +31,7 @@ class Found:
 
 
 def recomputed_share(run: TrainRun) -> float:
-    """Returns the FLOPs that rematerialisation adds to a step, as a share of the model's own."""
+    """Returns the FLOPs that rematerialisation adds to a step, as a fraction of the model's FLOPs."""
     return _RECOMPUTES[run.model.spec.remat]
 
 
@@ -43,17 +43,17 @@ def search(
     limit: int = 8,
     log: Callable[[str], Any] = lambda text: None,
 ) -> Found | None:
-    """Returns the cheapest settings that fit, or None where none of the first `limit` does.
+    """Returns the cheapest settings that fit, or None if none of the first `limit` compiled candidates fits.
 
-    The memory of each candidate is predicted from shapes, corrected by what the compiler needed for the ones before, so
-    that only those that may well fit are compiled.
+    Candidates are tried from cheap to expensive. Compilation is slow, so a candidate is only compiled if its predicted
+    memory fits. The prediction comes from shapes, times the largest ratio of actual to predicted memory so far.
 
     Args:
-      run: where to start; its own settings come first if they are among the cheapest.
-      accelerator: what it must fit.
-      compile_and_read: compiles and reads the training step of a run.
-      limit: programs to compile at most.
-      log: told about each.
+      run: the run to change.
+      accelerator: the accelerator that it must fit.
+      compile_and_read: compiles the training step of a run and returns its plan.
+      limit: maximum number of programs to compile.
+      log: called with a line of text per compiled candidate.
     """
     available, correction, tried = accelerator.usable_hbm, 1.0, 0
     for candidate, changes in _candidates(run, accelerator.devices):
@@ -72,28 +72,28 @@ def search(
 
 
 def _candidates(run: TrainRun, devices: int) -> Iterator[tuple[TrainRun, tuple[str, ...]]]:
-    """Yields runs that compute the same numbers, the cheaper first: mesh as given before others, then less recomputing,
-    then fewer microbatches."""
+    """Yields runs that compute the same numbers with their changed settings, sorted by estimated cost."""
     found: list[tuple[tuple[Any, ...], TrainRun, tuple[str, ...]]] = []
     for mesh_rank, (mesh, mesh_changes) in enumerate(_meshes(run, devices)):
         for model in _models(run.model):
             remat = model.spec.remat
             for microbatches in _microbatches(run, mesh, devices):
-                changes = list(mesh_changes)
+                bindings = list(mesh_changes)
                 if remat != run.model.spec.remat:
-                    changes.append(f"TransformerSpec.remat = {remat!r}")
+                    bindings.append(f"TransformerSpec.remat = {remat!r}")
                 if microbatches != run.microbatches:
-                    changes.append(f"TrainRun.microbatches = {microbatches}")
+                    bindings.append(f"TrainRun.microbatches = {microbatches}")
                 candidate = dataclasses.replace(run, model=model, mesh=mesh, microbatches=microbatches)
-                # Each doubling of the microbatches costs about as much as a little recomputing: smaller matrices.
+                # Rough weights. Doubling the microbatches makes matrix products smaller, which costs about 3 %. The
+                # configured mesh is preferred.
                 cost = _RECOMPUTES[remat] + 0.03 * (microbatches.bit_length() - 1) + 0.15 * mesh_rank
-                found.append(((cost, mesh_rank, microbatches), candidate, tuple(changes)))
-    for _, candidate, said in sorted(found, key=lambda row: row[0]):
-        yield candidate, said
+                found.append(((cost, mesh_rank, microbatches), candidate, tuple(bindings)))
+    for _, candidate, changes in sorted(found, key=lambda row: row[0]):
+        yield candidate, changes
 
 
 def _models(model: Any) -> list[Any]:
-    """The network under each policy; a network around another (adapters) only as it is."""
+    """Returns the network with each rematerialisation policy; a wrapped network (adapters) is returned unchanged."""
     if not any(field.name == "spec" for field in dataclasses.fields(model)):
         return [model]
     return [dataclasses.replace(model, spec=dataclasses.replace(model.spec, remat=remat)) for remat in _RECOMPUTES]

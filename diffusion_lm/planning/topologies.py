@@ -1,6 +1,6 @@
-"""Devices to compile for, by name: TPU slices through libtpu, GPUs through XLA's CUDA plugin, devices of this CPU.
+"""Returns JAX devices to compile for: TPU slices (libtpu), GPUs (XLA's CUDA plugin) or CPU devices of this machine.
 
-TPUs and GPUs need not be here and nothing is allocated on them (`jax.experimental.topologies`).
+TPUs and GPUs need not be present, and nothing is allocated on them (`jax.experimental.topologies`).
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.planning import accelerators, gpus
 from diffusion_lm.planning.accelerators import Accelerator
 
-# libtpu would otherwise ask a TPU's metadata server for minutes, print what it did not find, and let one process of a
-# machine load it at a time, which guards a TPU that is not here.
+# Without these, libtpu queries the metadata server of a TPU for minutes, prints errors, and allows only one process per
+# machine to load it. These protect a real TPU; there is none here.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -27,21 +27,22 @@ _ENVIRONMENT = {
 
 
 def parse(name: str, slices: int = 1) -> Accelerator:
-    """Returns the accelerator of a name: a TPU slice (`accelerators.parse`), GPUs (`h100-8`) or CPU devices (`cpu-8`).
+    """Parses the name of a TPU slice (`accelerators.parse`), GPUs (`h100-8`) or CPU devices (`cpu-8`).
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: the name is unknown.
     """
     return gpus.parse(name, slices) if gpus.is_other(name) else accelerators.parse(name, slices, others=gpus.NAMES)
 
 
 def devices(accelerator: Accelerator) -> Sequence[Any]:
-    """Returns devices of an accelerator that programs can be compiled for.
+    """Returns devices of an accelerator for which programs can be compiled.
 
     Raises:
-      ConfigError: the compiler is not installed, or knows no such topology; too few CPU devices once JAX runs.
+      ConfigError: the compiler is not installed or does not support the topology, or JAX has already started with too
+        few CPU devices.
     """
-    jax.config.update("jax_platforms", "cpu")  # the plugins would look for their devices, at length
+    jax.config.update("jax_platforms", "cpu")  # otherwise the plugins spend a long time looking for real devices
     return {"tpu": _tpus, "gpu": _gpus, "cpu": _cpus}[accelerator.generation.platform](accelerator)
 
 
@@ -66,14 +67,14 @@ def _gpus(accelerator: Accelerator) -> Sequence[Any]:
 
 
 def _cpus(accelerator: Accelerator) -> Sequence[Any]:
-    with contextlib.suppress(RuntimeError):  # JAX runs already: its devices may still be enough
+    with contextlib.suppress(RuntimeError):  # JAX has already started; its devices may still suffice
         jax.config.update("jax_num_cpu_devices", accelerator.devices)
     found = jax.devices("cpu")
     require(
         len(found) >= accelerator.devices,
-        f"JAX runs already, with {len(found)} CPU devices",
+        f"JAX has already started with {len(found)} CPU devices, {accelerator.devices} are needed",
         where="--topology",
-        fix=f"Ask for no more, or set XLA_FLAGS=--xla_force_host_platform_device_count={accelerator.devices} before.",
+        fix=f"Set XLA_FLAGS=--xla_force_host_platform_device_count={accelerator.devices} before starting JAX.",
     )
     return found[: accelerator.devices]
 
@@ -81,7 +82,7 @@ def _cpus(accelerator: Accelerator) -> Sequence[Any]:
 def _require_module(module: str, kind: str, extra: str) -> None:
     try:
         found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that holds it
+    except ModuleNotFoundError:  # the parent package is missing
         found = False
     require(
         found,
@@ -99,7 +100,7 @@ def _described(accelerator: Accelerator, platform: str, name: str, options: dict
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         raise ConfigError(
-            f"the compiler cannot load the topology {accelerator.topology}: {text.splitlines()[0]}",
+            f"the compiler cannot create the topology {accelerator.topology}: {text.splitlines()[0]}",
             where="--topology",
-            fix="Give another size or shape.",
+            fix="Use another size or shape.",
         ) from error

@@ -1,1 +1,1 @@
-"""Jobs on TPU node pools of Google Kubernetes Engine: `python -m launch.gke`."""
+"""Runs jobs on TPU node pools of Google Kubernetes Engine: `python -m launch.gke`."""

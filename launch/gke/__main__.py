@@ -3,9 +3,9 @@
   python -m launch.gke apply --name ar2diff --accelerator v5e-16 --image IMAGE \\
     -- compare --gin_file gin/recipes/ar2diff_base.gin --workdir gs://BUCKET/ar2diff_base
 
-The cluster needs JobSet (clusters made by xpk have it) and node pools of that TPU; `kubectl` must point at it. The
-JobSet starts all Pods again when one is preempted, and the command goes on from its run folder. `manifest` prints
-what `apply` applies; launch/gke/Dockerfile makes the image.
+The cluster needs JobSet (clusters made by xpk have it) and node pools with these TPUs, and must be the current cluster
+of `kubectl`. When a Pod is preempted, the JobSet restarts all Pods, and the command resumes from its run directory.
+`manifest` prints the manifest that `apply` applies. launch/gke/Dockerfile builds the image.
 """
 
 import argparse
@@ -27,44 +27,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = job.parser_of("gke", __doc__, _VERBS, of="of the JobSet")
-    parser.add_argument("--namespace", help="default: that of kubectl's configuration")
-    parser.add_argument("--context", help="cluster, as kubectl calls it (default: its current one)")
-    parser.add_argument("--accelerator", help="as for `diffusion-lm plan --topology`: v5e-16, v5p:4x4x8, 2xv5e-256")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that size, each a node pool")
+    parser = job.parser_of("gke", __doc__, _VERBS, of="name of the JobSet")
+    parser.add_argument("--namespace", help="Kubernetes namespace (default: that of the kubectl configuration)")
+    parser.add_argument("--context", help="kubectl context of the cluster (default: the current one)")
+    parser.add_argument("--accelerator", help="type and size as in `plan --topology`: v5e-16, v5p:4x4x8, 2xv5e-256")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices, one node pool each")
     parser.add_argument("--image", help="container image")
-    parser.add_argument("--spot", action="store_true", help="only on Spot node pools")
-    parser.add_argument("--queue", metavar="NAME", help="Kueue's local queue (xpk's is multislice-queue)")
-    parser.add_argument("--service_account", metavar="NAME", help="Kubernetes service account that may use the bucket")
+    parser.add_argument("--spot", action="store_true", help="use Spot node pools only")
+    parser.add_argument("--queue", metavar="NAME", help="local queue of Kueue (multislice-queue in xpk clusters)")
+    parser.add_argument("--service_account", metavar="NAME", help="Kubernetes service account with bucket access")
     parser.add_argument(
-        "--node_selector", action="append", default=[], metavar="LABEL=VALUE", help="of the nodes; may be repeated"
+        "--node_selector",
+        action="append",
+        default=[],
+        metavar="LABEL=VALUE",
+        help="additional label of the nodes; may be repeated",
     )
-    parser.add_argument("--max_restarts", type=int, default=100, metavar="N", help="of all Pods (default 100)")
-    parser.add_argument("--grace", type=int, default=300, metavar="SECONDS", help="to save after SIGTERM (default 300)")
-    parser.add_argument("--all", action="store_true", help="logs: of all Pods, not only of the first")
+    parser.add_argument(
+        "--max_restarts", type=int, default=100, metavar="N", help="maximum restarts of all Pods (default: 100)"
+    )
+    parser.add_argument(
+        "--grace", type=int, default=300, metavar="SECONDS", help="time to save after SIGTERM (default: 300)"
+    )
+    parser.add_argument("--all", action="store_true", help="logs: show all Pods, not only the first")
     return parser
 
 
 def _manifest(arguments: argparse.Namespace) -> dict[str, Any]:
-    require(arguments.accelerator, "it is not said which TPU to use", where="--accelerator", fix="Give e.g. v5e-16.")
+    require(arguments.accelerator, "no accelerator given", where="--accelerator", fix="Pass e.g. v5e-16.")
     require(
         arguments.image,
-        "it is not said which image to run",
+        "no container image given",
         where="--image",
         fix="Build one: docker build -f launch/gke/Dockerfile.",
     )
     selectors = [text.partition("=") for text in arguments.node_selector]
     require(
         all(label and equals for label, equals, _ in selectors),
-        "a node selector is no LABEL=VALUE",
+        f"{arguments.node_selector}: node selectors must be LABEL=VALUE",
         where="--node_selector",
         fix="Write e.g. cloud.google.com/reservation-name=NAME.",
     )
     return manifest(
         arguments.name,
         parse(arguments.accelerator, arguments.slices),
-        # A Pod's own disk does not outlive it, so this holds for one machine too.
-        job.command_of(arguments, why_shared="Pods come and go"),
+        # The disk of a Pod is deleted with it, so one machine needs shared storage too.
+        job.command_of(arguments, why_shared="the disk of a Pod is deleted with it"),
         image=arguments.image,
         environment=job.environment_of(arguments),
         spot=arguments.spot,
@@ -83,7 +91,7 @@ def _print(shell: Shell, arguments: argparse.Namespace) -> int:
 
 def _apply(shell: Shell, arguments: argparse.Namespace) -> int:
     text = _text(_manifest(arguments))
-    fix = "A JobSet cannot be changed: `delete` it first; the run goes on from its run folder. Is JobSet installed?"
+    fix = "Check that JobSet is installed. A JobSet cannot be changed: `delete` it first; the run then resumes."
     print(shell.run(_kubectl(arguments, "apply", "--filename=-"), stdin=text, fix=fix), end="")
     return 0
 
@@ -111,7 +119,7 @@ def _delete(shell: Shell, arguments: argparse.Namespace) -> int:
 
 
 def _text(value: dict[str, Any]) -> str:
-    # JSON is YAML; kubectl takes both, and nothing has to be quoted twice.
+    # kubectl accepts JSON, which needs no YAML quoting.
     return json.dumps(value, indent=2) + "\n"
 
 
@@ -124,10 +132,10 @@ def _kubectl(arguments: argparse.Namespace, *words: str) -> list[str]:
 _Verb = Callable[[Shell, argparse.Namespace], int]
 _VERBS: dict[str, tuple[str, _Verb]] = {
     "apply": ("start the job", _apply),
-    "manifest": ("print what `apply` applies", _print),
+    "manifest": ("print the manifest", _print),
     "logs": ("follow the log", _logs),
     "status": ("show the JobSet and its Pods", _status),
-    "delete": ("end the job, if there is one; a run saves itself first", _delete),
+    "delete": ("delete the job if it exists; a run saves a checkpoint first", _delete),
 }
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The manifest of a job: a JobSet with one Job a slice and one Pod a machine, as xpk makes them.
+"""Writes the manifest of a job: a JobSet with one Job per slice and one Pod per machine, as xpk does.
 
-JobSet (https://jobset.sigs.k8s.io) restarts all Jobs when one fails, gives the Pods names in DNS by a headless
-service, and places each Job on one node pool. GKE tells the Pods who they are (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES,
-MEGASCALE_*), from which `jax.distributed` finds the others.
+JobSet (https://jobset.sigs.k8s.io) restarts all Jobs when one fails, gives the Pods DNS names through a headless
+service, and places each Job on one node pool. GKE sets TPU_WORKER_ID, TPU_WORKER_HOSTNAMES and MEGASCALE_* in the Pods,
+from which `jax.distributed` finds the other processes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ LABELS = {
     "v6e": "tpu-v6e-slice",
     "tpu7x": "tpu7x",
 }
-"""What node pools call each generation (https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus)."""
+"""Node pool label of each generation (https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus)."""
 
 CONTAINER = "diffusion-lm"
 SLICES = "slice-job"
 WRONG_INPUT = 2
-"""The exit code of `diffusion-lm` after which no restart helps."""
+"""Exit code of `diffusion-lm` for invalid input; restarts do not help."""
 
 
 def manifest(
@@ -44,27 +44,27 @@ def manifest(
     """Returns the JobSet of a `diffusion-lm` command.
 
     Args:
-      name: of the JobSet.
-      accelerator: which slices, and how many.
+      name: name of the JobSet.
+      accelerator: type, shape and number of slices.
       command: verb and flags.
-      image: whose entry point is `diffusion-lm`, or that has it on the path.
-      environment: variables of the command.
-      spot: only on Spot node pools.
-      max_restarts: how often all Pods may be started again, preemptions included.
-      grace_seconds: between SIGTERM, on which a run saves itself, and SIGKILL.
-      queue: Kueue's local queue, as xpk's clusters have one.
-      service_account: Kubernetes' one, which may read and write the bucket.
-      node_selector: more labels of the node pool, e.g. of a reservation.
+      image: container image with `diffusion-lm` on the PATH.
+      environment: environment variables of the command.
+      spot: use Spot node pools only.
+      max_restarts: maximum restarts of all Pods, including those after preemptions.
+      grace_seconds: seconds between SIGTERM, on which a run saves a checkpoint, and SIGKILL.
+      queue: local queue of Kueue; clusters made by xpk have one.
+      service_account: Kubernetes service account that can read and write the bucket.
+      node_selector: additional labels of the node pool, e.g. of a reservation.
 
     Raises:
-      ConfigError: GKE has no such slices.
+      ConfigError: GKE does not offer these slices.
     """
     kind = accelerator.generation.name
     if kind not in LABELS:
-        raise ConfigError(f"GKE has no {kind}", where="--accelerator", fix=f"Use one of {', '.join(LABELS)}.")
+        raise ConfigError(f"GKE does not offer {kind}", where="--accelerator", fix=f"Use one of {', '.join(LABELS)}.")
     require(
         accelerator.slices == 1 or accelerator.hosts > 1,
-        f"GKE joins only slices of several machines, and {accelerator.topology} is one",
+        f"slices={accelerator.slices}: GKE only connects slices of several machines, not {accelerator.topology}",
         where="--slices",
         fix="Use one larger slice.",
     )
@@ -83,7 +83,7 @@ def manifest(
         **({"tolerations": [_SPOT]} if spot else {}),
         **({"serviceAccountName": service_account} if service_account else {}),
         "containers": [_container(accelerator, command, image, environment)],
-        # Grain's reader processes hand batches over in shared memory, of which a Pod has 64 MiB by default.
+        # Grain's worker processes pass batches through shared memory, which is limited to 64 MiB in a Pod by default.
         "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],
     }
     return {
@@ -135,7 +135,7 @@ def _container(
     return {
         "name": CONTAINER,
         "image": image,
-        # Started without a shell: it would have to hand SIGTERM on.
+        # No shell in between, because it would have to forward SIGTERM.
         "command": [_literal(word) for word in ["diffusion-lm", *command]],
         "env": [{"name": key, "value": _literal(value)} for key, value in (several | dict(environment)).items()],
         "ports": [{"containerPort": port} for port in (8471, 8080)],
@@ -146,5 +146,5 @@ def _container(
 
 
 def _literal(word: str) -> str:
-    """Kubernetes puts variables in place of `$(NAME)`, unless the dollar is doubled."""
+    """Escapes `$(NAME)`, which Kubernetes would replace by a variable, as `$$(NAME)`."""
     return word.replace("$(", "$$(")

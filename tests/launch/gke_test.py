@@ -149,7 +149,7 @@ def test_a_server_that_does_not_answer_is_asked_again(fake):
         (["--image", ""], TRAIN, "Dockerfile"),
         (["--name", "A"], TRAIN, "lower-case"),
         (["--node_selector", "x"], TRAIN, "LABEL=VALUE"),
-        (["--accelerator", "v5e-4"], ["train", "--workdir", "runs/x"], "Pods come and go"),
+        (["--accelerator", "v5e-4"], ["train", "--workdir", "runs/x"], "the disk of a Pod is deleted"),
     ],
 )
 def test_wrong_inputs_say_what_to_do(fake, capfd, changed, command, says):

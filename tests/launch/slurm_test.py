@@ -125,7 +125,11 @@ def test_dry_run_submits_nothing(fake, capsys):
 
 @pytest.mark.parametrize(
     ("changed", "says"),
-    [(["--time", "soon"], "HOURS:MINUTES"), (["--gpus", "0"], "1 or more"), (["--name", "a b"], "lower-case")],
+    [
+        (["--time", "soon"], "HOURS:MINUTES"),
+        (["--gpus", "0"], "gpus=0: both must"),
+        (["--name", "a b"], "lower-case"),
+    ],
 )
 def test_wrong_inputs_say_what_to_do(fake, capfd, changed, says):
     assert slurm.main(["submit", "--name", "n", *changed, "--", *TRAIN]) == 2

@@ -1,4 +1,4 @@
-"""What is checked before two sides are compared, and the order in which they are asked."""
+"""What is checked before two sides are compared, and the order in which they are measured."""
 
 import dataclasses
 
@@ -29,27 +29,27 @@ def test_parameters_are_equal_but_for_the_padded_vocabulary(tied, padding):
     )
     spec = dataclasses.replace(spec, tied_embeddings=tied)
     _check_parameters(spec, 1000 + padding, 1000)
-    with pytest.raises(ConfigError, match=r"has 1,001 parameters and that of transformers 1,000"):
+    with pytest.raises(ConfigError, match=r"has 1,001 parameters, but the one of transformers has 1,000"):
         _check_parameters(spec, 1001 + padding, 1000)
 
 
-class Side:
-    """Remembers the order in which two sides are asked."""
+class Recorder:
+    """Records the order in which two benchmarks are measured."""
 
-    asked: list = []  # noqa: RUF012
+    measured: list = []  # noqa: RUF012
 
     def __init__(self, *labels):
         self.labels = labels
 
     def measure(self, label, number):
-        self.asked.append(label)
+        self.measured.append(label)
         return float(number)
 
 
-def test_rounds_go_through_all_sides_and_the_first_does_not_count():
-    Side.asked = []
-    assert run_rounds([Side("a"), Side("b", "c")], 2) == {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [1.0, 2.0]}
-    assert Side.asked == ["a", "b", "c"] * 3
-    Side.asked = []
-    assert run_rounds([Side("a")], 0) == {"a": []}
-    assert Side.asked == []
+def test_rounds_alternate_over_all_benchmarks_and_the_first_is_discarded():
+    Recorder.measured = []
+    assert run_rounds([Recorder("a"), Recorder("b", "c")], 2) == {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [1.0, 2.0]}
+    assert Recorder.measured == ["a", "b", "c"] * 3
+    Recorder.measured = []
+    assert run_rounds([Recorder("a")], 0) == {"a": []}
+    assert Recorder.measured == []

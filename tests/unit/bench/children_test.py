@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from diffusion_lm.bench.children import ChildSide, our_child, torch_child
+from diffusion_lm.bench.children import ChildBenchmark, our_child, torch_child
 from diffusion_lm.core.errors import ConfigError
 
 
@@ -59,8 +59,8 @@ def test_a_child_answers_as_the_side_would(importable):
 
 
 def test_a_child_that_dies_is_reported_with_its_last_words():
-    with pytest.raises(ConfigError, match=r"the child ended: .*no such thing"):
-        ChildSide([sys.executable, "-c", "raise SystemExit('no such thing')"], {}, where="here", fix="Do it.")
+    with pytest.raises(ConfigError, match=r"the child process exited: .*no such thing"):
+        ChildBenchmark([sys.executable, "-c", "raise SystemExit('no such thing')"], {}, where="here", fix="Do it.")
 
 
 def test_without_torch_the_error_says_what_is_missing_and_what_to_do(tmp_path, monkeypatch):

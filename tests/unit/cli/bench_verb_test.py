@@ -81,25 +81,28 @@ def test_decode_takes_samplers_and_a_network_of_their_own(capsys, tmp_path):
     assert rows["greedy"]["seconds_per_completion"] == rows["greedy"]["seconds"]["median"] / 2
     code, captured, _ = bench(capsys, tmp_path, "decode", *network)
     assert code == 2
-    assert "no sampler is given" in captured.err
+    assert "no --sampler is given" in captured.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data", "--sampler", "gin/samplers/greedy.gin"], "bench data takes no --sampler"),
-        (["startup", "--against", "torch"], "bench startup takes no --against"),
+        (["data", "--sampler", "gin/samplers/greedy.gin"], "bench data does not accept --sampler"),
+        (["startup", "--against", "torch"], "bench startup does not accept --against"),
         (["train", "--torch_python", "python"], "Add --against torch"),
-        (["decode", "--rounds", "0"], "0 is less than 1"),
-        (["train", "--against", "torch", "--rounds", "0"], "0 is less than 1"),
-        (["train", "--steps", "0"], "0 is less than 1"),
-        (["decode", *["--sampler", "gin/samplers/greedy.gin"] * 2], "a sampler is given twice"),
+        (["decode", "--rounds", "0"], "rounds=0: must be >= 1 (--rounds)"),
+        (["train", "--against", "torch", "--rounds", "0"], "rounds=0: must be >= 1"),
+        (["train", "--steps", "0"], "steps=0: must be >= 1"),
+        (["decode", *["--sampler", "gin/samplers/greedy.gin"] * 2], "the same sampler file is given twice"),
         (
             ["train", "--against", "torch", "--torch_python", "/no/such/python", *TINY_ROWS],
             "cannot run /no/such/python",
         ),
-        (["train", "--against", "torch", "--gin.TransformerSpec.dtype=bfloat16"], "in bfloat16"),
-        (["train", "--against", "torch", "--gin.TransformerSpec.norm=rmsnorm"], "no family of transformers has"),
+        (["train", "--against", "torch", "--gin.TransformerSpec.dtype=bfloat16"], "dtype='bfloat16', param_dtype="),
+        (
+            ["train", "--against", "torch", "--gin.TransformerSpec.norm=rmsnorm"],
+            "transformers has no model of",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):

@@ -145,7 +145,7 @@ def test_the_import_says_what_it_was_trained_as(folder):
 def test_what_is_printed(capsys):
     assert main(["import", "checkpoint", "--workdir", "again"]) == 0
     printed = capsys.readouterr().out
-    assert "as masked diffusion: same position, visibility full, MASK 4 (config.json)" in printed
+    assert "by masked diffusion: same position, visibility full, MASK 4 (config.json)" in printed
     assert "--sampler again/sampler.gin" in printed
 
 
@@ -231,7 +231,7 @@ def test_other_alignments_get_other_layouts(folder, capsys):
     assert load("shifted_out").diffusion.shifted
     capsys.readouterr()
     assert main(["export", "shifted", "--to", "wrong", "--layout", "llada"]) == 2
-    assert "is read as same position" in capsys.readouterr().err
+    assert "has same position" in capsys.readouterr().err
     # As what it is shaped like, on request; the file still says what it was trained as.
     assert main(["export", "shifted", "--to", "plain", "--layout", "llama"]) == 0
     told = json.loads((folder / "plain" / "config.json").read_text())
@@ -246,7 +246,7 @@ def test_random_tokens_are_no_masked_diffusion(folder, capsys):
     assert (result["layout"], result["tokenizer"]) == ("llama", [])
     capsys.readouterr()
     assert main(["export", "random", "--to", "wrong", "--layout", "llada"]) == 2
-    assert "was not trained as such" in capsys.readouterr().err
+    assert "was not trained by masked diffusion" in capsys.readouterr().err
     assert not (folder / "wrong").exists()
 
 
@@ -255,5 +255,5 @@ def test_without_a_named_mask_nothing_is_guessed(folder, capsys):
     source = load("checkpoint")
     save(folder / "nameless", source.architecture, source.params, family="llada")
     assert main(["import", "nameless", "--workdir", "nameless_run"]) == 0
-    assert "No file names MASK" in capsys.readouterr().out
+    assert "The checkpoint does not name its mask token" in capsys.readouterr().out
     assert not (folder / "nameless_run" / "sampler.gin").exists()

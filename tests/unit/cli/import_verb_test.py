@@ -147,9 +147,9 @@ def test_what_is_printed(imported, folder, capsys):
     assert main(["import", "checkpoint", "--workdir", "again"]) == 0
     captured = capsys.readouterr()
     assert "qwen2 in again" in captured.out
-    assert "from left to right" in captured.out
+    assert "with causal attention" in captured.out
     assert "include 'again/model.gin'" in captured.out
-    assert "on the host at a time" in captured.err
+    assert "peak host memory" in captured.err
 
 
 def test_the_parameters_and_the_network_are_those_of_the_checkpoint(imported):

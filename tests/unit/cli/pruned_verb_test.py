@@ -112,7 +112,7 @@ def test_decoding_maps_back_and_counts_what_is_unknown(folder, capsys):
     assert "8 of 12 tokens kept; UNK for 1 of 12 tokens of echo/validation" in captured.err
     (folder / "prompts.txt").write_text("efa\n")
     assert main(["decode", "--workdir", "tuned", "--input", "prompts.txt", "--sampler", "gin/samplers/greedy.gin"]) == 0
-    assert "1 of 4 tokens of the prompts are UNK" in capsys.readouterr().err
+    assert "1 of 4 prompt tokens become UNK" in capsys.readouterr().err
 
 
 def test_a_stored_map_stands_in_for_the_training_data(folder, tmp_path, monkeypatch, capsys):

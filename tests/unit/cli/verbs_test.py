@@ -231,7 +231,9 @@ def test_decode_with_a_sampler_file_and_samples(folder, capsys):
 def test_decode_errors(folder, capsys):
     assert "cannot read nowhere.txt" in fails(capsys, "decode", "--workdir", "run", "--input", "nowhere.txt")
     (folder / "broken.txt").write_text('{"prompt": "x"}\n')
-    assert "has no field 'inputs'" in fails(capsys, "decode", "--workdir", "run", "--input", "broken.txt")
+    assert "not a JSON object with a field 'inputs'" in fails(
+        capsys, "decode", "--workdir", "run", "--input", "broken.txt"
+    )
     assert "not materialised" in fails(capsys, "decode", "--workdir", "run", "--task", "toys")
 
 
@@ -282,7 +284,7 @@ def test_prompts_that_the_vocabulary_cannot_write_are_a_warning(folder, capsys):
     (folder / "strange.txt").write_text("10 plus one\n10 {plus} one\n", encoding="utf-8")
     assert main(["decode", "--workdir", "run", "--input", "strange.txt"]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == ["warning: prompt 2: the vocabulary cannot write '{' 1, '}' 1"]
+    assert warnings == ["warning: prompt 2: the vocabulary cannot encode '{' 1, '}' 1"]
 
 
 def test_what_the_vocabulary_lost_is_shown_by_every_verb(folder, capsys, monkeypatch, tmp_path):
@@ -326,7 +328,7 @@ def test_the_checkpoint_that_a_run_selected_is_what_the_verbs_use(folder, capsys
         "its best checkpoint: maximum of decode/toy/exact_match on toy/validation, every 2" in capsys.readouterr().out
     )
     assert main(["train", "--gin_file", "best.gin", "--workdir", "best", "--json", "best.json"]) == 0
-    assert "handed on: step 2: decode/toy/exact_match 0 is the maximum" in capsys.readouterr().out
+    assert "best checkpoint: step 2: decode/toy/exact_match 0 is the maximum" in capsys.readouterr().out
     assert json.loads((folder / "best.json").read_text())["selected"]["step"] == 2
     for flags, step, by in (([], 2, "decode/toy/exact_match"), (["--step", "4"], 4, None)):
         assert main(["evaluate", "--workdir", "best", "--only", "bound", "--json", "best.json", *flags]) == 0
@@ -348,10 +350,10 @@ def test_a_network_that_holds_nan_is_neither_scored_nor_decoded(folder, capsys, 
 
 
 def test_missing_checkpoint(folder, capsys):
-    assert "there is no run in nowhere" in fails(capsys, "evaluate", "--workdir", "nowhere")
+    assert "nowhere is not a run directory" in fails(capsys, "evaluate", "--workdir", "nowhere")
     (folder / "empty").mkdir(exist_ok=True)
     message = fails(capsys, "evaluate", "--workdir", "empty", "--gin_file", "run.gin")
-    assert "there is no checkpoint in empty (--workdir). Train first" in message
+    assert "no checkpoint in empty (--workdir). Train first" in message
 
 
 @pytest.mark.parametrize(
@@ -367,11 +369,11 @@ def test_missing_checkpoint(folder, capsys):
             "longer than the 8 positions",
         ),
         (["--gin.TrainRun.step=3"], "TrainRun has no parameter 'step'; did you mean steps"),
-        (["--gin.STEPPS=3"], "no binding refers to macro STEPPS; did you mean STEPS?"),
-        (["--gin.STEPS='three'"], "TrainRun.steps takes an int, not 'three'"),
+        (["--gin.STEPPS=3"], "no binding uses the macro STEPPS; did you mean STEPS?"),
+        (["--gin.STEPS='three'"], "TrainRun.steps = 'three' (from STEPS, --gin.STEPS): must be an int"),
         (
             ["--gin.TrainRun.model=@Autoregressive()"],
-            "TrainRun.model takes an Architecture, not @Autoregressive() (--gin.TrainRun.model). Autoregressive has no",
+            "TrainRun.model = @Autoregressive(): must be an Architecture (--gin.TrainRun.model). Autoregressive has no",
         ),
         (["--gin.MeshSpec.data=3"], "MeshSpec.data has no effect: no MeshSpec is built (--gin.MeshSpec.data)"),
         (["--gin.TrainRun.mesh=@MeshSpec()", "--gin.MeshSpec.data=3"], "a mesh of data 3"),
@@ -422,7 +424,7 @@ def test_bench_of_a_pipeline_counts_what_is_in_its_batches(folder, capsys):
 
 
 def test_materialise_says_what_to_name(capsys):
-    assert "Give --task NAME, or a recipe" in fails(capsys, "materialise")
+    assert "Pass --task NAME, or a recipe" in fails(capsys, "materialise")
     assert "bind GrainSource.root" in fails(capsys, "materialise", "--gin_file", "run.gin", "--root", "x")
 
 
@@ -437,7 +439,7 @@ def test_materialise_of_a_recipe_skips_what_is_there(folder, capsys):
 
 def test_unknown_module(capsys):
     message = fails(capsys, "materialise", "--task", "toy", "--module", "no_such_module")
-    assert "there is no module no_such_module" in message
+    assert "no module named no_such_module" in message
 
 
 def test_train_writes_missing_data_in_a_process_of_its_own(capsys, monkeypatch):

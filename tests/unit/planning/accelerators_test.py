@@ -67,7 +67,7 @@ def test_slices_multiply():
         ("v4-9", "TensorCores"),
         ("v5e-24", "power of two"),
         ("v5e-512", "256"),
-        ("v5e:4x4x4", "2 numbers"),
+        ("v5e:4x4x4", "2 dimensions"),
     ],
 )
 def test_wrong_names_say_what_to_write(name, says):

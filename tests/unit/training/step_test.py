@@ -158,8 +158,8 @@ def test_parts_that_an_objective_does_not_announce_are_an_error():
 
     silent = Silent(MIXED.names, MIXED.parts, MIXED.weights, MIXED.primary)
     train_step = _train_step(silent)
+    batch = RaggedRows(mask_id=3).batch(0, 4)
     with pytest.raises(ConfigError, match="several_weights"):
-        batch = RaggedRows(mask_id=3).batch(0, 4)
         jax.eval_shape(train_step.compiled, train_step.abstract_state, batch, jax.random.key(0), RATE)
 
 

@@ -1,8 +1,9 @@
-"""Hugging Face transformers on PyTorch, as a child of `children.torch_child`: trains or decodes the same network.
+"""The PyTorch baseline: the child process of `children.torch_child`, which trains or decodes with transformers.
 
-Run by an interpreter that has torch and transformers and may have nothing of this package: only those two and the
-standard library are imported. The baseline is meant to be a strong one: fused AdamW, no dropout, no cache in training,
-scaled-dot-product attention, cached `generate` that never stops early. It is eager, as transformers is by default.
+The interpreter that runs it needs torch and transformers but not this package, so only these two and the standard
+library are imported. The baseline is meant to be strong: fused AdamW, no dropout, no KV cache in training,
+scaled-dot-product attention, and `generate` with a KV cache that never stops early. It runs in eager mode, the default
+of transformers.
 """
 
 import json
@@ -19,12 +20,13 @@ class Train:
     """Training steps of a causal language model."""
 
     def __init__(self, torch, model, wanted):
-        """Takes {"tokens": i64[n,B,T] as lists, "conditioning", "steps", "optimizer"}."""
+        """Reads `wanted`: {"tokens": i64[n,B,T] as lists, "conditioning", "steps", "optimizer"}."""
         self.torch, self.model, self.steps = torch, model.train(), wanted["steps"]
         device = next(model.parameters()).device
         self.tokens = [torch.tensor(rows, device=device) for rows in wanted["tokens"]]
         self.labels = [rows.clone() for rows in self.tokens]
         for labels in self.labels:
+            # -100 excludes the conditioning from the loss of transformers.
             labels[:, : wanted["conditioning"]] = -100
         settings = dict(wanted["optimizer"])
         self.clip_norm = settings.pop("clip_norm")
@@ -36,7 +38,7 @@ class Train:
         return {"first_loss": float(self.step())}
 
     def step(self):
-        """Takes one step and returns its loss, not awaited."""
+        """Takes one step and returns its loss without waiting for it."""
         tokens, labels = (lists[self.taken % len(lists)] for lists in (self.tokens, self.labels))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.model(input_ids=tokens, labels=labels, use_cache=False).loss
@@ -48,17 +50,17 @@ class Train:
         return loss.detach()
 
     def round(self):
-        """Takes the steps of a round; the time counts for one of them."""
+        """Takes the steps of one round; returns their number, by which the time is divided."""
         for _ in range(self.steps):
             self.step()
         return self.steps
 
 
 class Decode:
-    """Greedy decoding over a key/value cache."""
+    """Greedy decoding with a KV cache."""
 
     def __init__(self, torch, model, wanted):
-        """Takes {"tokens": i64[B,P] as lists, "new_tokens"}."""
+        """Reads `wanted`: {"tokens": i64[B,P] as lists, "new_tokens"}."""
         self.torch, self.model, self.wanted = torch, model.eval(), wanted
         self.tokens = torch.tensor(wanted["tokens"], device=next(model.parameters()).device)
         settings = model.generation_config
@@ -70,7 +72,7 @@ class Decode:
         return {"window": self.decode()[:, self.tokens.shape[1] :].tolist()}
 
     def decode(self):
-        """Returns prompts with their completions, all of the wanted length."""
+        """Returns the prompts with completions of exactly `new_tokens` tokens."""
         count = self.wanted["new_tokens"]
         with self.torch.inference_mode():
             out = self.model.generate(
@@ -80,13 +82,13 @@ class Decode:
         return out
 
     def round(self):
-        """Decodes one batch."""
+        """Decodes one batch; returns 1, by which the time is divided."""
         self.decode()
         return 1
 
 
 def load(torch, transformers, wanted):
-    """Returns the model of a checkpoint in float32, without dropout."""
+    """Loads a checkpoint in float32 without dropout."""
     config = transformers.AutoConfig.from_pretrained(wanted["model"])
     for name in list(vars(config)):
         if name.endswith(("dropout", "pdrop")):
@@ -96,7 +98,7 @@ def load(torch, transformers, wanted):
 
 
 def peak_memory(torch, device):
-    """Returns the most bytes in use: of the GPU, else of this process."""
+    """Returns the peak memory of the GPU, or of this process without one, in bytes."""
     if device.type == "cuda":
         return {"peak_memory": torch.cuda.max_memory_allocated(), "peak_memory_of": "device"}
     factor = 1 if sys.platform == "darwin" else 1024
@@ -105,7 +107,8 @@ def peak_memory(torch, device):
 
 
 def main():
-    """Answers questions from stdin, one JSON object a line; what libraries print goes to stderr."""
+    """Answers one JSON request per line of stdin on stdout."""
+    # Redirect descriptor 1 to stderr, so that output of libraries does not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     task: Any = None
