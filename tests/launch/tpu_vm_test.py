@@ -162,7 +162,7 @@ def test_a_lost_slice_takes_the_others_with_it(fake, wheel, monkeypatch):
     [
         ("ERROR: (x) UNAVAILABLE: The service is currently unavailable.", 5, "All retries failed"),
         ("ERROR: (x) INTERNAL: Internal error encountered.", 5, "All retries failed"),
-        ("ERROR: (x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' per minute", 5, "All retries failed"),
+        ("ERROR: (x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' per minute", 5, "All retries"),
         (
             "ERROR: (x) RESOURCE_EXHAUSTED: Quota limit 'TPUV5' has been exceeded.",
             1,
