@@ -160,9 +160,9 @@ def test_a_lost_slice_takes_the_others_with_it(fake, wheel, monkeypatch):
 @pytest.mark.parametrize(
     ("stderr", "tries", "says"),
     [
-        ("ERROR: (x) UNAVAILABLE: The service is currently unavailable.", 5, "several times"),
-        ("ERROR: (x) INTERNAL: Internal error encountered.", 5, "several times"),
-        ("ERROR: (x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' per minute", 5, "several times"),
+        ("ERROR: (x) UNAVAILABLE: The service is currently unavailable.", 5, "All retries failed"),
+        ("ERROR: (x) INTERNAL: Internal error encountered.", 5, "All retries failed"),
+        ("ERROR: (x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' per minute", 5, "All retries"),
         (
             "ERROR: (x) RESOURCE_EXHAUSTED: Quota limit 'TPUV5' has been exceeded.",
             1,
@@ -202,7 +202,7 @@ def test_no_capacity_is_asked_for_again_until_the_time_is_up(fake, wheel, capfd)
     flags = _flags(wheel, "v5e-4", "--wait", "0.5")
     assert tpu_vm.main(["job", *flags, "--", *TRAIN, "--workdir", "gs://b/run"]) == 2
     assert fake.verbs() == ["create"] * 7 + ["delete"] * 2
-    assert "no TPU for 0.5 hours" in capfd.readouterr().err
+    assert "no TPU available within 0.5 hours" in capfd.readouterr().err
 
 
 def test_a_queue_that_fails_for_lack_of_quota_ends_the_job(fake, wheel, capfd):
@@ -292,7 +292,7 @@ def test_wrong_inputs_say_what_to_do(fake, wheel, capfd, changed, says):
     ("flags", "command", "says"),
     [
         (["v5e-16"], ["train", "--workdir", "runs/x"], "4 machines"),
-        (["v5e-4", "--spot"], ["compare", "--workdir=/data/x"], "taken away"),
+        (["v5e-4", "--spot"], ["compare", "--workdir=/data/x"], "may be preempted"),
         (["v5e-4"], ["trian", "--workdir", "gs://b/x"], "did you mean train"),
         (["v5e-4"], ["train", "--workdri", "gs://b/x"], "--workdir"),
         (["v5e-4"], [], "no command"),
