@@ -22,7 +22,7 @@ def test_a_plan_of_all_three_programs(capsys):
     for program in ("tune_qa_diffusion: train", "tune_qa_diffusion: bound", "diffusion on qa: decode"):
         assert program in printed
     assert "all-reduce" in printed
-    assert "updated in place" in printed
+    assert "donated" in printed
     assert "at best" not in printed
 
 

@@ -381,7 +381,7 @@ def test_parameters_do_not_depend_on_the_attention_kernel(implementation):
 
 
 def test_users_get_errors_that_say_what_to_do():
-    with pytest.raises(ConfigError, match="has no encoder"):
+    with pytest.raises(ConfigError, match="must be 0 for a single-stream network"):
         SingleStream(T5_DOUBLE)
     with pytest.raises(ConfigError, match="encoder layers"):
         EncoderDecoder(T5)

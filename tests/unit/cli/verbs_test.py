@@ -425,7 +425,7 @@ def test_bench_of_a_pipeline_counts_what_is_in_its_batches(folder, capsys):
 
 def test_materialise_says_what_to_name(capsys):
     assert "Pass --task NAME, or a recipe" in fails(capsys, "materialise")
-    assert "bind GrainSource.root" in fails(capsys, "materialise", "--gin_file", "run.gin", "--root", "x")
+    assert "--gin.GrainSource.root=DIR" in fails(capsys, "materialise", "--gin_file", "run.gin", "--root", "x")
 
 
 def test_materialise_of_a_recipe_skips_what_is_there(folder, capsys):

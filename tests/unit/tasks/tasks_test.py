@@ -199,7 +199,9 @@ def test_local_squad_keeps_unanswerable_questions_and_reads_every_form_of_answer
     assert task.metric_fns[0](references, texts)["unanswerable"] == 1
     qas[0]["answers"] = [3]
     (tmp_path / "squad/squad_v1.1_train.jsonl").write_text(json.dumps(rows[0]))
-    with pytest.raises(ConfigError, match=r"question 'When\?' of the local SQuAD files .* holds no answers"):
+    with pytest.raises(
+        ConfigError, match=r"question 'When\?' of the local SQuAD files has reference \[3\]: not a list of answers"
+    ):
         list(extractive_qa.read_local("train"))
 
 
