@@ -383,7 +383,7 @@ def test_parameters_do_not_depend_on_the_attention_kernel(implementation):
 def test_users_get_errors_that_say_what_to_do():
     with pytest.raises(ConfigError, match="must be 0 for a single-stream network"):
         SingleStream(T5_DOUBLE)
-    with pytest.raises(ConfigError, match="encoder layers"):
+    with pytest.raises(ConfigError, match="an encoder-decoder needs at least one"):
         EncoderDecoder(T5)
     tokens = token_ids(1, 40)
     with pytest.raises(ConfigError, match="longer than max_positions = 32"):
