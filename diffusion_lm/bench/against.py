@@ -5,7 +5,7 @@ same number of parameters. If both compute the same function, the difference of 
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_lm.bench.batches import conditioning_length, synthetic_batch
-from diffusion_lm.bench.benchmark import Benchmark
+from diffusion_lm.bench.benchmark import Benchmark, Facts
 from diffusion_lm.bench.children import ChildBenchmark, our_child, torch_child
 from diffusion_lm.bench.decode import DecodeBenchmark
 from diffusion_lm.bench.train import BATCHES, TrainBenchmark
@@ -105,7 +105,7 @@ def decode_against_torch(side: DecodeBenchmark, rounds: int, python: str | None 
     return found
 
 
-def same_tokens(arm: Mapping[str, Any], theirs: Sequence[Sequence[int]]) -> float | None:
+def same_tokens(arm: Facts, theirs: Sequence[Sequence[int]]) -> float | None:
     """Returns the fraction of equal tokens of a greedy arm and of the PyTorch side (i32[B,W] each).
 
     The arm must not emit EOS or PAD, so that it decodes the full length. Rows where the PyTorch side emits one of these
@@ -118,7 +118,7 @@ def same_tokens(arm: Mapping[str, Any], theirs: Sequence[Sequence[int]]) -> floa
 
 
 def _measure_both(
-    side: TrainBenchmark | DecodeBenchmark, task: str, wanted: Mapping[str, Any], rounds: int, python: str | None
+    side: TrainBenchmark | DecodeBenchmark, task: str, wanted: Facts, rounds: int, python: str | None
 ) -> dict[str, Any]:
     with ExitStack() as stack:
         theirs: ChildBenchmark = stack.enter_context(torch_child(python, task))

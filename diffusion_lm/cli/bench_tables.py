@@ -146,7 +146,7 @@ def load_average() -> list[float]:
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
-def show_conditions(result: Mapping[str, Any]) -> None:
+def show_conditions(result: Found) -> None:
     """Prints the load average, and a warning if other processes were running."""
     before, after = (result["load_average"][name] for name in ("before", "after"))
     if not before:

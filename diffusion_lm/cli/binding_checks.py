@@ -126,7 +126,7 @@ def _check_cycle(name: str, binding: Binding, defined: Mapping[str, Binding]) ->
         pending += macros_in(defined[current].value)
 
 
-def _type_fix(value: Any, hint: Any) -> str:
+def _type_fix(value: object, hint: type_checks.TypeForm) -> str:
     if isinstance(value, Reference):
         called = dataclasses.replace(value, called=True)
         if not value.called and type_checks.fits(called, hint):

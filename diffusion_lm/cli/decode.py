@@ -9,12 +9,17 @@ The sampler is that of the run, or the SAMPLER of --sampler FILE. With --sampler
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_lm.cli import arguments as common
 from diffusion_lm.cli.output import progress, say
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import json_text
+
+if TYPE_CHECKING:
+    from diffusion_lm.cli.run_folder import OpenRun
+    from diffusion_lm.data.iterator import DataPipeline
+    from diffusion_lm.samplers.base import Sampler
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +97,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _sampler(arguments: argparse.Namespace, opened: Any) -> Any:
+def _sampler(arguments: argparse.Namespace, opened: "OpenRun") -> "Sampler":
     if arguments.sampler:
         from diffusion_lm.cli import config
         from diffusion_lm.cli.search_path import split_search_path
@@ -109,7 +114,7 @@ def _sampler(arguments: argparse.Namespace, opened: Any) -> Any:
     )
 
 
-def _data(arguments: argparse.Namespace, opened: Any) -> Any:
+def _data(arguments: argparse.Namespace, opened: "OpenRun") -> "DataPipeline":
     """Returns the pipeline whose converter lays out the prompts and, without `--input`, whose sources provide them."""
     tasks = [evaluation.task for evaluation in opened.generation]
     if arguments.task:

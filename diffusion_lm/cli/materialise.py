@@ -6,12 +6,15 @@ import argparse
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_lm.cli.arguments import add_gin, build_root, load_config
 from diffusion_lm.cli.environment import import_quietly
 from diffusion_lm.cli.output import progress, say, table
 from diffusion_lm.core.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    from diffusion_lm.data.grain_source import GrainSource
 
 _STDERR = 2
 
@@ -122,7 +125,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _missing_package(package: str | None, source: Any) -> ConfigError:
+def _missing_package(package: str | None, source: "GrainSource") -> ConfigError:
     return ConfigError(
         f"writing task {source.task!r} needs the package {package}, which is not installed",
         where=f"{source.task}/{source.split}",
@@ -130,7 +133,7 @@ def _missing_package(package: str | None, source: Any) -> ConfigError:
     )
 
 
-def ensure(root: Any, arguments: argparse.Namespace) -> None:
+def ensure(root: object, arguments: argparse.Namespace) -> None:
     """Materialises the missing data sets of the configured object `root`, so that `train` and `compare` need no set-up.
 
     Existing data sets are kept. If the code of their task has changed since they were written, a warning is printed.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.architectures.extended import frozen_arrays
+from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import ShardingRow, batch_divisor, sharding_table
@@ -210,7 +211,7 @@ def _activations(run: TrainRun, sizes: dict[str, int], passes: int) -> int:
     return int(rows * passes * decoder + logits)
 
 
-def _kept_per_token(spec: Any, keys: int, item: int, tensor: int, *, mlp: bool = True) -> float:
+def _kept_per_token(spec: TransformerSpec, keys: int, item: int, tensor: int, *, mlp: bool = True) -> float:
     """Returns the bytes per token that one block saves for the backward pass.
 
     Args:

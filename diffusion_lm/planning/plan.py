@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 from diffusion_lm.planning import collectives as communication
 from diffusion_lm.planning import hlo, programs
@@ -112,7 +113,7 @@ def examine(
             tokens=tokens,
             compile_seconds=compiled.seconds,
         )
-    analysis = compiled.executable.memory_analysis()
+    analysis: Any = compiled.executable.memory_analysis()  # None on backends that are not planned for
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -121,7 +122,9 @@ def examine(
         code=analysis.generated_code_size_in_bytes,
         available=accelerator.usable_hbm,
     )
-    module = hlo.parse(compiled.executable.as_text())
+    text = compiled.executable.as_text()
+    assert text is not None, "the compiler returns the text of the program"
+    module = hlo.parse(text)
     per_slice = accelerator.devices // accelerator.slices
     moved = communication.collectives(module, per_slice)
     return ProgramPlan(
