@@ -149,6 +149,7 @@ class CloudTpu:
 
     def delete(self) -> None:
         """Deletes the TPU and its queued resource; does nothing if they do not exist."""
+        # A TPU may have been created with or without a queued resource in an earlier call, so try both.
         forced = self._gcloud("delete", self.name, "--force", group="queued-resources")
         for argv in [forced] if self.queued else [forced, self._gcloud("delete", self.name, group="tpu-vm")]:
             try:

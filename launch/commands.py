@@ -180,6 +180,7 @@ def _execute(argv: Sequence[str], stdin: str | None) -> Output:
     assert process.stdout is not None
     assert process.stderr is not None
     lines: list[str] = []
+    # Forward stderr in a thread while stdout is read; otherwise a full pipe would block the program.
     thread = threading.Thread(target=_pass_on, args=(process.stderr, lines), daemon=True)
     thread.start()
     if stdin is not None:

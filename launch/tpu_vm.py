@@ -194,6 +194,7 @@ def _run_to_its_end(
             _install(tpu, arguments)
             tpu.ssh(workers.start(command, environment))
             verdict, found = watch.follow(tpu, accelerator.vms)
+            # A preemption can also make the command fail; restart it then.
             if verdict is watch.Verdict.FAILED and watch.lost(tpu, accelerator.slices):
                 verdict = watch.Verdict.AGAIN
         except CommandError:
@@ -215,6 +216,7 @@ def _obtain(tpu: CloudTpu, arguments: argparse.Namespace) -> None:
         state = tpu.describe()
         if state.phase is Phase.READY:
             return
+        # A queued request that failed for lack of quota or permission will not succeed later.
         if meaning(state.reason) is Meaning.REFUSED:
             raise ConfigError(
                 f"Cloud refused the request for {arguments.accelerator}: {state}", where="--accelerator", fix=_ASK

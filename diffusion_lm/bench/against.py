@@ -77,6 +77,7 @@ def train_against_torch(side: TrainBenchmark, rounds: int, python: str | None = 
     _check_parameters(run.model.spec, ours["parameters"], theirs["parameters"])
     found["checks"] = {"parameters": theirs["parameters"]}
     needs = run.objective.needs()
+    # Only next-token prediction computes the same loss on both sides.
     if needs.visibility == "causal" and needs.passes == 1 and not needs.mask_token:
         found["checks"]["first_loss_difference"] = abs(ours["first_loss"] - theirs["first_loss"])
     return found
@@ -121,6 +122,7 @@ def _measure_both(
     side: TrainBenchmark | DecodeBenchmark, task: str, wanted: Facts, rounds: int, python: str | None
 ) -> dict[str, Any]:
     with ExitStack() as stack:
+        # Start the PyTorch side first: a missing torch is then reported before our side compiles.
         theirs: ChildBenchmark = stack.enter_context(torch_child(python, task))
         ours: ChildBenchmark = stack.enter_context(our_child(side))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="diffusion_lm_bench_")))

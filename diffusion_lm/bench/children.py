@@ -103,7 +103,7 @@ class ChildBenchmark:
             pipe.write(json.dumps(question, allow_nan=False).encode() + b"\n")
             pipe.flush()
             line = answers.readline()
-        except BrokenPipeError:
+        except BrokenPipeError:  # the child exited before it read the request
             line = b""
         if not line:
             self._process.wait()

@@ -64,6 +64,7 @@ class Decode:
         self.torch, self.model, self.wanted = torch, model.eval(), wanted
         self.tokens = torch.tensor(wanted["tokens"], device=next(model.parameters()).device)
         settings = model.generation_config
+        # Without an EOS id, `generate` never stops early.
         settings.eos_token_id, settings.pad_token_id = None, 0
         settings.do_sample, settings.num_beams, settings.use_cache = False, 1, True
 
@@ -91,6 +92,7 @@ def load(torch, transformers, wanted):
     """Loads a checkpoint in float32 without dropout."""
     config = transformers.AutoConfig.from_pretrained(wanted["model"])
     for name in list(vars(config)):
+        # Dropout fields have different names per model: resid_pdrop, attention_dropout, ...
         if name.endswith(("dropout", "pdrop")):
             setattr(config, name, 0.0)
     device = "cuda" if wanted["platform"] == "gpu" and torch.cuda.is_available() else "cpu"
@@ -151,7 +153,7 @@ def main():
             started = time.perf_counter()
             count = subject.round()
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # CUDA kernels run asynchronously
             reply(seconds=(time.perf_counter() - started) / count)
         elif do == "finish":
             reply(**peak_memory(torch, next(model.parameters()).device))

@@ -80,6 +80,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 def split_gin_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Splits off the `--gin.NAME=VALUE` flags; returns the other arguments and the flags as `NAME=VALUE`."""
+    # argparse cannot accept flags with arbitrary names, so these are removed before it runs.
     rest, bindings = [], []
     for argument in arguments:
         if argument.startswith("--gin."):

@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from diffusion_lm.core.rng import StreamKeys
     from diffusion_lm.evaluation.generation import compiled_generate, target_texts
 
+    # With --sampler, the --gin flags belong to the sampler file and not to the run.
     opened = open_run(arguments, bindings=() if arguments.sampler else arguments.gin)
     sampler = _sampler(arguments, opened)
     unlike = opened.unlike_training(sampler, force=arguments.force)
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model = opened.load()
     decode = compiled_generate(model.architecture, sampler, model.constrain)
     results: list[dict[str, Any]] = []
+    # `given_prompts` makes rows long enough for the suffixes of --input, so only suffixes of tasks can be cut.
     cuts = CutPrompts(data.converter, suffixes=not arguments.input)
     for prompt, records in batches:
         cut = [cuts.add(record) for record in records]

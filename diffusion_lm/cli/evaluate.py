@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     _check_flags(arguments)
     recorded = bool(arguments.estimator or arguments.suite or arguments.judge)
+    # With --estimator or --suite, the --gin flags belong to that file and not to the run.
     opened = open_run(arguments, bindings=() if arguments.estimator or arguments.suite else arguments.gin)
     evaluations: Sequence[AnyEvaluation] = opened.evaluations
     if arguments.estimator:

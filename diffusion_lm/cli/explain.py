@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         runs = {"run": root}
     costs = {name: estimate(one, arguments.devices) for name, one in runs.items()}
+    # Runs may differ in batch size or optimizer only; print each network with its sharding once.
     shown: list[Any] = []
     for name, one in runs.items():
         model = (one.model, one.mesh, one.rules)
@@ -193,6 +194,7 @@ def _stage_flops(run: "TrainRun") -> float:
 def distinct_runs(comparison: "Comparison") -> "dict[str, TrainRun]":
     """Returns one run per set of stages with equal cost, named after the first of these stages that trains."""
     found: dict[object, tuple[str, TrainRun]] = {}
+    # Stages with zero steps come last, so that a stage that trains names the group.
     for stage in sorted(comparison.stages, key=lambda stage: stage.run.steps == 0):
         run = stage.run
         # The learning rate schedule does not change the cost, so it must not distinguish runs.

@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     imported = read_json(folder / IMPORT_CARD) if (folder / IMPORT_CARD).is_file() else None
     source = _imported(arguments, folder, imported) if imported and not arguments.gin_file else _trained(arguments)
     model, trained = source.model, source.trained
+    # Priority: --layout, the layout of the import, the public diffusion layout, the first family that fits.
     public = layout_for(model.spec, trained)
     layout = arguments.layout or source.layout or (public.name if public else None)
     family, kind = family_for(model.spec, layout)

@@ -86,6 +86,7 @@ class GinReader:
         with io.StringIO(read_text(path), newline=None) as stream, gin_config._parse_scope() as context:
             for statement, line in _statements(stream, _Delegate(context, within=scope), name):
                 self._process(statement, context, f"{name}:{line}", origin, scope)
+            # gin needs the imports to write the resolved configuration.
             gin_config._IMPORTS.update(context.imports)
         self._open.pop()
 
@@ -97,6 +98,7 @@ class GinReader:
             raise ConfigError(f"{where} has no value", fix="Write --gin.NAME=VALUE.")
         with gin_config._parse_scope() as context:
             context._enable_dynamic_registration()
+            # A flag may use any class of any module that some file has imported.
             for module in self._modules:
                 context.process_import(ImportStatement(module, False, None, None))
             modules = self._modules.values()
@@ -144,6 +146,7 @@ class GinReader:
             _located(where, lambda: gin_names.check_parameter(found.wrapped, parameter))
             key = (scope, found.selector)
             self.bindings.append(Binding(scope, found.selector, parameter, _plain(value), found.wrapped, where, origin))
+        # As `gin.parse_config` does: gin stores a macro as the parameter `value` of `gin.macro`.
         gin_config._CONFIG.setdefault(key, {})[parameter or "value"] = value
 
 

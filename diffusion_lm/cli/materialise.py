@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for number, source in enumerate(sources, 1):
         progress(f"{number}/{len(sources)}  {source.task}/{source.split} -> {source.folder}")
         try:
+            # TensorFlow is slow to import and may not be installed, so import it only to write a new split.
             if not (source.folder / MANIFEST).is_file():
                 import_quietly("seqio")
             manifest = source.materialise(**options)

@@ -61,6 +61,7 @@ def table(
         justify: Literal["left", "right"] = "right" if number in right else "left"
         folds = number in fold if fold is not None else number > 0
         widest = max(len(text) for text in (name, *(row[number] for row in cells)))
+        # rich would truncate columns below their minimum width, so the console must be at least this wide.
         needed += (min(widest, _LEAST_FOLDED) if folds else widest) + _GAP
         grid.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not folds)
     for row in cells:
@@ -69,6 +70,7 @@ def table(
     if console.is_terminal:
         console.print(grid)
         return
+    # In a pipe, print without the trailing spaces with which rich fills the width.
     with console.capture() as captured:
         console.print(grid)
     say("\n".join(line.rstrip() for line in captured.get().splitlines()))

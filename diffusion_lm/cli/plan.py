@@ -118,6 +118,7 @@ class _Planner:
         from diffusion_lm.planning.estimates import train_flops_per_step
         from diffusion_lm.planning.search import recomputed_share
 
+        # The search starts from the configured run, which has been compiled already.
         if run not in self._steps:
             flops = train_flops_per_step(run)
             self._steps[run] = plan.examine(

@@ -108,6 +108,7 @@ def _resolved_file(folder: Path) -> Path:
             where="--workdir",
             fix=f"Pass one of its runs: {folder}/stages/NAME with NAME one of {', '.join(stages)}.",
         )
+    # A stage of a comparison (WORKDIR/stages/STAGE) uses the configuration of the comparison.
     for candidate in (folder / RESOLVED, folder.parent.parent / RESOLVED):
         if candidate.is_file():
             return candidate
@@ -139,6 +140,7 @@ def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
             if comparison.bound_limit:
                 evaluations.append(
                     BoundEvaluation(
+                        # Lay out the examples as in the training of the network.
                         data=dataclasses.replace(task.data, converter=network.data.converter),
                         objective=network.objective,
                         name=f"bound/{task.name}",

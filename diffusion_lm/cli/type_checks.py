@@ -50,13 +50,14 @@ def fits(value: object, hint: TypeForm) -> bool:
     if isinstance(value, Reference):
         return _reference_fits(value, origin or hint)
     if origin is Literal:
+        # Compare types too, because True == 1 in Python.
         return any(type(value) is type(option) and value == option for option in arguments)
     if hint is None or hint is type(None):
         return value is None
     if hint is float:
         return type(value) in (int, float)
     if hint in (int, bool, str):
-        return type(value) is hint
+        return type(value) is hint  # not isinstance: a bool is an int in Python
     if (origin or hint) in _SEQUENCES:
         return _sequence_fits(value, arguments, fixed=(origin or hint) is tuple)
     if (origin or hint) in (dict, collections.abc.Mapping):

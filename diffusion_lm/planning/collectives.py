@@ -61,6 +61,7 @@ def collectives(module: Module, devices_per_slice: int) -> tuple[Collective, ...
     found: dict[tuple[str, int, int], list[float]] = {}
     for instruction, kind, size, times in _all(module):
         groups = _groups(instruction)
+        # A group of one device communicates nothing.
         group = max(len(one) for one in groups)
         if group < 2:
             continue
@@ -150,5 +151,5 @@ def _sent(kind: str, size: float, group: int) -> float:
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter":
-        return size * others
+        return size * others  # the result is one of `group` parts
     return size * others / group * (2 if kind == "all-reduce" else 1)

@@ -116,6 +116,7 @@ def examine(
     analysis: Any = compiled.executable.memory_analysis()  # None on backends that are not planned for
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
+        # Donated buffers are counted as arguments and as outputs; count them once.
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         donated=analysis.alias_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
@@ -158,6 +159,7 @@ def largest_arrays(module: hlo.Module, count: int = 5) -> tuple[tuple[str, str, 
             continue
         for array in instruction.arrays:
             if array.in_hbm:
+                # One entry per type, so that repeated arrays do not fill the list.
                 kind = f"{array.dtype}[{','.join(map(str, array.shape))}]"
                 found.setdefault(kind, (instruction.scope, kind, int(array.bytes)))
     return tuple(sorted(found.values(), key=lambda row: -row[2])[:count])

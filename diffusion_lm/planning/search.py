@@ -69,6 +69,7 @@ def search(
         plan = compile_and_read(candidate)
         if plan.fits:
             return Found(candidate, changes, plan, tried)
+        # If compilation failed, `needed` may be too small, but it is known to exceed what is available.
         correction = max(correction, max(plan.needed, available) / predicted)
     return None
 
