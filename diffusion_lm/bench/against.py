@@ -60,7 +60,7 @@ def train_against_torch(side: TrainBenchmark, rounds: int, python: str | None = 
     run = side.run
     _check_comparable(run.model.spec, run.data.encoder_length)
     optimizer: Any = run.optimizer
-    wanted = {
+    request = {
         "tokens": [synthetic_batch(run, number).tokens.tolist() for number in range(BATCHES)],
         "conditioning": conditioning_length(run),
         "steps": side.steps,
@@ -72,7 +72,7 @@ def train_against_torch(side: TrainBenchmark, rounds: int, python: str | None = 
             "clip_norm": getattr(optimizer, "clip_norm", 1.0),
         },
     }
-    found = _measure_both(side, "train", wanted, rounds, python)
+    found = _measure_both(side, "train", request, rounds, python)
     ours, theirs = found["facts"], found["torch"]
     _check_parameters(run.model.spec, ours["parameters"], theirs["parameters"])
     found["checks"] = {"parameters": theirs["parameters"]}
@@ -119,7 +119,7 @@ def same_tokens(arm: Facts, theirs: Sequence[Sequence[int]]) -> float | None:
 
 
 def _measure_both(
-    side: TrainBenchmark | DecodeBenchmark, task: str, wanted: Facts, rounds: int, python: str | None
+    side: TrainBenchmark | DecodeBenchmark, task: str, request: Facts, rounds: int, python: str | None
 ) -> dict[str, Any]:
     with ExitStack() as stack:
         # Start the PyTorch side first: a missing torch is then reported before our side compiles.
@@ -127,9 +127,9 @@ def _measure_both(
         ours: ChildBenchmark = stack.enter_context(our_child(side))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="diffusion_lm_bench_")))
         facts = dict(ours.prepare(str(folder / "model")))
-        request = {**wanted, "model": str(folder / "model"), "platform": facts.pop("platform")}
-        write_json(folder / "wanted.json", request)
-        other = {**theirs.facts, **theirs.prepare(str(folder / "wanted.json"))}
+        request = {**request, "model": str(folder / "model"), "platform": facts.pop("platform")}
+        write_json(folder / "request.json", request)
+        other = {**theirs.facts, **theirs.prepare(str(folder / "request.json"))}
         seconds = run_rounds([theirs, ours], rounds)
         facts |= ours.finish()
         other |= theirs.finish()

@@ -194,8 +194,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
             "the interpreter is only used with --against torch", where="--torch_python", fix="Add --against torch."
         )
     # `bench train --rounds 0` times only compilation and the first step.
-    least = {"rounds": 0 if kind == "train" and not arguments.against else 1}
+    minimum = {"rounds": 0 if kind == "train" and not arguments.against else 1}
     for name in ("rounds", "steps", "batch_size", "prompt_length", "target_length"):
-        value, low = getattr(arguments, name), least.get(name, 1)
-        if value is not None and value < low:
-            raise ConfigError(f"{name}={value}: must be >= {low}", where=f"--{name}", fix="Pass a larger number.")
+        value, lower = getattr(arguments, name), minimum.get(name, 1)
+        if value is not None and value < lower:
+            raise ConfigError(f"{name}={value}: must be >= {lower}", where=f"--{name}", fix="Pass a larger number.")

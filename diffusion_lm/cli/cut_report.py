@@ -1,6 +1,6 @@
 """Reports which examples of the materialised data are truncated or lose characters, for verbs that train nothing."""
 
-from diffusion_lm.cli.walk import parts
+from diffusion_lm.cli.walk import find_all
 from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.round_trip import loss_sentences
@@ -17,11 +17,15 @@ def cut_sentences(root: object) -> list[str]:
     Data that are not materialised are skipped.
     """
     found: list[str] = []
-    for run in parts(root, TrainRun):
+    for run in find_all(root, TrainRun):
         if _is_materialised(run.data):
             found += map(str, run.data.cuts("training"))
     evaluations: list[GenerationTask | BoundEvaluation | ScoringEvaluation]
-    evaluations = [*parts(root, GenerationTask), *parts(root, BoundEvaluation), *parts(root, ScoringEvaluation)]
+    evaluations = [
+        *find_all(root, GenerationTask),
+        *find_all(root, BoundEvaluation),
+        *find_all(root, ScoringEvaluation),
+    ]
     for evaluation in evaluations:
         if _is_materialised(evaluation.data):
             found += map(str, evaluation.cuts)
@@ -30,7 +34,7 @@ def cut_sentences(root: object) -> list[str]:
 
 def lossy_sentences(root: object) -> list[str]:
     """Returns a sentence for each data set under `root` with characters that its vocabulary cannot encode."""
-    manifests = (read_manifest(source.folder) for source in parts(root, GrainSource))
+    manifests = (read_manifest(source.folder) for source in find_all(root, GrainSource))
     return [
         sentence
         for manifest in manifests
@@ -40,4 +44,4 @@ def lossy_sentences(root: object) -> list[str]:
 
 
 def _is_materialised(data: DataPipeline) -> bool:
-    return all(read_manifest(source.folder) is not None for source in parts(data, GrainSource))
+    return all(read_manifest(source.folder) is not None for source in find_all(data, GrainSource))

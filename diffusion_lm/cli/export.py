@@ -209,7 +209,7 @@ def _named(start: str) -> str:
     return f"`{folder.name}` (imported from `{one_line(Path(card['source']).name)}`, family {card['family']})"
 
 
-def _tokens(data: "DataPipeline", wanted: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _tokens(data: "DataPipeline", write_tokenizer: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Returns the special tokens for config.json and the tokenizer files; both are empty without data.
 
     If no tokenizer file would encode text as the vocabulary does, none is written and a message says so.
@@ -223,7 +223,7 @@ def _tokens(data: "DataPipeline", wanted: bool) -> tuple[dict[str, Any], dict[st
         return {}, {}
     names = {"pad_token_id": specials.pad_id, "bos_token_id": specials.bos_id, "eos_token_id": specials.eos_id}
     config = {**names, **({} if specials.mask_id is None else {"mask_token_id": specials.mask_id})}
-    if not wanted:
+    if not write_tokenizer:
         return config, {}
     if data.pruned is not None:
         progress("writing no tokenizer: the vocabulary map of the run changes the token ids")

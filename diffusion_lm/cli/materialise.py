@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for split in arguments.split or ["train"]
     ]
     if arguments.gin_file or arguments.gin:
-        from diffusion_lm.cli.walk import parts
+        from diffusion_lm.cli.walk import find_all
 
         require(
             not (arguments.root or arguments.chunk_length or arguments.split),
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             fix="Set them in the recipe, e.g. with --gin.GrainSource.root=DIR.",
         )
         root = build_root(load_config(arguments))
-        sources += parts(root, GrainSource)
+        sources += find_all(root, GrainSource)
     if not sources:
         raise ConfigError("no task given", fix="Pass --task NAME, or a recipe with --gin_file.")
     options: dict[str, Any] = {"modules": (*TASK_MODULES, *arguments.module)}
@@ -144,13 +144,13 @@ def ensure(root: object, arguments: argparse.Namespace) -> None:
     Raises:
       SystemExit: the child failed; it has printed the error.
     """
-    from diffusion_lm.cli.walk import parts
+    from diffusion_lm.cli.walk import find_all
     from diffusion_lm.data.grain_source import GrainSource
     from diffusion_lm.data.materialise import is_stale
     from diffusion_lm.data.store import read_manifest
 
     missing = []
-    for source in parts(root, GrainSource):
+    for source in find_all(root, GrainSource):
         manifest = read_manifest(source.folder)
         if manifest is None:
             missing.append(source)

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from diffusion_lm.recipes.comparison import Comparison
 
     accelerator = topologies.parse(arguments.topology, arguments.slices)
-    wanted = _programs(arguments.programs)
+    kinds = _programs(arguments.programs)
     root = build_root(load_config(arguments))
     runs = distinct_runs(root) if isinstance(root, Comparison) else {"run": root}
     if arguments.stage:
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     result: dict[str, Any] = {"accelerator": str(accelerator), "programs": {}, "found": {}}
     fits = True
     for program in _in_order(planner, root, runs, arguments.stage):
-        if program.kind not in wanted:
+        if program.kind not in kinds:
             continue
         output.progress(f"compile  {program.kind} of {program.of}")
         plan = program.compile()

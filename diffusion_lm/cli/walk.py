@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def parts(root: object, kind: type[T]) -> list[T]:
+def find_all(root: object, kind: type[T]) -> list[T]:
     """Returns every distinct object of class `kind` in the tree under `root`, in order of appearance."""
     found: list[T] = []
     for node in _walk(root):

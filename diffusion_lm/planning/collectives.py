@@ -96,13 +96,13 @@ def _occurrences(module: Module) -> Iterator[tuple[Instruction, str, float, int]
         elif instruction.opcode == "fusion":
             for inner, computation in module.inside(instruction):
                 kind, size = inner.opcode.removesuffix("-start"), inner.size
-                if kind == "all-reduce" and (part := _kept_slice(inner, computation)) is not None:
+                if kind == "all-reduce" and (part := _scattered_part(inner, computation)) is not None:
                     kind, size = "reduce-scatter", part
                 if kind in KINDS:
                     yield inner, kind, size, times
 
 
-def _kept_slice(reduction: Instruction, computation: Computation) -> float | None:
+def _scattered_part(reduction: Instruction, computation: Computation) -> float | None:
     """Returns the bytes of an all-reduce result that its fusion slices out, or None if the whole result is used.
 
     The TPU compiler expresses a reduce-scatter as an all-reduce followed by a dynamic slice in one fusion.

@@ -127,16 +127,16 @@ def examine(
     assert text is not None, "the compiler returns the text of the program"
     module = hlo.parse(text)
     per_slice = accelerator.devices // accelerator.slices
-    moved = communication.collectives(module, per_slice)
+    traffic = communication.collectives(module, per_slice)
     return ProgramPlan(
         name=compiled.name,
         fits=memory.spare >= 0,
         memory=memory,
         refusal="",
         needed=memory.peak,
-        collectives=moved,
+        collectives=traffic,
         largest=largest_arrays(module),
-        roof=roofline(accelerator, model_flops + recomputed_flops, module.hbm_bytes(), moved)
+        roof=roofline(accelerator, model_flops + recomputed_flops, module.hbm_bytes(), traffic)
         if accelerator.generation.flops
         else None,
         model_flops=model_flops,

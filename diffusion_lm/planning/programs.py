@@ -47,9 +47,9 @@ def train(run: TrainRun, devices: Sequence[jax.Device]) -> Compiled:
 
     If the batch cannot be sharded over the devices, the result has a `refusal` instead of a program.
     """
-    refused = _refused("train", run, devices)
-    if refused is not None:
-        return refused
+    error = _batch_error("train", run, devices)
+    if error is not None:
+        return error
     program = run_program(run, tuple(devices))
     batch = _placed(run.data.abstract_batch(run.batch_size), run, program.mesh)
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(program.mesh))
@@ -61,9 +61,9 @@ def train(run: TrainRun, devices: Sequence[jax.Device]) -> Compiled:
 
 def bound(run: TrainRun, devices: Sequence[jax.Device]) -> Compiled:
     """Compiles the likelihood bound of one batch, without gradients; see `train` for refusals."""
-    refused = _refused("bound", run, devices)
-    if refused is not None:
-        return refused
+    error = _batch_error("bound", run, devices)
+    if error is not None:
+        return error
     mesh = run.mesh.build(devices)
 
     def program(params: Params, batch: Batch, root: jax.Array) -> LossTerms:
@@ -106,7 +106,7 @@ def _params(run: TrainRun, mesh: Mesh) -> Params:
     return jax.tree.map(_with_sharding, abstract, shardings)
 
 
-def _refused(name: str, run: TrainRun, devices: Sequence[jax.Device]) -> Compiled | None:
+def _batch_error(name: str, run: TrainRun, devices: Sequence[jax.Device]) -> Compiled | None:
     """Returns a `Compiled` with a refusal if the devices cannot share a batch, else None."""
     try:
         run.check_mesh(devices)

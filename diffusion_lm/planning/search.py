@@ -16,7 +16,7 @@ _RECOMPUTES = {"none": 0.0, "dots": 0.05, "dots_no_batch": 0.1, "full": 1 / 3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Settings that fit.
 
     Attributes:
@@ -44,7 +44,7 @@ def search(
     *,
     limit: int = 8,
     log: Callable[[str], object] = lambda text: None,
-) -> Found | None:
+) -> SearchResult | None:
     """Returns the cheapest settings that fit, or None if none of the first `limit` compiled candidates fits.
 
     Candidates are tried from cheap to expensive. Compilation is slow, so a candidate is only compiled if its predicted
@@ -68,7 +68,7 @@ def search(
         log(f"try {tried}: {'; '.join(changes) or 'as configured'}")
         plan = compile_and_read(candidate)
         if plan.fits:
-            return Found(candidate, changes, plan, tried)
+            return SearchResult(candidate, changes, plan, tried)
         # If compilation failed, `needed` may be too small, but it is known to exceed what is available.
         correction = max(correction, max(plan.needed, available) / predicted)
     return None
