@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.planning.accelerators import Accelerator, parse
-from launch.commands import CommandError, Meaning, Shell
+from launch.commands import Cause, CommandError, Shell
 
 RUNTIMES = {
     "v3": "tpu-ubuntu2204-base",
@@ -32,13 +32,13 @@ class Phase(enum.Enum):
     """The phases of a TPU that a job distinguishes; several states of Cloud map to one phase."""
 
     ABSENT = "absent"
-    COMING = "coming"
+    PENDING = "pending"
     READY = "ready"
     LOST = "lost"
-    LEAVING = "leaving"
+    DELETING = "deleting"
 
 
-# Unknown states count as COMING. If the service adds a state, the job waits instead of deleting the TPU.
+# Unknown states count as PENDING. If the service adds a state, the job waits instead of deleting the TPU.
 _PHASES = {
     "READY": Phase.READY,
     "ACTIVE": Phase.READY,
@@ -47,9 +47,9 @@ _PHASES = {
     "STOPPED": Phase.LOST,
     "SUSPENDED": Phase.LOST,
     "FAILED": Phase.LOST,
-    "DELETING": Phase.LEAVING,
-    "SUSPENDING": Phase.LEAVING,
-    "STOPPING": Phase.LEAVING,
+    "DELETING": Phase.DELETING,
+    "SUSPENDING": Phase.DELETING,
+    "STOPPING": Phase.DELETING,
 }
 
 
@@ -111,7 +111,7 @@ class CloudTpu:
         try:
             self.shell.run(self._gcloud("create", self.name, *flags), fix=self._fix_request())
         except CommandError as error:
-            if error.meaning is not Meaning.EXISTS:
+            if error.cause is not Cause.EXISTS:
                 raise
 
     def require_offered(self, accelerator: Accelerator) -> None:
@@ -134,7 +134,7 @@ class CloudTpu:
             argv = self._gcloud("describe", node or self.name, "--format=json", group=group)
             answer = self.shell.run(argv, expect=expected)
         except CommandError as error:
-            if error.meaning is Meaning.MISSING:
+            if error.cause is Cause.MISSING:
                 return State(Phase.ABSENT, "absent")
             raise
         return _state(json.loads(answer))
@@ -145,16 +145,17 @@ class CloudTpu:
             return None
         names = [f"{self.name}-{index}" for index in range(slices)] if slices > 1 else [self.name]
         states = (self.describe(name) for name in names)
-        return next((state for state in states if state.phase not in (Phase.READY, Phase.COMING)), None)
+        return next((state for state in states if state.phase not in (Phase.READY, Phase.PENDING)), None)
 
     def delete(self) -> None:
         """Deletes the TPU and its queued resource; does nothing if they do not exist."""
+        # A TPU may have been created with or without a queued resource in an earlier call, so try both.
         forced = self._gcloud("delete", self.name, "--force", group="queued-resources")
         for argv in [forced] if self.queued else [forced, self._gcloud("delete", self.name, group="tpu-vm")]:
             try:
                 self.shell.run(argv)
             except CommandError as error:
-                if error.meaning is not Meaning.MISSING:
+                if error.cause is not Cause.MISSING:
                     raise
 
     def ssh(self, command: str, *, worker: str = "all", expect: str = "") -> str:
@@ -206,4 +207,4 @@ def _state(answer: dict[str, Any]) -> State:
     if isinstance(found, dict):  # the state of a queued resource is an object
         reason = found.get("failedData", {}).get("error", {}).get("message", "")
         found = found.get("state", "UNKNOWN")
-    return State(_PHASES.get(found, Phase.COMING), found, reason)
+    return State(_PHASES.get(found, Phase.PENDING), found, reason)

@@ -18,51 +18,51 @@ from typing import IO
 from diffusion_lm.core.errors import ConfigError
 
 
-class Meaning(enum.Enum):
+class Cause(enum.Enum):
     """Causes of a failed command, which decide whether to retry."""
 
     MISSING = "the resource does not exist"
     EXISTS = "the resource exists already"
     CAPACITY = "the zone has no capacity at the moment"
     REFUSED = "no permission, over quota, or an invalid request; a retry does not help"
-    PASSING = "a transient failure of the network or the service"
+    TRANSIENT = "a transient failure of the network or the service"
     UNKNOWN = "unknown cause"
 
 
-_RETRIED = (Meaning.PASSING,)
+_RETRIED = (Cause.TRANSIENT,)
 # The first match counts. Order matters: services report both lack of capacity and lack of quota as RESOURCE_EXHAUSTED.
 _PATTERNS = (
-    (Meaning.CAPACITY, r"no more capacity|insufficient (reserved )?capacity|ZONE_RESOURCE_POOL_EXHAUSTED|stockout"),
-    (Meaning.PASSING, r"per minute|rateLimitExceeded"),
-    (Meaning.REFUSED, r"[Qq]uota|PERMISSION_DENIED|UNAUTHENTICATED|does not have permission|Forbidden|Unauthorized"),
-    (Meaning.REFUSED, r"has not been used in project|is not enabled|active account|auth login|[Rr]eauthenticat"),
-    (Meaning.EXISTS, r"ALREADY_EXISTS|AlreadyExists|already exists"),
+    (Cause.CAPACITY, r"no more capacity|insufficient (reserved )?capacity|ZONE_RESOURCE_POOL_EXHAUSTED|stockout"),
+    (Cause.TRANSIENT, r"per minute|rateLimitExceeded"),
+    (Cause.REFUSED, r"[Qq]uota|PERMISSION_DENIED|UNAUTHENTICATED|does not have permission|Forbidden|Unauthorized"),
+    (Cause.REFUSED, r"has not been used in project|is not enabled|active account|auth login|[Rr]eauthenticat"),
+    (Cause.EXISTS, r"ALREADY_EXISTS|AlreadyExists|already exists"),
     (
-        Meaning.REFUSED,
+        Cause.REFUSED,
         r"acceleratorTypes?/|[Aa]ccelerator ?type .* (not found|is not)|INVALID_ARGUMENT|FAILED_PRECONDITION",
     ),
-    (Meaning.REFUSED, r"Permission .* denied|unrecognized arguments|Invalid value|argument --|no matches for kind"),
-    (Meaning.REFUSED, r"Unknown zone|locations/[^/\s]+['\"] (was )?not found|Location \S+ is not found"),
-    (Meaning.MISSING, r"NOT_FOUND|NotFound|not found"),
+    (Cause.REFUSED, r"Permission .* denied|unrecognized arguments|Invalid value|argument --|no matches for kind"),
+    (Cause.REFUSED, r"Unknown zone|locations/[^/\s]+['\"] (was )?not found|Location \S+ is not found"),
+    (Cause.MISSING, r"NOT_FOUND|NotFound|not found"),
     (
-        Meaning.PASSING,
+        Cause.TRANSIENT,
         r"UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|[Rr]ate limit|Too Many Requests",
     ),
     (
-        Meaning.PASSING,
+        Cause.TRANSIENT,
         r"\b(429|500|502|503|504)\b|[Cc]onnection (reset|refused|closed|timed out)|[Tt]imed? ?out|i/o timeout",
     ),
     (
-        Meaning.PASSING,
+        Cause.TRANSIENT,
         r"exited with return code \[255\]|ssh: connect|kex_exchange|Broken pipe|Temporary failure in name",
     ),
-    (Meaning.PASSING, r"Could not SSH|Unable to connect to the server|TLS handshake|Network is unreachable"),
+    (Cause.TRANSIENT, r"Could not SSH|Unable to connect to the server|TLS handshake|Network is unreachable"),
 )
 
 
-def meaning(text: str) -> Meaning:
+def cause_of(text: str) -> Cause:
     """Returns the cause of a failure from the error output of gcloud, kubectl or ssh."""
-    return next((found for found, pattern in _PATTERNS if re.search(pattern, text)), Meaning.UNKNOWN)
+    return next((found for found, pattern in _PATTERNS if re.search(pattern, text)), Cause.UNKNOWN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +78,23 @@ class CommandError(ConfigError):
     """A command failed, and retries did not help.
 
     Attributes:
-      meaning: the cause.
+      cause: why it failed.
     """
 
     def __init__(self, argv: Sequence[str], output: Output, fix: str = ""):
-        self.meaning = meaning(output.stderr)
+        self.cause = cause_of(output.stderr)
         reason = last_error(output.stderr) or f"exit code {output.code}"
-        fix = fix if fix and self.meaning is Meaning.REFUSED else _FIXES[self.meaning]
+        fix = fix if fix and self.cause is Cause.REFUSED else _FIXES[self.cause]
         super().__init__(f"`{' '.join(argv[:5])} ...` failed: {reason.rstrip('.')}", fix=fix)
 
 
 _FIXES = {
-    Meaning.MISSING: "Check the name, --zone and --project.",
-    Meaning.EXISTS: "Use another name, or delete the existing one first.",
-    Meaning.CAPACITY: "Wait, try another zone, or queue the request (--queued).",
-    Meaning.REFUSED: "A retry will not help: change the request, or get the quota or permission.",
-    Meaning.PASSING: "All retries failed; check the status of the service and run the command again later.",
-    Meaning.UNKNOWN: "Run it by hand to see its full output.",
+    Cause.MISSING: "Check the name, --zone and --project.",
+    Cause.EXISTS: "Use another name, or delete the existing one first.",
+    Cause.CAPACITY: "Wait, try another zone, or queue the request (--queued).",
+    Cause.REFUSED: "A retry will not help: change the request, or get the quota or permission.",
+    Cause.TRANSIENT: "All retries failed; check the status of the service and run the command again later.",
+    Cause.UNKNOWN: "Run it by hand to see its full output.",
 }
 
 
@@ -138,7 +138,7 @@ class Shell:
             if output.code == 0:
                 return output.stdout
             error = CommandError(argv, output, fix)
-            if error.meaning not in _RETRIED or attempt == self._attempts:
+            if error.cause not in _RETRIED or attempt == self._attempts:
                 raise error
             self.say(f"{argv[0]}: {last_error(output.stderr)}; retry {attempt}/{self._attempts - 1} in {delay:.0f} s")
             self.sleep(delay)
@@ -180,6 +180,7 @@ def _execute(argv: Sequence[str], stdin: str | None) -> Output:
     assert process.stdout is not None
     assert process.stderr is not None
     lines: list[str] = []
+    # Forward stderr in a thread while stdout is read; otherwise a full pipe would block the program.
     thread = threading.Thread(target=_pass_on, args=(process.stderr, lines), daemon=True)
     thread.start()
     if stdin is not None:

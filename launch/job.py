@@ -4,7 +4,6 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from diffusion_lm.cli.arguments import split_gin_flags
 from diffusion_lm.cli.main import VERBS, build_parser
@@ -16,7 +15,9 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WRITES = ("train", "compare")
 
 
-def parser_of(launcher: str, doc: str | None, verbs: Mapping[str, tuple[str, Any]], of: str) -> argparse.ArgumentParser:
+def parser_of(
+    launcher: str, doc: str | None, verbs: Mapping[str, tuple[str, object]], of: str
+) -> argparse.ArgumentParser:
     """Returns the parser of a launcher with its verbs and the flags that all launchers have.
 
     Args:

@@ -20,7 +20,7 @@ from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.planning.accelerators import Accelerator, parse
 from launch import job, watch, workers
 from launch.cloud_tpu import CloudTpu, Phase
-from launch.commands import CommandError, Meaning, Shell, meaning
+from launch.commands import Cause, CommandError, Shell, cause_of
 
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 30.0
@@ -184,7 +184,7 @@ def _run_to_its_end(
     Each iteration handles a TPU in any state (absent, ready, preempted), so an interrupted `job` can be started again.
     """
     accelerator = _accelerator(arguments)
-    verdict = watch.Verdict.AGAIN
+    verdict = watch.Verdict.RESTART
     found: dict[str, str] = {}
     for restart in range(arguments.max_restarts + 1):
         if restart:
@@ -194,13 +194,14 @@ def _run_to_its_end(
             _install(tpu, arguments)
             tpu.ssh(workers.start(command, environment))
             verdict, found = watch.follow(tpu, accelerator.vms)
+            # A preemption can also make the command fail; restart it then.
             if verdict is watch.Verdict.FAILED and watch.lost(tpu, accelerator.slices):
-                verdict = watch.Verdict.AGAIN
+                verdict = watch.Verdict.RESTART
         except CommandError:
             if not watch.lost(tpu, accelerator.slices):
                 raise
-            verdict = watch.Verdict.AGAIN
-        if verdict is not watch.Verdict.AGAIN:
+            verdict = watch.Verdict.RESTART
+        if verdict is not watch.Verdict.RESTART:
             break
         watch.clear(tpu, accelerator.slices)
     return watch.conclude(tpu, verdict, found)
@@ -215,9 +216,10 @@ def _obtain(tpu: CloudTpu, arguments: argparse.Namespace) -> None:
         state = tpu.describe()
         if state.phase is Phase.READY:
             return
-        if meaning(state.reason) is Meaning.REFUSED:
+        # A queued request that failed for lack of quota or permission will not succeed later.
+        if cause_of(state.reason) is Cause.REFUSED:
             raise ConfigError(
-                f"Cloud refused the request for {arguments.accelerator}: {state}", where="--accelerator", fix=_ASK
+                f"Cloud refused the request for {arguments.accelerator}: {state}", where="--accelerator", fix=_NO_TPU
             )
         seconds = POLL_SECONDS
         if state.phase is Phase.LOST:
@@ -229,18 +231,22 @@ def _obtain(tpu: CloudTpu, arguments: argparse.Namespace) -> None:
                 _create(tpu, arguments)
                 seconds = 0.0
             except CommandError as error:
-                if error.meaning is not Meaning.CAPACITY:
+                if error.cause is not Cause.CAPACITY:
                     raise
                 tpu.shell.say(f"{error} Retrying in {CAPACITY_SECONDS:.0f} s.")
                 seconds = CAPACITY_SECONDS
         if waited >= 3600 * arguments.wait:
-            raise ConfigError(f"no TPU available within {arguments.wait:g} hours ({state})", where="--wait", fix=_ASK)
+            raise ConfigError(
+                f"no TPU available within {arguments.wait:g} hours ({state})", where="--wait", fix=_NO_TPU
+            )
         # Count at least one second per iteration, so that a request that fails immediately is not repeated forever.
         waited += max(seconds, 1.0)
         tpu.shell.sleep(seconds)
 
 
-_ASK = "Try another zone or type (gcloud compute tpus accelerator-types list --zone=...), request more quota, or wait."
+_NO_TPU = (
+    "Try another zone or type (gcloud compute tpus accelerator-types list --zone=...), request more quota, or wait."
+)
 
 
 _Verb = Callable[[CloudTpu, argparse.Namespace], int]

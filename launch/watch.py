@@ -19,7 +19,7 @@ class Verdict(enum.Enum):
     DONE = "done"
     RUNNING = "running"
     ENDING = "some workers have ended"
-    AGAIN = "to be restarted"
+    RESTART = "to be restarted"
     FAILED = "failed"
 
 
@@ -31,7 +31,7 @@ def follow(tpu: CloudTpu, count: int) -> tuple[Verdict, dict[str, str]]:
         state = tpu.describe()
         if state.phase is not Phase.READY:
             tpu.shell.say(f"{tpu.name} is {state}")
-            return Verdict.AGAIN, {}
+            return Verdict.RESTART, {}
         expected = "".join(f"diffusion_lm worker {number}: 0\n" for number in range(count))
         found = workers.read_outcomes(tpu.ssh(workers.outcome(), expect=expected))
         verdict = judge(found, count)
@@ -53,7 +53,7 @@ def judge(found: Mapping[str, str], count: int) -> Verdict:
     if len(found) < count or codes & {"75", workers.GONE}:
         # 75 means that a checkpoint was saved and the command should be restarted. A worker without an exit code was
         # rebooted; the other workers then fail too, so their codes do not count. Code 2 is invalid input: no restart.
-        return Verdict.FAILED if "2" in codes else Verdict.AGAIN
+        return Verdict.FAILED if "2" in codes else Verdict.RESTART
     return Verdict.DONE if codes == {"0"} else Verdict.FAILED
 
 
@@ -83,7 +83,7 @@ def conclude(tpu: CloudTpu, verdict: Verdict, found: Mapping[str, str]) -> int:
     if verdict is Verdict.DONE:
         tpu.shell.say("done on all workers")
         return 0
-    if verdict is Verdict.AGAIN:
+    if verdict is Verdict.RESTART:
         tpu.shell.say("the command was interrupted; run the same command again to resume from its run directory")
         return 75
     failed = {name: code for name, code in found.items() if code not in ("0", "75", workers.GONE)}

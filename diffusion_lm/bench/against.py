@@ -5,7 +5,7 @@ same number of parameters. If both compute the same function, the difference of 
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_lm.bench.batches import conditioning_length, synthetic_batch
-from diffusion_lm.bench.benchmark import Benchmark
+from diffusion_lm.bench.benchmark import Benchmark, Facts
 from diffusion_lm.bench.children import ChildBenchmark, our_child, torch_child
 from diffusion_lm.bench.decode import DecodeBenchmark
 from diffusion_lm.bench.train import BATCHES, TrainBenchmark
@@ -60,7 +60,7 @@ def train_against_torch(side: TrainBenchmark, rounds: int, python: str | None = 
     run = side.run
     _check_comparable(run.model.spec, run.data.encoder_length)
     optimizer: Any = run.optimizer
-    wanted = {
+    request = {
         "tokens": [synthetic_batch(run, number).tokens.tolist() for number in range(BATCHES)],
         "conditioning": conditioning_length(run),
         "steps": side.steps,
@@ -72,11 +72,12 @@ def train_against_torch(side: TrainBenchmark, rounds: int, python: str | None = 
             "clip_norm": getattr(optimizer, "clip_norm", 1.0),
         },
     }
-    found = _measure_both(side, "train", wanted, rounds, python)
+    found = _measure_both(side, "train", request, rounds, python)
     ours, theirs = found["facts"], found["torch"]
     _check_parameters(run.model.spec, ours["parameters"], theirs["parameters"])
     found["checks"] = {"parameters": theirs["parameters"]}
     needs = run.objective.needs()
+    # Only next-token prediction computes the same loss on both sides.
     if needs.visibility == "causal" and needs.passes == 1 and not needs.mask_token:
         found["checks"]["first_loss_difference"] = abs(ours["first_loss"] - theirs["first_loss"])
     return found
@@ -105,7 +106,7 @@ def decode_against_torch(side: DecodeBenchmark, rounds: int, python: str | None 
     return found
 
 
-def same_tokens(arm: Mapping[str, Any], theirs: Sequence[Sequence[int]]) -> float | None:
+def same_tokens(arm: Facts, theirs: Sequence[Sequence[int]]) -> float | None:
     """Returns the fraction of equal tokens of a greedy arm and of the PyTorch side (i32[B,W] each).
 
     The arm must not emit EOS or PAD, so that it decodes the full length. Rows where the PyTorch side emits one of these
@@ -118,16 +119,17 @@ def same_tokens(arm: Mapping[str, Any], theirs: Sequence[Sequence[int]]) -> floa
 
 
 def _measure_both(
-    side: TrainBenchmark | DecodeBenchmark, task: str, wanted: Mapping[str, Any], rounds: int, python: str | None
+    side: TrainBenchmark | DecodeBenchmark, task: str, request: Facts, rounds: int, python: str | None
 ) -> dict[str, Any]:
     with ExitStack() as stack:
+        # Start the PyTorch side first: a missing torch is then reported before our side compiles.
         theirs: ChildBenchmark = stack.enter_context(torch_child(python, task))
         ours: ChildBenchmark = stack.enter_context(our_child(side))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="diffusion_lm_bench_")))
         facts = dict(ours.prepare(str(folder / "model")))
-        request = {**wanted, "model": str(folder / "model"), "platform": facts.pop("platform")}
-        write_json(folder / "wanted.json", request)
-        other = {**theirs.facts, **theirs.prepare(str(folder / "wanted.json"))}
+        request = {**request, "model": str(folder / "model"), "platform": facts.pop("platform")}
+        write_json(folder / "request.json", request)
+        other = {**theirs.facts, **theirs.prepare(str(folder / "request.json"))}
         seconds = run_rounds([theirs, ours], rounds)
         facts |= ours.finish()
         other |= theirs.finish()

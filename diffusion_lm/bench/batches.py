@@ -49,7 +49,9 @@ def conditioning_length(run: TrainRun) -> int:
     return data.row_length - data.converter.target_length
 
 
-def _stream(draw: np.random.Generator, run: TrainRun, shape: tuple[int, ...], special: SpecialTokens) -> Any:
+def _stream(
+    draw: np.random.Generator, run: TrainRun, shape: tuple[int, ...], special: SpecialTokens
+) -> tuple[Any, Any, Any]:
     """Returns tokens, segment ids and positions of one stream, i32[B,T] each."""
     tokens = draw.integers(0, run.model.spec.vocab_size, shape, dtype=np.int32)
     mask = special.mask_id

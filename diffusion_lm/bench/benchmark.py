@@ -14,6 +14,9 @@ import jax
 
 from diffusion_lm.training.metrics import peak_device_memory
 
+Facts = Mapping[str, Any]
+"""Facts about a benchmark for the report: plain data that JSON can hold."""
+
 
 class Benchmark(Protocol):
     """Something that is prepared once and timed in rounds."""
@@ -22,7 +25,7 @@ class Benchmark(Protocol):
     def labels(self) -> Sequence[str]:
         """Names of what `measure` can time."""
 
-    def prepare(self, export: str | None = None) -> Mapping[str, Any]:
+    def prepare(self, export: str | None = None) -> Facts:
         """Compiles and runs everything once; returns facts for the report as plain data.
 
         Args:
@@ -32,7 +35,7 @@ class Benchmark(Protocol):
     def measure(self, label: str, number: int) -> float:
         """Times one round of `label` and returns seconds; `number` is the index of the round."""
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self) -> Facts:
         """Returns facts that are only known after the rounds."""
 
 

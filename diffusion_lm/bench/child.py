@@ -7,7 +7,7 @@ import pickle
 import sys
 from typing import Any
 
-from diffusion_lm.bench.benchmark import Benchmark
+from diffusion_lm.bench.benchmark import Benchmark, Facts
 from diffusion_lm.core.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def main() -> None:
         answers.write(json.dumps(answer, allow_nan=False) + "\n")
 
 
-def _answer(side: Benchmark, question: dict[str, Any]) -> dict[str, Any]:
+def _answer(side: Benchmark, question: Facts) -> dict[str, Any]:
     match question["do"]:
         case "prepare":
             return dict(side.prepare(question["export"]))

@@ -7,12 +7,12 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusion_lm
-from diffusion_lm.bench.benchmark import Benchmark
+from diffusion_lm.bench.benchmark import Benchmark, Facts
 from diffusion_lm.core.errors import ConfigError
 
 TORCH_BASELINE = Path(__file__).with_name("torch_baseline.py")
@@ -27,7 +27,7 @@ class ChildBenchmark:
       facts: the child's answer to the greeting.
     """
 
-    def __init__(self, command: Sequence[str], greeting: Mapping[str, Any], *, where: str, fix: str):
+    def __init__(self, command: Sequence[str], greeting: Facts, *, where: str, fix: str):
         """Starts `command`, sends `greeting` and waits for the answer.
 
         Args:
@@ -61,7 +61,7 @@ class ChildBenchmark:
             self.close()
             raise
 
-    def prepare(self, export: str | None = None) -> Mapping[str, Any]:
+    def prepare(self, export: str | None = None) -> Facts:
         """Calls `prepare` in the child."""
         return self._ask(do="prepare", export=export)
 
@@ -69,7 +69,7 @@ class ChildBenchmark:
         """Calls `measure` in the child."""
         return float(self._ask(do="measure", label=label, number=number)["seconds"])
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self) -> Facts:
         """Calls `finish` in the child."""
         return self._ask(do="finish")
 
@@ -95,7 +95,7 @@ class ChildBenchmark:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, **question: Any) -> dict[str, Any]:
+    def _ask(self, **question: object) -> dict[str, Any]:
         pipe, answers = self._process.stdin, self._process.stdout
         assert pipe is not None
         assert answers is not None
@@ -103,7 +103,7 @@ class ChildBenchmark:
             pipe.write(json.dumps(question, allow_nan=False).encode() + b"\n")
             pipe.flush()
             line = answers.readline()
-        except BrokenPipeError:
+        except BrokenPipeError:  # the child exited before it read the request
             line = b""
         if not line:
             self._process.wait()

@@ -1,12 +1,12 @@
 """Times the samplers of a speed study on an untrained network with random prompts, at the full target length."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from diffusion_lm.bench.benchmark import device_facts, first_call, memory_facts
+from diffusion_lm.bench.benchmark import Facts, device_facts, first_call, memory_facts
 from diffusion_lm.core.types import Decoded
 from diffusion_lm.evaluation.speed import SpeedStudy, decoder, random_prompt
 from diffusion_lm.evaluation.timing import timed
@@ -26,7 +26,7 @@ class DecodeBenchmark:
         """Labels of the arms."""
         return tuple(arm.label for arm in self.study.arms)
 
-    def prepare(self, export: str | None = None) -> Mapping[str, Any]:
+    def prepare(self, export: str | None = None) -> Facts:
         """Initialises the parameters, compiles and runs each arm once; returns facts by arm.
 
         The facts include the number of forward passes and the decoded tokens. The network of the first arm is exported.
@@ -60,6 +60,6 @@ class DecodeBenchmark:
         """Times one batch; returns seconds."""
         return timed(lambda: self._decoders[label](number + 1))
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Facts:
         """Returns the peak memory over all arms, and the device."""
         return {**memory_facts(), "device": device_facts()}

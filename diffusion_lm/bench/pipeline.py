@@ -1,12 +1,11 @@
 """Times the input pipeline of a run: reading, packing and layout of batches, without training."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from diffusion_lm.bench.benchmark import memory_facts
+from diffusion_lm.bench.benchmark import Facts, memory_facts
 from diffusion_lm.training.run import TrainRun
 
 
@@ -29,7 +28,7 @@ class PipelineBenchmark:
         """The only label."""
         return (self.label,)
 
-    def prepare(self, export: str | None = None) -> Mapping[str, Any]:
+    def prepare(self, export: str | None = None) -> Facts:
         """Opens the data and takes the first batch."""
         del export
         started = time.perf_counter()
@@ -56,7 +55,7 @@ class PipelineBenchmark:
             self._counts["slots"] += segments.size
         return seconds / self.batches
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Facts:
         """Closes the iterator and returns the mean numbers of examples and tokens per batch."""
         self._iterator.close()
         batches = max(self._counts["batches"], 1)

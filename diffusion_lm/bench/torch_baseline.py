@@ -19,16 +19,16 @@ LABEL = "transformers"
 class Train:
     """Training steps of a causal language model."""
 
-    def __init__(self, torch, model, wanted):
-        """Reads `wanted`: {"tokens": i64[n,B,T] as lists, "conditioning", "steps", "optimizer"}."""
-        self.torch, self.model, self.steps = torch, model.train(), wanted["steps"]
+    def __init__(self, torch, model, request):
+        """Reads `request`: {"tokens": i64[n,B,T] as lists, "conditioning", "steps", "optimizer"}."""
+        self.torch, self.model, self.steps = torch, model.train(), request["steps"]
         device = next(model.parameters()).device
-        self.tokens = [torch.tensor(rows, device=device) for rows in wanted["tokens"]]
+        self.tokens = [torch.tensor(rows, device=device) for rows in request["tokens"]]
         self.labels = [rows.clone() for rows in self.tokens]
         for labels in self.labels:
             # -100 excludes the conditioning from the loss of transformers.
-            labels[:, : wanted["conditioning"]] = -100
-        settings = dict(wanted["optimizer"])
+            labels[:, : request["conditioning"]] = -100
+        settings = dict(request["optimizer"])
         self.clip_norm = settings.pop("clip_norm")
         self.optimizer = torch.optim.AdamW(model.parameters(), fused=True, **settings)
         self.taken = 0
@@ -59,11 +59,12 @@ class Train:
 class Decode:
     """Greedy decoding with a KV cache."""
 
-    def __init__(self, torch, model, wanted):
-        """Reads `wanted`: {"tokens": i64[B,P] as lists, "new_tokens"}."""
-        self.torch, self.model, self.wanted = torch, model.eval(), wanted
-        self.tokens = torch.tensor(wanted["tokens"], device=next(model.parameters()).device)
+    def __init__(self, torch, model, request):
+        """Reads `request`: {"tokens": i64[B,P] as lists, "new_tokens"}."""
+        self.torch, self.model, self.request = torch, model.eval(), request
+        self.tokens = torch.tensor(request["tokens"], device=next(model.parameters()).device)
         settings = model.generation_config
+        # Without an EOS id, `generate` never stops early.
         settings.eos_token_id, settings.pad_token_id = None, 0
         settings.do_sample, settings.num_beams, settings.use_cache = False, 1, True
 
@@ -73,7 +74,7 @@ class Decode:
 
     def decode(self):
         """Returns the prompts with completions of exactly `new_tokens` tokens."""
-        count = self.wanted["new_tokens"]
+        count = self.request["new_tokens"]
         with self.torch.inference_mode():
             out = self.model.generate(
                 self.tokens, attention_mask=self.torch.ones_like(self.tokens), max_new_tokens=count
@@ -87,14 +88,15 @@ class Decode:
         return 1
 
 
-def load(torch, transformers, wanted):
+def load(torch, transformers, request):
     """Loads a checkpoint in float32 without dropout."""
-    config = transformers.AutoConfig.from_pretrained(wanted["model"])
+    config = transformers.AutoConfig.from_pretrained(request["model"])
     for name in list(vars(config)):
+        # Dropout fields have different names per model: resid_pdrop, attention_dropout, ...
         if name.endswith(("dropout", "pdrop")):
             setattr(config, name, 0.0)
-    device = "cuda" if wanted["platform"] == "gpu" and torch.cuda.is_available() else "cpu"
-    return transformers.AutoModelForCausalLM.from_pretrained(wanted["model"], config=config).to(device)
+    device = "cuda" if request["platform"] == "gpu" and torch.cuda.is_available() else "cpu"
+    return transformers.AutoModelForCausalLM.from_pretrained(request["model"], config=config).to(device)
 
 
 def peak_memory(torch, device):
@@ -133,11 +135,11 @@ def main():
             reply(labels=[LABEL], threads=torch.get_num_threads(), **versions)
         elif do == "prepare":
             with open(question["export"], encoding="utf-8") as stream:
-                wanted = json.load(stream)
+                request = json.load(stream)
             transformers.logging.set_verbosity_error()
-            model = load(torch, transformers, wanted)
+            model = load(torch, transformers, request)
             started = time.perf_counter()
-            subject = (Train if task == "train" else Decode)(torch, model, wanted)
+            subject = (Train if task == "train" else Decode)(torch, model, request)
             facts = subject.first()
             reply(
                 first_call_seconds=time.perf_counter() - started,
@@ -151,7 +153,7 @@ def main():
             started = time.perf_counter()
             count = subject.round()
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # CUDA kernels run asynchronously
             reply(seconds=(time.perf_counter() - started) / count)
         elif do == "finish":
             reply(**peak_memory(torch, next(model.parameters()).device))

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from diffusion_lm.bench.batches import conditioning_length, synthetic_batch
-from diffusion_lm.bench.benchmark import device_facts, first_call, memory_facts
+from diffusion_lm.bench.benchmark import Facts, device_facts, first_call, memory_facts
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.interop.save import save
@@ -44,7 +44,7 @@ class TrainBenchmark:
         """The run's training step."""
         return self.run.train_step()
 
-    def prepare(self, export: str | None = None) -> Mapping[str, Any]:
+    def prepare(self, export: str | None = None) -> Facts:
         """Initialises the parameters, takes the first step, and returns facts about the step."""
         self.run.check_mesh()
         run, train_step = self.run, self.train_step
@@ -89,7 +89,7 @@ class TrainBenchmark:
         self._advance(self.steps)
         return (time.perf_counter() - started) / self.steps
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Facts:
         """Returns peak memory, peak FLOP/s and the device."""
         # On a CPU the peak FLOP/s is measured. Skip that with zero rounds, where only startup is timed.
         peak = peak_flops() if self._rounds else None

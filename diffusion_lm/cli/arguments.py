@@ -3,13 +3,15 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import write_text
 
 if TYPE_CHECKING:
     from diffusion_lm.cli.config import Config
+    from diffusion_lm.recipes.comparison import Comparison
+    from diffusion_lm.training.run import TrainRun
 
 RESOLVED = "resolved.gin"
 """File in a run directory or comparison directory that holds its whole configuration, without includes."""
@@ -78,6 +80,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 def split_gin_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Splits off the `--gin.NAME=VALUE` flags; returns the other arguments and the flags as `NAME=VALUE`."""
+    # argparse cannot accept flags with arbitrary names, so these are removed before it runs.
     rest, bindings = [], []
     for argument in arguments:
         if argument.startswith("--gin."):
@@ -105,7 +108,7 @@ def record_config(loaded: "Config", workdir: Path, *, claimed_by: str) -> None:
         write_text(workdir / RESOLVED, loaded.resolved())
 
 
-def build_root(loaded: "Config") -> Any:
+def build_root(loaded: "Config") -> "Comparison | TrainRun":
     """Returns the configured `Comparison` if there is one, else the configured `TrainRun`.
 
     Raises:

@@ -12,11 +12,15 @@ gin/bench/train.gin)."""
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_lm.cli import bench_tables, output
 from diffusion_lm.cli.arguments import add_gin, load_config
 from diffusion_lm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffusion_lm.architectures.base import Architecture
+    from diffusion_lm.evaluation.speed import SpeedArm, SpeedStudy
 
 KINDS = ("train", "decode", "data", "startup")
 ROUNDS = {"train": 7, "decode": 7, "data": 5, "startup": 3}
@@ -134,7 +138,7 @@ def _startup(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
     return bench_tables.startup(measure_startup(["bench", "train", *flags, "--rounds", "0"], rounds))
 
 
-def _study(arguments: argparse.Namespace) -> Any:
+def _study(arguments: argparse.Namespace) -> "SpeedStudy":
     """Returns the configured `SpeedStudy` with the values of the flags; samplers of `--sampler` replace its arms."""
     import dataclasses
 
@@ -160,7 +164,7 @@ def _study(arguments: argparse.Namespace) -> Any:
     return SpeedStudy(**({"arms": _arms(arguments, network), "lengths": (64,)} | overrides))
 
 
-def _arms(arguments: argparse.Namespace, network: Any) -> tuple[Any, ...]:
+def _arms(arguments: argparse.Namespace, network: "Architecture") -> "tuple[SpeedArm, ...]":
     """Returns one arm per `--sampler`, labelled with the name of its file and changed to decode the full length."""
     from diffusion_lm.cli import config
     from diffusion_lm.cli.search_path import split_search_path
@@ -190,8 +194,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
             "the interpreter is only used with --against torch", where="--torch_python", fix="Add --against torch."
         )
     # `bench train --rounds 0` times only compilation and the first step.
-    least = {"rounds": 0 if kind == "train" and not arguments.against else 1}
+    minimum = {"rounds": 0 if kind == "train" and not arguments.against else 1}
     for name in ("rounds", "steps", "batch_size", "prompt_length", "target_length"):
-        value, low = getattr(arguments, name), least.get(name, 1)
-        if value is not None and value < low:
-            raise ConfigError(f"{name}={value}: must be >= {low}", where=f"--{name}", fix="Pass a larger number.")
+        value, lower = getattr(arguments, name), minimum.get(name, 1)
+        if value is not None and value < lower:
+            raise ConfigError(f"{name}={value}: must be >= {lower}", where=f"--{name}", fix="Pass a larger number.")

@@ -6,11 +6,11 @@ from typing import Any
 
 from diffusion_lm.cli import output
 
-Found = Mapping[str, Any]
+Measurement = Mapping[str, Any]
 """The result of `bench.against`: facts of our side (`facts`), of PyTorch (`torch`), and seconds of each round."""
 
 
-def train(found: Found) -> dict[str, Any]:
+def train(found: Measurement) -> dict[str, Any]:
     """Prints the training step of one or both sides; returns the figures."""
     facts, other = found["facts"], found.get("torch")
     rows = []
@@ -56,7 +56,7 @@ def train(found: Found) -> dict[str, Any]:
     return result
 
 
-def decode(found: Found, batch_size: int, prompt_length: int, length: int) -> dict[str, Any]:
+def decode(found: Measurement, batch_size: int, prompt_length: int, length: int) -> dict[str, Any]:
     """Prints the samplers at one target length; returns the figures."""
     facts, other = found["facts"], found.get("torch")
     seconds = found["seconds"]
@@ -104,7 +104,7 @@ def decode(found: Found, batch_size: int, prompt_length: int, length: int) -> di
     return result
 
 
-def data(found: Found) -> dict[str, Any]:
+def data(found: Measurement) -> dict[str, Any]:
     """Prints the speed of an input pipeline; returns the figures."""
     facts, (times,) = found["facts"], found["seconds"].values()
     row = {"label": "pipeline", **_speed(times, facts["tokens_per_batch"])}
@@ -146,7 +146,7 @@ def load_average() -> list[float]:
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
-def show_conditions(result: Mapping[str, Any]) -> None:
+def show_conditions(result: Measurement) -> None:
     """Prints the load average, and a warning if other processes were running."""
     before, after = (result["load_average"][name] for name in ("before", "after"))
     if not before:
@@ -157,7 +157,7 @@ def show_conditions(result: Mapping[str, Any]) -> None:
         output.say("  Other processes were running: compare ratios only, not times with those of other runs.")
 
 
-def _against(found: Found, ours: Sequence[str]) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
+def _against(found: Measurement, ours: Sequence[str]) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
     """Returns lines about PyTorch, the speed ratios of the labels `ours` and the checks; and the same as figures."""
     other, checks = found["torch"], found["checks"]
     theirs = other["labels"][0]

@@ -27,6 +27,7 @@ def check_macros(bindings: Sequence[Binding], current: Current, *, roots: Sequen
     defined = {binding.scope: binding for binding in current.values() if binding.is_macro}
     referred = {*roots, *(name for binding in bindings for name in macros_in(binding.value))}
     for name, binding in defined.items():
+        # Included files are presets; their macros may be unused.
         if name not in referred and binding.origin != "included file":
             raise ConfigError(
                 f"no binding uses the macro {name}{near_names(name, referred)}",
@@ -70,6 +71,7 @@ def check_effect(current: Current, used: Used, used_macros: set[str]) -> None:
     """Raises `ConfigError` for a binding that had no effect on the built object (rules: `config.py`)."""
     for binding in current.values():
         if binding.is_macro:
+            # A macro of a file may be used by a binding that is overridden; `check_macros` covers unused names.
             if binding.origin == "command line" and binding.scope not in used_macros:
                 raise ConfigError(
                     f"{binding.name} has no effect: no object that is built uses it",
@@ -93,6 +95,7 @@ def _check_parameter_effect(binding: Binding, current: Current, used: Used) -> N
             where=binding.where,
             fix="Remove it, or reference the class from an object that is built.",
         )
+    # In each scope only the most specific binding counts. A flag that never wins would be silently ignored.
     winners = [_winner(scope, binding, current) for scope in scopes]
     if binding.origin == "command line" and binding not in winners:
         raise ConfigError(
@@ -126,7 +129,7 @@ def _check_cycle(name: str, binding: Binding, defined: Mapping[str, Binding]) ->
         pending += macros_in(defined[current].value)
 
 
-def _type_fix(value: Any, hint: Any) -> str:
+def _type_fix(value: object, hint: type_checks.TypeForm) -> str:
     if isinstance(value, Reference):
         called = dataclasses.replace(value, called=True)
         if not value.called and type_checks.fits(called, hint):

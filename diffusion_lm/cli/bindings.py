@@ -1,7 +1,7 @@
 """The bindings of gin files as plain data, one per statement. Only `gin_reader.py` deals with gin's own types."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 Origin = Literal["command line", "given file", "included file"]
@@ -11,7 +11,7 @@ Origin = Literal["command line", "given file", "included file"]
 class Reference:
     """A reference `@target`, or `@target()` with `called`, inside a bound value."""
 
-    target: Any
+    target: Callable[..., object]
     called: bool
 
 
@@ -49,8 +49,8 @@ class Binding:
     scope: str
     selector: str
     parameter: str
-    value: Any
-    target: Any
+    value: object
+    target: Callable[..., object] | None
     where: str
     origin: Origin
 
@@ -82,7 +82,7 @@ Current = Mapping[tuple[str, str, str], Binding]
 """The effective binding of each key."""
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def leaves(value: object) -> Iterator[object]:
     """Yields the leaves of a bound value, descending into dicts, lists and tuples."""
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -95,12 +95,12 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def macros_in(value: Any) -> list[str]:
+def macros_in(value: object) -> list[str]:
     """Returns the names of the macros that a bound value refers to."""
     return [leaf.name for leaf in leaves(value) if isinstance(leaf, Macro)]
 
 
-def follow(value: Any, current: Current) -> tuple[Any, list[Binding]]:
+def follow(value: object, current: Current) -> tuple[Any, list[Binding]]:
     """Replaces macros by their values; returns the value and the bindings of these macros, outermost last."""
     if isinstance(value, Macro):
         source = current[value.name, "", ""]
@@ -115,7 +115,7 @@ def follow(value: Any, current: Current) -> tuple[Any, list[Binding]]:
     return value, []
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Formats a bound value as it would be written in a gin file."""
     if isinstance(value, Reference):
         return f"@{value.target.__name__}{'()' if value.called else ''}"

@@ -87,6 +87,7 @@ class Config:
         return self._build(evaluate)
 
     def _build(self, make: Callable[[], T]) -> T:
+        # gin records here every parameter that it supplies, which shows afterwards which bindings were used.
         gin_config._OPERATIVE_CONFIG.clear()
         try:
             built = make()

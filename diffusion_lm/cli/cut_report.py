@@ -1,9 +1,8 @@
 """Reports which examples of the materialised data are truncated or lose characters, for verbs that train nothing."""
 
-from typing import Any
-
-from diffusion_lm.cli.walk import parts
+from diffusion_lm.cli.walk import find_all
 from diffusion_lm.data.grain_source import GrainSource
+from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.round_trip import loss_sentences
 from diffusion_lm.data.store import read_manifest
 from diffusion_lm.evaluation.generation import GenerationTask
@@ -12,26 +11,30 @@ from diffusion_lm.evaluation.scoring_task import ScoringEvaluation
 from diffusion_lm.training.run import TrainRun
 
 
-def cut_sentences(root: Any) -> list[str]:
+def cut_sentences(root: object) -> list[str]:
     """Returns a sentence for each data set and part (inputs, targets) whose examples are truncated under `root`.
 
     Data that are not materialised are skipped.
     """
     found: list[str] = []
-    for run in parts(root, TrainRun):
+    for run in find_all(root, TrainRun):
         if _is_materialised(run.data):
             found += map(str, run.data.cuts("training"))
-    for kind in (GenerationTask, BoundEvaluation, ScoringEvaluation):
-        evaluation: Any
-        for evaluation in parts(root, kind):
-            if _is_materialised(evaluation.data):
-                found += map(str, evaluation.cuts)
+    evaluations: list[GenerationTask | BoundEvaluation | ScoringEvaluation]
+    evaluations = [
+        *find_all(root, GenerationTask),
+        *find_all(root, BoundEvaluation),
+        *find_all(root, ScoringEvaluation),
+    ]
+    for evaluation in evaluations:
+        if _is_materialised(evaluation.data):
+            found += map(str, evaluation.cuts)
     return list(dict.fromkeys(found))
 
 
-def lossy_sentences(root: Any) -> list[str]:
+def lossy_sentences(root: object) -> list[str]:
     """Returns a sentence for each data set under `root` with characters that its vocabulary cannot encode."""
-    manifests = (read_manifest(source.folder) for source in parts(root, GrainSource))
+    manifests = (read_manifest(source.folder) for source in find_all(root, GrainSource))
     return [
         sentence
         for manifest in manifests
@@ -40,5 +43,5 @@ def lossy_sentences(root: Any) -> list[str]:
     ]
 
 
-def _is_materialised(data: Any) -> bool:
-    return all(read_manifest(source.folder) is not None for source in parts(data, GrainSource))
+def _is_materialised(data: DataPipeline) -> bool:
+    return all(read_manifest(source.folder) is not None for source in find_all(data, GrainSource))

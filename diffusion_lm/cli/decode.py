@@ -9,12 +9,17 @@ The sampler is that of the run, or the SAMPLER of --sampler FILE. With --sampler
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_lm.cli import arguments as common
 from diffusion_lm.cli.output import progress, say
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import json_text
+
+if TYPE_CHECKING:
+    from diffusion_lm.cli.run_folder import OpenRun
+    from diffusion_lm.data.iterator import DataPipeline
+    from diffusion_lm.samplers.base import Sampler
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +47,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from diffusion_lm.core.rng import StreamKeys
     from diffusion_lm.evaluation.generation import compiled_generate, target_texts
 
+    # With --sampler, the --gin flags belong to the sampler file and not to the run.
     opened = open_run(arguments, bindings=() if arguments.sampler else arguments.gin)
     sampler = _sampler(arguments, opened)
     unlike = opened.mismatches(sampler, force=arguments.force)
@@ -60,6 +66,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model = opened.load()
     decode = compiled_generate(model.architecture, sampler, model.constrain)
     results: list[dict[str, Any]] = []
+    # `given_prompts` makes rows long enough for the suffixes of --input, so only suffixes of tasks can be cut.
     cuts = CutPrompts(data.converter, suffixes=not arguments.input)
     for prompt, records in batches:
         cut = [cuts.add(record) for record in records]
@@ -92,7 +99,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _sampler(arguments: argparse.Namespace, opened: Any) -> Any:
+def _sampler(arguments: argparse.Namespace, opened: "OpenRun") -> "Sampler":
     if arguments.sampler:
         from diffusion_lm.cli import config
         from diffusion_lm.cli.search_path import split_search_path
@@ -109,7 +116,7 @@ def _sampler(arguments: argparse.Namespace, opened: Any) -> Any:
     )
 
 
-def _data(arguments: argparse.Namespace, opened: Any) -> Any:
+def _data(arguments: argparse.Namespace, opened: "OpenRun") -> "DataPipeline":
     """Returns the pipeline whose converter lays out the prompts and, without `--input`, whose sources provide them."""
     tasks = [evaluation.task for evaluation in opened.generation]
     if arguments.task:

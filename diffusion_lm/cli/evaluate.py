@@ -18,11 +18,20 @@ Results of --suite, --estimator and --judge are also written to WORKDIR/scores/.
 import argparse
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from diffusion_lm.cli import arguments as common
 from diffusion_lm.cli.output import heading, progress, say, table
 from diffusion_lm.core.errors import ConfigError, near_names
+
+if TYPE_CHECKING:
+    from diffusion_lm.cli.run_folder import OpenRun
+    from diffusion_lm.cli.scores import Scored
+    from diffusion_lm.evaluation.generative import GenerativeEvaluation
+    from diffusion_lm.training.hooks import Evaluation
+
+    AnyEvaluation = Evaluation | GenerativeEvaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +75,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     _check_flags(arguments)
     recorded = bool(arguments.estimator or arguments.suite or arguments.judge)
+    # With --estimator or --suite, the --gin flags belong to that file and not to the run.
     opened = open_run(arguments, bindings=() if arguments.estimator or arguments.suite else arguments.gin)
-    evaluations = opened.evaluations
+    evaluations: Sequence[AnyEvaluation] = opened.evaluations
     if arguments.estimator:
         evaluations = estimator.evaluations(arguments, opened)
     elif arguments.suite:
@@ -78,13 +88,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     # Check all samplers first, so that a mismatch in the last one does not waste the work of the others.
     unlike = {one.name: opened.mismatches(getattr(one, "sampler", None), force=arguments.force) for one in chosen}
     if recorded:
-        scores.refuse_another(arguments.json, chosen, opened)
+        scores.refuse_another(arguments.json, cast("list[Scored]", chosen), opened)
     model = opened.load()
     results: dict[str, Any] = {}
     for evaluation in chosen:
         started = time.perf_counter()
         progress(f"evaluate  {evaluation.name}")
-        note = getattr(getattr(evaluation, "task", evaluation).data, "vocabulary_note", None)
+        data = getattr(getattr(evaluation, "task", evaluation), "data", None)
+        note = getattr(data, "vocabulary_note", None)
         cuts = getattr(evaluation, "cuts", ())
         for line in (note, *cuts):
             if line is not None:
@@ -99,7 +110,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "cuts": [cut.plain() for cut in cuts],
         }
         if recorded:
-            results[evaluation.name] |= scores.record(evaluation, opened, results[evaluation.name])
+            results[evaluation.name] |= scores.record(cast("Scored", evaluation), opened, results[evaluation.name])
     heading(f"{opened.folder}, step {opened.step:,}" + (f" ({opened.selected.metric})" if opened.selected else ""))
     rows = [
         ("" if number else name, metric, f"{value:.6g}")
@@ -115,7 +126,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"workdir": str(opened.folder), "step": opened.step, **_selection(opened), "evaluations": results}
 
 
-def _selection(opened: Any) -> dict[str, Any]:
+def _selection(opened: "OpenRun") -> dict[str, Any]:
     """Returns `{"selected_by": metric}`, or an empty dict if no metric selected the checkpoint."""
     return {} if opened.selected is None else {"selected_by": opened.selected.metric}
 
@@ -137,7 +148,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         )
 
 
-def _choose(evaluations: tuple[Any, ...], names: list[str]) -> list[Any]:
+def _choose(evaluations: "Sequence[AnyEvaluation]", names: Sequence[str]) -> "list[AnyEvaluation]":
     known = {evaluation.name: evaluation for evaluation in evaluations}
     if not known:
         raise ConfigError(
@@ -155,15 +166,16 @@ def _choose(evaluations: tuple[Any, ...], names: list[str]) -> list[Any]:
     return [known[name] for name in names or known]
 
 
-def _limited(evaluation: Any, limit: int | None) -> Any:
+def _limited(evaluation: "AnyEvaluation", limit: int | None) -> "AnyEvaluation":
     if limit is None:
         return evaluation
-    if hasattr(evaluation, "task"):
-        return dataclasses.replace(evaluation, task=dataclasses.replace(evaluation.task, limit=limit))
-    return dataclasses.replace(evaluation, limit=limit)
+    configured: Any = evaluation  # a frozen dataclass with either a task or a limit of its own
+    if hasattr(configured, "task"):
+        return dataclasses.replace(configured, task=dataclasses.replace(configured.task, limit=limit))
+    return dataclasses.replace(configured, limit=limit)
 
 
-def _conditions(evaluation: Any, unlike: tuple[str, ...]) -> dict[str, Any]:
+def _conditions(evaluation: "AnyEvaluation", unlike: tuple[str, ...]) -> dict[str, Any]:
     """Returns the conditions under which the numbers hold: sampler, seed, oracle information, kind of bound."""
     found = {"sampler": getattr(evaluation, "sampler", None), "seed": getattr(evaluation, "seed", None)}
     found["oracle"] = getattr(getattr(evaluation, "task", None), "oracle", None)

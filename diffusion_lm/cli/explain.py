@@ -4,10 +4,16 @@ parameters, shapes, shardings, FLOPs, and the memory that training needs per dev
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_lm.cli import output
 from diffusion_lm.cli.arguments import add_gin, build_root, load_config
+
+if TYPE_CHECKING:
+    from diffusion_lm.architectures.base import Architecture
+    from diffusion_lm.planning.estimates import Estimate, Layout
+    from diffusion_lm.recipes.comparison import Arm, Comparison
+    from diffusion_lm.training.run import TrainRun
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         runs = {"run": root}
     costs = {name: estimate(one, arguments.devices) for name, one in runs.items()}
+    # Runs may differ in batch size or optimizer only; print each network with its sharding once.
     shown: list[Any] = []
     for name, one in runs.items():
         model = (one.model, one.mesh, one.rules)
@@ -66,14 +73,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _explain_comparison(comparison: Any) -> dict[str, Any]:
+def _explain_comparison(comparison: "Comparison") -> dict[str, Any]:
     users: dict[str, list[str]] = {}
     for arm in comparison.arms:
         for task in comparison.tasks:
             for stage in arm.stage_for(task.name).path:
                 if arm.name not in users.setdefault(stage.name, []):
                     users[stage.name].append(arm.name)
-    stages = []
+    stages: list[dict[str, Any]] = []
     for stage in comparison.stages:
         initial = stage.initial if isinstance(stage.initial, str | None) else stage.initial.name
         stages.append(
@@ -142,7 +149,7 @@ def _explain_comparison(comparison: Any) -> dict[str, Any]:
     return {"name": comparison.name, "stages": stages, "arms": arms, "tasks": tasks, "flops": once}
 
 
-def _selection(run: Any) -> str | None:
+def _selection(run: "TrainRun") -> str | None:
     """Describes how a run selects its best checkpoint: metric, data and interval; None if it uses the last one."""
     best = run.checkpoint.best
     if best is None:
@@ -162,7 +169,7 @@ def _tree(stages: list[dict[str, Any]], parent: str | None, depth: int = 0) -> I
             yield from _tree(stages, stage["name"], depth + 1)
 
 
-def _arm(comparison: Any, arm: Any) -> dict[str, Any]:
+def _arm(comparison: "Comparison", arm: "Arm") -> dict[str, Any]:
     path = {}
     for task in comparison.tasks:
         path.update({stage.name: stage for stage in arm.stage_for(task.name).path})
@@ -178,19 +185,21 @@ def _arm(comparison: Any, arm: Any) -> dict[str, Any]:
     }
 
 
-def _stage_flops(run: Any) -> float:
+def _stage_flops(run: "TrainRun") -> float:
     from diffusion_lm.planning.estimates import train_flops_per_step
 
     return train_flops_per_step(run) * run.steps
 
 
-def distinct_runs(comparison: Any) -> dict[str, Any]:
+def distinct_runs(comparison: "Comparison") -> "dict[str, TrainRun]":
     """Returns one run per set of stages with equal cost, named after the first of these stages that trains."""
-    found: dict[Any, tuple[str, Any]] = {}
+    found: dict[object, tuple[str, TrainRun]] = {}
+    # Stages with zero steps come last, so that a stage that trains names the group.
     for stage in sorted(comparison.stages, key=lambda stage: stage.run.steps == 0):
         run = stage.run
         # The learning rate schedule does not change the cost, so it must not distinguish runs.
-        optimizer = dataclasses.replace(run.optimizer, schedule=comparison.stages[0].run.optimizer.schedule)
+        optimizer: Any = run.optimizer
+        optimizer = dataclasses.replace(optimizer, schedule=comparison.stages[0].run.optimizer.schedule)
         lengths = (run.data.row_length, run.data.encoder_length)
         costs = (run.objective, optimizer, run.batch_size, run.microbatches, lengths)
         kind = (run.model, *costs, run.mesh, run.rules)
@@ -198,7 +207,7 @@ def distinct_runs(comparison: Any) -> dict[str, Any]:
     return dict(found.values())
 
 
-def _explain_model(model: Any, devices: int | None) -> dict[str, Any]:
+def _explain_model(model: "Architecture", devices: int | None) -> dict[str, Any]:
     """Prints a network without a run, as the presets of gin/models/ define it."""
     from diffusion_lm.parallel.mesh import MeshSpec
     from diffusion_lm.parallel.rules import LogicalRules
@@ -209,12 +218,12 @@ def _explain_model(model: Any, devices: int | None) -> dict[str, Any]:
     return {"model": model, **output.plain(placed)}
 
 
-def _where(placed: Any) -> str:
+def _where(placed: "Layout") -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in placed.mesh.items())
     return f"{placed.devices} device{'s' if placed.devices > 1 else ''} ({mesh})"
 
 
-def _print_model(model: Any, placed: Any, with_decay: bool) -> None:
+def _print_model(model: "Architecture", placed: "Layout", with_decay: bool) -> None:
     name = type(model).__name__
     output.heading(f"{name}: arrays on {_where(placed)}")
     rows = [
@@ -238,12 +247,12 @@ def _print_model(model: Any, placed: Any, with_decay: bool) -> None:
     output.facts([*parts, ("total", output.count(placed.total_parameters)), *trained])
 
 
-def _share(placed: Any) -> str:
+def _share(placed: "Layout") -> str:
     share = placed.trained_parameters / placed.total_parameters
     return f"{output.count(placed.trained_parameters)}, {100 * share:.2f} % of the total; the rest is frozen"
 
 
-def _print_step(name: str, run: Any, cost: Any) -> None:
+def _print_step(name: str, run: "TrainRun", cost: "Estimate") -> None:
     tokens = f"{run.batch_size} rows x {run.data.row_length} = {cost.tokens_per_step:,} tokens"
     if cost.encoder_tokens_per_step:
         tokens += f", and {cost.encoder_tokens_per_step:,} encoder tokens"
@@ -269,7 +278,7 @@ def _print_step(name: str, run: Any, cost: Any) -> None:
     )
 
 
-def _print_steps(runs: dict[str, Any], costs: dict[str, Any]) -> None:
+def _print_steps(runs: "dict[str, TrainRun]", costs: "dict[str, Estimate]") -> None:
     """Prints the stages that differ in cost, one per line."""
     rows = []
     for name, run in runs.items():
@@ -286,7 +295,7 @@ def _print_steps(runs: dict[str, Any], costs: dict[str, Any]) -> None:
     )
 
 
-def _data(run: Any, cost: Any) -> dict[str, Any]:
+def _data(run: "TrainRun", cost: "Estimate") -> dict[str, Any]:
     from diffusion_lm.planning.estimates import describe_rules
 
     plain = output.plain(cost)

@@ -10,12 +10,19 @@ RUN is a run directory of `train`, `import` or `compare` (WORKDIR/stages/STAGE).
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_lm.cli import arguments as common
 from diffusion_lm.cli.output import count, facts, heading, progress
 from diffusion_lm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffusion_lm.architectures.base import Architecture
+    from diffusion_lm.data.iterator import DataPipeline
+    from diffusion_lm.interop.diffusion import TrainedAs
+    from diffusion_lm.interop.name_maps.family import Diffusion, Family
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,11 +70,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     imported = read_json(folder / IMPORT_CARD) if (folder / IMPORT_CARD).is_file() else None
     source = _imported(arguments, folder, imported) if imported and not arguments.gin_file else _trained(arguments)
     model, trained = source.model, source.trained
+    # Priority: --layout, the layout of the import, the public diffusion layout, the first family that fits.
     public = layout_for(model.spec, trained)
     layout = arguments.layout or source.layout or (public.name if public else None)
     family, kind = family_for(model.spec, layout)
     if family.diffusion is not None:
-        _check_meaning(family, trained)
+        _check_meaning(family, family.diffusion, trained)
     params = restore_params(folder, step=source.step)
     parameters = model.count_parameters()["total"]
     files = dict(source.tokenizer)
@@ -138,12 +146,12 @@ class _Source:
       tokenizer: tokenizer files by name.
     """
 
-    model: Any
+    model: "Architecture"
     step: int
     config: dict[str, Any]
     layout: str | None
-    trained: Any
-    sampler: Any
+    trained: "TrainedAs | None"
+    sampler: Mapping[str, Any] | None
     lineage: tuple[str, ...]
     bound_kind: str
     tokenizer: dict[str, bytes]
@@ -201,7 +209,7 @@ def _named(start: str) -> str:
     return f"`{folder.name}` (imported from `{one_line(Path(card['source']).name)}`, family {card['family']})"
 
 
-def _tokens(data: Any, wanted: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _tokens(data: "DataPipeline", write_tokenizer: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Returns the special tokens for config.json and the tokenizer files; both are empty without data.
 
     If no tokenizer file would encode text as the vocabulary does, none is written and a message says so.
@@ -215,21 +223,20 @@ def _tokens(data: Any, wanted: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
         return {}, {}
     names = {"pad_token_id": specials.pad_id, "bos_token_id": specials.bos_id, "eos_token_id": specials.eos_id}
     config = {**names, **({} if specials.mask_id is None else {"mask_token_id": specials.mask_id})}
-    if not wanted:
+    if not write_tokenizer:
         return config, {}
     if data.pruned is not None:
         progress("writing no tokenizer: the vocabulary map of the run changes the token ids")
         return config, {}
     try:
-        return config, tokenizer_files(data.vocabulary)
+        return config, tokenizer_files(data.full_vocabulary)
     except ConfigError as error:
         progress(f"writing no tokenizer: {error.what}")
         return config, {}
 
 
-def _check_meaning(family: Any, trained: Any) -> None:
+def _check_meaning(family: "Family", layout: "Diffusion", trained: "TrainedAs | None") -> None:
     """Raises `ConfigError` if a diffusion layout would describe another kind of training than that of the model."""
-    layout = family.diffusion
     visibility = "blocks" if layout.block_key else "full"
     if trained is None:
         raise ConfigError(

@@ -4,13 +4,37 @@ import inspect
 import pkgutil
 import sys
 import types
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from diffusion_lm.core.errors import ConfigError, near_names
 
 
-def import_module(context: Any, statement: Any) -> types.ModuleType | None:
+class ParseContext(Protocol):
+    """What this module uses of gin's `ParseContext` (gin has no type annotations)."""
+
+    imports: Sequence["ImportStatement"]
+    _dynamic_registration: bool
+
+    def process_import(self, statement: "ImportStatement") -> None:
+        """Imports the module of a statement."""
+
+    def get_configurable(self, selector: str) -> Any:
+        """Returns gin's registry entry of a class or function, or None."""
+
+    def _resolve_selector(self, selector: str) -> tuple[Sequence[str], Sequence[Any]]: ...
+
+
+class ImportStatement(Protocol):
+    """What this module uses of gin's `ImportStatement`."""
+
+    module: str
+
+    def bound_name(self) -> str:
+        """Returns the name that the statement defines in the file."""
+
+
+def import_module(context: ParseContext, statement: ImportStatement) -> types.ModuleType | None:
     """Lets gin process an import statement; returns the module, or None for gin's own `__gin__` statements.
 
     Raises:
@@ -40,7 +64,7 @@ def _near_modules(module: str) -> str:
 
 
 def configurable(
-    context: Any, selector: str, modules: Iterable[types.ModuleType], parameter: str = ""
+    context: ParseContext, selector: str, modules: Iterable[types.ModuleType], parameter: str = ""
 ) -> tuple[str, Any]:
     """Returns gin's full selector and gin's registry entry of a class or function.
 
@@ -81,7 +105,7 @@ def configurable(
     return selector, found
 
 
-def check_parameter(target: Any, parameter: str) -> None:
+def check_parameter(target: Callable[..., object], parameter: str) -> None:
     """Raises `ConfigError` unless the class or function `target` has this parameter."""
     parameters = inspect.signature(target).parameters
     if parameter in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
@@ -92,7 +116,7 @@ def check_parameter(target: Any, parameter: str) -> None:
     )
 
 
-def public_names(module: Any) -> list[str]:
+def public_names(module: types.ModuleType | type) -> list[str]:
     """Returns the public classes and functions of a module; those that it imports come last."""
     found = {
         name: value
@@ -103,7 +127,7 @@ def public_names(module: Any) -> list[str]:
     return own + [name for name in found if name not in own]
 
 
-def _unknown_attribute(context: Any, selector: str) -> ConfigError:
+def _unknown_attribute(context: ParseContext, selector: str) -> ConfigError:
     parts = selector.split(".")
     for length in range(1, len(parts)):
         try:

@@ -9,10 +9,11 @@ import tokenize
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from gin import config as gin_config
 from gin import config_parser
+from gin.config_parser import BindingStatement, BlockDeclaration, ImportStatement, IncludeStatement
 
 from diffusion_lm.cli import gin_names
 from diffusion_lm.cli.bindings import Binding, Macro, Origin, Reference, Required, Unknown
@@ -21,6 +22,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.files import is_bucket, read_text
 
 T = TypeVar("T")
+Statement: TypeAlias = BindingStatement | BlockDeclaration | ImportStatement | IncludeStatement
 
 MACRO = "gin.macro"
 _BARE_WORD = re.compile(r"[A-Za-z_./~][\w./:~+=@-]*")
@@ -84,6 +86,7 @@ class GinReader:
         with io.StringIO(read_text(path), newline=None) as stream, gin_config._parse_scope() as context:
             for statement, line in _statements(stream, _Delegate(context, within=scope), name):
                 self._process(statement, context, f"{name}:{line}", origin, scope)
+            # gin needs the imports to write the resolved configuration.
             gin_config._IMPORTS.update(context.imports)
         self._open.pop()
 
@@ -95,8 +98,9 @@ class GinReader:
             raise ConfigError(f"{where} has no value", fix="Write --gin.NAME=VALUE.")
         with gin_config._parse_scope() as context:
             context._enable_dynamic_registration()
+            # A flag may use any class of any module that some file has imported.
             for module in self._modules:
-                context.process_import(config_parser.ImportStatement(module, False, None, None))
+                context.process_import(ImportStatement(module, False, None, None))
             modules = self._modules.values()
             scope, _, dotted = key.rpartition("/")
             if "." in dotted:
@@ -108,25 +112,30 @@ class GinReader:
                 self._process(statement, context, where, "command line")
 
     def _process(
-        self, statement: Any, context: gin_config.ParseContext, where: str, origin: Origin, within: str = ""
+        self,
+        statement: Statement,
+        context: gin_config.ParseContext,
+        where: str,
+        origin: Origin,
+        within: str = "",
     ) -> None:
         match statement:
-            case config_parser.ImportStatement():
+            case ImportStatement():
                 module = _located(where, lambda: gin_names.import_module(context, statement))
                 if module is not None:
                     self._modules[statement.module] = module
-            case config_parser.IncludeStatement():
+            case IncludeStatement():
                 name, _, scope = statement.filename.partition(_AS)
                 self.read_file(name, "included file", where, "/".join(part for part in (within, scope.strip()) if part))
-            case config_parser.BlockDeclaration():
+            case BlockDeclaration():
                 _located(where, lambda: gin_names.configurable(context, statement.selector, ()))
-            case config_parser.BindingStatement():
+            case BindingStatement():
                 if within and statement.arg_name:
                     scope = f"{within}/{statement.scope}" if statement.scope else within
                     statement = statement._replace(scope=scope)
                 self._bind(statement, context, where, origin)
 
-    def _bind(self, statement: Any, context: gin_config.ParseContext, where: str, origin: Origin) -> None:
+    def _bind(self, statement: BindingStatement, context: gin_config.ParseContext, where: str, origin: Origin) -> None:
         scope, selector, parameter, value, _ = statement
         if not parameter:
             name = f"{scope}/{selector}" if scope else selector
@@ -137,10 +146,13 @@ class GinReader:
             _located(where, lambda: gin_names.check_parameter(found.wrapped, parameter))
             key = (scope, found.selector)
             self.bindings.append(Binding(scope, found.selector, parameter, _plain(value), found.wrapped, where, origin))
+        # As `gin.parse_config` does: gin stores a macro as the parameter `value` of `gin.macro`.
         gin_config._CONFIG.setdefault(key, {})[parameter or "value"] = value
 
 
-def _statements(source: Any, delegate: config_parser.ParserDelegate, name: str) -> Iterator[tuple[Any, int]]:
+def _statements(
+    source: Iterable[str], delegate: config_parser.ParserDelegate, name: str
+) -> Iterator[tuple[Statement, int]]:
     """Yields each statement and its line number; converts gin's syntax errors to `ConfigError` with file and line."""
     parser = None
     try:
@@ -176,7 +188,7 @@ def _located(where: str, call: Callable[[], T]) -> T:
         raise ConfigError(error.what, where=error.where or where, fix=error.fix) from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Replaces gin's reference objects in a bound value by those of `bindings.py`."""
     if isinstance(value, gin_config.ConfigurableReference):
         if value.configurable.selector == MACRO:

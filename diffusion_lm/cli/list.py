@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     table([arguments.kind, "description", "source"], rows, fold=(1, 2))
     flags = {"samplers": "decode --sampler", "scoring": "evaluate --estimator", "suites": "evaluate --suite"}
     flag = flags.get(arguments.kind, "--gin_file")
-    below = KINDS[arguments.kind]
-    say(f"\nTo use one: include '{below}/NAME.gin' in a gin file, or pass {flag} gin/{below}/NAME.gin.")
+    location = KINDS[arguments.kind]
+    say(f"\nTo use one: include '{location}/NAME.gin' in a gin file, or pass {flag} gin/{location}/NAME.gin.")
     return entries
 
 

@@ -6,12 +6,15 @@ import argparse
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_lm.cli.arguments import add_gin, build_root, load_config
 from diffusion_lm.cli.environment import import_quietly
 from diffusion_lm.cli.output import progress, say, table
 from diffusion_lm.core.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    from diffusion_lm.data.grain_source import GrainSource
 
 _STDERR = 2
 
@@ -54,7 +57,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for split in arguments.split or ["train"]
     ]
     if arguments.gin_file or arguments.gin:
-        from diffusion_lm.cli.walk import parts
+        from diffusion_lm.cli.walk import find_all
 
         require(
             not (arguments.root or arguments.chunk_length or arguments.split),
@@ -63,7 +66,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             fix="Set them in the recipe, e.g. with --gin.GrainSource.root=DIR.",
         )
         root = build_root(load_config(arguments))
-        sources += parts(root, GrainSource)
+        sources += find_all(root, GrainSource)
     if not sources:
         raise ConfigError("no task given", fix="Pass --task NAME, or a recipe with --gin_file.")
     options: dict[str, Any] = {"modules": (*TASK_MODULES, *arguments.module)}
@@ -75,6 +78,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for number, source in enumerate(sources, 1):
         progress(f"{number}/{len(sources)}  {source.task}/{source.split} -> {source.folder}")
         try:
+            # TensorFlow is slow to import and may not be installed, so import it only to write a new split.
             if not (source.folder / MANIFEST).is_file():
                 import_quietly("seqio")
             manifest = source.materialise(**options)
@@ -122,7 +126,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _missing_package(package: str | None, source: Any) -> ConfigError:
+def _missing_package(package: str | None, source: "GrainSource") -> ConfigError:
     return ConfigError(
         f"writing task {source.task!r} needs the package {package}, which is not installed",
         where=f"{source.task}/{source.split}",
@@ -130,7 +134,7 @@ def _missing_package(package: str | None, source: Any) -> ConfigError:
     )
 
 
-def ensure(root: Any, arguments: argparse.Namespace) -> None:
+def ensure(root: object, arguments: argparse.Namespace) -> None:
     """Materialises the missing data sets of the configured object `root`, so that `train` and `compare` need no set-up.
 
     Existing data sets are kept. If the code of their task has changed since they were written, a warning is printed.
@@ -140,13 +144,13 @@ def ensure(root: Any, arguments: argparse.Namespace) -> None:
     Raises:
       SystemExit: the child failed; it has printed the error.
     """
-    from diffusion_lm.cli.walk import parts
+    from diffusion_lm.cli.walk import find_all
     from diffusion_lm.data.grain_source import GrainSource
     from diffusion_lm.data.materialise import is_stale
     from diffusion_lm.data.store import read_manifest
 
     missing = []
-    for source in parts(root, GrainSource):
+    for source in find_all(root, GrainSource):
         manifest = read_manifest(source.folder)
         if manifest is None:
             missing.append(source)

@@ -3,9 +3,12 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion_lm.core.files import json_text, write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MAX_WIDTH = 100
 _GAP = 3
@@ -34,7 +37,7 @@ def heading(text: str) -> None:
 
 def table(
     columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
+    rows: Sequence[Sequence[object]],
     *,
     right: Sequence[int] = (),
     fold: Sequence[int] | None = None,
@@ -55,9 +58,10 @@ def table(
     cells = [[str(cell) for cell in row] for row in rows]
     needed = 0
     for number, name in enumerate(columns):
-        justify: Any = "right" if number in right else "left"
+        justify: Literal["left", "right"] = "right" if number in right else "left"
         folds = number in fold if fold is not None else number > 0
         widest = max(len(text) for text in (name, *(row[number] for row in cells)))
+        # rich would truncate columns below their minimum width, so the console must be at least this wide.
         needed += (min(widest, _LEAST_FOLDED) if folds else widest) + _GAP
         grid.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not folds)
     for row in cells:
@@ -66,19 +70,20 @@ def table(
     if console.is_terminal:
         console.print(grid)
         return
+    # In a pipe, print without the trailing spaces with which rich fills the width.
     with console.capture() as captured:
         console.print(grid)
     say("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def facts(pairs: Sequence[tuple[str, Any]]) -> None:
+def facts(pairs: Sequence[tuple[str, object]]) -> None:
     """Prints (name, value) pairs in two columns."""
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         say(f"  {name:<{width}}  {value}")
 
 
-def write_result(path: str | None, result: Any) -> None:
+def write_result(path: str | None, result: object) -> None:
     """Writes the result of a verb as JSON to `path` ("-" for stdout); does nothing if `path` is None."""
     if path is None:
         return
@@ -89,7 +94,7 @@ def write_result(path: str | None, result: Any) -> None:
         write_text(path, text)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Converts a value to JSON types: dataclasses become objects with a field `class`; unknown types become `str`."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -132,7 +137,7 @@ def flops(number: float, unit: str = "FLOP") -> str:
     return f"{number:.0f} {unit}".strip()
 
 
-def _console(at_least: int = 0) -> Any:
+def _console(at_least: int = 0) -> "Console":
     from rich.console import Console
 
     console = Console(file=sys.stdout)

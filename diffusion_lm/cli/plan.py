@@ -6,12 +6,22 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_lm.cli import environment, output
 from diffusion_lm.cli.arguments import add_gin, build_root, load_config
 from diffusion_lm.cli.explain import distinct_runs
 from diffusion_lm.core.errors import ConfigError, near_names
+
+if TYPE_CHECKING:
+    import jax
+
+    from diffusion_lm.evaluation.speed import SpeedArm, SpeedStudy
+    from diffusion_lm.planning.accelerators import Accelerator
+    from diffusion_lm.planning.plan import ProgramPlan
+    from diffusion_lm.recipes.comparison import Comparison
+    from diffusion_lm.samplers.base import Sampler
+    from diffusion_lm.training.run import TrainRun
 
 PROGRAMS = ("train", "bound", "decode")
 
@@ -49,7 +59,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from diffusion_lm.recipes.comparison import Comparison
 
     accelerator = topologies.parse(arguments.topology, arguments.slices)
-    wanted = _programs(arguments.programs)
+    kinds = _programs(arguments.programs)
     root = build_root(load_config(arguments))
     runs = distinct_runs(root) if isinstance(root, Comparison) else {"run": root}
     if arguments.stage:
@@ -60,13 +70,13 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     result: dict[str, Any] = {"accelerator": str(accelerator), "programs": {}, "found": {}}
     fits = True
     for program in _in_order(planner, root, runs, arguments.stage):
-        if program.kind not in wanted:
+        if program.kind not in kinds:
             continue
         output.progress(f"compile  {program.kind} of {program.of}")
         plan = program.compile()
         result["programs"][f"{program.of}/{program.kind}"] = _show(program, plan, accelerator)
         fits = fits and plan.fits
-        if program.kind == "train" and arguments.search and not plan.fits:
+        if program.run is not None and arguments.search and not plan.fits:
             result["found"][program.of] = _search(planner, program.run, arguments.search_limit)
     output.say("\n  " + ("Everything fits." if fits else _advice(arguments.search)))
     result["fits"] = fits
@@ -87,9 +97,9 @@ class _Program:
 
     kind: str
     of: str
-    compile: Callable[[], Any]
+    compile: "Callable[[], ProgramPlan]"
     detail: str = ""
-    run: Any = None
+    run: "TrainRun | None" = None
 
 
 class _Planner:
@@ -98,16 +108,17 @@ class _Planner:
     FLOPs are known for training steps only. The number of forward passes of a bound or a decode depends on the data.
     """
 
-    def __init__(self, accelerator: Any, devices: Sequence[Any]):
+    def __init__(self, accelerator: "Accelerator", devices: "Sequence[jax.Device]"):
         self.accelerator, self.devices = accelerator, devices
-        self._steps: dict[Any, Any] = {}
+        self._steps: dict[TrainRun, ProgramPlan] = {}
 
-    def train(self, run: Any) -> Any:
+    def train(self, run: "TrainRun") -> "ProgramPlan":
         """Returns the plan of the training step of `run`."""
         from diffusion_lm.planning import plan, programs
         from diffusion_lm.planning.estimates import train_flops_per_step
         from diffusion_lm.planning.search import recomputed_share
 
+        # The search starts from the configured run, which has been compiled already.
         if run not in self._steps:
             flops = train_flops_per_step(run)
             self._steps[run] = plan.examine(
@@ -119,21 +130,21 @@ class _Planner:
             )
         return self._steps[run]
 
-    def bound(self, run: Any) -> Any:
+    def bound(self, run: "TrainRun") -> "ProgramPlan":
         """Returns the plan of the likelihood bound of one batch."""
         from diffusion_lm.planning import plan, programs
 
         tokens = run.batch_size * run.data.row_length
         return plan.examine(programs.bound(run, self.devices), self.accelerator, model_flops=0.0, tokens=tokens)
 
-    def decode(self, run: Any, sampler: Any, prompts: int) -> Any:
+    def decode(self, run: "TrainRun", sampler: "Sampler", prompts: int) -> "ProgramPlan":
         """Returns the plan of decoding a batch of `prompts` rows with the shapes of the run."""
         from diffusion_lm.planning import plan, programs
 
         compiled = programs.decode(run, sampler, prompts, self.devices)
         return plan.examine(compiled, self.accelerator, model_flops=0.0, tokens=prompts * run.data.row_length)
 
-    def decode_alone(self, arm: Any, study: Any) -> Any:
+    def decode_alone(self, arm: "SpeedArm", study: "SpeedStudy") -> "ProgramPlan":
         """Returns the plan of the longest decode of one arm of a speed study, which uses one device."""
         from diffusion_lm.evaluation.speed import random_prompt
         from diffusion_lm.planning import plan, programs
@@ -155,7 +166,7 @@ def _programs(text: str) -> tuple[str, ...]:
     return names
 
 
-def _one_stage(root: Any, name: str) -> dict[str, Any]:
+def _one_stage(root: "Comparison | TrainRun", name: str) -> "dict[str, TrainRun]":
     stages = {stage.name: stage.run for stage in getattr(root, "stages", ())}
     if name not in stages:
         raise ConfigError(
@@ -166,7 +177,9 @@ def _one_stage(root: Any, name: str) -> dict[str, Any]:
     return {name: stages[name]}
 
 
-def _in_order(planner: _Planner, root: Any, runs: dict[str, Any], stage: str | None) -> Iterator[_Program]:
+def _in_order(
+    planner: _Planner, root: "Comparison | TrainRun", runs: "dict[str, TrainRun]", stage: str | None
+) -> Iterator[_Program]:
     for name, run in runs.items():
         yield _Program("train", name, functools.partial(planner.train, run), run=run)
         if run.objective.needs().passes:
@@ -174,19 +187,24 @@ def _in_order(planner: _Planner, root: Any, runs: dict[str, Any], stage: str | N
     for name, run, sampler, prompts in _decodes(root, stage):
         decode = functools.partial(planner.decode, run, sampler, prompts)
         yield _Program("decode", name, decode, f", {prompts} prompts")
-    study: Any = None if stage else getattr(root, "speed", None)
-    for arm in study.arms if study is not None else ():
+    study: SpeedStudy | None = None if stage else getattr(root, "speed", None)
+    if study is None:
+        return
+    for arm in study.arms:
         decode = functools.partial(planner.decode_alone, arm, study)
         yield _Program("decode", f"speed: {arm.label}", decode, f" of {max(study.lengths):,} tokens on one device")
 
 
-def _decodes(root: Any, stage: str | None) -> list[tuple[str, Any, Any, int]]:
+def _decodes(root: "Comparison | TrainRun", stage: str | None) -> "list[tuple[str, TrainRun, Sampler, int]]":
     """Returns (name, run, sampler, prompts) per pair of network and sampler, for the task with the largest batch.
 
     The size of a batch is its number of tokens, `batch_size * row_length`.
     """
-    found: dict[Any, tuple[int, tuple[str, Any, Any, int]]] = {}
-    if hasattr(root, "arms"):
+    from diffusion_lm.evaluation.generation import GenerationEvaluation
+    from diffusion_lm.recipes.comparison import Comparison
+
+    found: dict[object, tuple[int, tuple[str, TrainRun, Sampler, int]]] = {}
+    if isinstance(root, Comparison):
         for arm in root.arms:
             for task in root.tasks:
                 run, sampler = arm.stage_for(task.name).run, arm.sampler_for(task.name)
@@ -203,7 +221,7 @@ def _decodes(root: Any, stage: str | None) -> list[tuple[str, Any, Any, int]]:
                         found[run.model, sampler] = (slots, entry)
         return [entry for _, entry in found.values()]
     for evaluation in root.evaluations:
-        if hasattr(evaluation, "sampler"):
+        if isinstance(evaluation, GenerationEvaluation):
             task = evaluation.task
             data = task.data.with_encoder(root.model.needs_encoder)
             found[evaluation.sampler] = (
@@ -212,7 +230,7 @@ def _decodes(root: Any, stage: str | None) -> list[tuple[str, Any, Any, int]]:
     return [entry for _, entry in found.values()]
 
 
-def _show(program: _Program, plan: Any, accelerator: Any) -> dict[str, Any]:
+def _show(program: _Program, plan: "ProgramPlan", accelerator: "Accelerator") -> dict[str, Any]:
     output.heading(f"{program.of}: {program.kind}{program.detail}")
     if plan.memory is None:
         output.facts([("does not fit", plan.refusal.splitlines()[0])])
@@ -245,7 +263,7 @@ def _show(program: _Program, plan: Any, accelerator: Any) -> dict[str, Any]:
         pairs.append(("at best", f"{roof.seconds * 1e3:.2f} ms by {bound} (ms: {shown})"))
         speed = {"seconds": roof.seconds, "bound_by": roof.bound}
     mfu = plan.mfu(accelerator)
-    if mfu is not None:
+    if mfu is not None and roof is not None:
         speed |= {"tokens_per_second": plan.tokens / roof.seconds, "mfu": mfu}
         pairs.append(("", f"{output.count(speed['tokens_per_second'])} tokens/s, MFU {mfu:.0%}"))
     if roof is not None and program.run is not None:
@@ -259,7 +277,7 @@ def _short_scope(scope: str) -> str:
     return "/".join(scope.split("/")[-4:])
 
 
-def _search(planner: _Planner, run: Any, limit: int) -> dict[str, Any] | None:
+def _search(planner: _Planner, run: "TrainRun", limit: int) -> dict[str, Any] | None:
     from diffusion_lm.planning.search import search
 
     found = search(run, planner.accelerator, planner.train, limit=limit, log=output.progress)

@@ -102,6 +102,7 @@ def given_prompts(
     converter = _with_room(data.converter, prompts, max(len(record.suffix) for record in records))
     for start in range(0, len(records), batch_size):
         chosen = range(start, min(start + batch_size, len(records)))
+        # Pad the last batch to the compiled batch size; the caller drops the extra rows.
         filled = [*chosen, *[chosen[-1]] * (batch_size - len(chosen))]
         examples = [
             # An oracle target window is as long as the target. There is no reference here, so zeros stand in for it

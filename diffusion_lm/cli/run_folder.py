@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.cli import config
@@ -17,7 +16,9 @@ from diffusion_lm.evaluation.generation import GenerationEvaluation
 from diffusion_lm.evaluation.likelihood import BoundEvaluation
 from diffusion_lm.noise.contract import Contract
 from diffusion_lm.recipes.comparison import Comparison
+from diffusion_lm.samplers.base import Sampler
 from diffusion_lm.training.checkpoint import chosen_step, finished_steps, selected
+from diffusion_lm.training.hooks import Evaluation
 from diffusion_lm.training.run import TrainRun
 from diffusion_lm.training.selection import Selected
 from diffusion_lm.training.trained import trained_model
@@ -39,7 +40,7 @@ class OpenRun:
 
     folder: Path
     run: TrainRun
-    evaluations: tuple[Any, ...]
+    evaluations: tuple[Evaluation, ...]
     step: int
     trained: tuple[Contract, ...] = ()
     lineage: tuple[str, ...] = ()
@@ -49,7 +50,7 @@ class OpenRun:
         """Returns the model with its parameters on the mesh of the run."""
         return trained_model(self.run, self.folder, step=self.step)
 
-    def mismatches(self, sampler: Any, *, force: bool) -> tuple[str, ...]:
+    def mismatches(self, sampler: Sampler | None, *, force: bool) -> tuple[str, ...]:
         """Returns descriptions of how a sampler differs from the training (noise, visibility, alignment, outputs).
 
         Raises:
@@ -107,6 +108,7 @@ def _resolved_file(folder: Path) -> Path:
             where="--workdir",
             fix=f"Pass one of its runs: {folder}/stages/NAME with NAME one of {', '.join(stages)}.",
         )
+    # A stage of a comparison (WORKDIR/stages/STAGE) uses the configuration of the comparison.
     for candidate in (folder / RESOLVED, folder.parent.parent / RESOLVED):
         if candidate.is_file():
             return candidate
@@ -129,7 +131,7 @@ def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
     run, path = stages[folder.name].run, stages[folder.name].path
     network = stages[folder.name].network_stage.run
     given = (path[0].initial,) if isinstance(path[0].initial, str) else ()
-    evaluations: list[Any] = []
+    evaluations: list[Evaluation] = []
     for arm in comparison.arms:
         for task in comparison.tasks:
             if arm.stage_for(task.name).name != folder.name:
@@ -138,6 +140,7 @@ def _stage(comparison: Comparison, folder: Path, step: int) -> OpenRun:
             if comparison.bound_limit:
                 evaluations.append(
                     BoundEvaluation(
+                        # Lay out the examples as in the training of the network.
                         data=dataclasses.replace(task.data, converter=network.data.converter),
                         objective=network.objective,
                         name=f"bound/{task.name}",

@@ -37,7 +37,7 @@ def refuse_another(path: str | None, chosen: Sequence[Scored], opened: OpenRun) 
     )
 
 
-def record(evaluation: Scored, opened: OpenRun, result: Mapping[str, Any]) -> dict[str, Any]:
+def record(evaluation: Scored, opened: OpenRun, result: Mapping[str, object]) -> dict[str, Any]:
     """Writes the result of one evaluation to WORKDIR/scores; returns its configuration and the path of the file.
 
     The file name contains a hash of the configuration, so results of another configuration are never overwritten.

@@ -10,7 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
@@ -27,7 +27,7 @@ class GuardedStream:
       needed: whether to raise `OutputClosed` once the reader is gone.
     """
 
-    def __init__(self, stream: Any, descriptor: int, *, any_error: bool):
+    def __init__(self, stream: TextIO | None, descriptor: int, *, any_error: bool):
         self.lost, self.needed = stream is None, False
         self._descriptor, self._any_error = descriptor, any_error
         # Python sets sys.stdout to None if the descriptor was closed before the process started.

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-from typing import Any
 
 from diffusion_lm.cli import config
 from diffusion_lm.cli.output import progress
@@ -12,8 +11,10 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.evaluation.generation import GenerationEvaluation
 from diffusion_lm.evaluation.scoring_task import ScoringEvaluation, mismatches
 
+SuiteEvaluation = GenerationEvaluation | ScoringEvaluation
 
-def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Any, ...]:
+
+def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[SuiteEvaluation, ...]:
     """Returns the evaluations of SUITE; each records how its estimator differs from the training of the run.
 
     Raises:
@@ -33,7 +34,7 @@ def evaluations(arguments: argparse.Namespace, opened: OpenRun) -> tuple[Any, ..
     return tuple(_compared(one, opened) for one in suite)
 
 
-def _compared(evaluation: Any, opened: OpenRun) -> Any:
+def _compared(evaluation: SuiteEvaluation, opened: OpenRun) -> SuiteEvaluation:
     if not isinstance(evaluation, ScoringEvaluation):
         return evaluation
     unlike = mismatches(evaluation.estimator, opened.run.objective)

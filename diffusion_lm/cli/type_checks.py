@@ -9,6 +9,7 @@ import inspect
 import os
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 from diffusion_lm.cli.bindings import Reference, Unknown
@@ -17,7 +18,11 @@ _SCALARS = {int: "an int", float: "a float", bool: "a bool (True or False)", str
 _SEQUENCES = (tuple, list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 
 
-def parameter_hints(target: Any) -> dict[str, Any]:
+TypeForm = Any
+"""A type annotation at run time: a class, a union, a generic alias, `Any`, ..."""
+
+
+def parameter_hints(target: Callable[..., object] | None) -> dict[str, TypeForm]:
     """Returns the resolved type annotations of a class or function, or an empty dict if they cannot be resolved."""
     owner = target
     if inspect.isclass(target) and not dataclasses.is_dataclass(target):
@@ -28,13 +33,14 @@ def parameter_hints(target: Any) -> dict[str, Any]:
         return {}
 
 
-def fits(value: Any, hint: Any) -> bool:
+def fits(value: object, hint: TypeForm) -> bool:
     """Returns whether a parameter annotated with `hint` accepts `value`.
 
     An int is accepted as a float, a list as a tuple, and a string as a path. Annotations that this check does not
     support accept every value.
     """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin: TypeForm = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if hint is Any or isinstance(value, Unknown) or isinstance(hint, typing.TypeVar | str):
         return True
     if origin is typing.Annotated:
@@ -44,13 +50,14 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(value, Reference):
         return _reference_fits(value, origin or hint)
     if origin is Literal:
+        # Compare types too, because True == 1 in Python.
         return any(type(value) is type(option) and value == option for option in arguments)
     if hint is None or hint is type(None):
         return value is None
     if hint is float:
         return type(value) in (int, float)
     if hint in (int, bool, str):
-        return type(value) is hint
+        return type(value) is hint  # not isinstance: a bool is an int in Python
     if (origin or hint) in _SEQUENCES:
         return _sequence_fits(value, arguments, fixed=(origin or hint) is tuple)
     if (origin or hint) in (dict, collections.abc.Mapping):
@@ -67,14 +74,15 @@ def fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def is_protocol(hint: Any) -> bool:
+def is_protocol(hint: object) -> bool:
     """Returns whether an annotation is a `typing.Protocol`."""
     return bool(getattr(hint, "_is_protocol", False))
 
 
-def describe(hint: Any) -> str:
+def describe(hint: TypeForm) -> str:
     """Describes an annotation for error messages: `an int`, `one of 'none', 'full'`, `a tuple of int`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin: TypeForm = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if hint in _SCALARS:
         return _SCALARS[hint]
     if origin is typing.Annotated:
@@ -90,17 +98,17 @@ def describe(hint: Any) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-def _short(hint: Any) -> str:
+def _short(hint: TypeForm) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_short(option) for option in typing.get_args(hint))
     return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
 
 
-def _is_instance(value: Any, hint: type) -> bool:
+def _is_instance(value: object, hint: type) -> bool:
     return not is_protocol(hint) and isinstance(value, hint)
 
 
-def _sequence_fits(value: Any, arguments: tuple[Any, ...], *, fixed: bool) -> bool:
+def _sequence_fits(value: object, arguments: tuple[Any, ...], *, fixed: bool) -> bool:
     if not isinstance(value, list | tuple):
         return False
     if not arguments:
@@ -110,7 +118,7 @@ def _sequence_fits(value: Any, arguments: tuple[Any, ...], *, fixed: bool) -> bo
     return all(fits(item, arguments[0]) for item in value)
 
 
-def _reference_fits(reference: Reference, hint: Any) -> bool:
+def _reference_fits(reference: Reference, hint: TypeForm) -> bool:
     if not reference.called:
         is_callback = hint is collections.abc.Callable or hint is type or not inspect.isclass(hint)
         return is_callback or (is_protocol(hint) and "__call__" in vars(hint))
@@ -123,7 +131,7 @@ def _reference_fits(reference: Reference, hint: Any) -> bool:
     return not inspect.isclass(hint) or issubclass(reference.target, hint)
 
 
-def missing_members(target: type, protocol: type) -> list[str]:
+def missing_members(target: Callable[..., object], protocol: type) -> list[str]:
     """Returns the public members of a protocol that a class neither defines nor declares as a field."""
     required: dict[str, None] = {}
     for base in protocol.__mro__:
@@ -131,7 +139,7 @@ def missing_members(target: type, protocol: type) -> list[str]:
             # A class that is not a dataclass may set its attributes in __init__, so only methods are checked there.
             fields = inspect.get_annotations(base) if dataclasses.is_dataclass(target) else ()
             required.update(dict.fromkeys([*fields, *vars(base)]))
-    declared = {name for base in target.__mro__ for name in inspect.get_annotations(base)}
+    declared = {name for base in getattr(target, "__mro__", ()) for name in inspect.get_annotations(base)}
     return [
         name for name in required if not name.startswith("_") and name not in declared and not hasattr(target, name)
     ]

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def parts(root: Any, kind: type[T]) -> list[T]:
+def find_all(root: object, kind: type[T]) -> list[T]:
     """Returns every distinct object of class `kind` in the tree under `root`, in order of appearance."""
     found: list[T] = []
     for node in _walk(root):
@@ -16,7 +16,7 @@ def parts(root: Any, kind: type[T]) -> list[T]:
     return found
 
 
-def _walk(value: Any) -> Iterator[Any]:
+def _walk(value: object) -> Iterator[object]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield value
         for field in dataclasses.fields(value):

@@ -202,6 +202,7 @@ def _shape(generation: Generation, chips: int, name: str) -> tuple[int, ...]:
             + "x".join(map(str, generation.host)),
         )
     parts = [exponent // generation.dimensions] * generation.dimensions
+    # Double the last dimensions first: 8 chips in 2D are 2x4, 32 chips in 3D are 2x4x4.
     for index in range(exponent % generation.dimensions):
         parts[-1 - index] += 1
     if chips == math.prod(generation.host):

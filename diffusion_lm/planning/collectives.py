@@ -61,6 +61,7 @@ def collectives(module: Module, devices_per_slice: int) -> tuple[Collective, ...
     found: dict[tuple[str, int, int], list[float]] = {}
     for instruction, kind, size, times in _all(module):
         groups = _groups(instruction)
+        # A group of one device communicates nothing.
         group = max(len(one) for one in groups)
         if group < 2:
             continue
@@ -95,13 +96,13 @@ def _occurrences(module: Module) -> Iterator[tuple[Instruction, str, float, int]
         elif instruction.opcode == "fusion":
             for inner, computation in module.inside(instruction):
                 kind, size = inner.opcode.removesuffix("-start"), inner.size
-                if kind == "all-reduce" and (part := _kept_slice(inner, computation)) is not None:
+                if kind == "all-reduce" and (part := _scattered_part(inner, computation)) is not None:
                     kind, size = "reduce-scatter", part
                 if kind in KINDS:
                     yield inner, kind, size, times
 
 
-def _kept_slice(reduction: Instruction, computation: Computation) -> float | None:
+def _scattered_part(reduction: Instruction, computation: Computation) -> float | None:
     """Returns the bytes of an all-reduce result that its fusion slices out, or None if the whole result is used.
 
     The TPU compiler expresses a reduce-scatter as an all-reduce followed by a dynamic slice in one fusion.
@@ -150,5 +151,5 @@ def _sent(kind: str, size: float, group: int) -> float:
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter":
-        return size * others
+        return size * others  # the result is one of `group` parts
     return size * others / group * (2 if kind == "all-reduce" else 1)

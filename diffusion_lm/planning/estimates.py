@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.architectures.extended import frozen_arrays
+from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import ShardingRow, batch_divisor, sharding_table
@@ -198,19 +199,19 @@ def _activations(run: TrainRun, sizes: dict[str, int], passes: int) -> int:
     item, tensor = jnp.dtype(spec.dtype).itemsize, sizes["tensor"]
     length = math.ceil(run.data.row_length / sizes["sequence"])
     source = math.ceil((run.data.encoder_length or 0) / sizes["sequence"])
-    decoder = spec.num_layers * length * _kept_per_token(spec, run.data.row_length, item, tensor)
+    decoder = spec.num_layers * length * _saved_per_token(spec, run.data.row_length, item, tensor)
     if source:
         decoder += (
-            spec.num_layers * length * _kept_per_token(spec, run.data.encoder_length or 0, item, tensor, mlp=False)
+            spec.num_layers * length * _saved_per_token(spec, run.data.encoder_length or 0, item, tensor, mlp=False)
         )
-        decoder += spec.encoder_layers * source * _kept_per_token(spec, run.data.encoder_length or 0, item, tensor)
+        decoder += spec.encoder_layers * source * _saved_per_token(spec, run.data.encoder_length or 0, item, tensor)
     chunk = min(spec.logits_chunk, rows * length)
     # One chunk of logits and its gradient, both float32.
     logits = 2 * 4 * chunk * spec.padded_vocab_size // tensor
     return int(rows * passes * decoder + logits)
 
 
-def _kept_per_token(spec: Any, keys: int, item: int, tensor: int, *, mlp: bool = True) -> float:
+def _saved_per_token(spec: TransformerSpec, keys: int, item: int, tensor: int, *, mlp: bool = True) -> float:
     """Returns the bytes per token that one block saves for the backward pass.
 
     Args:
@@ -226,14 +227,14 @@ def _kept_per_token(spec: Any, keys: int, item: int, tensor: int, *, mlp: bool =
     hidden = gates * spec.mlp_dim / tensor if mlp else 0.0
     scores = 4.0 * spec.num_heads * keys / tensor
     outputs = 2 * width + heads + hidden
-    kept = {
+    saved = {
         "full": width * item,
         "dots_no_batch": (width + outputs) * item,
         "dots": (width + outputs + spec.num_heads * spec.head_dim / tensor) * item + scores,
         # Also norms, activation and gate product, and the float32 softmax in addition to the scores.
         "none": (3 * width + 2 * outputs) * item + 2 * scores,
     }
-    return kept[spec.remat]
+    return saved[spec.remat]
 
 
 def describe_rules(rules: LogicalRules) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 from diffusion_lm.planning import collectives as communication
 from diffusion_lm.planning import hlo, programs
@@ -112,27 +113,30 @@ def examine(
             tokens=tokens,
             compile_seconds=compiled.seconds,
         )
-    analysis = compiled.executable.memory_analysis()
+    analysis: Any = compiled.executable.memory_analysis()  # None on backends that are not planned for
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
+        # Donated buffers are counted as arguments and as outputs; count them once.
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         donated=analysis.alias_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
         available=accelerator.usable_hbm,
     )
-    module = hlo.parse(compiled.executable.as_text())
+    text = compiled.executable.as_text()
+    assert text is not None, "the compiler returns the text of the program"
+    module = hlo.parse(text)
     per_slice = accelerator.devices // accelerator.slices
-    moved = communication.collectives(module, per_slice)
+    traffic = communication.collectives(module, per_slice)
     return ProgramPlan(
         name=compiled.name,
         fits=memory.spare >= 0,
         memory=memory,
         refusal="",
         needed=memory.peak,
-        collectives=moved,
+        collectives=traffic,
         largest=largest_arrays(module),
-        roof=roofline(accelerator, model_flops + recomputed_flops, module.hbm_bytes(), moved)
+        roof=roofline(accelerator, model_flops + recomputed_flops, module.hbm_bytes(), traffic)
         if accelerator.generation.flops
         else None,
         model_flops=model_flops,
@@ -155,6 +159,7 @@ def largest_arrays(module: hlo.Module, count: int = 5) -> tuple[tuple[str, str, 
             continue
         for array in instruction.arrays:
             if array.in_hbm:
+                # One entry per type, so that repeated arrays do not fill the list.
                 kind = f"{array.dtype}[{','.join(map(str, array.shape))}]"
                 found.setdefault(kind, (instruction.scope, kind, int(array.bytes)))
     return tuple(sorted(found.values(), key=lambda row: -row[2])[:count])

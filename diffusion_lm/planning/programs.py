@@ -7,17 +7,16 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from diffusion_lm.architectures.base import Architecture, BoundModel
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.core.types import Batch
+from diffusion_lm.core.types import Batch, Decoded, LossTerms, Params
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.shardings import Placement, batch_shardings, replicated, tree_shardings
@@ -37,19 +36,19 @@ class Compiled:
     """
 
     name: str
-    executable: Any
+    executable: jax.stages.Compiled | None
     refusal: str
     seconds: float
 
 
-def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
+def train(run: TrainRun, devices: Sequence[jax.Device]) -> Compiled:
     """Compiles a training step of `run` for `devices`, with the state donated.
 
     If the batch cannot be sharded over the devices, the result has a `refusal` instead of a program.
     """
-    refused = _refused("train", run, devices)
-    if refused is not None:
-        return refused
+    error = _batch_error("train", run, devices)
+    if error is not None:
+        return error
     train_step = run.train_step(tuple(devices))
     batch = _placed(run.data.abstract_batch(run.batch_size), run, train_step.mesh)
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(train_step.mesh))
@@ -59,14 +58,14 @@ def train(run: TrainRun, devices: Sequence[Any]) -> Compiled:
     )
 
 
-def bound(run: TrainRun, devices: Sequence[Any]) -> Compiled:
+def bound(run: TrainRun, devices: Sequence[jax.Device]) -> Compiled:
     """Compiles the likelihood bound of one batch, without gradients; see `train` for refusals."""
-    refused = _refused("bound", run, devices)
-    if refused is not None:
-        return refused
+    error = _batch_error("bound", run, devices)
+    if error is not None:
+        return error
     mesh = run.mesh.build(devices)
 
-    def program(params: Any, batch: Batch, root: jax.Array) -> Any:
+    def program(params: Params, batch: Batch, root: jax.Array) -> LossTerms:
         model = BoundModel(run.model, params, Placement(mesh, run.rules))
         return run.objective.bound(model, batch, StreamKeys(root=root, step=jnp.int32(0)))
 
@@ -74,7 +73,7 @@ def bound(run: TrainRun, devices: Sequence[Any]) -> Compiled:
     return _compile("bound", lambda: jax.jit(program).lower(_params(run, mesh), batch, _key(mesh)))
 
 
-def decode(run: TrainRun, sampler: Sampler, prompts: int, devices: Sequence[Any]) -> Compiled:
+def decode(run: TrainRun, sampler: Sampler, prompts: int, devices: Sequence[jax.Device]) -> Compiled:
     """Compiles `sampler` on `prompts` rows of the run's shape."""
     mesh = run.mesh.build(devices)
     prompt = _placed(run.data.abstract_batch(prompts), run, mesh)
@@ -82,7 +81,7 @@ def decode(run: TrainRun, sampler: Sampler, prompts: int, devices: Sequence[Any]
     return _compile("decode", lambda: program.lower(_params(run, mesh), prompt, _key(mesh)))
 
 
-def decode_alone(architecture: Architecture, sampler: Sampler, prompt: Batch, device: Any) -> Compiled:
+def decode_alone(architecture: Architecture, sampler: Sampler, prompt: Batch, device: jax.Device) -> Compiled:
     """Compiles `sampler` on `prompt`, of which only the shapes matter, for one device: what a speed study times."""
     mesh = MeshSpec().build([device])
     abstract = jax.tree.map(
@@ -92,21 +91,21 @@ def decode_alone(architecture: Architecture, sampler: Sampler, prompt: Batch, de
     return _compile("decode", lambda: program.lower(*abstract, _key(mesh)))
 
 
-def _generation(architecture: Architecture, sampler: Sampler, constrain: Constrain) -> Any:
-    def program(params: Any, prompt: Batch, root: jax.Array) -> Any:
+def _generation(architecture: Architecture, sampler: Sampler, constrain: Constrain) -> jax.stages.Wrapped:
+    def program(params: Params, prompt: Batch, root: jax.Array) -> Decoded:
         model = BoundModel(architecture, params, constrain).for_loops()
         return sampler.generate(model, prompt, StreamKeys(root=root, step=jnp.int32(0)))
 
     return jax.jit(program)
 
 
-def _params(run: TrainRun, mesh: Mesh) -> Any:
+def _params(run: TrainRun, mesh: Mesh) -> Params:
     abstract = run.model.abstract_params()
     shardings = tree_shardings(run.model.logical_axes(), abstract, run.rules, mesh)
     return jax.tree.map(_with_sharding, abstract, shardings)
 
 
-def _refused(name: str, run: TrainRun, devices: Sequence[Any]) -> Compiled | None:
+def _batch_error(name: str, run: TrainRun, devices: Sequence[jax.Device]) -> Compiled | None:
     """Returns a `Compiled` with a refusal if the devices cannot share a batch, else None."""
     try:
         run.check_mesh(devices)
@@ -119,7 +118,7 @@ def _placed(batch: Batch, run: TrainRun, mesh: Mesh) -> Batch:
     return jax.tree.map(_with_sharding, batch, batch_shardings(batch, run.rules, mesh))
 
 
-def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def _with_sharding(leaf: jax.ShapeDtypeStruct | jax.Array, sharding: Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -132,7 +131,7 @@ def _abstract_key() -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _compile(name: str, lower: Callable[[], Any]) -> Compiled:
+def _compile(name: str, lower: Callable[[], jax.stages.Lowered]) -> Compiled:
     started = time.perf_counter()
     lowered = lower()
     # JAX can write programs for absent devices to the compilation cache but cannot read them back.

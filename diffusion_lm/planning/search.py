@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from diffusion_lm.architectures.base import Architecture
+from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.planning.accelerators import Accelerator
 from diffusion_lm.planning.estimates import estimate
 from diffusion_lm.planning.plan import ProgramPlan
@@ -14,7 +16,7 @@ _RECOMPUTES = {"none": 0.0, "dots": 0.05, "dots_no_batch": 0.1, "full": 1 / 3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Settings that fit.
 
     Attributes:
@@ -41,8 +43,8 @@ def search(
     compile_and_read: Callable[[TrainRun], ProgramPlan],
     *,
     limit: int = 8,
-    log: Callable[[str], Any] = lambda text: None,
-) -> Found | None:
+    log: Callable[[str], object] = lambda text: None,
+) -> SearchResult | None:
     """Returns the cheapest settings that fit, or None if none of the first `limit` compiled candidates fits.
 
     Candidates are tried from cheap to expensive. Compilation is slow, so a candidate is only compiled if its predicted
@@ -66,14 +68,15 @@ def search(
         log(f"try {tried}: {'; '.join(changes) or 'as configured'}")
         plan = compile_and_read(candidate)
         if plan.fits:
-            return Found(candidate, changes, plan, tried)
+            return SearchResult(candidate, changes, plan, tried)
+        # If compilation failed, `needed` may be too small, but it is known to exceed what is available.
         correction = max(correction, max(plan.needed, available) / predicted)
     return None
 
 
 def _candidates(run: TrainRun, devices: int) -> Iterator[tuple[TrainRun, tuple[str, ...]]]:
     """Yields runs that compute the same numbers with their changed settings, sorted by estimated cost."""
-    found: list[tuple[tuple[Any, ...], TrainRun, tuple[str, ...]]] = []
+    found: list[tuple[tuple[float, int, int], TrainRun, tuple[str, ...]]] = []
     for mesh_rank, (mesh, mesh_changes) in enumerate(_meshes(run, devices)):
         for model in _models(run.model):
             remat = model.spec.remat
@@ -92,15 +95,17 @@ def _candidates(run: TrainRun, devices: int) -> Iterator[tuple[TrainRun, tuple[s
         yield candidate, changes
 
 
-def _models(model: Any) -> list[Any]:
+def _models(model: Architecture) -> list[Architecture]:
     """Returns the network with each rematerialisation policy; a wrapped network (adapters) is returned unchanged."""
-    if not any(field.name == "spec" for field in dataclasses.fields(model)):
+    configured: Any = model  # a frozen dataclass
+    if not any(field.name == "spec" for field in dataclasses.fields(configured)):
         return [model]
-    return [dataclasses.replace(model, spec=dataclasses.replace(model.spec, remat=remat)) for remat in _RECOMPUTES]
+    specs = [dataclasses.replace(model.spec, remat=remat) for remat in _RECOMPUTES]
+    return [dataclasses.replace(configured, spec=spec) for spec in specs]
 
 
-def _meshes(run: TrainRun, devices: int) -> Sequence[tuple[Any, tuple[str, ...]]]:
-    meshes: list[tuple[Any, tuple[str, ...]]] = [(run.mesh, ())]
+def _meshes(run: TrainRun, devices: int) -> Sequence[tuple[MeshSpec, tuple[str, ...]]]:
+    meshes: list[tuple[MeshSpec, tuple[str, ...]]] = [(run.mesh, ())]
     for tensor in (1, 2, 4, 8):
         mesh = dataclasses.replace(run.mesh, data=run.mesh.data if run.mesh.data > 0 else 1, fsdp=-1, tensor=tensor)
         heads = run.model.spec.num_heads
@@ -113,7 +118,7 @@ def _meshes(run: TrainRun, devices: int) -> Sequence[tuple[Any, tuple[str, ...]]
     return meshes
 
 
-def _microbatches(run: TrainRun, mesh: Any, devices: int) -> list[int]:
+def _microbatches(run: TrainRun, mesh: MeshSpec, devices: int) -> list[int]:
     sizes = mesh.sizes(devices)
     rows = run.batch_size // (sizes["data"] * sizes["fsdp"])
     return [count for count in (1, 2, 4, 8, 16, 32) if count <= max(rows, 1) and run.batch_size % count == 0 and

@@ -35,7 +35,7 @@ def parse(name: str, slices: int = 1) -> Accelerator:
     return gpus.parse(name, slices) if gpus.is_other(name) else accelerators.parse(name, slices, others=gpus.NAMES)
 
 
-def devices(accelerator: Accelerator) -> Sequence[Any]:
+def devices(accelerator: Accelerator) -> Sequence[jax.Device]:
     """Returns devices of an accelerator for which programs can be compiled.
 
     Raises:
@@ -46,7 +46,7 @@ def devices(accelerator: Accelerator) -> Sequence[Any]:
     return {"tpu": _tpus, "gpu": _gpus, "cpu": _cpus}[accelerator.generation.platform](accelerator)
 
 
-def _tpus(accelerator: Accelerator) -> Sequence[Any]:
+def _tpus(accelerator: Accelerator) -> Sequence[jax.Device]:
     _require_module("libtpu", "TPU", "plan")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -59,14 +59,14 @@ def _tpus(accelerator: Accelerator) -> Sequence[Any]:
     return _described(accelerator, "tpu", accelerator.topology, options)
 
 
-def _gpus(accelerator: Accelerator) -> Sequence[Any]:
+def _gpus(accelerator: Accelerator) -> Sequence[jax.Device]:
     _require_module("jax_plugins.xla_cuda13", "GPU", "plan-gpu")
     shape = f"1 x {accelerator.slices} x {accelerator.chips // accelerator.slices}"  # partitions, hosts, GPUs of each
     options = {"target_config": gpus.target_config(accelerator), "topology": shape}
     return _described(accelerator, "cuda", shape.replace(" ", ""), options)
 
 
-def _cpus(accelerator: Accelerator) -> Sequence[Any]:
+def _cpus(accelerator: Accelerator) -> Sequence[jax.Device]:
     with contextlib.suppress(RuntimeError):  # JAX has already started; its devices may still suffice
         jax.config.update("jax_num_cpu_devices", accelerator.devices)
     found = jax.devices("cpu")
@@ -92,7 +92,7 @@ def _require_module(module: str, kind: str, extra: str) -> None:
     )
 
 
-def _described(accelerator: Accelerator, platform: str, name: str, options: dict[str, Any]) -> Sequence[Any]:
+def _described(accelerator: Accelerator, platform: str, name: str, options: dict[str, Any]) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     try:

@@ -8,7 +8,7 @@ programs.
 import dataclasses
 from collections.abc import Mapping
 
-from diffusion_lm.cli.walk import parts
+from diffusion_lm.cli.walk import find_all
 from diffusion_lm.core.rng import example_number
 from diffusion_lm.data.converters import EncoderDecoderConverter, SingleStreamConverter
 from diffusion_lm.data.grain_source import GrainSource
@@ -56,8 +56,8 @@ def some(arms, most):
 
 def write_data(comparison, vocabulary):
     """Writes what the pipelines of a nano comparison read and is not there yet: no inputs where text is split."""
-    metrics = {source: task.metric for task in parts(comparison, GenerationTask) for source in task.data.sources}
-    for pipeline in parts(comparison, DataPipeline):
+    metrics = {source: task.metric for task in find_all(comparison, GenerationTask) for source in task.data.sources}
+    for pipeline in find_all(comparison, DataPipeline):
         for source in pipeline.sources:
             if read_manifest(source.folder) is None:
                 _write(source, vocabulary, metrics.get(source), text_only=pipeline.pretraining is not None)

@@ -12,7 +12,7 @@ import pytest
 from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
 from diffusion_lm.cli.search_path import packaged_folder
-from diffusion_lm.cli.walk import parts
+from diffusion_lm.cli.walk import find_all
 from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.materialise import materialise
@@ -27,7 +27,7 @@ TASKS = ("embedded_translation", "embedded_code", "embedded_qa")
 
 
 def pipelines(recipe):
-    return parts(build_root(config.load([f"gin/recipes/{recipe}"])), DataPipeline)
+    return find_all(build_root(config.load([f"gin/recipes/{recipe}"])), DataPipeline)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

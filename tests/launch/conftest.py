@@ -1,4 +1,4 @@
-"""Fake gcloud, kubectl and sbatch on the path, and machines to which the fake gcloud connects: folders of this one."""
+"""Fake gcloud, kubectl and sbatch on the PATH; the fake gcloud connects to local directories as machines."""
 
 import json
 import pathlib
@@ -8,8 +8,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# The installer that `curl` fetches makes a uv, which makes a diffusion-lm, which writes down how it was called and
-# ends with the next planned exit code.
+# The installer that `curl` fetches creates a uv, which creates a diffusion-lm, which records its arguments and exits
+# with the next planned exit code.
 _CURL = "cat $FAKE_FOLDER/bin/install_uv"
 _INSTALL = "mkdir -p ~/.local/bin; cp $FAKE_FOLDER/bin/uv ~/.local/bin/uv"
 _UV = """\
@@ -32,7 +32,7 @@ sys.exit(int(codes[0]) if codes else 0)
 
 
 class Fake:
-    """What the fake programs will answer and have been asked."""
+    """Planned answers and recorded calls of the fake programs."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -54,7 +54,7 @@ class Fake:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def verbs(self) -> list[str]:
-        """Which gcloud commands ran, without those that only look."""
+        """The gcloud commands that ran, without read-only ones."""
         words = [call["arguments"][3] for call in self.calls]
         return [word for word in words if word != "describe"]
 

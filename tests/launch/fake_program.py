@@ -1,4 +1,4 @@
-"""Stands in for gcloud, kubectl and sbatch: writes down how it was called and answers as the test has planned.
+"""A fake gcloud, kubectl and sbatch: records its arguments and answers as the test has planned.
 
 The folder $FAKE_FOLDER holds:
     calls.jsonl      a line a call: the program, its arguments, its standard input

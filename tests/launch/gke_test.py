@@ -1,4 +1,4 @@
-"""launch.gke: the manifest as Kubernetes reads it, and kubectl as it is called (by a fake one)."""
+"""launch.gke: the manifest as Kubernetes parses it, and the calls of a fake kubectl."""
 
 import json
 import shlex
@@ -28,7 +28,7 @@ def _applied(fake):
     return call
 
 
-def test_apply_hands_the_manifest_to_kubectl(fake):
+def test_apply_passes_the_manifest_to_kubectl(fake):
     assert gke.main(["apply", *FLAGS, "--env", "A=b c", "--context", "c", "--", *TRAIN]) == 0
     call = _applied(fake)
     assert call["arguments"] == ["apply", "--filename=-", "--context=c"]
@@ -51,7 +51,7 @@ def test_apply_hands_the_manifest_to_kubectl(fake):
 
 
 def _expanded(word):
-    """What Kubernetes makes of `$$(`; a single `$(NAME)` would be replaced by a variable."""
+    """Unescapes `$$(` as Kubernetes does; a single `$(NAME)` would be replaced by a variable."""
     assert "$(" not in word.replace("$$(", "")
     return word.replace("$$(", "$(")
 
@@ -82,7 +82,7 @@ def test_slices_as_in_the_tables_of_gke_and_xpk(name, label, topology, hosts, ch
     assert alone == (hosts == 1)
 
 
-def test_restarts_end_at_a_wrong_input():
+def test_invalid_input_is_not_restarted():
     spec = manifest("n", parse("v5e-16"), ["doctor"], image="i", environment={}, max_restarts=7)["spec"]
     assert spec["failurePolicy"]["maxRestarts"] == 7
     (rule,) = spec["failurePolicy"]["rules"]
@@ -108,7 +108,7 @@ def test_spot_queue_and_accounts(fake, capsys):
     assert fake.calls == []
 
 
-def test_dry_run_prints_what_a_shell_reads_back(fake, capsys):
+def test_dry_run_prints_commands_that_a_shell_parses(fake, capsys):
     assert gke.main(["apply", *FLAGS, "--dry_run", "--", *TRAIN]) == 0
     first, *rest = capsys.readouterr().out.splitlines()
     assert shlex.split(first.split(" <<")[0]) == ["kubectl", "apply", "--filename=-"]
@@ -127,7 +127,7 @@ def test_logs_status_and_delete(fake):
     assert delete == ["delete", "jobset", "job-1", "--ignore-not-found", "--namespace=n"], "again and again"
 
 
-def test_a_job_that_is_there_is_not_changed(fake, capfd):
+def test_an_existing_job_is_not_changed(fake, capfd):
     stderr = 'The JobSet "job-1" is invalid: spec.replicatedJobs: Invalid value: []: field is immutable\n'
     fake.plan({"apply": [{"code": 1, "stderr": stderr}]})
     assert gke.main(["apply", *FLAGS, "--", *TRAIN]) == 2
@@ -135,7 +135,7 @@ def test_a_job_that_is_there_is_not_changed(fake, capfd):
     assert len(fake.calls) == 1
 
 
-def test_a_server_that_does_not_answer_is_asked_again(fake):
+def test_an_unreachable_server_is_retried(fake):
     fake.plan({"apply": [{"code": 1, "stderr": "Unable to connect to the server: net/http: TLS handshake timeout\n"}]})
     assert gke.main(["apply", *FLAGS, "--", *TRAIN]) == 0
     assert len(fake.calls) == 2
@@ -152,7 +152,7 @@ def test_a_server_that_does_not_answer_is_asked_again(fake):
         (["--accelerator", "v5e-4"], ["train", "--workdir", "runs/x"], "the disk of a Pod is deleted"),
     ],
 )
-def test_wrong_inputs_say_what_to_do(fake, capfd, changed, command, says):
+def test_errors_of_invalid_input_say_what_to_do(fake, capfd, changed, command, says):
     assert gke.main(["apply", *FLAGS, *changed, "--", *command]) == 2
     assert says in capfd.readouterr().err
     assert fake.calls == []

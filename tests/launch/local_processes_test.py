@@ -1,4 +1,4 @@
-"""Processes of one machine: their output never holds them up."""
+"""Several processes on one machine: their output never blocks them."""
 
 import io
 import sys
@@ -11,8 +11,8 @@ class Closed(io.StringIO):
         raise BrokenPipeError
 
 
-def test_the_output_of_a_worker_is_read_to_its_end_without_a_reader_of_ours(monkeypatch):
-    """A worker whose pipe is full would wait for ever."""
+def test_worker_output_is_read_to_its_end_when_stdout_is_closed(monkeypatch):
+    """A worker whose pipe is full would block forever."""
     pipe = io.BytesIO(b"step 1\nstep 2\nstep 3\n")
     monkeypatch.setattr(sys, "stdout", Closed())
     local_processes._forward(pipe, 0)

@@ -1,4 +1,4 @@
-"""launch.slurm: the batch script, run by bash with a fake srun, and sbatch as it is called."""
+"""launch.slurm: the batch script, run by bash with a fake srun, and the calls of a fake sbatch."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def _start(fake, tmp_path, text, ends, **variables):
     return subprocess.Popen(["bash", str(path)], env=environment | variables)
 
 
-def test_the_script_asks_for_a_task_for_each_gpu():
+def test_the_script_requests_one_task_per_gpu():
     options = _options(
         _script("--nodes", "2", "--gpus", "4", "--time", "1-12", "--cpus", "6", "--sbatch_flag=--partition=gpu")
     )
@@ -70,7 +70,7 @@ def test_the_script_asks_for_a_task_for_each_gpu():
     assert "gpus-per-task" not in options
 
 
-def test_srun_gets_the_command_to_the_letter(fake, tmp_path):
+def test_srun_gets_the_exact_command(fake, tmp_path):
     text = _script("--env", "MY_NOTE=it's two", "--setup", "export MY_SETUP=1", "--nodes", "2")
     assert _start(fake, tmp_path, text, 0).wait(timeout=30) == 0
     found = json.loads((fake.folder / "srun").read_text())
@@ -88,7 +88,7 @@ def test_one_task_is_one_process(fake, tmp_path):
     ("ends", "count", "code", "requeued"),
     [(75, "0", 0, True), (75, "100", 75, False), (2, "0", 2, False), (134, "0", 134, False)],
 )
-def test_only_a_run_that_saved_itself_is_queued_again(fake, tmp_path, ends, count, code, requeued):
+def test_only_a_run_that_saved_a_checkpoint_is_requeued(fake, tmp_path, ends, count, code, requeued):
     process = _start(fake, tmp_path, _script(), ends, SLURM_RESTART_COUNT=count)
     assert process.wait(timeout=30) == code
     assert (fake.folder / "scontrol").exists() == requeued
@@ -108,7 +108,7 @@ def test_the_shell_outlives_a_sigterm_while_the_tasks_save(fake, tmp_path):
     assert (fake.folder / "scontrol").read_text() == "requeue 17\n"
 
 
-def test_submit_hands_the_script_to_sbatch(fake, capfd):
+def test_submit_passes_the_script_to_sbatch(fake, capfd):
     fake.plan({"^$": [{"stdout": "Submitted batch job 17\n"}]})
     assert slurm.main(["submit", "--name", "n", "--", *TRAIN]) == 0
     (call,) = fake.calls
@@ -131,7 +131,7 @@ def test_dry_run_submits_nothing(fake, capsys):
         (["--name", "a b"], "lower-case"),
     ],
 )
-def test_wrong_inputs_say_what_to_do(fake, capfd, changed, says):
+def test_errors_of_invalid_input_say_what_to_do(fake, capfd, changed, says):
     assert slurm.main(["submit", "--name", "n", *changed, "--", *TRAIN]) == 2
     assert says in capfd.readouterr().err
     assert fake.calls == []

@@ -1,4 +1,4 @@
-"""launch.tpu_vm against a fake gcloud, whose machines are folders in which the remote commands really run."""
+"""launch.tpu_vm with a fake gcloud that runs the remote commands in local directories."""
 
 import json
 import shlex
@@ -69,7 +69,7 @@ def test_all_workers_of_several_slices_run_the_command(fake, wheel, monkeypatch)
     assert "--force" in deletes[0]
 
 
-def test_a_preempted_tpu_is_made_again_and_runs_the_same_command(fake, wheel):
+def test_a_preempted_tpu_is_recreated_and_runs_the_same_command(fake, wheel):
     fake.plan(
         {
             "describe": [
@@ -89,7 +89,7 @@ def test_a_preempted_tpu_is_made_again_and_runs_the_same_command(fake, wheel):
 
 
 def test_connection_lost_to_a_preempted_tpu_is_a_preemption(fake, wheel):
-    """ssh fails before Cloud knows: the state is asked again after a while, and the job goes on elsewhere."""
+    """ssh fails before Cloud reports the preemption: the state is polled again; the job continues on another TPU."""
     broken = {
         "code": 1,
         "stderr": "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].\n",
@@ -111,7 +111,7 @@ def test_connection_lost_to_a_preempted_tpu_is_a_preemption(fake, wheel):
     assert len(fake.runs()) == 1
 
 
-def test_a_run_that_saved_itself_is_started_again_on_the_same_tpu(fake, wheel):
+def test_a_run_that_saved_a_checkpoint_is_restarted_on_the_same_tpu(fake, wheel):
     fake.plan({"describe": [ABSENT, *_state("READY", "READY", "READY", "READY", "READY")]})
     fake.exit_codes(75, 0)
     assert tpu_vm.main(["job", *_flags(wheel), "--", *TRAIN, "--workdir", "gs://b/run"]) == 0
@@ -120,7 +120,7 @@ def test_a_run_that_saved_itself_is_started_again_on_the_same_tpu(fake, wheel):
     assert (fake.folder / "uv.log").read_text().count("pip install") == 1, "what is installed is not installed again"
 
 
-def test_a_failing_command_is_not_started_again_and_says_where(fake, wheel, capfd):
+def test_a_failing_command_is_not_restarted_and_names_the_worker(fake, wheel, capfd):
     fake.plan({"describe": [ABSENT, *_state(*["READY"] * 4)]})
     fake.exit_codes(2)
     assert tpu_vm.main(["job", *_flags(wheel), "--", *TRAIN, "--workdir", "gs://b/run"]) == 2
@@ -146,7 +146,7 @@ def test_keep_keeps_the_tpu(fake, wheel):
     assert "delete" not in fake.verbs()
 
 
-def test_a_lost_slice_takes_the_others_with_it(fake, wheel, monkeypatch):
+def test_a_lost_slice_deletes_all_slices(fake, wheel, monkeypatch):
     monkeypatch.setenv("FAKE_WORKERS", "8")
     fake.plan({"describe n-1": _state("PREEMPTED", "PREEMPTED")})
     for worker in range(8):
@@ -177,7 +177,7 @@ def test_a_lost_slice_takes_the_others_with_it(fake, wheel, monkeypatch):
         ("ERROR: (x) You do not currently have an active account selected.", 1, "active account"),
     ],
 )
-def test_only_what_can_pass_is_tried_again(fake, wheel, capfd, stderr, tries, says):
+def test_only_transient_failures_are_retried(fake, wheel, capfd, stderr, tries, says):
     fake.plan({" create ": [{"code": 1, "stderr": stderr + "\n"}] * 9})
     assert tpu_vm.main(["create", *_flags(wheel)]) == 2
     assert fake.verbs() == ["create"] * tries
@@ -193,7 +193,7 @@ def test_transient_errors_are_forgotten(fake, wheel):
     assert fake.slept == [5.0, 10.0]
 
 
-def test_no_capacity_is_asked_for_again_until_the_time_is_up(fake, wheel, capfd):
+def test_no_capacity_is_retried_until_the_time_limit(fake, wheel, capfd):
     none = {
         "code": 1,
         "stderr": 'ERROR: (x) {\n  "code": 8,\n  "message": "There is no more capacity in the zone \\"z\\""\n}\n',
@@ -205,7 +205,7 @@ def test_no_capacity_is_asked_for_again_until_the_time_is_up(fake, wheel, capfd)
     assert "no TPU available within 0.5 hours" in capfd.readouterr().err
 
 
-def test_a_queue_that_fails_for_lack_of_quota_ends_the_job(fake, wheel, capfd):
+def test_a_queued_request_without_quota_ends_the_job(fake, wheel, capfd):
     failed = {
         "state": {"state": "FAILED", "failedData": {"error": {"message": "Quota limit 'TPUV5' has been exceeded."}}}
     }
@@ -223,7 +223,7 @@ def test_delete_is_idempotent(fake, wheel):
     assert fake.slept == []
 
 
-def test_a_command_that_runs_already_is_not_started_twice(fake, wheel):
+def test_a_running_command_is_not_started_twice(fake, wheel):
     (fake.folder / "bin" / "diffusion-lm").write_text(
         '#!/bin/bash\necho started >> "$FAKE_FOLDER/started"\nsleep 300\n'
     )
@@ -244,7 +244,7 @@ def test_a_command_that_runs_already_is_not_started_twice(fake, wheel):
     assert workers.read_outcomes(tpu.ssh(workers.outcome())) == {"host-0": "143"}, "ended by SIGTERM"
 
 
-def test_dry_run_runs_nothing_and_prints_what_a_shell_reads_back(fake, wheel, capsys):
+def test_dry_run_prints_commands_that_a_shell_parses_and_runs_none(fake, wheel, capsys):
     flags = _flags(wheel, "v5e-16", "--spot", "--dry_run")
     assert tpu_vm.main(["job", *flags, "--", *TRAIN, "--workdir", "gs://b/a run"]) == 0
     assert fake.calls == []
@@ -281,7 +281,7 @@ def test_dry_run_runs_nothing_and_prints_what_a_shell_reads_back(fake, wheel, ca
         (["--env", "1=2"], "NAME=VALUE"),
     ],
 )
-def test_wrong_inputs_say_what_to_do(fake, wheel, capfd, changed, says):
+def test_errors_of_invalid_input_say_what_to_do(fake, wheel, capfd, changed, says):
     fake.plan({"describe": [ABSENT, READY]})
     assert tpu_vm.main(["job", *_flags(wheel), *changed, "--", *TRAIN, "--workdir", "gs://b/r"]) == 2
     assert says in capfd.readouterr().err
@@ -298,13 +298,13 @@ def test_wrong_inputs_say_what_to_do(fake, wheel, capfd, changed, says):
         (["v5e-4"], [], "no command"),
     ],
 )
-def test_a_command_is_checked_before_anything_is_rented(fake, wheel, capfd, flags, command, says):
+def test_the_command_is_checked_before_machines_are_requested(fake, wheel, capfd, flags, command, says):
     assert tpu_vm.main(["job", *_flags(wheel, *flags), "--", *command]) == 2
     assert says in capfd.readouterr().err
     assert fake.calls == []
 
 
-def test_a_mounted_folder_can_be_named_as_such(fake, wheel):
+def test_a_shared_file_system_is_accepted(fake, wheel):
     flags = _flags(wheel, "v5e-16", "--shared_folder", "--dry_run")
     assert tpu_vm.main(["job", *flags, "--", "train", "--workdir", "/mnt/filestore/x"]) == 0
 
@@ -313,25 +313,25 @@ def test_a_mounted_folder_can_be_named_as_such(fake, wheel):
     ("codes", "count", "verdict"),
     [
         ({"a": "0", "b": "0"}, 2, Verdict.DONE),
-        ({"a": "0"}, 2, Verdict.AGAIN),
+        ({"a": "0"}, 2, Verdict.RESTART),
         ({"a": "0", "b": "running"}, 2, Verdict.ENDING),
         ({"a": "running", "b": "running"}, 2, Verdict.RUNNING),
-        ({"a": "75", "b": "75"}, 2, Verdict.AGAIN),
-        ({"a": "134", "b": "gone"}, 2, Verdict.AGAIN),
+        ({"a": "75", "b": "75"}, 2, Verdict.RESTART),
+        ({"a": "134", "b": "gone"}, 2, Verdict.RESTART),
         ({"a": "2", "b": "gone"}, 2, Verdict.FAILED),
         ({"a": "1", "b": "134"}, 2, Verdict.FAILED),
     ],
 )
-def test_what_exit_codes_mean(codes, count, verdict):
+def test_verdicts_of_exit_codes(codes, count, verdict):
     assert watch.judge(codes, count) is verdict
 
 
-def test_unusual_shapes_are_asked_for_by_shape(fake, wheel, capsys):
+def test_unusual_shapes_are_requested_by_shape(fake, wheel, capsys):
     assert tpu_vm.main(["create", *_flags(wheel, "v5p:4x4x12"), "--dry_run"]) == 0
     assert "--type=v5p --topology=4x4x12" in capsys.readouterr().out
 
 
-def test_copied_files_lie_where_the_command_runs(fake, wheel, tmp_path):
+def test_copied_files_are_in_the_working_directory(fake, wheel, tmp_path):
     mine = tmp_path / "mine.gin"
     mine.write_text("TrainRun.steps = 3\n")
     fake.plan({"describe": [READY, READY, READY]})

@@ -1,4 +1,4 @@
-"""`plan` for some of this machine's CPU devices: the compiler is here, so all of it runs in a test."""
+"""`plan` for CPU devices of this machine, whose compiler is always installed."""
 
 import jax
 import pytest
@@ -13,7 +13,7 @@ def test_devices_of_this_machine():
 
 
 def test_a_plan_of_all_three_programs(capsys):
-    """Memory and collectives; no roofline, as no data sheet says how fast a CPU is."""
+    """Memory and collectives, but no roofline, because the peak of a CPU is unknown."""
     code = main.main(
         ["plan", "--gin_file", "gin/recipes/quickstart.gin", "--stage", "tune_qa_diffusion", "--topology", "cpu-2"]
     )
@@ -28,7 +28,7 @@ def test_a_plan_of_all_three_programs(capsys):
 
 @pytest.mark.thorough
 def test_a_speed_study_is_planned_as_it_runs(capsys):
-    """Its longest decodes, on one device: the arm that the comparison needs beside it says nothing of them."""
+    """Its longest decodes on one device; the other arm of the comparison does not change them."""
     given = ["--gin_file", "gin/recipes/ar2diff/speed.gin", "--gin_file", "gin/models/sizes/nano.gin"]
     small = ["--gin.VOCAB_SIZE=1280", "--gin.SPEED_LENGTHS=(4, 8)"]
     code = main.main(["plan", *given, *small, "--topology", "cpu-2", "--programs", "decode"])

@@ -1,4 +1,4 @@
-"""What is checked before two sides are compared, and the order in which they are measured."""
+"""Checks before a comparison with PyTorch, and the order of measurements."""
 
 import dataclasses
 
@@ -18,12 +18,12 @@ from diffusion_lm.nn.transformer import TransformerSpec
         ([[5, 6]], [[0, 6]], None),
     ],
 )
-def test_rows_with_tokens_that_one_side_may_not_emit_are_left_out(ours, theirs, share):
+def test_rows_with_forbidden_tokens_are_excluded(ours, theirs, share):
     assert same_tokens({"window": ours, "forbidden": [0, 1]}, theirs) == share
 
 
 @pytest.mark.parametrize(("tied", "padding"), [(True, 4 * 8), (False, 2 * 4 * 8)])
-def test_parameters_are_equal_but_for_the_padded_vocabulary(tied, padding):
+def test_parameter_counts_are_equal_without_vocabulary_padding(tied, padding):
     spec = TransformerSpec(
         vocab_size=60, vocab_multiple=8, num_layers=1, model_dim=8, num_heads=1, head_dim=8, mlp_dim=8
     )

@@ -1,4 +1,4 @@
-"""Synthetic batches have the shapes of the run's own, and nothing in them that a pipeline would not make."""
+"""Synthetic batches have the shapes, dtypes and invariants of batches of the pipeline."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def test_shapes_and_dtypes_are_those_of_the_pipeline(converter):
     [(SINGLE, None, 4), (SINGLE, CausalLM(), 1), (PAIR, None, 1)],
     ids=["single", "text", "pair"],
 )
-def test_all_behind_the_conditioning_is_scored(converter, pretraining, conditioning):
+def test_everything_after_the_conditioning_is_scored(converter, pretraining, conditioning):
     run = run_of(converter, pretraining=pretraining)
     batch = synthetic_batch(run)
     assert conditioning_length(run) == conditioning
@@ -57,13 +57,13 @@ def test_all_behind_the_conditioning_is_scored(converter, pretraining, condition
     np.testing.assert_array_equal(batch.loss_weights, batch.target_mask)
 
 
-def test_mask_is_never_in_the_data():
+def test_tokens_never_contain_mask():
     run = run_of(SINGLE, objective=MaskedDiffusion(), batch_size=64)
     tokens = synthetic_batch(run).tokens
     assert set(np.unique(tokens)) == set(range(8)) - {4}
 
 
-def test_batches_of_other_numbers_are_other_tokens_and_examples():
+def test_batches_with_different_numbers_differ_in_tokens_and_example_ids():
     first, second = (synthetic_batch(run_of(SINGLE), number) for number in (0, 1))
     assert (first.tokens != second.tokens).any()
     assert not set(first.example_ids.ravel().tolist()) & set(second.example_ids.ravel().tolist())

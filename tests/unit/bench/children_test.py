@@ -1,4 +1,4 @@
-"""Sides in children: questions and answers, errors, and what happens without torch."""
+"""Benchmarks in child processes: requests and answers, errors, and a missing torch."""
 
 import sys
 
@@ -9,7 +9,7 @@ from diffusion_lm.core.errors import ConfigError
 
 
 class Counting:
-    """A side that answers with what it was asked; unpacked by the child, so it stands in a module of its own name."""
+    """A benchmark that returns its requests. The child unpickles it, so it must be in an importable module."""
 
     labels = ("a", "b")
 
@@ -45,7 +45,7 @@ def importable(tmp_path, monkeypatch):
     return __import__("counting_side").Counting()
 
 
-def test_a_child_answers_as_the_side_would(importable):
+def test_a_child_answers_as_its_benchmark(importable):
     with our_child(importable) as child:
         assert child.labels == ("a", "b")
         assert child.prepare("folder") == {"export": "folder", "noise": 1}
@@ -58,18 +58,18 @@ def test_a_child_answers_as_the_side_would(importable):
     assert process.returncode == 0
 
 
-def test_a_child_that_dies_is_reported_with_its_last_words():
+def test_the_error_of_a_dead_child_has_its_last_line_of_stderr():
     with pytest.raises(ConfigError, match=r"the child process exited: .*no such thing"):
         ChildBenchmark([sys.executable, "-c", "raise SystemExit('no such thing')"], {}, where="here", fix="Do it.")
 
 
-def test_without_torch_the_error_says_what_is_missing_and_what_to_do(tmp_path, monkeypatch):
+def test_a_missing_torch_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(without("torch", "transformers"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"cannot import torch \(--against torch\).*--torch_python"):
         torch_child(None, "train")
 
 
-def test_an_interpreter_that_is_not_there_is_named():
+def test_a_missing_interpreter_is_named():
     with pytest.raises(ConfigError, match=r"cannot run /no/such/python.*--torch_python"):
         torch_child("/no/such/python", "train")

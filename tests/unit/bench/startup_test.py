@@ -1,4 +1,4 @@
-"""Processes of `bench startup`: which are started, with which cache, and what a failure says."""
+"""Processes of `bench startup`: which are started, with which cache, and errors."""
 
 import sys
 
@@ -8,7 +8,7 @@ from diffusion_lm.bench import startup
 from diffusion_lm.core.errors import ConfigError
 
 
-def test_warm_is_the_command_of_cold_with_the_cache_that_it_left(monkeypatch):
+def test_warm_runs_the_command_of_cold_with_its_cache(monkeypatch):
     started = []
     monkeypatch.setattr(startup, "_run", lambda command, cache=None: started.append((tuple(command[3:]), cache)))
     seconds = startup.measure_startup(["bench", "train", "--rounds", "0"], rounds=2)
@@ -19,7 +19,7 @@ def test_warm_is_the_command_of_cold_with_the_cache_that_it_left(monkeypatch):
     assert [command for command, _ in started][1] == ("--help",)
 
 
-def test_a_process_that_fails_is_shown_with_its_last_words(monkeypatch):
+def test_the_error_of_a_failed_process_has_its_last_line_of_stderr(monkeypatch):
     monkeypatch.setattr(startup, "COMMAND", (sys.executable, "-c", "raise SystemExit('no such flag')"))
     with pytest.raises(ConfigError, match=r"failed: no such flag"):
         startup.measure_startup([], rounds=1)

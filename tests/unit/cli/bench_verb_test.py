@@ -1,4 +1,4 @@
-"""`diffusion-lm bench`, in process, on a tiny network with two rounds: tables and JSON. Nothing here asserts a time."""
+"""`diffusion-lm bench` in this process, with a tiny network and two rounds: tables and JSON. No test asserts a time."""
 
 import json
 
@@ -41,14 +41,14 @@ def test_train_has_a_row_with_all_figures(capsys, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"], "no run folder is written"
 
 
-def test_train_of_no_rounds_takes_the_first_step_alone(capsys, tmp_path):
+def test_train_with_zero_rounds_only_takes_the_first_step(capsys, tmp_path):
     code, captured, result = bench(capsys, tmp_path, "train", *TINY_ROWS, "--rounds", "0", "--batch_size", "2")
     assert code == 0, captured.err
     assert result["rows"][0]["seconds"] is None
     assert result["facts"]["first_loss"] == pytest.approx(4.16, abs=0.5), "ln 64"
 
 
-def test_decode_times_the_study_and_counts_its_passes(capsys, tmp_path):
+def test_decode_times_all_arms_of_the_study_and_counts_forward_passes(capsys, tmp_path):
     arguments = ("decode", *TINY, "--rounds", "2", "--target_length", "4", "--prompt_length", "3")
     code, captured, result = bench(capsys, tmp_path, *arguments, "--gin.masked_16/DenoisingSampler.steps=2")
     assert code == 0, captured.err
@@ -61,12 +61,12 @@ def test_decode_times_the_study_and_counts_its_passes(capsys, tmp_path):
         assert row["seconds_per_completion"] == row["seconds"]["median"]
         assert row["tokens_per_second"] == pytest.approx(4 / row["seconds"]["median"])
         assert row["ratio"]["count"] == 2
-    assert study["rows"][0]["ratio"]["median"] == 1.0, "the first row is what the others are compared with"
+    assert study["rows"][0]["ratio"]["median"] == 1.0, "the first row is the baseline"
     assert max(map(len, captured.out.splitlines())) <= 100
 
 
 @pytest.mark.thorough
-def test_decode_takes_samplers_and_a_network_of_their_own(capsys, tmp_path):
+def test_decode_accepts_a_network_and_several_samplers(capsys, tmp_path):
     (tmp_path / "net.gin").write_text(
         "from __gin__ import dynamic_registration\n"
         "include 'models/decoder_only.gin'\ninclude 'models/sizes/nano.gin'\nVOCAB_SIZE = 64\n"

@@ -1,4 +1,4 @@
-"""What a verb does when nobody reads its output: pipes that close, streams that were closed before the start."""
+"""Verbs whose stdout or stderr is closed: pipes that close while they run, streams closed before they start."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from diffusion_lm.cli.main import main
 
 CLOSED = 141
 
-# A verb in a process of its own: it prints a line to each stream, waits for the test, prints more, then leaves a file.
+# A verb in a child process: it prints a line to each stream, waits for the test, prints more, then writes a file.
 SCRIPT = """
 import sys, types
 from diffusion_lm.cli import {verb}, main, output
@@ -36,7 +36,7 @@ def start(folder, verb, *arguments, **streams):
 
 
 def close_after_a_line(process, *streams):
-    """Reads one line of each stream, closes it, and lets the verb go on."""
+    """Reads one line of each stream, closes the streams, and lets the verb continue."""
     for stream in streams:
         stream.readline()
         stream.close()
@@ -44,8 +44,8 @@ def close_after_a_line(process, *streams):
     process.stdin.close()
 
 
-def test_training_goes_on_without_its_console_output(tmp_path):
-    """`train 2>&1 | head -1`: it used to end with exit code 0 in the middle of the run."""
+def test_training_continues_when_its_output_is_closed(tmp_path):
+    """`train 2>&1 | head -1`, which once ended the run early with exit code 0."""
     process = start(tmp_path, "train", stderr=subprocess.STDOUT)
     close_after_a_line(process, process.stdout)
     assert process.wait(60) == 0
@@ -53,7 +53,7 @@ def test_training_goes_on_without_its_console_output(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["train", "decode"])
-def test_progress_is_never_worth_a_failure(tmp_path, verb):
+def test_closed_stderr_is_not_an_error(tmp_path, verb):
     process = start(tmp_path, verb)
     close_after_a_line(process, process.stderr)
     out = process.stdout.read()
@@ -62,7 +62,7 @@ def test_progress_is_never_worth_a_failure(tmp_path, verb):
 
 
 @pytest.mark.parametrize("verb", ["decode", "doctor"])
-def test_a_verb_whose_output_is_its_product_stops_quietly_with_another_code_than_0(tmp_path, verb):
+def test_a_verb_that_only_prints_stops_with_a_nonzero_exit_code(tmp_path, verb):
     process = start(tmp_path, verb)
     close_after_a_line(process, process.stdout)
     errors = process.stderr.read()
@@ -71,7 +71,7 @@ def test_a_verb_whose_output_is_its_product_stops_quietly_with_another_code_than
     assert all(line.startswith("step ") for line in errors.splitlines()), "no traceback, no message"
 
 
-def test_results_in_a_file_are_finished_without_a_reader(tmp_path):
+def test_results_in_a_file_are_written_when_stdout_is_closed(tmp_path):
     process = start(tmp_path, "decode", "--json", "result.json")
     close_after_a_line(process, process.stdout)
     process.stderr.read()
@@ -79,7 +79,7 @@ def test_results_in_a_file_are_finished_without_a_reader(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == {"value": 1.5}
 
 
-def test_json_that_nobody_read_is_not_success(tmp_path):
+def test_unread_json_on_stdout_is_not_success(tmp_path):
     process = start(tmp_path, "train", "--json", "-")
     close_after_a_line(process, process.stdout)
     process.stderr.read()
@@ -91,8 +91,8 @@ def test_json_that_nobody_read_is_not_success(tmp_path):
     ("redirection", "verb", "code"),
     [("2>&-", "decode", 0), (">&- 2>&-", "train", 0), (">&-", "decode", CLOSED), ("2>/dev/full", "train", 0)],
 )
-def test_streams_that_cannot_be_written_from_the_start(tmp_path, redirection, verb, code):
-    """The next file that is opened must not become stdout or stderr, which other libraries write to."""
+def test_streams_that_are_closed_before_the_start(tmp_path, redirection, verb, code):
+    """The next file that is opened must not get the descriptor of stdout or stderr, which libraries write to."""
     (tmp_path / "script.py").write_text(
         SCRIPT.format(verb=verb, arguments=[verb, "--workdir", "x"]).replace(
             'open("finished", "w").close()',
@@ -106,8 +106,8 @@ def test_streams_that_cannot_be_written_from_the_start(tmp_path, redirection, ve
     assert not (tmp_path / "finished").exists() or (tmp_path / "finished").read_text() == ""
 
 
-def test_another_broken_pipe_is_an_error_of_ours(monkeypatch):
-    """Of a worker process, say: it has nothing to do with our output and used to end with exit code 0."""
+def test_another_broken_pipe_is_reported_as_an_error(monkeypatch):
+    """A broken pipe of e.g. a worker process is unrelated to stdout; it once ended with exit code 0."""
 
     def run(arguments):
         raise BrokenPipeError
@@ -119,5 +119,5 @@ def test_another_broken_pipe_is_an_error_of_ours(monkeypatch):
     assert (sys.stdout, sys.stderr) == before, "the streams are put back"
 
 
-def test_the_exit_code_is_that_of_a_process_that_sigpipe_ended():
+def test_the_exit_code_equals_that_of_a_process_killed_by_sigpipe():
     assert environment.EXIT_OUTPUT_CLOSED == CLOSED == 128 + 13

@@ -1,4 +1,4 @@
-"""Reading gin files: what is accepted, and the one sentence that says what is wrong, where, and what to do."""
+"""Loading gin files: what is accepted, and errors that say what is wrong, where, and what to do."""
 
 import sys
 import textwrap
@@ -104,7 +104,7 @@ def sentence(write, parts, text, *bindings, root="Run"):
     return str(caught.value)
 
 
-def test_builds_what_is_written(write, parts):
+def test_builds_the_configured_object(write, parts):
     run = build(write, parts, BASE + "parts.Run.lengths = [1, 2]\nparts.Run.rate = 1\nparts.Run.extra = {'a': 1}")
     assert run == parts.Run(parts.Net(), parts.Causal(), steps=3, rate=1, lengths=(1, 2), extra={"a": 1})
 
@@ -127,12 +127,12 @@ def test_macro_misspelt_on_the_command_line(write, parts):
     )
 
 
-def test_macro_of_an_included_file_is_an_offer_that_may_go_unused(write, parts):
+def test_macro_of_an_included_file_may_be_unused(write, parts):
     write("preset.gin", HEAD + "WIDTH = 3\n")
     assert build(write, parts, BASE + "include 'preset.gin'\n").steps == 3
 
 
-def test_macro_can_be_built_by_itself(write, parts):
+def test_macro_can_be_built_alone(write, parts):
     text = HEAD + "NET = @parts.Net()\nparts.Net.width = 5\n"
     loaded = config.load([write("x.gin", text)], ["Net.mode=full"], macros=["NET"])
     assert loaded.build_macro("NET") == parts.Net(5, "full")
@@ -140,7 +140,7 @@ def test_macro_can_be_built_by_itself(write, parts):
         loaded.build_macro("SAMPLER")
 
 
-def test_required_macro_must_be_given(write, parts):
+def test_required_macro_must_be_set(write, parts):
     text = BASE.replace("STEPS = 3", "STEPS = %gin.REQUIRED")
     assert "macro STEPS has no value (x.gin:8). Set it with --gin.STEPS=VALUE" in sentence(write, parts, text)
     assert build(write, parts, text, "STEPS=5").steps == 5
@@ -181,14 +181,14 @@ def test_module_that_does_not_exist(write, parts):
     assert "(x.gin:5)" in message
 
 
-def test_missing_gin_file_names_near_ones(write, parts):
+def test_missing_gin_file_suggests_similar_names(write, parts):
     write("quick.gin", BASE)
     with pytest.raises(ConfigError, match=r"gin file 'quik.gin' not found; did you mean quick.gin.*\? \(--gin_file\)"):
         config.load(["quik.gin"])
 
 
 def test_include_under_a_scope(write, parts):
-    """Two files that bind the same parameter live side by side; nested includes and scopes inside follow."""
+    """Two files that bind the same parameter can be used together; nested includes and scopes get the scope too."""
     head = "from __gin__ import dynamic_registration\nfrom gin_test_parts import parts\n"
     write("narrow.gin", head + "WIDTH = 8\nparts.Net.width = 2\n")
     write("wide.gin", head + "include 'mode.gin'\nparts.Net.width = 64\ninner/parts.Net.width = 128\n")
@@ -207,7 +207,7 @@ def test_scopes_in_the_references_of_a_file_under_a_scope_are_inside_it(write, p
     assert (pair.first.model.width, pair.second.model.width) == (16, 8)
 
 
-def test_missing_include_says_who_asked(write, parts):
+def test_missing_include_names_the_including_line(write, parts):
     assert "(x.gin:1)" in sentence(write, parts, "include 'nowhere.gin'\n")
 
 
@@ -269,7 +269,7 @@ def test_binding_of_a_given_file_must_be_built(write, parts):
     assert "ar/Run.steps has no effect: no Run is built in scope 'ar'" in message
 
 
-def test_binding_of_an_included_file_may_go_unused(write, parts):
+def test_binding_of_an_included_file_may_be_unused(write, parts):
     write("preset.gin", HEAD + "parts.Pair.first = @parts.Run()\n")
     assert build(write, parts, BASE + "include 'preset.gin'\n").steps == 3
 
@@ -289,7 +289,7 @@ def test_scopes(write, parts):
     assert (pair.first.steps, pair.second.steps) == (7, 3)
 
 
-def test_flag_that_a_scope_shadows_everywhere_is_an_error(write, parts):
+def test_flag_that_a_scope_overrides_everywhere_is_an_error(write, parts):
     assert build(write, parts, SCOPES, "Run.steps=9", root="Pair").second.steps == 9
     text = SCOPES + "diffusion/parts.Run.steps = 8\n"
     message = sentence(write, parts, text, "Run.steps=9", root="Pair")
@@ -305,7 +305,7 @@ def test_flag_for_a_macro_that_nothing_built_reads(write, parts):
     assert "WHICH has no effect: no object that is built uses it (--gin.WHICH)" in message
 
 
-def test_flag_that_replaces_a_macro_leaves_the_macro_in_peace(write, parts):
+def test_macro_that_a_flag_makes_unused_is_not_an_error(write, parts):
     assert build(write, parts, BASE, "Run.steps=9").steps == 9
 
 
@@ -379,6 +379,6 @@ def test_resolved_text_builds_the_same_object(write, parts):
     assert config.load([write("resolved.gin", text)]).build(parts.Pair) == pair
 
 
-def test_loading_twice_forgets_the_first(write, parts):
+def test_loading_clears_the_previous_configuration(write, parts):
     build(write, parts, BASE + "parts.Net.width = 99\n")
     assert build(write, parts, BASE).model.width == 8

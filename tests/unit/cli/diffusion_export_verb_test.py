@@ -1,4 +1,4 @@
-"""A diffusion checkpoint is imported, trained, decoded and exported by the verbs, under the names of its family."""
+"""Imports, trains, decodes and exports a diffusion checkpoint with the verbs, in the layout of its family."""
 
 import io
 import json
@@ -36,7 +36,7 @@ SPEC = TransformerSpec(
     tied_embeddings=False,
 )
 
-# One include is the network, one its objective.
+# One include binds the network, one its objective.
 RUN = """
 from __gin__ import dynamic_registration
 from diffusion_lm.data import converters
@@ -76,13 +76,13 @@ likelihood.BoundEvaluation:
 """
 
 
-# What an export says follows from the configuration; no step need be compiled for it.
+# The metadata of an export follows from the configuration, so no training step needs to be compiled.
 UNTRAINED = ["--gin.TrainRun.steps=0"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A LLaDA checkpoint with its tokenizer, a small task, gin files, and what `import` made of the checkpoint."""
+    """A LLaDA checkpoint with its tokenizer, a small task, gin files, and the run directory of `import`."""
     folder = tmp_path_factory.mktemp("diffusion")
     files = {"own": "imported/objective.gin", "shifted": "objectives/diffullama.gin", "random": "objectives/sundae.gin"}
     for name, file in files.items():
@@ -132,7 +132,7 @@ def _equal(a, b) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
 
 
-def test_the_import_says_what_it_was_trained_as(folder):
+def test_the_import_reports_how_the_model_was_trained(folder):
     result = json.loads((folder / "import.json").read_text())
     assert result["family"] == "llada"
     assert result["diffusion"]["mask_id"] == 4
@@ -149,7 +149,7 @@ def test_what_is_printed(capsys):
     assert "--sampler again/sampler.gin" in printed
 
 
-def test_it_decodes_with_one_include(capsys):
+def test_it_decodes_with_its_sampler_file(capsys):
     arguments = ["decode", "--workdir", "imported", "--gin_file", "own.gin", "--task", "toy", "--split", "train"]
     assert main([*arguments, "--sampler", "imported/sampler.gin", "--limit", "2", "--batch_size", "2"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -157,7 +157,7 @@ def test_it_decodes_with_one_include(capsys):
     assert all(row["forward_passes"] > 0 for row in rows)
 
 
-def test_what_was_imported_goes_back_as_it_came(folder):
+def test_an_imported_checkpoint_is_exported_unchanged(folder):
     assert main(["export", "imported", "--to", "back", "--json", "export.json"]) == 0
     result = json.loads((folder / "export.json").read_text())
     assert (result["model_type"], result["layout"], result["tokenizer"]) == ("llada", "llada", ["tokenizer.model"])
@@ -174,7 +174,7 @@ def test_what_was_imported_goes_back_as_it_came(folder):
     assert not list((folder / "back").glob("*.py"))
 
 
-def test_a_network_that_holds_nan_is_not_exported(folder, tmp_path, break_checkpoint, capsys):
+def test_parameters_with_nan_are_not_exported(folder, tmp_path, break_checkpoint, capsys):
     shutil.copytree(folder / "tuned", tmp_path / "tuned")
     break_checkpoint(tmp_path / "tuned", 1)
     assert main(["export", str(tmp_path / "tuned"), "--to", str(tmp_path / "out")]) == 2
@@ -182,7 +182,7 @@ def test_a_network_that_holds_nan_is_not_exported(folder, tmp_path, break_checkp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_network_that_holds_nan_is_not_imported(folder, tmp_path, capsys):
+def test_parameters_with_nan_are_not_imported(folder, tmp_path, capsys):
     shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
     file = tmp_path / "checkpoint" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
@@ -205,7 +205,7 @@ def test_a_trained_model_gets_the_public_layout_card_and_tokenizer(folder):
     tokenizer = tokenizers.Tokenizer.from_file("trained/tokenizer.json")
     vocabulary = Vocabulary((folder / "checkpoint" / "tokenizer.model").read_bytes())
     assert tokenizer.encode("12 plus one").ids == vocabulary.encode("12 plus one")
-    # Whoever imports the export finds the same ids.
+    # Importing the export gives the same ids.
     assert Vocabulary.load("trained").specials == vocabulary.specials
     card = (folder / "trained" / "README.md").read_text()
     for expected in (
@@ -232,14 +232,14 @@ def test_other_alignments_get_other_layouts(folder, capsys):
     capsys.readouterr()
     assert main(["export", "shifted", "--to", "wrong", "--layout", "llada"]) == 2
     assert "has same position" in capsys.readouterr().err
-    # As what it is shaped like, on request; the file still says what it was trained as.
+    # --layout selects a family by shape alone; the file still records how the model was trained.
     assert main(["export", "shifted", "--to", "plain", "--layout", "llama"]) == 0
     told = json.loads((folder / "plain" / "config.json").read_text())
     assert told["diffusion_lm"]["prediction"] == "shifted"
     assert load("plain").family == "llama"
 
 
-def test_random_tokens_are_no_masked_diffusion(folder, capsys):
+def test_uniform_diffusion_has_no_masked_diffusion_layout(folder, capsys):
     assert main(["train", "--gin_file", "random.gin", "--workdir", "random", *UNTRAINED]) == 0
     assert main(["export", "random", "--to", "random_out", "--tokenizer", "none", "--json", "export.json"]) == 0
     result = json.loads((folder / "export.json").read_text())
@@ -250,8 +250,8 @@ def test_random_tokens_are_no_masked_diffusion(folder, capsys):
     assert not (folder / "wrong").exists()
 
 
-def test_without_a_named_mask_nothing_is_guessed(folder, capsys):
-    """A file of a published shape would be known; this one is not."""
+def test_an_unnamed_mask_token_is_not_guessed(folder, capsys):
+    """Published checkpoints are recognised by their shape; this one is not published."""
     source = load("checkpoint")
     save(folder / "nameless", source.architecture, source.params, family="llada")
     assert main(["import", "nameless", "--workdir", "nameless_run"]) == 0

@@ -1,4 +1,4 @@
-"""`import` and `export` of an encoder-decoder: the run folder binds the network that the files hold."""
+"""`import` and `export` of an encoder-decoder: the run directory binds the network of the checkpoint."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_run_folder_binds_the_network(folder):
+def test_the_run_directory_binds_the_network(folder):
     source = load(folder / "checkpoint")
     assert source.architecture.spec.relative_bidirectional is False
     text = (folder / "imported" / "model.gin").read_text()
@@ -83,7 +83,7 @@ def test_the_run_folder_binds_the_network(folder):
     jax.tree.map(np.testing.assert_array_equal, restore_params(folder / "imported"), source.params)
 
 
-def test_what_is_imported_can_be_exported(folder):
+def test_an_import_can_be_exported(folder):
     assert main(["export", str(folder / "imported"), "--to", str(folder / "exported")]) == 0
     before, after = (
         safetensors.numpy.load_file(folder / name / "model.safetensors") for name in ("checkpoint", "exported")
@@ -96,8 +96,8 @@ def test_what_is_imported_can_be_exported(folder):
     assert values["decoder_start_token_id"] == 0
 
 
-def test_a_run_goes_on_from_it_in_a_vocabulary_of_its_kind(folder):
-    """T5's vocabulary has no BOS: the decoder opens with padding, as `decoder_start_token_id` says."""
+def test_a_run_starts_from_it_with_a_vocabulary_of_its_kind(folder):
+    """T5's vocabulary has no BOS: the decoder starts with padding (`decoder_start_token_id`)."""
     stream, lines = io.BytesIO(), [f"{number} plus {number}" for number in range(10, 40)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=stream, vocab_size=37, hard_vocab_limit=True, model_type="bpe",

@@ -1,4 +1,4 @@
-"""`import` and `export`: a checkpoint becomes a run folder that other runs go on from, and goes back."""
+"""`import` and `export`: a checkpoint becomes a run directory from which other runs start, and is exported again."""
 
 import io
 import json
@@ -38,7 +38,7 @@ SPEC = TransformerSpec(
     tied_logit_scale=False,
 )
 
-# The whole of what AR2Diff takes: the include, the line `initial`, and another objective.
+# All that AR2Diff needs: the include, the line `initial`, and another objective.
 RUN = """
 from __gin__ import dynamic_registration
 from diffusion_lm.data import converters
@@ -79,7 +79,7 @@ converters.SingleStreamConverter:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a checkpoint, what `import` made of it, a small task, and two gin files."""
+    """A directory with a checkpoint, the run directory of `import`, a small task, and two gin files."""
     folder = tmp_path_factory.mktemp("import")
     for name, file in (("ar", "autoregressive.gin"), ("diffusion", "sundae.gin")):
         (folder / f"{name}.gin").write_text(RUN.replace("OBJECTIVE_FILE", file))
@@ -126,7 +126,7 @@ def _equal(a, b) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
 
 
-def test_the_result_says_what_became_of_the_tensors(imported, folder):
+def test_the_result_lists_what_each_tensor_became(imported, folder):
     assert imported["family"] == "qwen2"
     assert imported["causal"]
     assert imported["specials"] == {"pad_id": None, "bos_id": 2, "eos_ids": [1, 7], "mask_id": None}
@@ -159,7 +159,7 @@ def test_the_parameters_and_the_network_are_those_of_the_checkpoint(imported):
 
     built = config.load(["imported/model.gin"], macros=["MODEL"]).build_macro("MODEL")
     assert built == source.architecture
-    # What an earlier file bound (here nano.gin) does not shine through.
+    # Bindings of an earlier file (here nano.gin) have no effect.
     run = config.load(["ar.gin"]).build(__import__("diffusion_lm.training.run", fromlist=["run"]).TrainRun)
     assert run.model == source.architecture
     assert run.model.spec.window_layers == (1,)
@@ -167,18 +167,18 @@ def test_the_parameters_and_the_network_are_those_of_the_checkpoint(imported):
 
 
 @pytest.mark.parametrize("name", ["ar", "diffusion"])
-def test_a_run_goes_on_from_it(name, imported, folder):
+def test_a_run_starts_from_it(name, imported, folder):
     assert main(["train", "--gin_file", f"{name}.gin", "--workdir", f"tuned_{name}", "--json", "train.json"]) == 0
     result = json.loads((folder / "train.json").read_text())
     assert result["step"] == 1
     assert " 14 arrays mapped, 0 resized, 0 added, 0 dropped" in result["initial"]
-    # One step from the checkpoint is near it, and is not it.
+    # After one step the parameters are close to the checkpoint but not equal.
     before, after = restore_params("imported"), restore_params(f"tuned_{name}")
     change = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)))
     assert 0 < change < 0.1
 
 
-def test_the_run_folder_holds_the_checkpoint(imported):
+def test_the_run_directory_contains_the_checkpoint(imported):
     assert _equal(restore_params("imported"), load("checkpoint").params)
 
 
@@ -193,12 +193,12 @@ def test_decode_and_evaluate_use_it(imported, folder, capsys):
     assert "add --gin_file" in capsys.readouterr().err
 
 
-def test_it_is_no_folder_to_train_in(imported, capsys):
+def test_it_cannot_be_trained_in(imported, capsys):
     assert main(["train", "--gin_file", "ar.gin", "--workdir", "imported"]) == 2
     assert "is imported checkpoint there and TrainRun here" in capsys.readouterr().err
 
 
-def test_what_is_imported_can_be_exported(imported, folder):
+def test_an_import_can_be_exported(imported, folder):
     assert main(["export", "imported", "--to", "exported", "--json", "export.json"]) == 0
     assert json.loads((folder / "export.json").read_text())["model_type"] == "qwen2"
     before, after = load("checkpoint"), load("exported")
@@ -207,7 +207,7 @@ def test_what_is_imported_can_be_exported(imported, folder):
     assert before.specials == after.specials
 
 
-def test_what_is_trained_can_be_exported(imported, folder, capsys):
+def test_a_trained_model_can_be_exported(imported, folder, capsys):
     assert main(["train", "--gin_file", "ar.gin", "--workdir", "to_export"]) == 0
     assert main(["export", "to_export", "--to", "trained", "--dtype", "bfloat16"]) == 0
     trained, again = restore_params("to_export"), load("trained").params
@@ -219,7 +219,7 @@ def test_what_is_trained_can_be_exported(imported, folder, capsys):
     assert not (folder / "other").exists()
 
 
-def test_nothing_is_written_where_anything_is_wrong(imported, folder, capsys):
+def test_nothing_is_written_on_errors(imported, folder, capsys):
     broken = folder / "broken"
     broken.mkdir()
     (broken / "config.json").write_bytes((folder / "checkpoint" / "config.json").read_bytes())
@@ -232,7 +232,7 @@ def test_nothing_is_written_where_anything_is_wrong(imported, folder, capsys):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_a_disk_that_fills_up_leaves_nothing(folder, monkeypatch, capsys):
+def test_a_full_disk_leaves_no_files(folder, monkeypatch, capsys):
     from diffusion_lm.interop import run_folder
 
     def full(*_):

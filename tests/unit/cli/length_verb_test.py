@@ -1,4 +1,4 @@
-"""A length head trained on a run, the length beam and the oracle that decode with it: from the command line, nano."""
+"""Trains a length head on a run and decodes with the length beam and the oracle length, at nano scale."""
 
 import contextlib
 import io
@@ -62,7 +62,7 @@ WORDS = ("one", "two", "three", "four")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The task `echo` (a number word, "x" as often as it says), a masked run `base` and its length head in `head`."""
+    """The task `echo` (a number word and that many "x"), a masked run `base` and its length head in `head`."""
     folder, stream = tmp_path_factory.mktemp("length"), io.BytesIO()
     lines = [f"{word} {'x ' * count}" for count, word in enumerate(WORDS, 1)] * 20
     sentencepiece.SentencePieceTrainer.train(
@@ -108,7 +108,7 @@ def lines_of(capsys, *argv):
     return [json.loads(line) for line in captured.out.splitlines()], captured.err
 
 
-def test_the_head_learns_lengths_and_the_network_keeps_every_bit(folder):
+def test_the_head_learns_lengths_and_the_network_is_unchanged(folder):
     metrics = json.loads((folder / "head.json").read_text())["metrics"]
     assert metrics["bound/length_accuracy"] == 1.0
     assert metrics["bound/length_error"] == 0.0
@@ -125,14 +125,14 @@ def test_the_length_beam_decodes_texts_of_the_predicted_length(capsys):
     assert lines[0]["forward_passes"] in (2, 3)
 
 
-def test_a_network_without_a_head_is_refused(capsys):
+def test_a_network_without_a_head_is_an_error(capsys):
     flags = ["--task", "echo", "--sampler", "gin/samplers/length_beam.gin"]
     assert main(["decode", "--workdir", "base", *flags]) == 2
     assert "the model has no length head" in capsys.readouterr().err
 
 
 def test_an_oracle_is_named_in_every_result(folder, capsys):
-    """In the completions, the table, the JSON and the training log; and prompts without a reference are refused."""
+    """In completions, table, JSON and training log; prompts without a reference are an error."""
     files = ["--gin_file", "oracle.gin"]
     lines, err = lines_of(capsys, "decode", "--workdir", "base", *files)
     assert [(line["tokens"], line["oracle"]) for line in lines] == [
@@ -151,7 +151,7 @@ def test_an_oracle_is_named_in_every_result(folder, capsys):
     assert "an oracle's window needs the reference" in capsys.readouterr().err
 
 
-def test_packed_rows_are_refused(capsys):
+def test_packed_rows_are_an_error(capsys):
     flags = ["train", "--gin_file", "head.gin", "--workdir", "packed", "--gin.train/DataPipeline.pack=True"]
     assert main(flags) == 2
     assert "needs rows of one example and the data is packed" in capsys.readouterr().err

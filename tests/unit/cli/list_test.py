@@ -1,4 +1,4 @@
-"""`diffusion-lm list`: every packaged file has a description; own folders are found."""
+"""`diffusion-lm list`: every packaged file has a description; directories of the user are listed too."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_every_file_is_listed_with_one_sentence(kind, tmp_path, capsys):
         assert entry["sources"] or kind not in ("objectives", "samplers", "scoring"), entry
 
 
-def test_recipes_of_subfolders_can_be_included_by_what_is_listed(tmp_path):
+def test_the_listed_path_of_a_recipe_in_a_subdirectory_can_be_included(tmp_path):
     main(["list", "recipes", "--json", str(tmp_path / "list.json")])
     includes = {e["name"]: e["include"] for e in json.loads((tmp_path / "list.json").read_text())}
     assert includes["ar2diff/architectures"] == "recipes/ar2diff/architectures.gin"

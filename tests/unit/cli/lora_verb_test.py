@@ -1,4 +1,4 @@
-"""A run of adapters from the command line, nano: trained on another run, evaluated, decoded, explained, merged."""
+"""Trains adapters on another run, then evaluates, decodes, explains and merges them, at nano scale."""
 
 import contextlib
 import io
@@ -99,7 +99,7 @@ def test_the_folder_evaluates_as_it_was_trained_and_decodes(folder, capsys):
     ],
 )
 def test_T58_adapter_not_loaded_from_a_folder(model, run, complaint, capsys):
-    """Another configuration's network on a run's parameters: an error, and never the network without its adapter."""
+    """A configuration whose network does not match the checkpoint is an error; adapters are never dropped silently."""
     assert main(["evaluate", "--gin_file", model, "--workdir", run]) == 2
     assert re.search(complaint, capsys.readouterr().err)
 

@@ -1,4 +1,4 @@
-"""The command line itself: help, exit codes, where output goes, what is imported when."""
+"""The command line: help, exit codes, output streams, and which packages are imported."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_help_of_each_verb(verb, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["explain", "--help"]])
-def test_help_imports_nothing_heavy_and_is_quick(arguments):
+def test_help_is_fast_and_does_not_import_jax(arguments):
     code = (
         "import sys, time; start = time.perf_counter()\n"
         "from diffusion_lm.cli.main import main\n"
@@ -45,7 +45,7 @@ def test_help_imports_nothing_heavy_and_is_quick(arguments):
     assert float(seconds) < 1
 
 
-def test_importing_the_package_is_quick_and_loads_no_tensorflow():
+def test_importing_the_package_is_fast_and_does_not_import_tensorflow():
     code = "import diffusion_lm, sys, time; print(time.process_time(), *sys.modules)"
     seconds, *modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -89,7 +89,7 @@ def test_debug_shows_the_traceback(capsys):
 
 @pytest.fixture
 def verb(monkeypatch):
-    """Returns `stand_in(run)`, which makes `doctor` run something else."""
+    """Returns `stand_in(run)`, which replaces the function that `doctor` runs."""
     return lambda run: monkeypatch.setattr(doctor, "run", run)
 
 
@@ -101,7 +101,7 @@ def test_json(verb, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["value"] == 1.5
 
 
-def test_json_has_no_literals_that_other_parsers_refuse(verb, tmp_path, capsys):
+def test_json_has_no_nan_or_infinity(verb, tmp_path, capsys):
     verb(lambda arguments: {"perplexity": float("inf"), "scores": (float("nan"), 1.0)})
     assert main(["doctor", "--json", str(tmp_path / "result.json")]) == 0
     assert main(["doctor", "--json", "-"]) == 0
@@ -141,7 +141,7 @@ def test_preempted_training_exits_with_the_same_code(verb):
     assert main(["doctor"]) == environment.EXIT_PREEMPTED == 75
 
 
-def test_an_error_of_ours_is_not_hidden(verb):
+def test_a_bug_shows_its_traceback(verb):
     def run(arguments):
         raise ZeroDivisionError
 
@@ -181,7 +181,7 @@ def test_doctor_passes_here(tmp_path, capsys, monkeypatch):
     assert checks["one training step"] == "ok"
 
 
-def test_doctor_fails_where_a_check_does(tmp_path, capsys, monkeypatch):
+def test_doctor_fails_if_a_check_fails(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIFFUSION_LM_CACHE", str(tmp_path / "file"))
     monkeypatch.setenv("DIFFUSION_LM_COMPILE_CACHE", "off")
@@ -206,7 +206,7 @@ def test_tables_are_plain_and_fit_when_piped(capsys):
     assert "[not markup]" in lines[-1]
     assert not any("\x1b" in line for line in lines)
     output.table(["name", "value"], [["a" * 90, "b" * 60]], fold=[])
-    assert "b" * 60 in capsys.readouterr().out, "a table that cannot be folded grows"
+    assert "b" * 60 in capsys.readouterr().out, "a table that cannot wrap exceeds the width"
 
 
 def test_write_result_turns_configured_objects_into_data():

@@ -1,4 +1,4 @@
-"""`materialise` where a package or a task is missing: one sentence."""
+"""Errors of `materialise` when a package or a task is missing."""
 
 import sys
 
@@ -22,7 +22,7 @@ def test_materialise_without_tensorflow(capsys, monkeypatch):
     assert "needs the package seqio, which is not installed" in message
 
 
-def test_unknown_task_names_near_ones_and_the_module_flag(tmp_path, capsys, monkeypatch):
+def test_unknown_task_suggests_similar_names_and_the_module_flag(tmp_path, capsys, monkeypatch):
     pytest.importorskip("seqio")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_seqio_tasks.py").write_text(

@@ -1,4 +1,4 @@
-"""Fine-tuning in a pruned vocabulary and back, from the command line, nano."""
+"""Fine-tunes with a pruned vocabulary and returns to the full one, at nano scale."""
 
 import contextlib
 import io
@@ -75,7 +75,7 @@ def rows(name):
     return np.asarray(restore_params(name)["embed"]["tokens"])
 
 
-def test_the_run_folder_keeps_the_ids_and_the_network_their_rows(folder):
+def test_the_run_directory_stores_the_ids_and_the_network_keeps_their_rows(folder):
     stored = read_map(folder / "pruned")
     vocabulary = Vocabulary.load("data/echo/train/vocabulary.model")
     used = {token for pair in TRAIN for text in pair for token in vocabulary.encode(text)}
@@ -88,7 +88,7 @@ def test_the_run_folder_keeps_the_ids_and_the_network_their_rows(folder):
     assert read_map(folder / "base") is None
 
 
-def test_going_on_in_the_same_vocabulary_takes_everything_as_it_is(folder):
+def test_continuing_with_the_same_vocabulary_changes_no_parameter(folder):
     report = json.loads((folder / "tuned.json").read_text())["initial"]
     assert "0 resized, 0 added, 0 dropped" in report
     assert "moved" not in report
@@ -99,10 +99,10 @@ def test_a_run_without_a_map_restores_the_full_vocabulary(folder):
     kept = read_map(folder / "tuned")["kept"]
     np.testing.assert_array_equal(rows("restored")[kept], rows("tuned")[:8])
     assert read_map(folder / "restored") is None
-    assert kept != list(range(8)), "the tokens have moved"
+    assert kept != list(range(8)), "the token ids changed"
 
 
-def test_decoding_maps_back_and_counts_what_is_unknown(folder, capsys):
+def test_decoding_maps_ids_back_and_counts_unknown_tokens(folder, capsys):
     assert main(["decode", "--workdir", "tuned", "--task", "echo", "--root", "data",
                  "--sampler", "gin/samplers/greedy.gin"]) == 0  # fmt: skip
     captured = capsys.readouterr()
@@ -115,7 +115,7 @@ def test_decoding_maps_back_and_counts_what_is_unknown(folder, capsys):
     assert "1 of 4 prompt tokens become UNK" in capsys.readouterr().err
 
 
-def test_a_stored_map_stands_in_for_the_training_data(folder, tmp_path, monkeypatch, capsys):
+def test_a_stored_map_replaces_the_training_data(folder, tmp_path, monkeypatch, capsys):
     for name in ("tuned", "data/echo/validation"):
         shutil.copytree(folder / name, tmp_path / name)
     (tmp_path / "stored.gin").write_text(
@@ -130,7 +130,7 @@ def test_a_stored_map_stands_in_for_the_training_data(folder, tmp_path, monkeypa
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_data_of_another_vocabulary_than_the_network_are_refused(capsys):
+def test_data_with_another_vocabulary_than_the_network_are_an_error(capsys):
     flags = ["train", "--gin_file", "pruned.gin", "--workdir", "other"]
     assert main([*flags, "--gin.VOCAB_SIZE=7"]) == 2
     assert "the data use 8 tokens of 12 (specials included), not 7" in capsys.readouterr().err

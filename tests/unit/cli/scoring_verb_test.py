@@ -1,4 +1,4 @@
-"""`evaluate --estimator` and `--suite`: likelihood, multiple choice and gaps on two nano runs, AR and masked."""
+"""`evaluate --estimator` and `--suite`: likelihood, multiple choice and infilling with two nano runs, AR and masked."""
 
 import contextlib
 import dataclasses
@@ -118,7 +118,7 @@ QUESTIONS = [(number, [str(number + 1), "seven", str(number + 2)]) for number in
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the task `toy`, the questions `pick`, and finished runs `exact` and `masked`."""
+    """A directory with the task `toy`, the questions `pick`, and finished runs `exact` and `masked`."""
     folder, stream = tmp_path_factory.mktemp("scoring"), io.BytesIO()
     lines = [f"{number} plus {other} seven" for number in range(10, 40) for other in ("one", "two", "three")]
     sentencepiece.SentencePieceTrainer.train(
@@ -185,7 +185,7 @@ def test_exact_scores_are_the_training_bound(folder, capsys):
     values = result["values"]
     assert values["nats_per_token"] == pytest.approx(bound["nll_per_real_token"], rel=1e-5)
     assert values["bits_per_token"] == pytest.approx(bound["bits_per_real_token"], rel=1e-5)
-    assert values["bytes"] == 5 * 2, "numbers of two digits"
+    assert values["bytes"] == 5 * 2, "two-digit numbers"
     assert values["bits_per_byte"] == pytest.approx(values["bits_per_token"] * values["tokens"] / 10)
     assert values["perplexity_exact"] == pytest.approx(math.exp(values["nats_per_token"]))
     assert (values["draws"], values["draw_error"]) == (1, 0)
@@ -200,7 +200,7 @@ def test_exact_scores_are_the_training_bound(folder, capsys):
 
 
 def test_rolling_scores_the_stored_targets_without_a_window(folder, capsys):
-    """Targets that fit one row: the tokens as they are stored, no EOS, each scored once after the whole prompt."""
+    """Targets that fit in one row: the stored tokens without EOS, each scored once after the whole prompt."""
     name, result = evaluate("exact", "autoregressive", "--rolling", "--context", "3", path="rolling.json")
     assert "at least 3 are context" in capsys.readouterr().out
     assert name == "rolling/toy/validation"
@@ -216,7 +216,7 @@ def test_rolling_scores_the_stored_targets_without_a_window(folder, capsys):
     assert result["values"]["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def test_an_autoregressive_run_judges_what_a_masked_run_writes(folder, capsys):
+def test_an_autoregressive_run_scores_completions_of_a_masked_run(folder, capsys):
     (folder / "judged.gin").write_text(RUN % ("llada", "PadFilled") + DECODING)
     command = ["evaluate", "--workdir", "masked", "--gin_file", "judged.gin", "--limit", "3", "--json", "judged.json"]
     assert main([*command, "--judge", "exact"]) == 0
@@ -236,8 +236,8 @@ def test_an_autoregressive_run_judges_what_a_masked_run_writes(folder, capsys):
     assert "--rolling requires an estimator" in fails(capsys, "evaluate", "--workdir", "masked", "--rolling")
 
 
-def test_bounds_of_a_masked_run_agree_with_their_own_errors(folder, capsys):
-    """Two estimators of one integral, and the midpoint rule of training, on a window of scored padding."""
+def test_bounds_of_a_masked_run_agree_within_their_errors(folder, capsys):
+    """Two estimators of the same integral and the midpoint rule of training agree, with scored padding."""
     values = {}
     for file, flags in (
         ("llada_exact_count", ["--gin.ExactCount.draws=64"]),
@@ -261,7 +261,7 @@ def test_choices_are_scored_without_eos_on_common_noise(folder, capsys):
     values = result["values"]
     assert values["examples"] == 3
     assert values["bytes"] == 6
-    # By hand: the same rows laid out by another function, and the winners by their definition.
+    # The same rows laid out by another function, and the preferred choices by their definition.
     opened = opened_run("exact")
     vocabulary, right, nats, tokens = opened.run.data.vocabulary, [], 0.0, 0
     for number, choices in QUESTIONS:
@@ -291,7 +291,7 @@ def test_guidance_changes_masked_choices_and_files_do_not_collide(folder, capsys
     assert json.loads((folder / plain["file"]).read_text())["values"] == plain["values"]
     _, again = evaluate("masked", "llada_exact_count", *flags, "--batch_size", "2", path="plain.json")
     assert again["file"] == plain["file"]
-    assert again["values"] == pytest.approx(plain["values"], rel=1e-5), "the batch changes nothing"
+    assert again["values"] == pytest.approx(plain["values"], rel=1e-5), "results do not depend on the batch size"
 
 
 def fails(capsys, *argv):
@@ -300,7 +300,7 @@ def fails(capsys, *argv):
     return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
 
 
-def test_a_file_of_another_configuration_is_left_alone(folder, capsys):
+def test_a_file_of_another_configuration_is_not_overwritten(folder, capsys):
     flags = ["evaluate", "--workdir", "exact", "--estimator", "gin/scoring/autoregressive.gin", "--json", "kept.json"]
     assert main(flags) == 0
     before = (folder / "kept.json").read_text()
@@ -312,7 +312,7 @@ def test_a_file_of_another_configuration_is_left_alone(folder, capsys):
     assert "notes.json holds" in fails(capsys, *flags[:-1], "notes.json")
 
 
-def test_estimators_for_other_noise_are_refused_and_other_shifts_are_said(folder, capsys):
+def test_estimators_for_other_noise_are_errors_and_other_alignments_are_reported(folder, capsys):
     flags = ["evaluate", "--workdir", "exact", "--estimator"]
     assert "trained without MASK" in fails(capsys, *flags, "gin/scoring/llada_exact_count.gin")
     assert "the gin files do not define the macro ESTIMATOR" in fails(capsys, *flags, "gin/models/sizes/nano.gin")
@@ -325,7 +325,7 @@ def test_estimators_for_other_noise_are_refused_and_other_shifts_are_said(folder
     assert "alignment" in result["conditions"]["unlike_training"][0]
 
 
-def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):
+def test_a_suite_does_not_depend_on_the_evaluations_of_the_run(folder, capsys):
     (folder / "suite.gin").write_text(SUITE)
     command = ["evaluate", "--workdir", "masked", "--suite", "suite.gin"]
     assert main([*command, "--json", "suite.json", "--gin.UnweightedGrid.draws=8"]) == 0
@@ -341,7 +341,7 @@ def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):
     assert "holds scores of another configuration" in fails(capsys, *command, "--json", "suite.json")
     values = found["pick"]["values"]
     assert values["draws"] == 8
-    # A choice of several pieces has the tokens of each, and its loss per token is what is compared.
+    # A choice of several pieces has the tokens of all of them; choices are compared by loss per token.
     opened = opened_run("masked")
     vocabulary = opened.run.data.vocabulary
     choices = [[*vocabulary.encode("1"), *vocabulary.encode("3"), *vocabulary.encode(" one")]]
@@ -359,7 +359,7 @@ def test_a_suite_is_scored_whatever_the_run_was_evaluated_on(folder, capsys):
     assert "do not define the macro SUITE" in fails(capsys, *command[:-1], "gin/models/sizes/nano.gin")
 
 
-def test_only_a_model_that_sees_both_sides_reads_what_stands_behind_a_gap(folder):
+def test_only_bidirectional_models_condition_on_the_suffix(folder):
     converter = SingleStreamConverter(6, 4, OracleLength(closing=False), suffix_length=4)
     vocabulary = opened_run("masked").run.data.vocabulary
     before, gap = (np.asarray(vocabulary.encode(text), np.int32) for text in ("12 plus", "one"))
@@ -370,7 +370,7 @@ def test_only_a_model_that_sees_both_sides_reads_what_stands_behind_a_gap(folder
     assert len(np.unique(whole.scores)) == 1, "causal: the same row three times"
     prefix, model = AutoregressiveSampler(visibility="prefix"), opened_run("exact").load()
     seen = prefix.generate(model, prompts, StreamKeys.create(0))
-    assert len(np.unique(seen.scores)) == 3, "a prefix LM sees all conditioning, wherever it stands"
+    assert len(np.unique(seen.scores)) == 3, "a prefix LM attends to all conditioning, also after the gap"
     slow = dataclasses.replace(prefix, use_cache=False).generate(model, prompts, StreamKeys.create(0))
     np.testing.assert_array_equal(seen.tokens, slow.tokens)
     np.testing.assert_allclose(seen.scores, slow.scores, rtol=1e-5)
@@ -382,7 +382,7 @@ def test_only_a_model_that_sees_both_sides_reads_what_stands_behind_a_gap(folder
     np.testing.assert_array_equal(filled.tokens[:, starts + len(gap) :], prompts.tokens[:, starts + len(gap) :])
 
 
-def test_a_gap_in_given_text_is_filled(folder, capsys):
+def test_infilling_fills_a_gap(folder, capsys):
     lines = [
         {"inputs": "12 plus", "suffix": "seven", "slots": 3},
         {"inputs": "20", "suffix": "", "slots": 1},
@@ -393,10 +393,10 @@ def test_a_gap_in_given_text_is_filled(folder, capsys):
     capsys.readouterr()
     assert main([*command, "gaps.jsonl", "--batch_size", "2"]) == 0
     out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [one["tokens"] for one in out] == [3, 1, 2], "EOS and PAD are banned, so a gap is filled"
+    assert [one["tokens"] for one in out] == [3, 1, 2], "EOS and PAD are forbidden, so the whole gap is filled"
     assert [one.get("suffix") for one in out] == ["seven", None, "one one"]
     assert [one["inputs"] for one in out] == [line["inputs"] for line in lines]
-    assert all("oracle" not in one for one in out), "a length that the user names is no oracle"
+    assert all("oracle" not in one for one in out), "a length given by the user is not an oracle"
     for bad, what in (
         ([lines[0], {"inputs": "20"}], "1 of 2 prompts have the field"),
         ([{"inputs": "20", "slots": 0}], "line 1: suffix='', slots=0: suffix must be a string"),

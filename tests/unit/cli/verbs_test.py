@@ -1,4 +1,4 @@
-"""The verbs, in process, on a small run: train, evaluate, decode, explain, materialise, and their errors."""
+"""The verbs in this process on a small run: train, evaluate, decode, explain, materialise, and their errors."""
 
 import contextlib
 import io
@@ -80,7 +80,7 @@ decoders.AutoregressiveSampler.temperature = 0.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with run.gin, a small materialised task, and a finished run in `run`."""
+    """A directory with run.gin, a small materialised task, and a finished run in `run`."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "run.gin").write_text(RUN)
     stream = io.BytesIO()
@@ -124,7 +124,7 @@ def fails(capsys, *argv, code=2):
     return captured.err
 
 
-def test_train_writes_a_run_folder(folder):
+def test_train_writes_a_run_directory(folder):
     result = json.loads((folder / "train.json").read_text())
     assert result["step"] == 4
     assert "toy/exact_match" in " ".join(result["metrics"])
@@ -144,7 +144,7 @@ def test_resolved_configuration_trains_the_same_run(folder, capsys):
     assert again["metrics"] == json.loads((folder / "train.json").read_text())["metrics"]
 
 
-def test_folder_of_another_configuration_keeps_its_resolved_gin(folder, capsys):
+def test_directory_of_another_configuration_keeps_its_resolved_gin(folder, capsys):
     before = (folder / "run" / "resolved.gin").read_text()
     message = fails(
         capsys,
@@ -160,7 +160,7 @@ def test_folder_of_another_configuration_keeps_its_resolved_gin(folder, capsys):
     assert (folder / "run" / "resolved.gin").read_text() == before
 
 
-def test_evaluate_repeats_what_training_measured(folder, capsys):
+def test_evaluate_reproduces_the_values_of_training(folder, capsys):
     assert main(["evaluate", "--workdir", "run", "--json", "scores.json"]) == 0
     assert "exact_match" in capsys.readouterr().out
     scores = json.loads((folder / "scores.json").read_text())
@@ -172,7 +172,7 @@ def test_evaluate_repeats_what_training_measured(folder, capsys):
     assert scores["evaluations"]["decode/toy"]["conditions"]["sampler"]["class"] == "AutoregressiveSampler"
 
 
-def test_evaluate_takes_flags(folder, capsys):
+def test_evaluate_accepts_flags(folder, capsys):
     arguments = ["evaluate", "--workdir", "run", "--only", "bound", "--limit", "2", "--step", "2", "--json", "two.json"]
     assert main(arguments) == 0
     scores = json.loads((folder / "two.json").read_text())
@@ -240,8 +240,8 @@ def test_decode_errors(folder, capsys):
 SHORT = ("--gin.SingleStreamConverter.inputs_length=2", "--gin.SingleStreamConverter.target_length=2")
 
 
-def test_every_verb_says_what_the_windows_cut(folder, capsys):
-    """Prompts of three tokens or more in windows of two; targets of two tokens where EOS needs one of two slots."""
+def test_every_verb_reports_truncation(folder, capsys):
+    """Prompts of three or more tokens with a length of two; targets of two tokens and EOS with a length of two."""
     prompts = "toy/train: 16 of 16 prompts cut at the left to 2 tokens (SingleStreamConverter.inputs_length)"
     assert main(["train", "--gin_file", "run.gin", "--workdir", "short", *SHORT, "--json", "short.json"]) == 0
     assert f"training  {prompts}" in capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_every_verb_says_what_the_windows_cut(folder, capsys):
     assert [cut["text"] for cut in scores["cuts"] if cut["part"] == "prompts"] == [decoded]
 
 
-def test_decode_says_of_each_prompt_what_is_cut(folder, capsys):
+def test_decode_reports_truncation_per_prompt(folder, capsys):
     (folder / "mixed.txt").write_text("10 plus one\n" + "10 plus one " * 9 + "\n")
     assert main(["decode", "--workdir", "run", "--input", "mixed.txt"]) == 0
     captured = capsys.readouterr()
@@ -280,14 +280,14 @@ def test_decode_says_of_each_prompt_what_is_cut(folder, capsys):
     assert "1 of 2 prompts were cut" in captured.err
 
 
-def test_prompts_that_the_vocabulary_cannot_write_are_a_warning(folder, capsys):
+def test_prompts_that_the_vocabulary_cannot_encode_are_a_warning(folder, capsys):
     (folder / "strange.txt").write_text("10 plus one\n10 {plus} one\n", encoding="utf-8")
     assert main(["decode", "--workdir", "run", "--input", "strange.txt"]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: prompt 2: the vocabulary cannot encode '{' 1, '}' 1"]
 
 
-def test_what_the_vocabulary_lost_is_shown_by_every_verb(folder, capsys, monkeypatch, tmp_path):
+def test_every_verb_reports_what_the_vocabulary_cannot_encode(folder, capsys, monkeypatch, tmp_path):
     manifest_file = folder / "data" / "toy" / "train" / "manifest.json"
     before = manifest_file.read_text()
     lost = {"count": 3, "of": 16, "characters": {"\n": 4, "{": 1}, "first": "example 2: '{'"}
@@ -320,8 +320,8 @@ generation.GenerationEvaluation.every = 2
 """
 
 
-def test_the_checkpoint_that_a_run_selected_is_what_the_verbs_use(folder, capsys):
-    """Nothing matches at steps 2 and 4: the first of equals is selected."""
+def test_verbs_use_the_best_checkpoint(folder, capsys):
+    """Steps 2 and 4 have equal values, so the earlier one is selected."""
     (folder / "best.gin").write_text(BEST)
     assert main(["explain", "--gin_file", "best.gin", "--no_config"]) == 0
     assert (
@@ -341,7 +341,7 @@ def test_the_checkpoint_that_a_run_selected_is_what_the_verbs_use(folder, capsys
 
 
 @pytest.mark.parametrize("verb", [["evaluate"], ["decode", "--limit", "1"]])
-def test_a_network_that_holds_nan_is_neither_scored_nor_decoded(folder, capsys, break_checkpoint, tmp_path, verb):
+def test_parameters_with_nan_are_neither_evaluated_nor_decoded(folder, capsys, break_checkpoint, tmp_path, verb):
     shutil.copytree(folder / "run", tmp_path / "broken")
     break_checkpoint(tmp_path / "broken", 4)
     message = fails(capsys, *verb, "--workdir", str(tmp_path / "broken"))
@@ -408,12 +408,12 @@ def test_explain_parameters_are_those_of_the_checkpoint(folder, capsys):
     assert result["total_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(restore_params(folder / "run")))
 
 
-def test_bench_of_a_pipeline_counts_what_is_in_its_batches(folder, capsys):
+def test_bench_data_counts_examples_and_tokens(folder, capsys):
     arguments = ["bench", "data", "--gin_file", "run.gin", "--rounds", "2", "--steps", "3"]
     assert main([*arguments, "--json", "bench.json"]) == 0
     result = json.loads((folder / "bench.json").read_text())
     data = config.load(["run.gin"]).build(TrainRun).data
-    # One batch before the first round and a round of three that does not count for times.
+    # One batch before the first round, and a discarded warm-up round of three batches.
     tokens = [int((data.batch(number, 4).segment_ids > 0).sum()) for number in range(1, 10)]
     facts, (row,) = result["facts"], result["rows"]
     assert facts["tokens_per_batch"] == pytest.approx(sum(tokens) / 9)
@@ -423,12 +423,12 @@ def test_bench_of_a_pipeline_counts_what_is_in_its_batches(folder, capsys):
     assert row["examples_per_second"] == pytest.approx(4 / row["seconds"]["median"])
 
 
-def test_materialise_says_what_to_name(capsys):
+def test_materialise_without_a_task_is_an_error(capsys):
     assert "Pass --task NAME, or a recipe" in fails(capsys, "materialise")
     assert "--gin.GrainSource.root=DIR" in fails(capsys, "materialise", "--gin_file", "run.gin", "--root", "x")
 
 
-def test_materialise_of_a_recipe_skips_what_is_there(folder, capsys):
+def test_materialise_of_a_recipe_skips_existing_data(folder, capsys):
     assert main(["materialise", "--gin_file", "run.gin", "--json", "data.json"]) == 0
     splits = json.loads((folder / "data.json").read_text())
     assert {(row["task"], row["split"], row["records"]) for row in splits} == {
@@ -442,7 +442,7 @@ def test_unknown_module(capsys):
     assert "no module named no_such_module" in message
 
 
-def test_train_writes_missing_data_in_a_process_of_its_own(capsys, monkeypatch):
+def test_train_materialises_missing_data_in_a_child_process(capsys, monkeypatch):
     import subprocess
 
     commands = []
@@ -475,8 +475,8 @@ def test_failed_start_leaves_no_stale_configuration(tmp_path):
     assert (tmp_path / RESOLVED).read_text() == "right"
 
 
-def test_a_sampler_of_another_process_is_refused_and_recorded_where_forced(folder, capsys):
-    """An autoregressive run under a masked sampler gives plausible garbage: its special ids agree, its process not."""
+def test_a_sampler_of_another_noise_process_is_an_error_and_recorded_with_force(folder, capsys):
+    """A masked sampler on an autoregressive run gives plausible garbage: special ids agree, but not the process."""
     masked = ["decode", "--workdir", "run", "--task", "toy", "--limit", "1"]
     masked += ["--sampler", "gin/samplers/llada_low_confidence.gin"]
     message = fails(capsys, *masked)
@@ -486,7 +486,7 @@ def test_a_sampler_of_another_process_is_refused_and_recorded_where_forced(folde
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert any("MASK noise" in one for one in line["unlike_training"])
     prefix = ["evaluate", "--workdir", "run", "--only", "decode/toy", "--gin.AutoregressiveSampler.visibility='prefix'"]
-    # The training of the same configuration is refused before its first step.
+    # Training with the same configuration fails before its first step.
     train = ["train", "--gin_file", "run.gin", "--workdir", "prefixed", prefix[-1]]
     for command in (prefix, train):
         assert "visibility is 'causal' in training and 'prefix' in the sampler" in fails(capsys, *command)

@@ -1,4 +1,4 @@
-"""Names of TPU slices, against Google Cloud's documentation of each version."""
+"""Names of TPU slices, compared with the Google Cloud documentation of each version."""
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_names(name, topology, chips, devices):
     ],
 )
 def test_machines(name, hosts, chips_per_host, vms, cloud_name):
-    """As in Cloud's tables of TPU configurations, and those of GKE's machine types with four chips."""
+    """Compared with Cloud's tables of TPU configurations and with GKE's machine types with four chips."""
     accelerator = parse(name)
     assert (accelerator.hosts, accelerator.chips_per_host, accelerator.vms) == (hosts, chips_per_host, vms)
     assert accelerator.cloud_name == cloud_name
@@ -70,12 +70,12 @@ def test_slices_multiply():
         ("v5e:4x4x4", "2 dimensions"),
     ],
 )
-def test_wrong_names_say_what_to_write(name, says):
+def test_errors_of_invalid_names_say_what_to_write(name, says):
     with pytest.raises(ConfigError) as error:
         parse(name)
     assert says in str(error.value)
 
 
-def test_a_chip_of_two_devices_halves_its_memory():
+def test_two_devices_per_chip_halve_the_memory_per_device():
     assert parse("v3-8").hbm_per_device * 2 == GENERATIONS["v3"].hbm
     assert parse("v5p-8").hbm_per_device == GENERATIONS["v5p"].hbm

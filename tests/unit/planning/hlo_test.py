@@ -1,4 +1,4 @@
-"""Reading compiled programs: a small one in XLA's syntax, whose figures can be worked out by hand, and a real one."""
+"""Parsing compiled programs: small ones in HLO syntax with figures computed by hand, and a real one."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from diffusion_lm.planning.accelerators import parse
 from diffusion_lm.planning.collectives import Collective, collectives
 from diffusion_lm.planning.roofline import roofline
 
-# Two devices a row and two rows; a loop of three turns gathers weights, an all-reduce follows. One fusion reads one
-# slice of a stack of ten; one collective is spread over two fusions; what lies in S(1) stays on the chip.
+# Two rows of two devices. A loop with three iterations gathers weights; an all-reduce follows. One fusion reads one
+# slice of a stack of ten; one collective is split over two fusions; arrays in S(1) are in on-chip memory.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %reader (stack: f32[10,64], index: s32[]) -> f32[64] {
@@ -70,10 +70,10 @@ ENTRY %main (stack.1: f32[10,64], i.1: s32[], w.1: bf16[8,16], g: f32[32]) -> f3
 
 def test_collectives_of_a_program():
     found = {(one.kind, one.group): one for one in collectives(hlo.parse(PROGRAM), devices_per_slice=2)}
-    # 16 x 16 x 2 bytes, half of them sent, three turns; the channel is counted once a turn.
+    # 16 x 16 x 2 bytes, half of them sent, three iterations; the channel is counted once per iteration.
     assert found["all-gather", 2] == Collective("all-gather", 2, 2, count=3, bytes=3 * 512 / 2)
     assert found["all-reduce", 4] == Collective("all-reduce", 4, 2, count=1, bytes=2 * 16 * 3 / 4)
-    # An all-reduce of which a fusion keeps half: each sends the half that it does not keep. {0,2} and {1,3} cross.
+    # An all-reduce whose fusion uses half of the result: each sends the other half. {0,2} and {1,3} cross slices.
     assert found["reduce-scatter", 2] == Collective("reduce-scatter", 2, 1, count=1, bytes=64)
     assert len(found) == 3
 
@@ -87,8 +87,8 @@ def test_memory_traffic_of_a_program():
     assert module.hbm_bytes() == loop + total + scattered + row
 
 
-# What stays on the chip is S(1). Asynchronous copies and slices name what they read; one collective moves two arrays;
-# of two branches one runs; a gather reads its rows; an allocation writes nothing.
+# Arrays in S(1) are in on-chip memory. Asynchronous copies and slices list their operands; one collective moves two
+# arrays; one of two branches runs; a gather reads only its rows; an allocation writes nothing.
 ASYNCHRONOUS = """HloModule jit_step, is_scheduled=true
 
 %rows (table: f32[100,8], wanted: s32[2]) -> f32[2,8] {
@@ -128,7 +128,7 @@ ENTRY %main (table.1: f32[100,8], wanted.1: s32[2], which: pred[], x: f32[8], y:
 """
 
 
-def test_memory_traffic_of_what_is_asynchronous_conditional_or_partial():
+def test_memory_traffic_of_asynchronous_conditional_and_partial_instructions():
     module = hlo.parse(ASYNCHRONOUS)
     copy, part = 32 * 4, 4 * 4
     scatter = (32 * 4 + 16 * 2) + (8 * 4 + 4 * 2)
@@ -137,12 +137,12 @@ def test_memory_traffic_of_what_is_asynchronous_conditional_or_partial():
     assert module.hbm_bytes() == copy + part + scatter + dearer_branch + gather
 
 
-def test_a_collective_of_several_arrays_is_counted_whole():
+def test_a_collective_of_several_arrays_counts_all_of_them():
     (found,) = collectives(hlo.parse(ASYNCHRONOUS), devices_per_slice=4)
     assert found == Collective("reduce-scatter", 4, 4, count=1, bytes=(8 * 4 + 4 * 2) * 3)
 
 
-def test_members_of_one_slice_share_what_must_leave_it():
+def test_devices_of_one_slice_share_the_traffic_between_slices():
     gather = Collective("all-gather", 16, 8, count=1, bytes=800.0)
     assert gather.crosses_slices
     assert gather.bytes_across == 100.0
@@ -166,9 +166,9 @@ def test_roofline_by_hand():
     assert within_a_row.ici == pytest.approx(0.01), "a group of one row of the torus has half of the links"
 
 
-# A gather that runs beside arithmetic: fusions hand its arrays on, which lie there all the while, and its start counts
-# what it moves. One fusion writes a slice of a stack too. The loop ends when its values say so; its scope says when.
-HANDED_ON = """HloModule jit_step, is_scheduled=true
+# An all-gather that overlaps with arithmetic: fusions pass its arrays through without moving them; its start counts the
+# traffic. One fusion also writes a slice of a stack. The loop has a run-time condition; its scope gives the maximum.
+OVERLAPPED = """HloModule jit_step, is_scheduled=true
 
 %begin (part: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {
   %part = bf16[4,8]{1,0} parameter(0)
@@ -217,16 +217,16 @@ ENTRY %main (p: bf16[4,8], v: f32[8], s: f32[10,8], first: (pred[], f32[8])) -> 
 """.replace("\\\n", "")
 
 
-def test_what_is_handed_on_is_not_moved_and_a_scope_says_how_often_a_loop_runs():
+def test_arrays_that_pass_through_are_not_moved_and_a_scope_gives_the_trip_count():
     gather = 4 * 8 * 2 + (4 * 8 * 2 + 16 * 8 * 2)
     step = 8 * 4 + 8 * 4 + 8 * 4  # x, what is made of it, its row of the stack
     turns = 5 * 2 * 8 * 4
-    assert hlo.parse(HANDED_ON).hbm_bytes() == gather + step + turns
+    assert hlo.parse(OVERLAPPED).hbm_bytes() == gather + step + turns
 
 
 @pytest.mark.parametrize("turns", [1, 5])
 def test_loops_of_a_real_program_are_counted(turns):
-    """The traffic of a scan grows with its length, where XLA's own analysis does not."""
+    """The traffic of a scan grows with its length; in XLA's own analysis it does not."""
 
     def run(x):
         return jax.lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, None, length=turns)[0]

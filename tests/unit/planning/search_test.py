@@ -1,4 +1,4 @@
-"""The search for settings that fit, with a compiler that answers from a formula."""
+"""The search for settings that fit, with a fake compiler that computes memory by a formula."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ V5E = parse("v5e-8")
 
 @dataclasses.dataclass
 class Compiler:
-    """Needs `memory(run)` bytes; remembers what it was asked."""
+    """Reports `memory(run)` bytes and records its calls."""
 
     memory: object
     asked: list = dataclasses.field(default_factory=list)
@@ -34,7 +34,7 @@ def run():
     return small_run(batch_size=64, mesh=MeshSpec())
 
 
-def test_the_given_settings_come_first(run):
+def test_the_configured_settings_are_tried_first(run):
     compiler = Compiler(lambda run: 1)
     found = search.search(run, V5E, compiler)
     assert found.changes == ()
@@ -42,7 +42,7 @@ def test_the_given_settings_come_first(run):
 
 
 def test_the_cheapest_that_fits_is_found(run):
-    """Rematerialising little is tried before much, and microbatches before recomputing everything."""
+    """Less rematerialisation is tried first, and microbatches are tried before full recomputation."""
     need = {"none": 4.0, "dots": 3.0, "dots_no_batch": 1.5, "full": 0.5}
     compiler = Compiler(lambda run: V5E.usable_hbm * need[run.model.spec.remat] / run.microbatches)
     found = search.search(run, V5E, compiler, limit=20)
@@ -52,7 +52,7 @@ def test_the_cheapest_that_fits_is_found(run):
     assert all(change.split(" = ")[0] in ("TransformerSpec.remat", "TrainRun.microbatches") for change in found.changes)
 
 
-def test_it_gives_up_at_the_limit(run):
+def test_it_stops_at_the_limit(run):
     compiler = Compiler(lambda run: V5E.usable_hbm * 1000)
     assert search.search(run, V5E, compiler, limit=3) is None
     assert len(compiler.asked) <= 3

@@ -1,4 +1,4 @@
-"""Names of GPUs and CPU devices, and what is told of them."""
+"""Names of GPUs and CPU devices, and their descriptions for XLA."""
 
 import jax
 import pytest
@@ -21,7 +21,7 @@ def test_names_of_tpus_are_those_of_accelerators():
     assert topologies.parse("v5e-16") == accelerators.parse("v5e-16")
 
 
-def test_jax_takes_three_quarters_of_a_gpu_unless_told_otherwise(monkeypatch):
+def test_jax_uses_three_quarters_of_gpu_memory_by_default(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     whole = gpus.GPUS["h100"].hbm
     assert topologies.parse("h100-8").usable_hbm == int(whole * 0.75)
@@ -42,19 +42,19 @@ def test_jax_takes_three_quarters_of_a_gpu_unless_told_otherwise(monkeypatch):
         ("v5e-17", "power of two"),
     ],
 )
-def test_names_that_mean_nothing(name, message):
+def test_invalid_names(name, message):
     with pytest.raises(ConfigError, match=message) as raised:
         topologies.parse(name)
     assert "--topology" in str(raised.value)
 
 
-def test_launching_knows_only_tpus():
+def test_launchers_only_accept_tpus():
     with pytest.raises(ConfigError, match="unknown TPU slice"):
         accelerators.parse("h100-8")
 
 
-def test_what_is_told_of_a_gpu_is_what_the_plan_counts():
-    """Memory and bandwidth are written once; the rest are the properties of its compute capability."""
+def test_xla_gets_the_same_gpu_figures_as_the_plan():
+    """Memory and bandwidth are defined once; the other properties follow from the compute capability."""
     text = gpus.target_config(topologies.parse("h100-8"))
     assert f"device_memory_size: {gpus.GPUS['h100'].hbm}" in text
     assert f"memory_bandwidth: {int(gpus.GPUS['h100'].hbm_bandwidth)}" in text
@@ -62,7 +62,7 @@ def test_what_is_told_of_a_gpu_is_what_the_plan_counts():
     assert "core_count: 132" in text
 
 
-def test_more_cpu_devices_than_there_are_is_refused_with_the_flag():
+def test_too_few_cpu_devices_is_an_error_that_names_the_flag():
     assert jax.devices("cpu"), "JAX runs: it can make no more of them"
     with pytest.raises(ConfigError, match="xla_force_host_platform_device_count=4096"):
         topologies.devices(topologies.parse("cpu-4096"))
