@@ -46,7 +46,7 @@ def move_rows(given: jax.Array, fresh: jax.Array, axes: tuple[str | None, ...], 
     require(
         given.ndim == fresh.ndim
         and all(a == b for i, (a, b) in enumerate(zip(given.shape, fresh.shape, strict=True)) if i != axis),
-        f"an array of the vocabulary has shape {list(given.shape)} in the checkpoint and {list(fresh.shape)} in the model",
+        f"a vocabulary array has shape {list(given.shape)} in the checkpoint and {list(fresh.shape)} in the model",
         where="TrainRun.model",
         fix="Use the checkpoint's width; only the size of the vocabulary may differ.",
     )

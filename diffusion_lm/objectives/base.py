@@ -30,7 +30,6 @@ class Needs:
       frozen_passes: how many of them have no backward pass.
       mask_token: whether the vocabulary must have a MASK token.
       mask_id: the id that it takes for MASK; None where it does not say.
-      encoder: whether it only works on encoder-decoders.
       one_example_a_row: whether rows must not be packed.
       self_conditioning: whether the network must be able to read its own previous prediction.
       token_schedules: whether the network must have an exponent per token (`architectures.exponents`).
@@ -45,7 +44,6 @@ class Needs:
     frozen_passes: int = 0
     mask_token: bool = False
     mask_id: int | None = None
-    encoder: bool = False
     one_example_a_row: bool = False
     self_conditioning: bool = False
     token_schedules: bool = False

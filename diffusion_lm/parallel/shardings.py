@@ -1,4 +1,4 @@
-"""From logical axis names to shardings, and the table of them that `explain` prints."""
+"""Shardings from logical axis names, and the table of them that `explain` prints."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.types import Batch
 from diffusion_lm.parallel.rules import LogicalRules
 
@@ -17,13 +18,13 @@ Axes = Sequence[str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
-    """A dimension that was not split as the rules say.
+    """A dimension that could not be split as the rules say.
 
     Attributes:
       logical: the logical axis.
       size: its size.
       mesh_axes: the mesh axes that it was not split over.
-      reason: why not.
+      reason: why it was not split.
     """
 
     logical: str
@@ -40,8 +41,8 @@ def resolve(
 ) -> tuple[PartitionSpec, tuple[Fallback, ...]]:
     """Returns the partition of one array and the dimensions that could not be split as the rules say.
 
-    A dimension keeps the leading mesh axes of its rule as long as they divide it, and a mesh axis splits at most one
-    dimension of an array (the first that asks for it). Mesh axes of size 1 are left out.
+    A dimension is split over the leading mesh axes of its rule as long as they divide its size. A mesh axis splits at
+    most one dimension of an array, the first whose rule has it. Mesh axes of size 1 are omitted.
 
     Args:
       axes: one logical name (or None) per dimension.
@@ -62,9 +63,9 @@ def resolve(
         for position, axis in enumerate(wanted):
             pieces = math.prod(mesh.shape[name] for name in (*kept, axis))
             if axis in used:
-                reason = "another dimension of the array already is"
+                reason = "another dimension of the array is"
             elif size % pieces:
-                reason = f"{size} does not divide by {pieces}"
+                reason = f"{size} is not divisible by {pieces}"
             else:
                 kept.append(axis)
                 continue
@@ -78,21 +79,21 @@ def resolve(
 
 
 def spec_for(axes: Axes, rules: LogicalRules, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Returns the partition of one array; see `resolve` for dimensions that do not divide."""
+    """Returns the partition of one array; see `resolve` for dimensions that cannot be split."""
     return resolve(axes, rules, shape, mesh)[0]
 
 
-def is_axes(node: Any) -> bool:
-    """True for a leaf of a tree of logical axes: a tuple of names and Nones (a scalar's is the empty tuple)."""
+def is_axes(node: object) -> bool:
+    """Returns True for a leaf of an `AxesTree`: a tuple of names and Nones, empty for a scalar."""
     return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
-def tree_shardings(axes_tree: Any, abstract_tree: Any, rules: LogicalRules, mesh: Mesh) -> Any:
+def tree_shardings(axes_tree: AxesTree, abstract_tree: Any, rules: LogicalRules, mesh: Mesh) -> Any:
     """Returns a tree of `NamedSharding`s for a tree of arrays or `ShapeDtypeStruct`s.
 
     Args:
-      axes_tree: the same structure, with a tuple of logical names at each leaf (`Architecture.logical_axes()`).
-      abstract_tree: anything whose leaves have a shape.
+      axes_tree: the same structure, with logical axes at each leaf (`Architecture.logical_axes()`).
+      abstract_tree: arrays or `ShapeDtypeStruct`s.
       rules: logical axis -> mesh axes.
       mesh: the mesh.
     """
@@ -105,7 +106,7 @@ def tree_shardings(axes_tree: Any, abstract_tree: Any, rules: LogicalRules, mesh
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a value that is whole on every device (keys, counters, metrics)."""
+    """Returns the sharding of a value that every device has completely (keys, counters, metrics)."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -120,14 +121,14 @@ def batch_shardings(batch: Any, rules: LogicalRules, mesh: Mesh) -> Any:
 
 
 def batch_divisor(rules: LogicalRules, mesh: Mesh) -> int:
-    """Returns the number that the rows of a (micro)batch must divide by to be split over the whole mesh."""
+    """Returns the number of shards of a batch: its rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
 
 
 def place_batch(batch: Batch, rules: LogicalRules, mesh: Mesh) -> Batch:
-    """Returns the global batch on the devices, from the rows that this process holds.
+    """Returns the global batch on the devices, from the rows that this process has.
 
-    On one process these are all rows. On P processes each holds the rows of its own devices, B / P of them.
+    With one process these are all rows. With P processes each has the rows of its own devices, B / P of them.
     """
     processes = jax.process_count()
     if processes == 1:
@@ -144,9 +145,9 @@ def place_batch(batch: Batch, rules: LogicalRules, mesh: Mesh) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where the arrays inside a jitted function lie: mesh and rules, closed over.
+    """The placement of arrays inside a jitted function: mesh and rules.
 
-    Rules in a context variable silently vanish for whatever is traced outside it.
+    It is passed explicitly. Rules in a context variable would silently have no effect on functions traced outside it.
 
     Attributes:
       mesh: the devices.
@@ -157,7 +158,7 @@ class Placement:
     rules: LogicalRules
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
-        """Pins an activation to the rules."""
+        """Constrains the sharding of an activation by the rules."""
         if self.mesh.size == 1:
             return x
         spec = spec_for(axes, self.rules, x.shape, self.mesh)
@@ -166,13 +167,13 @@ class Placement:
     def per_device(self, function: Callable[[Any, Any], Any], shared: Any, tokens: Any) -> Any:
         """Returns `function(shared, tokens)`, run by each device on its own part of the tokens.
 
-        For loops: partitioned as a whole, the gradient of what their turns share would be summed over the devices in
-        every turn; here it is summed once, behind the loop.
+        For loops: partitioned by XLA, the gradient of `shared` would be summed over the devices in every iteration.
+        Here it is summed once, after the loop.
 
         Args:
-          function: from `shared` and arrays [b,t,...] to arrays [b,t,...]; it treats tokens (or rows, where the length
-            is not split) one by one.
-          shared: arrays that every device needs whole, but for dimensions over mesh axes that do not split tokens.
+          function: from `shared` and arrays [b,t,...] to arrays [b,t,...]; it must treat tokens (or rows, if the length
+            is not split) independently.
+          shared: arrays that every device needs completely, except dimensions over mesh axes that do not split tokens.
           tokens: a tree of arrays [B,T,...].
         """
         shape = jax.tree.leaves(tokens)[0].shape[:2]
@@ -190,11 +191,11 @@ class Placement:
         )(shared, tokens)
 
     def rows(self, batch: Any) -> Any:
-        """Returns a tree of [B,T,...] arrays of the host on the devices; every process gives all rows."""
+        """Returns a tree of host arrays [B,T,...] on the devices; every process passes all rows."""
         return jax.device_put(batch, batch_shardings(batch, self.rules, self.mesh))
 
     def whole(self, tree: Any) -> Any:
-        """Inside of a compiled function, pins a result to be whole on every device, where the host can read it."""
+        """Inside a compiled function, replicates a result on every device, so that the host can read it."""
         return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
 
     def split(
@@ -227,7 +228,7 @@ class ShardingRow:
       axes: logical axes.
       spec: mesh axes of each dimension, as text.
       bytes_per_device: size of one shard.
-      fallbacks: what could not be split as the rules say, as text.
+      fallbacks: dimensions that could not be split as the rules say, as text.
     """
 
     name: str
@@ -239,7 +240,7 @@ class ShardingRow:
     fallbacks: tuple[str, ...]
 
 
-def sharding_table(axes_tree: Any, abstract_tree: Any, rules: LogicalRules, mesh: Mesh) -> list[ShardingRow]:
+def sharding_table(axes_tree: AxesTree, abstract_tree: Any, rules: LogicalRules, mesh: Mesh) -> list[ShardingRow]:
     """Returns one row per array of the tree, in the tree's order."""
     axes_leaves = jax.tree.leaves(axes_tree, is_leaf=is_axes)
     leaves = jax.tree_util.tree_leaves_with_path(abstract_tree)

@@ -390,7 +390,7 @@ def test_users_get_errors_that_say_what_to_do():
         logits_of(bind(GPT), tokens, masks.Causal(), jnp.ones_like(tokens))
     with pytest.raises(ConfigError, match="no encoder's stream"):
         logits_of(bind(T5_DOUBLE), tokens, masks.Causal(), jnp.ones_like(tokens))
-    with pytest.raises(ConfigError, match="given an encoder"):
+    with pytest.raises(ConfigError, match="has an encoder's stream"):
         logits_of(bind(T5), tokens, masks.Causal(), jnp.ones_like(tokens), encoder=source(T5_DOUBLE, [1]))
 
 

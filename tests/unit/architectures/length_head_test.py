@@ -120,11 +120,11 @@ def test_partial_adamw_is_optax_on_the_trained_part_and_nothing_elsewhere():
 
 
 def test_impossible_settings_are_errors():
-    with pytest.raises(ConfigError, match="tells no lengths apart"):
+    with pytest.raises(ConfigError, match="must be an integer >= 2"):
         WithLengthHead(MODEL.architecture, 1)
     with pytest.raises(ConfigError, match="has no length head"):
         length_logits(stubs.nano(**stubs.QUICK), BATCH, "full")
-    with pytest.raises(ConfigError, match="no part is trained"):
+    with pytest.raises(ConfigError, match="at least one part must be trained"):
         PartialAdamW()
     with pytest.raises(ConfigError, match="the network has no part head"):
         PartialAdamW(trained=("head",)).transformation(MODEL.architecture.logical_axes())

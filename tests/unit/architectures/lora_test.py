@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from diffusion_lm.architectures.base import BoundModel
-from diffusion_lm.architectures.extended import frozen_arrays
 from diffusion_lm.architectures.length_head import WithLengthHead
 from diffusion_lm.architectures.lora import TARGETS, WithLoRA, merge
 from diffusion_lm.core.errors import ConfigError
@@ -155,9 +154,9 @@ def test_what_is_frozen():
     own = set(_names(PLAIN.params))
     trained = {"embed/tokens", "blocks/mlp_norm/scale"}
     assert architecture.frozen_arrays() == (own - trained) | {"lora/scale"}
-    assert frozen_arrays(PLAIN.architecture) == frozenset()
+    assert PLAIN.architecture.frozen_arrays() == frozenset()
     # A head on top is none of the adapters' business; one below is a part of the frozen network.
-    assert frozen_arrays(WithLengthHead(architecture)) == architecture.frozen_arrays()
+    assert WithLengthHead(architecture).frozen_arrays() == architecture.frozen_arrays()
     assert "length_head/output/bias" in WithLoRA(WithLengthHead(PLAIN.architecture)).frozen_arrays()
 
 
@@ -236,7 +235,7 @@ def test_settings_that_mean_nothing(fields, complaint):
 
 
 def test_adapters_on_adapters_are_refused():
-    with pytest.raises(ConfigError, match="adapted already"):
+    with pytest.raises(ConfigError, match="already has adapters"):
         WithLoRA(WithLoRA(PLAIN.architecture))
     assert hash(WithLoRA(PLAIN.architecture)) == hash(WithLoRA(PLAIN.architecture, targets=list(TARGETS)))
 

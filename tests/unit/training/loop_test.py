@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_sentence(tmp_path):
     [
         (dict(data=RaggedRows(vocab_size=VOCAB + 1)), "vocabulary of 40 tokens and the data one of 41"),
         (dict(model=nano(position="learned", max_positions=8)), "rows of 16 tokens are longer than the 8 positions"),
-        (dict(objective=MASKED), "needs a mask token and the vocabulary of the data has none"),
+        (dict(objective=MASKED), "needs a MASK token, and the vocabulary of the data has none"),
         (dict(objective=SCHEDULED, data=RaggedRows(mask_id=1)), "the network has no exponents"),
         (dict(objective=MASKED, data=RaggedRows(mask_id=5)), "takes 4 for MASK, which is 5 in the data"),
         (dict(objective=FED_BACK), "feeds predictions back and the network has no layer that reads them"),
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, changes, message):
         (dict(profile=(3,)), r"profile = \(3,\)"),
         (dict(steps=4, profile=(4, 1)), "a profile from step 4 on would find nothing in a run of 4 steps"),
         (dict(xla_options=("fast",)), "no XLA options called 'fast'"),
-        (dict(evaluations=[SumOfParameters(), SumOfParameters(every=2)]), "two evaluations have one name"),
+        (dict(evaluations=[SumOfParameters(), SumOfParameters(every=2)]), "two evaluations have the same name"),
         (dict(objective=[1]), "list cannot be hashed"),
     ],
 )

@@ -159,7 +159,7 @@ def test_a_value_that_is_not_finite_is_never_selected(tmp_path):
         (dict(best=BestCheckpoint("held_out/scores")), r"measures 'held_out/scores'; did you mean held_out/score"),
         (dict(best=BestCheckpoint("held_out")), "no evaluation of the run measures 'held_out'"),
         (dict(evaluations=()), "Add the evaluation to TrainRun.evaluations"),
-        (dict(evaluations=(Scripted(every=0),)), "after the last step only.*Set the evaluation's `every`"),
+        (dict(evaluations=(Scripted(every=0),)), "only after the last step.*Set the evaluation's `every`"),
     ],
 )
 def test_a_metric_that_cannot_be_followed_is_refused_when_the_run_is_made(changes, message):
