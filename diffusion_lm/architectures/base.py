@@ -147,7 +147,7 @@ class BoundModel:
 
     def for_loops(self) -> "BoundModel":
         """Returns the same network with unstacked layers, which is faster inside the loop of a sampler."""
-        if self.spec.scan_layers:
+        if self.spec.scan_layers:  # a scan over layers needs them stacked
             return self
         blocks = layers_apart(self.params["blocks"])
         return dataclasses.replace(self, params={**self.params, "blocks": blocks})

@@ -78,6 +78,7 @@ class WithLengthHead(Extended):
         context = Context(mask=mask, positions=positions_BT)
         x_BTD, _ = stack.run_stack(spec, head["blocks"], features_BTD, context)
         used = used_BT[..., None].astype(jnp.float32)
+        # Mean over the conditioning; a row without any gives 0.
         pooled_BD = jnp.sum(x_BTD.astype(jnp.float32) * used, axis=1) / jnp.maximum(jnp.sum(used, axis=1), 1.0)
 
         def linear(name: str, x: jax.Array) -> jax.Array:

@@ -92,11 +92,13 @@ class WithLoRA(Extended):
     def init(self, key: jax.Array) -> Params:
         """Returns the network's fresh parameters and fresh adapters, which add zero."""
         own = stream.named_key(key, PART)
+        # Shapes only: no array of the network is allocated for this.
         shapes = self.backbone.abstract_params()
         adapters: dict[str, Any] = {"scale": jnp.asarray(self.alpha / self.rank, jnp.float32)}
         for path, axes in self._adapted():
             shape, inputs = _at(shapes, path).shape, _inputs(axes)
             layers, reads, writes = shape[0], shape[1 : 1 + inputs], shape[1 + inputs :]
+            # A has variance 1 / fan_in; B = 0 makes the product 0.
             a = jax.random.normal(stream.named_key(own, _name(path)), (layers, *reads, self.rank), jnp.float32)
             b = jnp.zeros((layers, self.rank, *writes), jnp.float32)
             _put(adapters, path, {"a": a * math.prod(reads) ** -0.5, "b": b})

@@ -51,7 +51,9 @@ def init_stream(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: b
 
 def stream_axes(spec: TransformerSpec, has_cross: bool = False) -> dict[str, Any]:
     """Returns the logical axes of `init_stream`'s tree."""
-    axes = {"blocks": stack.stack_axes(spec, has_cross)} | {name: stack.norm_axes(spec) for name in _norms(spec)}
+    axes: dict[str, Any] = {"blocks": stack.stack_axes(spec, has_cross)} | {
+        name: stack.norm_axes(spec) for name in _norms(spec)
+    }
     if _has_stack_bias(spec):
         axes["relative_bias"] = ("relative_buckets", "heads")
     if spec.position == "learned":

@@ -140,7 +140,6 @@ class Mixture:
             frozen_passes=sum(one.frozen_passes for one in needs),
             mask_token=any(one.mask_token for one in needs),
             mask_id=masks[0] if masks else None,
-            encoder=any(one.encoder for one in needs),
             one_example_a_row=any(one.one_example_a_row for one in needs),
             several_weights=len(self.parts) > 1 or any(one.several_weights for one in needs),
             self_conditioning=any(one.self_conditioning for one in needs),

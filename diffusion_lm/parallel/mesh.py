@@ -58,6 +58,7 @@ class MeshSpec:
         """
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
+        # The axis of -1 gets the devices that the fixed axes leave.
         free = next((axis for axis, size in sizes.items() if size == -1), None)
         if num_devices % fixed or (free is None and fixed != num_devices):
             asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())

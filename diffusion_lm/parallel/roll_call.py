@@ -133,7 +133,7 @@ def _missing(there: dict[int, str], count: int, timeout: float, hosts: tuple[str
     came = ", ".join(f"{number} ({there[number]})" for number in sorted(there)[:8])
     more = f" and {len(there) - 8} more" if len(there) > 8 else ""
     verb = "has" if count - len(there) == 1 else "have"
-    return f"{_names(there, count, hosts)} {verb} not started within {timeout:g} s; started: {came}{more}"
+    return f"{_names(there, count, hosts)} {verb} not started within {timeout:g} s; there are {came}{more}"
 
 
 def _names(there: dict[int, str], count: int, hosts: tuple[str, ...]) -> str:

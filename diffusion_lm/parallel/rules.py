@@ -66,6 +66,7 @@ class LogicalRules:
                 where=f"LogicalRules.{field.name}",
                 fix="Use each mesh axis once.",
             )
+            # One form for a name, a list or a tuple, so that equal rules compare equal.
             object.__setattr__(self, field.name, axes or None)
 
     def mesh_axes(self, logical: str | None) -> tuple[str, ...]:

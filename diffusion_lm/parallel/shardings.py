@@ -62,6 +62,7 @@ def resolve(
         kept: list[str] = []
         for position, axis in enumerate(wanted):
             pieces = math.prod(mesh.shape[name] for name in (*kept, axis))
+            # A mesh axis can split only one dimension, and the size must be divisible.
             if axis in used:
                 reason = "another dimension of the array is"
             elif size % pieces:
@@ -73,6 +74,7 @@ def resolve(
             break
         used.update(kept)
         parts.append(None if not kept else kept[0] if len(kept) == 1 else tuple(kept))
+    # Trailing Nones are dropped, so that equal partitions compare equal.
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts), tuple(fallbacks)
@@ -178,6 +180,7 @@ class Placement:
         """
         shape = jax.tree.leaves(tokens)[0].shape[:2]
         spec = spec_for(("batch", "length"), self.rules, shape, self.mesh)
+        # Only the axes that split tokens; XLA partitions over the others as usual.
         manual = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
         if not manual:
             return function(shared, tokens)

@@ -29,6 +29,7 @@ def plain(value: Any) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
+        # Fields with compare=False do not determine results.
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **fields}
     if isinstance(value, Mapping):
@@ -65,6 +66,7 @@ def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) 
     path = workdir / CARD
     if path.exists():
         found = read_json(path)["identity"]
+        # Through JSON, so that tuples and lists compare equal to what was read.
         difference = first_difference(found, json.loads(json.dumps(identity, allow_nan=False)))
         if difference is not None:
             raise ConfigError(
@@ -73,6 +75,7 @@ def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) 
                 fix="Use another --workdir, or restore the old value.",
             )
         return
+    # One writer: all processes share the directory.
     if jax.process_index() == 0:
         devices = jax.devices()
         write_json(

@@ -191,6 +191,7 @@ class Checkpointer:
         # Older checkpoints have no adjustments.
         adjustments = meta.get("adjustments", {})
         progress = Progress(meta["step"], meta["seed"], meta["evaluated"], window, best, adjustments)
+        # The step is stored in the metadata only.
         counter = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
         return TrainState(counter, found["params"], found["opt_state"], found.get("ema")), progress
 
@@ -213,6 +214,7 @@ def restore_params(path: str | Path, *, step: int | None = None, like: Params | 
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(key_path, leaf) -> jax.ShapeDtypeStruct:
+        # Arrays of another shape are resized later, so they are read onto one device.
         shape, sharding = shardings.get(_name(key_path), (None, default))
         placed: Sharding = sharding if shape == tuple(leaf.shape) else default
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
@@ -234,7 +236,9 @@ def save_params(workdir: str | Path, params: Params) -> None:
       ConfigError: they have NaN or Inf.
       RuntimeError: Orbax did not save.
     """
-    require_finite(params, "the network has", fix="The checkpoint that it was read from is damaged: download it again.")
+    require_finite(
+        params, "the network holds", fix="The checkpoint that it was read from is damaged: download it again."
+    )
     folder = absolute(workdir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(dataclasses.asdict(Progress()))}
@@ -305,7 +309,7 @@ def _folder(path: str | Path) -> Path:
 def _require_finite(params: Any, folder: Path) -> None:
     require_finite(
         params,
-        f"the checkpoint {folder} has",
+        f"the checkpoint {folder} holds",
         fix="Use an earlier checkpoint, or train again with a lower learning rate.",
     )
 

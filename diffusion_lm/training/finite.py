@@ -21,7 +21,7 @@ def require_finite(params: Params | None, what: str, *, where: str = "", fix: st
 
     Args:
       params: tree of arrays. With several processes all of them must call this, and all of them raise.
-      what: the beginning of the message, e.g. "the checkpoint of step 3 has".
+      what: the beginning of the message, e.g. "the checkpoint of step 3 holds".
       where: as for `ConfigError`.
       fix: as for `ConfigError`.
     """

@@ -45,6 +45,7 @@ class Preemption:
         self._previous: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> "Preemption":
+        # Python allows signal handlers in the main thread only.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._note)
         return self
@@ -130,6 +131,7 @@ class Log:
         self._learning_rate = learning_rate
         self._flops, self._peak = flops_per_token, peak_flops
         self.window = window
+        # All processes have the same statistics; one of them writes.
         primary = jax.process_index() == 0
         self._writers = open_writers(workdir, keep, step, identity) if primary else []
         self._display = _display(steps, step) if primary else _Silent()
@@ -163,6 +165,7 @@ class Log:
         """Fetches pending statistics from the devices and writes the row that they complete."""
         if self._pending is None:
             return
+        # Waits for the devices; when `push` calls this, they already run the next step.
         (step, stats), self._pending = self._pending, None
         self.window.add(step, jax.device_get(stats))
         if step % self._every == 0 or step == self._steps:
@@ -171,6 +174,7 @@ class Log:
                 "kind": "train",
                 "examples": step * self._batch_size,
                 "tokens": self.window.tokens,
+                # Update number `step`, counted from 1, used the rate of `step` - 1.
                 "learning_rate": self._learning_rate(step - 1),
                 **self.window.means(),
                 "timing": self._clock.read(step, self.window.tokens, self._flops, self._peak),

@@ -79,6 +79,7 @@ def train(
     cut = run.cuts()
     claim_folder(workdir, run.identity(), xla_options=xla_options(run.xla_options, jax.default_backend()), cuts=cut)
     pruned = getattr(run.data, "pruned", None)
+    # The directory must name the tokens of its rows before there are checkpoints.
     if pruned is not None and jax.process_index() == 0:
         pruned.save(workdir)
     train_step = run.train_step()
@@ -195,7 +196,7 @@ def _start(
         rows = _vocabulary_rows(run, folder)
         source = restore_params(folder, like=train_step.abstract_state.params)
     elif source is not None:
-        require_finite(source, "the initial parameters have", where="init_params", fix="Start from other parameters.")
+        require_finite(source, "the initial parameters hold", where="init_params", fix="Start from other parameters.")
     # Fresh values remain in every array that the source does not have.
     state = train_step.init(key)
     if source is None:
@@ -301,6 +302,7 @@ def _evaluate(
         return True, measured
     if stop and step < run.steps:
         return False, measured
+    # The log gets its training row before the rows of the evaluations.
     log.drain()
     _require_finite(state, step)
     model = BoundModel(run.model, state.final_params, Placement(train_step.mesh, run.rules))
@@ -316,6 +318,7 @@ def _evaluate(
 def _save(state: TrainState, progress: Progress, log: Log, checkpoints: Checkpointer) -> None:
     with log.pause(saving=True):
         _require_finite(state, progress.step)
+        # The log first: a run that resumes from this checkpoint must find all rows up to it.
         log.flush()
         checkpoints.save(state, progress)
 
@@ -325,7 +328,7 @@ def _require_finite(state: TrainState, step: int) -> None:
     for params in (state.params, state.ema):
         require_finite(
             params,
-            f"the parameters after step {step} have",
+            f"the network after step {step} holds",
             where="TrainRun.optimizer",
             fix="Lower the learning rate or lengthen its warmup; earlier checkpoints of the run are intact.",
         )

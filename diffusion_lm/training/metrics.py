@@ -8,7 +8,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.core.errors import ConfigError
@@ -62,7 +61,7 @@ class Window:
           ConfigError: the loss or the gradient norm is not finite.
         """
         terms = stats.terms
-        values: dict[str, tuple[ArrayLike, ArrayLike]] = {"loss": (terms.loss_sum, terms.weight)}
+        values: dict[str, tuple[jax.Array, jax.Array | float]] = {"loss": (terms.loss_sum, terms.weight)}
         values |= {f"{OTHER_PART}{i}": (part.total, part.weight) for i, part in enumerate(terms.others)}
         values |= {"grad_norm": (stats.grad_norm, 1.0)}
         # Only what is differentiated must be finite; a logged metric may be NaN.
@@ -86,6 +85,7 @@ class Window:
         A loss of several parts is the sum of their means.
         """
         means = {name: total / weight if weight > 0 else 0.0 for name, (total, weight) in self.sums.items()}
+        # Each part is divided by its own weight before they are added.
         for name in [name for name in means if name.startswith(OTHER_PART)]:
             means["loss"] += means.pop(name)
         self.sums = {}

@@ -44,6 +44,7 @@ def decay_mask(axes: AxesTree) -> dict[str, Any]:
     """
 
     def decays(path, leaf_axes) -> bool:
+        # By name too: the relative bias and learned positions have two axes but are not matrices.
         name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
         dims = [axis for axis in leaf_axes if axis != "layers"]
         return len(dims) >= 2 and not any(part in name for part in _NEVER_DECAYED)
@@ -233,6 +234,7 @@ def _muon_dimensions(path, leaf_axes) -> optax.contrib.MuonDimensionNumbers | op
     if "layers" not in leaf_axes or len(axes) < 2 or any(part in name for part in _NEVER_DECAYED):
         return optax.MaskedNode()
     first = leaf_axes.index("layers") + 1
+    # The axes of the stacked arrays: `layers` comes first and is mapped over.
     inputs = 2 if axes[1] == "head_dim" else 1  # [heads, head_dim, embed] reads heads, [embed, heads, head_dim] writes
     numbers = range(first, first + len(axes))
     return optax.contrib.MuonDimensionNumbers(tuple(numbers[:inputs]), tuple(numbers[inputs:]))
@@ -266,6 +268,7 @@ def per_matrix(rule: optax.GradientTransformation, axes: AxesTree) -> optax.Grad
             new, state = mapped(rule.update, leaf_axes)(matrix(leaf_axes, gradient), state, matrix(leaf_axes, param))
             return new.reshape(gradient.shape), state
 
+        # `states` has a state per leaf, so the map stops at the leaves of `axes`.
         pairs = jax.tree.map(one, axes, gradients, states, params, is_leaf=is_axes)
         updates, new_states = (jax.tree.map(lambda _, pair, i=i: pair[i], axes, pairs, is_leaf=is_axes) for i in (0, 1))
         return updates, new_states

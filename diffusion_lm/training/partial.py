@@ -79,6 +79,7 @@ class PartialAdamW(AdamW):
             fix=f"Its parts are {', '.join(axes)}.",
         )
 
+        # Labels and masks have the structure of the parameters.
         def each(value: Any, frozen: Any) -> Any:
             return {
                 part: jax.tree.map(lambda x, part=part: value(x) if part in self.trained else frozen, tree)

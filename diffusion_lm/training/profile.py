@@ -8,7 +8,7 @@ from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.training.state import TrainState
 
 
-def check_profile(window: object, steps: int) -> None:
+def check_profile(window: tuple[int, int] | None, steps: int) -> None:
     """Raises `ConfigError` unless `window` is None, or (first step, number of steps) in a run of `steps` steps."""
     if window is None:
         return
@@ -46,6 +46,7 @@ class Profile:
         if self._tracing and step >= self._end:
             jax.block_until_ready(state)  # the devices may still run the last traced step
             self._stop()
+        # Started when the devices are idle, so that the trace has no part of earlier steps.
         if step == self._first:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder)

@@ -88,6 +88,7 @@ class TrainRun:
     profile: tuple[int, int] | None = None
 
     def __post_init__(self):
+        # gin passes lists, which are not hashable.
         object.__setattr__(self, "evaluations", tuple(self.evaluations))
         object.__setattr__(self, "xla_options", tuple(self.xla_options))
         check_sets(self.xla_options)
@@ -123,6 +124,7 @@ class TrainRun:
             where="TrainRun.evaluations",
             fix="Give each evaluation its own name.",
         )
+        # Raises if no evaluation measures the metric: better now than after hours of training.
         if self.checkpoint.best is not None:
             self.checkpoint.best.evaluation(self.evaluations)
 
@@ -177,6 +179,7 @@ class TrainRun:
     def check_window(self) -> None:
         """Raises `ConfigError` if the target window does not fit the objective's length model."""
         converter = getattr(self.data, "converter", None)
+        # The check is for tasks with targets; pretraining transforms make their own.
         if getattr(self.data, "pretraining", None) is None:
             window = getattr(converter, "target_window", None)
             check_window(self.objective.needs(), window, where=f"{type(converter).__name__}.target_window")
@@ -261,6 +264,7 @@ class TrainRun:
         steps only if the schedule depends on it; other runs may be extended.
         """
         data = _without_execution(plain(self))
+        # Evaluations do not change the run, except those that adjust its objective.
         adjusting = [plain(one) for one in self.evaluations if isinstance(one, Adjusting)]
         if adjusting:
             data["adjusting"] = _without_execution(adjusting)
@@ -268,6 +272,7 @@ class TrainRun:
         pruned = getattr(self.data, "pruned", None)
         if pruned is not None:
             data["vocabulary_sha256"] = pruned.sha256
+        # With such a schedule, a longer run begins with the same updates.
         if not self.optimizer.schedule.needs_total:
             del data["steps"]
         if self.checkpoint.best is not None:

@@ -100,6 +100,7 @@ class InverseSqrt:
     def value(self, step: int, total: int) -> float:
         """Returns the learning rate of update `step`."""
         del total
+        # The square root depends on the total number of updates, those of an earlier run included.
         step += self.steps_before
         rate = self.scale / math.sqrt(max(step, self.warmup_steps, 1))
         return rate * linear_warmup(step, self.warmup_steps) if self.ramp else rate
@@ -126,6 +127,7 @@ class PeakInverseSqrt:
     def value(self, step: int, total: int) -> float:
         """Returns the learning rate of update `step`."""
         warmup_steps = max(1, round(self.warmup_ratio * total))
+        # step + 1, because the last step of the warmup, warmup_steps - 1, is the first with the peak.
         return self.peak * linear_warmup(step, warmup_steps) * math.sqrt(warmup_steps / max(step + 1, warmup_steps))
 
 
@@ -153,6 +155,7 @@ class Cosine:
         """Returns the learning rate of update `step`."""
         if step < self.warmup_steps:
             return self.peak * linear_warmup(step, self.warmup_steps)
+        # At least 1, so that a run that is all warmup does not divide by 0.
         done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
         cosine = 0.5 * (1.0 + math.cos(math.pi * done))
         return self.peak * (self.final_fraction + (1.0 - self.final_fraction) * cosine)
@@ -189,7 +192,7 @@ class WSD:
         rate = self.peak * linear_warmup(step, self.warmup_steps)
         decay_steps = round(self.decay_fraction * total)
         into_decay = step - (total - decay_steps)
-        if into_decay <= 0:
+        if into_decay <= 0:  # always with decay_fraction = 0, which must not be divided by
             return rate
         done = min(1.0, into_decay / decay_steps)
         falling = 1.0 - (math.sqrt(done) if self.shape == "sqrt" else done)

@@ -74,6 +74,7 @@ def transfer(
       ConfigError: an array differs in an axis that cannot be resized, no array matches, or the adapters of source and
         target differ.
     """
+    # Adapters first: what follows compares array by array.
     merged: tuple[str, ...] = ()
     if lora.PART in source:
         if lora.PART in target:
@@ -89,7 +90,7 @@ def transfer(
         if given is None:
             added.append(name)
             leaves.append(fresh)
-        elif rows is not None and VOCAB in dims:
+        elif rows is not None and VOCAB in dims:  # even with equal shapes, the ids differ
             leaves.append(move_rows(given, fresh, dims, rows))
             resized.append((name, tuple(given.shape), tuple(fresh.shape)))
         elif given.shape == fresh.shape:
@@ -145,6 +146,7 @@ def named_leaves(tree: Params) -> list[tuple[str, Any]]:
 
 
 def _like(given: Any, fresh: Any) -> jax.Array:
+    # Cast before placing: the sharding is that of the target's array.
     value = jnp.asarray(given)
     value = value.astype(fresh.dtype) if value.dtype != fresh.dtype else value
     return jax.device_put(value, fresh.sharding)
@@ -159,5 +161,6 @@ def _resize(name: str, given: Any, fresh: jax.Array, dims: tuple[str | None, ...
             where="TrainRun.model",
             fix="Use the checkpoint's width, heads and layers; only vocabulary and positions can be resized.",
         )
+    # The leading part of each axis: tokens and positions keep their ids.
     common = tuple(slice(0, min(a, b)) for a, b in zip(given.shape, fresh.shape, strict=True))
     return jax.device_put(fresh.at[common].set(jnp.asarray(given)[common].astype(fresh.dtype)), fresh.sharding)

@@ -108,6 +108,7 @@ class TensorBoardWriter:
 
     def _record(self, event: Any) -> None:
         """Frames one record: length, its checksum, data, its checksum."""
+        # The format of TFRecord files.
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         self._file.write(length + struct.pack("<I", self._crc(length)) + data + struct.pack("<I", self._crc(data)))
@@ -143,6 +144,7 @@ class WandbWriter:
                 fix="Install it: pip install 'diffusion-lm[tracking]'; or unset the variable.",
             ) from error
         place = workdir / "wandb.json"
+        # Stored, so that a resumed run continues the same Weights & Biases run.
         if not place.exists():
             write_json(place, {"id": secrets.token_hex(4)})
         # The stages of a comparison form a group. Arguments would override the package's variables.

@@ -222,7 +222,7 @@ def test_counts_and_flops():
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"rank": 0}, "rank = 0 is not a positive"),
+        ({"rank": 0}, "rank=0: must be an integer >= 1"),
         ({"alpha": 0.0}, "alpha = 0.0 is not"),
         ({"targets": ()}, "names no matrix"),
         ({"targets": ("querry",)}, "unknown matrix; did you mean query"),

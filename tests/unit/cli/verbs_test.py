@@ -357,14 +357,14 @@ def test_missing_checkpoint(folder, capsys):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--gin.TransformerSpec.vocab_size=100"], "the model has a vocabulary of 100 tokens and the data one of 64"),
+        (["--gin.TransformerSpec.vocab_size=100"], "vocab_size=100: the vocabulary of the data has 64 tokens"),
         (
             ["--gin.TrainRun.microbatches=3"],
-            "does not divide into 3 microbatches (TrainRun.microbatches, set at --gin.",
+            "microbatches=3: must divide batch_size=4 (TrainRun.microbatches, set at --gin.",
         ),
         (
             ["--gin.TransformerSpec.position='learned'", "--gin.TransformerSpec.max_positions=8"],
-            "longer than the 8 positions",
+            "max_positions=8: the rows of the data have",
         ),
         (["--gin.TrainRun.step=3"], "TrainRun has no parameter 'step'; did you mean steps"),
         (["--gin.STEPPS=3"], "no binding refers to macro STEPPS; did you mean STEPS?"),
