@@ -3,17 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from diffusion_lm.core.axes import AxesTree
-from diffusion_lm.core.types import Batch
+from diffusion_lm.core.types import Batch, Params
 from diffusion_lm.parallel.rules import LogicalRules
 
 Axes = Sequence[str | None]
+Shared = TypeVar("Shared")
+Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,7 @@ def is_axes(node: object) -> bool:
     return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
-def tree_shardings(axes_tree: AxesTree, abstract_tree: Any, rules: LogicalRules, mesh: Mesh) -> Any:
+def tree_shardings(axes_tree: AxesTree, abstract_tree: Params, rules: LogicalRules, mesh: Mesh) -> Any:
     """Returns a tree of `NamedSharding`s for a tree of arrays or `ShapeDtypeStruct`s.
 
     Args:
@@ -112,10 +116,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shardings(batch: Any, rules: LogicalRules, mesh: Mesh) -> Any:
+def batch_shardings(batch: Tree, rules: LogicalRules, mesh: Mesh) -> Any:
     """Returns the shardings of a tree of [B, T, ...] arrays: rows over `batch`, tokens over `length`."""
 
-    def one(leaf: Any) -> NamedSharding:
+    def one(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         axes = ("batch", "length")[: len(leaf.shape)] + (None,) * (len(leaf.shape) - 2)
         return NamedSharding(mesh, spec_for(axes, rules, leaf.shape, mesh))
 
@@ -136,7 +140,7 @@ def place_batch(batch: Batch, rules: LogicalRules, mesh: Mesh) -> Batch:
     if processes == 1:
         return jax.device_put(batch, batch_shardings(batch, rules, mesh))
 
-    def one(leaf: Any) -> jax.Array:
+    def one(leaf: ArrayLike) -> jax.Array:
         rows = np.asarray(leaf)
         shape = (rows.shape[0] * processes, *rows.shape[1:])
         sharding = batch_shardings(jax.ShapeDtypeStruct(shape, rows.dtype), rules, mesh)
@@ -166,7 +170,7 @@ class Placement:
         spec = spec_for(axes, self.rules, x.shape, self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
-    def per_device(self, function: Callable[[Any, Any], Any], shared: Any, tokens: Any) -> Any:
+    def per_device(self, function: Callable[[Shared, Tree], Result], shared: Shared, tokens: Tree) -> Result:
         """Returns `function(shared, tokens)`, run by each device on its own part of the tokens.
 
         For loops: partitioned by XLA, the gradient of `shared` would be summed over the devices in every iteration.
@@ -193,17 +197,17 @@ class Placement:
             check_vma=False,
         )(shared, tokens)
 
-    def rows(self, batch: Any) -> Any:
+    def rows(self, batch: Tree) -> Tree:
         """Returns a tree of host arrays [B,T,...] on the devices; every process passes all rows."""
         return jax.device_put(batch, batch_shardings(batch, self.rules, self.mesh))
 
-    def whole(self, tree: Any) -> Any:
+    def whole(self, tree: Tree) -> Tree:
         """Inside a compiled function, replicates a result on every device, so that the host can read it."""
         return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
 
     def split(
-        self, function: Callable[..., Any], arguments: tuple[Any, ...], axes: tuple[Axes, ...], out_axes: Axes
-    ) -> Any:
+        self, function: Callable[..., Result], arguments: tuple[Any, ...], axes: tuple[Axes, ...], out_axes: Axes
+    ) -> Result:
         """Returns `function(*arguments)`, each device computing its own part; see `nn.constrain.Constrain.split`."""
         if self.mesh.size == 1:
             return function(*arguments)
@@ -243,7 +247,7 @@ class ShardingRow:
     fallbacks: tuple[str, ...]
 
 
-def sharding_table(axes_tree: AxesTree, abstract_tree: Any, rules: LogicalRules, mesh: Mesh) -> list[ShardingRow]:
+def sharding_table(axes_tree: AxesTree, abstract_tree: Params, rules: LogicalRules, mesh: Mesh) -> list[ShardingRow]:
     """Returns one row per array of the tree, in the tree's order."""
     axes_leaves = jax.tree.leaves(axes_tree, is_leaf=is_axes)
     leaves = jax.tree_util.tree_leaves_with_path(abstract_tree)

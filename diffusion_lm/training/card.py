@@ -19,7 +19,7 @@ CARD = "run_card.json"
 _REPORTED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffusion-lm")
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Returns a configured object as JSON data: dataclasses as `{"class": ..., fields...}`, all else unchanged.
 
     Numbers that are not finite become strings: "inf", "-inf", "nan".
@@ -47,12 +47,12 @@ def plain(value: Any) -> Any:
     raise TypeError(f"the configured value {value!r} is neither a dataclass nor plain data")
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """Returns the SHA-256 of a configured object's plain form; equal configurations have equal fingerprints."""
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) -> None:
+def claim_folder(workdir: Path, identity: Mapping[str, object], **conditions: object) -> None:
     """Writes the run card of a run with this identity to `workdir`, or checks the one that is there.
 
     Args:
@@ -92,7 +92,7 @@ def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) 
         )
 
 
-def first_difference(there: Any, here: Any, name: str = "TrainRun") -> str | None:
+def first_difference(there: object, here: object, name: str = "TrainRun") -> str | None:
     """Returns the first difference of two plain values, as "NAME is A there and B here", or None."""
     if isinstance(there, Mapping) and isinstance(here, Mapping) and there.get("class") == here.get("class"):
         for key in [*there, *(key for key in here if key not in there)]:
@@ -114,7 +114,7 @@ def first_difference(there: Any, here: Any, name: str = "TrainRun") -> str | Non
     return f"{name} is {was} there and {now} here"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Mapping) and "class" in value:
         return value["class"].rsplit(".", 1)[-1]
     text = repr(value)

@@ -306,7 +306,7 @@ def _folder(path: str | Path) -> Path:
     return folder / FOLDER if (folder / FOLDER).is_dir() else folder
 
 
-def _require_finite(params: Any, folder: Path) -> None:
+def _require_finite(params: Params | None, folder: Path) -> None:
     require_finite(
         params,
         f"the checkpoint {folder} holds",

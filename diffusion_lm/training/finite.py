@@ -4,11 +4,11 @@ Such a network still decodes to some text, and its metrics are numbers, so nothi
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.types import Params
@@ -50,7 +50,7 @@ def not_finite(params: Params | None) -> tuple[str, ...]:
     )
 
 
-def on_host(leaves: Sequence[Any]) -> list[bool]:
+def on_host(leaves: Sequence[ArrayLike]) -> list[bool]:
     """Returns whether each array is finite; compiles nothing and copies nothing."""
     return [_extremes_are_finite(np.asarray(leaf)) for leaf in leaves]
 
@@ -61,7 +61,7 @@ def on_devices(leaves: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
 
 
-def _is_on_host(leaf: Any) -> bool:
+def _is_on_host(leaf: object) -> bool:
     if not isinstance(leaf, jax.Array):
         return True
     return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())

@@ -16,7 +16,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.training.optimizers import AdamW, decay_mask
 
 
-def trained_part(tree: Any, frozen: frozenset[str], path: str = "") -> Any:
+def trained_part(tree: Mapping[str, Any], frozen: frozenset[str], path: str = "") -> Mapping[str, Any]:
     """Returns a nested dict without the leaves whose paths are in `frozen`, and without dicts that become empty.
 
     Args:
@@ -26,7 +26,7 @@ def trained_part(tree: Any, frozen: frozenset[str], path: str = "") -> Any:
     """
     if not frozen:
         return tree
-    trained = {}
+    trained: dict[str, Any] = {}
     for name, node in tree.items():
         here = f"{path}/{name}" if path else name
         if isinstance(node, Mapping):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffusion_lm.architectures import lora
 from diffusion_lm.architectures.surgery import VOCAB, move_rows
@@ -145,14 +146,14 @@ def named_leaves(tree: Params) -> list[tuple[str, Any]]:
     ]
 
 
-def _like(given: Any, fresh: Any) -> jax.Array:
+def _like(given: ArrayLike, fresh: jax.Array) -> jax.Array:
     # Cast before placing: the sharding is that of the target's array.
     value = jnp.asarray(given)
     value = value.astype(fresh.dtype) if value.dtype != fresh.dtype else value
     return jax.device_put(value, fresh.sharding)
 
 
-def _resize(name: str, given: Any, fresh: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
+def _resize(name: str, given: jax.Array, fresh: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
     same_rank = given.ndim == fresh.ndim
     differing = [axis for axis, a, b in zip(dims, given.shape, fresh.shape, strict=False) if a != b]
     if not same_rank or any(axis not in RESIZABLE for axis in differing):
