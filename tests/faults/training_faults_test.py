@@ -115,7 +115,7 @@ def test_a_run_folder_of_another_configuration_is_refused(undisturbed):
     before = (undisturbed / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"another configuration: TrainRun.batch_size is 4 there and 8 here"):
         train(dataclasses.replace(run(), batch_size=8), undisturbed)
-    with pytest.raises(ConfigError, match=r"TrainRun.seed is 0 there and 1 here.*Choose another --workdir"):
+    with pytest.raises(ConfigError, match=r"TrainRun.seed is 0 there and 1 here.*Use another --workdir"):
         train(dataclasses.replace(run(), seed=1), undisturbed)
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 

@@ -335,7 +335,7 @@ def test_the_checkpoint_that_a_run_selected_is_what_the_verbs_use(folder, capsys
     assert main(["decode", "--workdir", "best", "--limit", "1"]) == 0
     assert "step 2 of best" in capsys.readouterr().err
     message = fails(capsys, "explain", "--gin_file", "best.gin", "--gin.BestCheckpoint.metric='decode/toy/em'")
-    assert "measures 'decode/toy/em'" in message
+    assert "metric='decode/toy/em': no evaluation of the run measures it" in message
 
 
 @pytest.mark.parametrize("verb", [["evaluate"], ["decode", "--limit", "1"]])
