@@ -95,7 +95,7 @@ def test_T58_adapter_not_loaded_under_another_name(old):
     target = adapted.architecture.init(jax.random.key(1))
     with pytest.raises(ConfigError, match=f"array lora/.*{old}.* of the checkpoint is missing"):
         transfer(params, target, adapted.architecture.logical_axes())
-    with pytest.raises(ConfigError, match=r"(lora/scale is not among)|(other has no matrix)|(does not have exactly the two arrays)"):
+    with pytest.raises(ConfigError, match=r"(lora/scale is not among)|(other has no matrix)|(not have exactly)"):
         merge(params)
     if old != "query":  # the call cannot know how many adapters there were
         with pytest.raises(ConfigError):
@@ -223,10 +223,10 @@ def test_counts_and_flops():
     ("fields", "complaint"),
     [
         ({"rank": 0}, "rank=0: must be an integer >= 1"),
-        ({"alpha": 0.0}, "alpha = 0.0 is not"),
-        ({"targets": ()}, "names no matrix"),
-        ({"targets": ("querry",)}, "unknown matrix; did you mean query"),
-        ({"trained_too": ("embeds",)}, "no array 'embeds'; did you mean embed"),
+        ({"alpha": 0.0}, "alpha=0.0: must be a positive"),
+        ({"targets": ()}, "no matrix is named"),
+        ({"targets": ("querry",)}, "no such matrix; did you mean query"),
+        ({"trained_too": ("embeds",)}, "trained_too='embeds': .*did you mean embed"),
     ],
 )
 def test_settings_that_mean_nothing(fields, complaint):
