@@ -82,8 +82,20 @@ class Architecture(Protocol):
     def count_parameters(self) -> dict[str, int]:
         """Returns the number of parameters per part, and their "total"; padding rows of the vocabulary are included."""
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Returns forward matmul FLOPs per token of the main stream, including attention scores and logits."""
+    def frozen_arrays(self) -> frozenset[str]:
+        """Returns the paths of the arrays that are not trained, such as `blocks/mlp/up`; empty for a plain network."""
+
+    def flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
+        """Returns forward matmul FLOPs per token of the main stream, including attention scores and logits.
+
+        Args:
+          context_length: length of the main stream.
+          encoder_length: length of the encoder's stream, whose work is divided by the tokens of the main stream; None =
+            that of the main stream. Ignored by single-stream networks.
+        """
+
+    def saved_flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
+        """Returns the FLOPs per token that a backward pass saves because frozen matrices need no gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +147,7 @@ class BoundModel:
 
     def for_loops(self) -> "BoundModel":
         """Returns the same network with unstacked layers, which is faster inside the loop of a sampler."""
-        if self.spec.scan_layers:
+        if self.spec.scan_layers:  # a scan over layers needs them stacked
             return self
         blocks = layers_apart(self.params["blocks"])
         return dataclasses.replace(self, params={**self.params, "blocks": blocks})

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from diffusion_lm.architectures import parts
+from diffusion_lm.architectures import stream
 from diffusion_lm.architectures.base import Hidden
 from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError, require
@@ -43,22 +43,22 @@ class EncoderDecoder:
     def init(self, key: jax.Array) -> Params:
         """Returns fresh parameters."""
         spec = self.spec
-        params: dict[str, Any] = {"embed": {"tokens": parts.init_tokens(spec, key, "embed", spec.embedding_std)}}
-        params |= parts.init_stream(spec, parts.named_key(key, "decoder"), spec.num_layers, has_cross=True)
-        params["encoder"] = parts.init_stream(spec, parts.named_key(key, "encoder"), spec.encoder_layers)
-        params |= parts.init_conditioning(spec, key)
-        return params | parts.init_head(spec, key)
+        params: dict[str, Any] = {"embed": {"tokens": stream.init_tokens(spec, key, "embed", spec.embedding_std)}}
+        params |= stream.init_stream(spec, stream.named_key(key, "decoder"), spec.num_layers, has_cross=True)
+        params["encoder"] = stream.init_stream(spec, stream.named_key(key, "encoder"), spec.encoder_layers)
+        params |= stream.init_conditioning(spec, key)
+        return params | stream.init_head(spec, key)
 
     def abstract_params(self) -> Params:
         """Returns shapes and dtypes of the parameters."""
-        return jax.eval_shape(self.init, parts.abstract_key())
+        return jax.eval_shape(self.init, stream.abstract_key())
 
     def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters."""
-        axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec, has_cross=True)
-        axes["encoder"] = parts.stream_axes(self.spec)
-        axes |= parts.conditioning_axes(self.spec)
-        return axes | parts.head_axes(self.spec)
+        axes = {"embed": {"tokens": ("vocab", "embed")}} | stream.stream_axes(self.spec, has_cross=True)
+        axes["encoder"] = stream.stream_axes(self.spec)
+        axes |= stream.conditioning_axes(self.spec)
+        return axes | stream.head_axes(self.spec)
 
     def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
         """Runs the decoder up to its final norm, and the encoder first if it is given source tokens."""
@@ -73,11 +73,11 @@ class EncoderDecoder:
             keys, constrain = inputs.dropout_keys, inputs.constrain
             encoder = self.encode(params, encoder, dropout_keys=keys, constrain=constrain, project=False)
         inputs = inputs.replace(encoder=encoder)  # type: ignore[attr-defined]
-        return Hidden(*parts.run_stream(self.spec, params["embed"]["tokens"], params, inputs))
+        return Hidden(*stream.run_stream(self.spec, params["embed"]["tokens"], params, inputs))
 
     def head(self, params: Params) -> Head:
         """Returns the output projection."""
-        return parts.head_of(self.spec, params)
+        return stream.head_of(self.spec, params)
 
     def embedding(self, params: Params) -> jax.Array:
         """Returns the token embedding."""
@@ -85,7 +85,7 @@ class EncoderDecoder:
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Returns an empty cache of the decoder."""
-        return parts.empty_cache(self.spec, batch, length)
+        return stream.empty_cache(self.spec, batch, length)
 
     def encode(
         self,
@@ -97,23 +97,32 @@ class EncoderDecoder:
         project: bool = True,
     ) -> EncoderState:
         """Encodes the source; with `project` also computes the cross-attention keys and values of all layers."""
-        # The encoder attends in both directions, even if the decoder's relative bias has buckets for the past only.
+        # The encoder needs buckets for both directions, even if the decoder has them for the past only (T5).
         bidirectional = dataclasses.replace(self.spec, relative_bidirectional=True)
-        stream = ForwardInputs(
+        source = ForwardInputs(
             tokens=inputs.tokens,
             visibility=Full(),
             positions=inputs.positions,
             segment_ids=inputs.segment_ids,
-            dropout_keys=parts.encoder_dropout_keys(dropout_keys),
+            dropout_keys=stream.encoder_dropout_keys(dropout_keys),
             constrain=constrain,
         )
-        memory_BSD, _ = parts.run_stream(bidirectional, params["embed"]["tokens"], params["encoder"], stream)
+        memory_BSD, _ = stream.run_stream(bidirectional, params["embed"]["tokens"], params["encoder"], source)
         cross = stack.project_memory(self.spec, params["blocks"], memory_BSD) if project else None
         return EncoderState(memory_BSD, inputs.segment_ids, cross)
 
+    def frozen_arrays(self) -> frozenset[str]:
+        """Returns the empty set: everything is trained."""
+        return frozenset()
+
+    def saved_flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
+        """Returns 0: no array is frozen."""
+        del context_length, encoder_length
+        return 0.0
+
     def count_parameters(self) -> dict[str, int]:
         """Returns the number of parameters by part."""
-        return parts.count(self.abstract_params())
+        return stream.count(self.abstract_params())
 
     def flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
         """Returns forward matmul FLOPs per token of the decoder's stream, including its share of the encoder.
@@ -124,9 +133,9 @@ class EncoderDecoder:
         """
         spec = self.spec
         encoder_length = context_length if encoder_length is None else encoder_length
-        decoder = spec.num_layers * parts.block_flops(spec, context_length, encoder_length) + parts.logit_flops(spec)
-        decoder += parts.conditioning_flops(spec)
+        decoder = spec.num_layers * stream.block_flops(spec, context_length, encoder_length) + stream.logit_flops(spec)
+        decoder += stream.conditioning_flops(spec)
         # Each layer projects the memory once per source token, whatever the number of target tokens.
         projection = spec.num_layers * 2 * spec.model_dim * 2 * spec.kv_heads * spec.head_dim
-        per_source_token = spec.encoder_layers * parts.block_flops(spec, encoder_length) + projection
+        per_source_token = spec.encoder_layers * stream.block_flops(spec, encoder_length) + projection
         return decoder + per_source_token * encoder_length / context_length

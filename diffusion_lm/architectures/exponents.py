@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.architectures.base import BoundModel
-from diffusion_lm.architectures.extended import Extended, layer_with
+from diffusion_lm.architectures.extended import Extended, layer_of
 from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.types import Params
 
@@ -30,7 +30,7 @@ class WithTokenSchedules(Extended):
     """
 
     def init(self, key: jax.Array) -> Params:
-        """Returns fresh parameters, and f32[padded V] with which every exponent is 1 (the linear schedule).
+        """Returns the network's fresh parameters, and f32[padded V] for exponents of 1 (the linear schedule).
 
         They are float32 even in a bfloat16 network, where updates of a value near 1 would be rounded away.
         """
@@ -48,5 +48,5 @@ class WithTokenSchedules(Extended):
 
 def token_exponents(model: BoundModel) -> jax.Array | None:
     """Returns f32[V], the exponents of the token schedules, replicated; None if the network has none."""
-    found = layer_with(model.architecture, "exponents")
+    found = layer_of(model.architecture, WithTokenSchedules)
     return None if found is None else model.constrain(found.exponents(model.params), (None,))

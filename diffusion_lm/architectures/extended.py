@@ -1,27 +1,30 @@
-"""A network with parameters of its own beside those of the network that it is built on."""
+"""Networks with additional parameters on top of another network."""
 
 import dataclasses
-from typing import Any
+from typing import TypeVar
 
 import jax
 
-from diffusion_lm.architectures import parts
+from diffusion_lm.architectures import stream
 from diffusion_lm.architectures.base import Architecture, Hidden
 from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.types import EncoderInputs, Params
 from diffusion_lm.nn.cache import KVCache
+from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.head import Head
 from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
 from diffusion_lm.nn.transformer import TransformerSpec
 
+Layer = TypeVar("Layer", bound="Extended")
+
 
 @dataclasses.dataclass(frozen=True)
 class Extended:
-    """Base of such networks; methods as in `Architecture`, those of the `backbone` where a subclass says nothing.
+    """Base of such networks; methods as in `Architecture`. By default they are those of the `backbone`.
 
-    A subclass adds parts to `init` and `logical_axes` under a name of its own, so a checkpoint of the backbone
-    transfers whole and the parts are what `transfer` reports as added. Extensions stack in any order: all their
-    parameters stand side by side, and `layer_with` finds the one that has a method.
+    A subclass adds parameters to `init` and `logical_axes` under its own name, so a checkpoint of the backbone
+    transfers completely, and `transfer` reports the new parameters as added. Extensions can be combined in any order:
+    all their parameters are next to each other in one dict, and `layer_of` finds the extension of a class.
 
     Attributes:
       backbone: the network.
@@ -36,7 +39,7 @@ class Extended:
 
     @property
     def needs_encoder(self) -> bool:
-        """As the network's."""
+        """Whether the network needs an encoder's stream."""
         return self.backbone.needs_encoder
 
     def init(self, key: jax.Array) -> Params:
@@ -45,7 +48,7 @@ class Extended:
 
     def abstract_params(self) -> Params:
         """Returns shapes and dtypes of the parameters."""
-        return jax.eval_shape(self.init, parts.abstract_key())
+        return jax.eval_shape(self.init, stream.abstract_key())
 
     def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters."""
@@ -67,27 +70,38 @@ class Extended:
         """Returns an empty cache of the network."""
         return self.backbone.init_cache(batch, length)
 
-    def encode(self, params: Params, inputs: EncoderInputs, **options: Any) -> EncoderState:
+    def encode(
+        self,
+        params: Params,
+        inputs: EncoderInputs,
+        *,
+        dropout_keys: jax.Array | None = None,
+        constrain: Constrain = no_constraint,
+        project: bool = True,
+    ) -> EncoderState:
         """Encodes the source."""
-        return self.backbone.encode(params, inputs, **options)
+        return self.backbone.encode(params, inputs, dropout_keys=dropout_keys, constrain=constrain, project=project)
+
+    def frozen_arrays(self) -> frozenset[str]:
+        """Returns the paths of the arrays that are not trained."""
+        return self.backbone.frozen_arrays()
 
     def count_parameters(self) -> dict[str, int]:
-        """Returns the number of parameters by part."""
-        return parts.count(self.abstract_params())
+        """Returns the number of parameters per part."""
+        return stream.count(self.abstract_params())
 
-    def flops_per_token(self, context_length: int, **lengths: Any) -> float:
+    def flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
         """Returns the network's forward FLOPs per token."""
-        return self.backbone.flops_per_token(context_length, **lengths)
+        return self.backbone.flops_per_token(context_length, encoder_length)
+
+    def saved_flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
+        """Returns the FLOPs per token that a backward pass saves because frozen matrices need no gradient."""
+        return self.backbone.saved_flops_per_token(context_length, encoder_length)
 
 
-def frozen_arrays(architecture: Any) -> frozenset[str]:
-    """Returns the paths of the arrays that training leaves alone, such as `blocks/mlp/up`; none of a plain network."""
-    layer = layer_with(architecture, "frozen_arrays")
-    return frozenset() if layer is None else layer.frozen_arrays()
-
-
-def layer_with(architecture: Any, method: str) -> Any:
-    """Returns the network that has `method`: this one or what it is built on, or None."""
-    while architecture is not None and not hasattr(architecture, method):
-        architecture = getattr(architecture, "backbone", None)
-    return architecture
+def layer_of(architecture: Architecture, kind: type[Layer]) -> Layer | None:
+    """Returns the extension of a class in a network, or None if it has none."""
+    found: object = architecture
+    while found is not None and not isinstance(found, kind):
+        found = getattr(found, "backbone", None)
+    return found

@@ -6,14 +6,13 @@ The classes are lengths: class c is a target of c tokens; the last class also st
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.architectures import parts
+from diffusion_lm.architectures import stream
 from diffusion_lm.architectures.base import BoundModel
-from diffusion_lm.architectures.extended import Extended, layer_with
+from diffusion_lm.architectures.extended import Extended, layer_of
 from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.types import Batch, Params
@@ -47,15 +46,15 @@ class WithLengthHead(Extended):
 
     def init(self, key: jax.Array) -> Params:
         """Returns the network's fresh parameters and the head's."""
-        own, spec = parts.named_key(key, PART), self.spec
+        own, spec = stream.named_key(key, PART), self.spec
         dim, dtype = spec.model_dim, jnp.dtype(spec.param_dtype)
 
         def linear(name: str, width: int) -> Params:
-            kernel = jax.random.normal(parts.named_key(own, name), (dim, width), dtype) * dim**-0.5
+            kernel = jax.random.normal(stream.named_key(own, name), (dim, width), dtype) * dim**-0.5
             return {"kernel": kernel, "bias": jnp.zeros(width, dtype)}
 
         head = {
-            "blocks": stack.init_stack(spec, parts.named_key(own, "blocks"), 1),
+            "blocks": stack.init_stack(spec, stream.named_key(own, "blocks"), 1),
             "hidden": linear("hidden", dim),
             "output": linear("output", self.classes),
         }
@@ -79,6 +78,7 @@ class WithLengthHead(Extended):
         context = Context(mask=mask, positions=positions_BT)
         x_BTD, _ = stack.run_stack(spec, head["blocks"], features_BTD, context)
         used = used_BT[..., None].astype(jnp.float32)
+        # Mean over the conditioning; a row without any gives 0.
         pooled_BD = jnp.sum(x_BTD.astype(jnp.float32) * used, axis=1) / jnp.maximum(jnp.sum(used, axis=1), 1.0)
 
         def linear(name: str, x: jax.Array) -> jax.Array:
@@ -86,9 +86,10 @@ class WithLengthHead(Extended):
 
         return linear("output", jnp.tanh(linear("hidden", pooled_BD)))
 
-    def flops_per_token(self, context_length: int, **lengths: Any) -> float:
+    def flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
         """Returns the forward FLOPs per token of the network and the head's block."""
-        return self.backbone.flops_per_token(context_length, **lengths) + parts.block_flops(self.spec, context_length)
+        head = stream.block_flops(self.spec, context_length)
+        return self.backbone.flops_per_token(context_length, encoder_length) + head
 
 
 def length_logits(model: BoundModel, batch: Batch, visibility: str) -> jax.Array:
@@ -105,7 +106,7 @@ def length_logits(model: BoundModel, batch: Batch, visibility: str) -> jax.Array
     Raises:
       ConfigError: the network has no length head.
     """
-    architecture = layer_with(model.architecture, "length_logits")
+    architecture = layer_of(model.architecture, WithLengthHead)
     if architecture is None:
         raise ConfigError(
             "the model has no length head",

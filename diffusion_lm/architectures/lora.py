@@ -1,6 +1,6 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685) of any network: frozen matrices with a trained product of two thin ones.
+"""Low-rank adaptation (LoRA, arXiv 2106.09685) of any network: frozen matrices plus trained products of low rank.
 
-x W  ->  x W + (alpha / rank) (x A) B,     A random, B = 0: a fresh adapter changes nothing
+x W  ->  x W + (alpha / rank) (x A) B,     A random, B = 0: a fresh adapter adds zero
 """
 
 import dataclasses
@@ -11,20 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.architectures import parts
+from diffusion_lm.architectures import stream
 from diffusion_lm.architectures.base import Hidden
-from diffusion_lm.architectures.extended import Extended, frozen_arrays
+from diffusion_lm.architectures.extended import Extended
 from diffusion_lm.core.axes import AxesTree
+from diffusion_lm.core.checks import check_count
 from diffusion_lm.core.errors import ConfigError, near_names, require
 from diffusion_lm.core.types import EncoderInputs, Params
+from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
 from diffusion_lm.nn.layers import ADAPTERS
 
 PART = "lora"
-"""The adapters' place among the parameters; what stands beside it are the network's own."""
+"""Name of the adapters among the parameters, next to those of the network."""
 
 TARGETS = ("query", "key", "value", "output", "mlp")
-"""Which matrices of the blocks can be adapted: those of every attention (the cross-attention's too) and the MLP's."""
+"""The matrices of the blocks that can be adapted: those of self-attention, cross-attention and MLP."""
 
 _MLP = ("up", "gate", "down")
 _STACKS = (("blocks",), ("encoder", "blocks"))
@@ -33,19 +35,19 @@ _Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class WithLoRA(Extended):
-    """A network whose own arrays are frozen, with adapters that are trained in their place.
+    """A network whose own arrays are frozen, with adapters that are trained instead.
 
-    The adapters stand under `lora/` in a tree like that of the adapted matrices, stacked on `layers` like them and
-    float32 whatever the network's dtype is, since small updates are lost in bfloat16. A checkpoint of the plain network
-    transfers whole, and one of the adapted network to the plain one with its adapters merged (`training/transfer.py`).
-    Training keeps gradients and optimizer state of what is trained only, under any optimizer (`frozen_arrays`).
+    The adapters are under `lora/` in a tree like that of the adapted matrices, stacked on `layers` like them. They are
+    always float32, because small updates are lost in bfloat16. A checkpoint of the plain network transfers completely;
+    one of the adapted network transfers to the plain one with its adapters merged (`training/transfer.py`). Training
+    has gradients and optimizer state of the trained arrays only, with any optimizer (`frozen_arrays`).
 
     Attributes:
       rank: r, columns of A and rows of B.
-      alpha: fresh adapters are scaled by alpha / rank. The scale is stored with them and goes where they go, so an
-        adapter computes what it was trained to compute whatever stands here later.
-      targets: which matrices: some of `TARGETS`.
-      trained_too: paths of the network's own arrays that are trained along, e.g. ("embed",) or ("blocks/mlp_norm",).
+      alpha: fresh adapters are scaled by alpha / rank. The scale is stored with the adapters, so a trained adapter does
+        not change if this value changes later.
+      targets: the adapted matrices, some of `TARGETS`.
+      trained_too: paths of the network's own arrays that are trained too, e.g. ("embed",) or ("blocks/mlp_norm",).
     """
 
     rank: int = 8
@@ -56,56 +58,54 @@ class WithLoRA(Extended):
     def __post_init__(self):
         for field in ("targets", "trained_too"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        require(
-            isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank > 0,
-            f"rank = {self.rank!r} is not a positive whole number",
-            where="WithLoRA.rank",
-            fix="Give 8 or 16.",
-        )
+        check_count(self.rank, "WithLoRA.rank", "Use 8 or 16.")
         require(
             isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0,
-            f"alpha = {self.alpha!r} is not a positive number",
+            f"alpha={self.alpha!r}: must be a positive number",
             where="WithLoRA.alpha",
-            fix="Give once or twice the rank.",
+            fix="Use the rank, or twice the rank.",
         )
         unknown = [target for target in self.targets if target not in TARGETS]
         require(
             bool(self.targets) and not unknown,
-            f"targets = {self.targets!r} names {'an unknown matrix' if unknown else 'no matrix'}"
+            f"targets={self.targets!r}: {'there is no such matrix' if unknown else 'no matrix is named'}"
             f"{near_names(unknown[0], TARGETS) if unknown else ''}",
             where="WithLoRA.targets",
-            fix=f"Name some of {', '.join(TARGETS)}.",
+            fix=f"Use some of {', '.join(TARGETS)}.",
         )
         require(
-            not frozen_arrays(self.backbone),
-            "the network is adapted already",
+            not self.backbone.frozen_arrays(),
+            "the backbone already has adapters",
             where="WithLoRA.backbone",
-            fix="Name more targets in one WithLoRA, or start from the merged network.",
+            fix="Use one WithLoRA with more targets, or start from the merged network.",
         )
         own = self._own_axes()
+        parts = {name.split("/")[0] for name in own}
         for path in self.trained_too:
             require(
                 any(_under(name, path) for name in own),
-                f"the network has no array {path!r}{near_names(path, {name.split('/')[0] for name in own})}",
+                f"trained_too={path!r}: the network has no such array{near_names(path, parts)}",
                 where="WithLoRA.trained_too",
-                fix="Give the path of an array or of a part, as `explain` lists them.",
+                fix="Use the path of an array or of a part, as listed by `diffusion-lm explain`.",
             )
 
     def init(self, key: jax.Array) -> Params:
-        """Returns the network's fresh parameters and fresh adapters, which change nothing."""
-        own = parts.named_key(key, PART)
+        """Returns the network's fresh parameters and fresh adapters, which add zero."""
+        own = stream.named_key(key, PART)
+        # Shapes only: no array of the network is allocated for this.
         shapes = self.backbone.abstract_params()
         adapters: dict[str, Any] = {"scale": jnp.asarray(self.alpha / self.rank, jnp.float32)}
         for path, axes in self._adapted():
             shape, inputs = _at(shapes, path).shape, _inputs(axes)
             layers, reads, writes = shape[0], shape[1 : 1 + inputs], shape[1 + inputs :]
-            a = jax.random.normal(parts.named_key(own, _name(path)), (layers, *reads, self.rank), jnp.float32)
+            # A has variance 1 / fan_in; B = 0 makes the product 0.
+            a = jax.random.normal(stream.named_key(own, _name(path)), (layers, *reads, self.rank), jnp.float32)
             b = jnp.zeros((layers, self.rank, *writes), jnp.float32)
             _put(adapters, path, {"a": a * math.prod(reads) ** -0.5, "b": b})
         return {**self.backbone.init(key), PART: adapters}
 
     def logical_axes(self) -> AxesTree:
-        """Returns the logical axes of the parameters: an adapter has those of the matrix, and its rank is whole."""
+        """Returns the logical axes of the parameters; adapters have those of their matrix, the rank is not split."""
         adapters: dict[str, Any] = {"scale": ()}
         for path, axes in self._adapted():
             split = 1 + _inputs(axes)
@@ -114,35 +114,45 @@ class WithLoRA(Extended):
 
     def frozen_arrays(self) -> frozenset[str]:
         """Returns the paths of the arrays that are not trained, such as `blocks/attention/query`."""
-        kept = {name for name in self._own_axes() if not any(_under(name, path) for path in self.trained_too)}
-        return frozenset(kept | {f"{PART}/scale"})
+        frozen = {name for name in self._own_axes() if not any(_under(name, path) for path in self.trained_too)}
+        return frozenset(frozen | {f"{PART}/scale"})
 
     def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
         """Runs the adapted network up to its final norm."""
         return self.backbone.hidden(adapted(params), inputs)
 
-    def encode(self, params: Params, inputs: EncoderInputs, **options: Any) -> EncoderState:
+    def encode(
+        self,
+        params: Params,
+        inputs: EncoderInputs,
+        *,
+        dropout_keys: jax.Array | None = None,
+        constrain: Constrain = no_constraint,
+        project: bool = True,
+    ) -> EncoderState:
         """Encodes the source with the adapted encoder."""
-        return self.backbone.encode(adapted(params), inputs, **options)
+        keys, params = dropout_keys, adapted(params)
+        return self.backbone.encode(params, inputs, dropout_keys=keys, constrain=constrain, project=project)
 
     def merge(self, params: Params) -> Params:
-        """Returns parameters of the backbone with equal logits; see `merge`."""
+        """Returns parameters of the backbone with the same logits; see `merge`."""
         return merge(params)
 
-    def flops_per_token(self, context_length: int, **lengths: Any) -> float:
-        """Returns the network's forward FLOPs per token and those of its adapters; an encoder's are shared out."""
-        shapes, ratio = self.abstract_params()[PART], (lengths.get("encoder_length") or context_length) / context_length
-        flops = self.backbone.flops_per_token(context_length, **lengths)
+    def flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
+        """Returns the forward FLOPs per token of the network and its adapters."""
+        # The work of an encoder is divided by the tokens of the main stream.
+        shapes, ratio = self.abstract_params()[PART], (encoder_length or context_length) / context_length
+        flops = self.backbone.flops_per_token(context_length, encoder_length)
         for path, _ in self._adapted():
             per_token = 2.0 * sum(leaf.size for leaf in jax.tree.leaves(_at(shapes, path)))
             flops += per_token * (ratio if path[0] == "encoder" else 1.0)
         return flops
 
-    def saved_flops_per_token(self, context_length: int, **lengths: Any) -> float:
-        """Returns the FLOPs per token that a backward pass saves: frozen matrices need no gradient of their own."""
+    def saved_flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
+        """Returns the FLOPs per token that a backward pass saves because frozen matrices need no gradient."""
         frozen, head = self.frozen_arrays(), "embed" if self.spec.tied_embeddings else "head"
-        ratio = (lengths.get("encoder_length") or context_length) / context_length
-        flops = parts.logit_flops(self.spec) if f"{head}/tokens" in frozen else 0.0
+        ratio = (encoder_length or context_length) / context_length
+        flops = stream.logit_flops(self.spec) if f"{head}/tokens" in frozen else 0.0
         for path, shape in _leaves(self.backbone.abstract_params()):
             if any(path[: len(stack)] == stack for stack in _STACKS) and len(shape.shape) > 2 and _name(path) in frozen:
                 flops += 2.0 * shape.size * (ratio if path[0] == "encoder" else 1.0)
@@ -165,7 +175,7 @@ def adapted(params: Params) -> Params:
     """Returns the network's own parameters with scaled adapters inside their stacks, where `nn.stack` applies them.
 
     Raises:
-      ConfigError: there are no adapters, or an adapter is not whole.
+      ConfigError: there are no adapters, or an adapter is incomplete.
     """
     own, adapters = _apart(params)
     for stack in _STACKS:
@@ -181,10 +191,10 @@ def adapted(params: Params) -> Params:
 def merge(params: Params) -> Params:
     """Returns the network's own parameters with every adapter added to its matrix, W + scale A B, in W's dtype.
 
-    The result is what the plain network takes: its logits are those of the adapted one, up to rounding.
+    The result fits the plain network, whose logits are then those of the adapted one up to rounding.
 
     Raises:
-      ConfigError: there are no adapters, an adapter is not whole, or its matrix is missing.
+      ConfigError: there are no adapters, an adapter is incomplete, or its matrix is missing.
     """
     own, adapters = _apart(params)
     for stack in _STACKS:
@@ -210,7 +220,7 @@ def _pairs(tree: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
     for name, node in tree.items():
         here = (*path, name)
         if not isinstance(node, dict) or (set(node) & {"a", "b"} and set(node) != {"a", "b"}):
-            raise _broken(_name(here), "is no adapter of two arrays 'a' and 'b'")
+            raise _broken(_name(here), "does not have exactly the two arrays 'a' and 'b'")
         if "a" in node:
             yield here, node
         else:
@@ -221,12 +231,12 @@ def _broken(name: str, what: str) -> ConfigError:
     return ConfigError(
         f"the adapter {name} {what}",
         where="TrainRun.model",
-        fix="Use the parameters that a run with WithLoRA wrote, whole and under their names.",
+        fix="Use the complete parameters of a run with WithLoRA, with their names unchanged.",
     )
 
 
 def _inputs(axes: tuple[str | None, ...]) -> int:
-    """Returns how many axes a stacked matrix reads: [layers, heads, head_dim, embed] reads two, all others one."""
+    """Returns the number of input axes of a stacked matrix: two for [layers, heads, head_dim, embed], else one."""
     return 2 if axes[2] == "head_dim" else 1
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from diffusion_lm.architectures import parts
+from diffusion_lm.architectures import stream
 from diffusion_lm.architectures.base import Hidden
 from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError, require
@@ -38,30 +38,30 @@ class SingleStream:
     def init(self, key: jax.Array) -> Params:
         """Returns fresh parameters."""
         spec = self.spec
-        params = {"embed": {"tokens": parts.init_tokens(spec, key, "embed", spec.embedding_std)}}
-        params |= parts.init_stream(spec, parts.named_key(key, "decoder"), spec.num_layers)
-        params |= parts.init_conditioning(spec, key)
-        return params | parts.init_head(spec, key)
+        params = {"embed": {"tokens": stream.init_tokens(spec, key, "embed", spec.embedding_std)}}
+        params |= stream.init_stream(spec, stream.named_key(key, "decoder"), spec.num_layers)
+        params |= stream.init_conditioning(spec, key)
+        return params | stream.init_head(spec, key)
 
     def abstract_params(self) -> Params:
         """Returns shapes and dtypes of the parameters."""
-        return jax.eval_shape(self.init, parts.abstract_key())
+        return jax.eval_shape(self.init, stream.abstract_key())
 
     def logical_axes(self) -> AxesTree:
         """Returns the logical axes of the parameters."""
-        axes = {"embed": {"tokens": ("vocab", "embed")}} | parts.stream_axes(self.spec)
-        axes |= parts.conditioning_axes(self.spec)
-        return axes | parts.head_axes(self.spec)
+        axes = {"embed": {"tokens": ("vocab", "embed")}} | stream.stream_axes(self.spec)
+        axes |= stream.conditioning_axes(self.spec)
+        return axes | stream.head_axes(self.spec)
 
     def hidden(self, params: Params, inputs: ForwardInputs) -> Hidden:
         """Runs the network up to its final norm."""
         if inputs.encoder is not None:
             raise _no_encoder()
-        return Hidden(*parts.run_stream(self.spec, params["embed"]["tokens"], params, inputs))
+        return Hidden(*stream.run_stream(self.spec, params["embed"]["tokens"], params, inputs))
 
     def head(self, params: Params) -> Head:
         """Returns the output projection."""
-        return parts.head_of(self.spec, params)
+        return stream.head_of(self.spec, params)
 
     def embedding(self, params: Params) -> jax.Array:
         """Returns the token embedding."""
@@ -69,7 +69,7 @@ class SingleStream:
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Returns an empty cache."""
-        return parts.empty_cache(self.spec, batch, length)
+        return stream.empty_cache(self.spec, batch, length)
 
     def encode(
         self,
@@ -83,14 +83,24 @@ class SingleStream:
         """Raises `ConfigError`: there is no encoder."""
         raise _no_encoder()
 
+    def frozen_arrays(self) -> frozenset[str]:
+        """Returns the empty set: everything is trained."""
+        return frozenset()
+
+    def saved_flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
+        """Returns 0: no array is frozen."""
+        del context_length, encoder_length
+        return 0.0
+
     def count_parameters(self) -> dict[str, int]:
         """Returns the number of parameters by part."""
-        return parts.count(self.abstract_params())
+        return stream.count(self.abstract_params())
 
-    def flops_per_token(self, context_length: int) -> float:
+    def flops_per_token(self, context_length: int, encoder_length: int | None = None) -> float:
         """Returns forward matmul FLOPs per token."""
-        blocks = self.spec.num_layers * parts.block_flops(self.spec, context_length)
-        return blocks + parts.logit_flops(self.spec) + parts.conditioning_flops(self.spec)
+        del encoder_length
+        blocks = self.spec.num_layers * stream.block_flops(self.spec, context_length)
+        return blocks + stream.logit_flops(self.spec) + stream.conditioning_flops(self.spec)
 
 
 def _no_encoder() -> ConfigError:

@@ -25,6 +25,7 @@ def vocabulary_rows(source: Sequence[int] | np.ndarray, target: Sequence[int] | 
       target: likewise of the target network.
     """
     source, target = np.asarray(source, np.int64), np.asarray(target, np.int64)
+    # Source row by id, -1 for ids that the source does not have.
     table = np.full(int(max(source.max(), target.max())) + 1, -1, np.int32)
     table[source] = np.arange(len(source), dtype=np.int32)
     return table[target]

@@ -43,6 +43,7 @@ class KVCache:
         """
         rows = jnp.arange(slots.shape[0])[:, None]
 
+        # "drop": slots past the end belong to finished rows.
         def put(stored, new):
             return stored.at[layer, rows, slots].set(new.astype(stored.dtype), mode="drop")
 
@@ -57,4 +58,5 @@ class KVCache:
 
     def take_rows(self, rows: jax.Array) -> "KVCache":
         """Returns the cache with its rows reordered or repeated by i32[B']; for beams and candidates."""
+        # Axis 0 is the layer.
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=1), self)

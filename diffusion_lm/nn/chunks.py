@@ -28,11 +28,10 @@ MAX_PIECES = 8
 reads the head, in training several times and its gradient too, and is compiled separately if the loop is unrolled."""
 
 MIN_TOKENS = 32
-"""Fewest tokens per chunk that are worth a product of their own. In training it is half the network's width, and in a
-loop twice the width. A chunk in a loop reads the head three times and adds to its gradient, 14 bytes per weight in
-bfloat16, and moves 14 bytes per logit, half a chunk of them for nothing where some slots are selected. So n tokens in
-chunks of c cost (n / c + 1 / 2) (D + c), which is least at c = sqrt(2 n D); twice the width is close to that, with half
-of its memory."""
+"""Smallest number of tokens per chunk. In training the minimum is half the network's width, and in a loop twice the
+width. A chunk in a loop reads the head three times and adds to its gradient, 14 bytes per weight in bfloat16, and moves
+14 bytes per logit. If only some slots are selected, half a chunk is unused on average. So n tokens in chunks of c cost
+(n / c + 1 / 2) (D + c), which is least at c = sqrt(2 n D); twice the width is close, with half of its memory."""
 
 UNROLLED_BYTES = 2**28
 """Largest memory of the head's gradients from all chunks for which the loop over chunks is unrolled: XLA may hold all

@@ -195,6 +195,7 @@ def chunked_token_stats(
     def chunk(head, hidden_BTD, keys_BT, score_BT, unconditional_BTD, noised, ratios, saved=None):
         del saved
         passes = [logits(x, head, forbidden) for x in (hidden_BTD, unconditional_BTD) if x is not None]
+        # One expected embedding per pass: with guidance the second is that of the unconditional pass.
         expected = None
         if embedding_VD is not None:
             soft = (jax.nn.softmax(x / temperature if draws else x, axis=-1) for x in passes)
@@ -318,6 +319,7 @@ def _changes(logits_BTV: jax.Array, ratios: Ratios) -> tuple[jax.Array, jax.Arra
     weights = jnp.where(is_other & (logits_BTV > 0.5 * NEVER), jnp.maximum(weights, 0.0), 0.0)
     mass = jnp.sum(weights, axis=-1)
     own = jnp.maximum(ratios.own_BT - ratios.own_loss_BT * total[..., 0], 0.0)
+    # Forbidden ids have the logit NEVER; half of it separates them from any real logit.
     forbidden = _pick(logits_BTV, ratios.tokens_BT) <= 0.5 * NEVER
     own = jnp.where(ratios.last_BT & forbidden, 0.0, own)
     # If no token has a positive weight and z may not stay, sample from the ratios themselves.

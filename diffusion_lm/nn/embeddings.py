@@ -70,6 +70,7 @@ def relative_buckets(distance: jax.Array, *, bidirectional: bool, buckets: int, 
         offset = 0
         distance = jnp.maximum(-distance, 0)
     exact = buckets // 2
+    # `maximum`: log 0 would give NaN at distances that use the exact buckets.
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
     logarithmic = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
     return offset + jnp.where(distance < exact, distance, logarithmic)
@@ -93,6 +94,7 @@ def relative_bias(
     Returns:
       f32[1,H,T,T] for all slots, f32[B,H,Q,T] otherwise.
     """
+    # Queries at arbitrary slots (with a cache) need one lookup per pair; all slots together need only the diagonals.
     if q_slots is not None:
         distance_BQT = jnp.arange(num_keys) - q_slots[:, :, None]
         ids = relative_buckets(

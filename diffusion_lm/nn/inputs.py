@@ -78,4 +78,5 @@ class ForwardInputs:
         """i32[B,Q], the segments of the queries."""
         if self.cache is None:
             return self.segment_ids
+        # "clip": finished rows of a sampler have slots past the end.
         return jnp.take_along_axis(self.segment_ids, self.positions, axis=1, mode="clip")

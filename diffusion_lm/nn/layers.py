@@ -56,6 +56,7 @@ def row_dropout(x_BTD: jax.Array, rate: float, keys: jax.Array | None, site: int
     """
     if keys is None or rate == 0:
         return x_BTD
+    # One key per row and site: no two uses of dropout in a forward pass share a pattern.
     keys = fold_in_each(keys, jnp.full(keys.shape, site))
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys)
     return jnp.where(keep, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
@@ -99,6 +100,7 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the normalised input in the compute dtype."""
         spec, size, dtype = self.spec, x.shape[-1], jnp.dtype(self.spec.param_dtype)
+        # A mean of squares is too inaccurate in bfloat16.
         y = x.astype(jnp.float32)
         if spec.norm == "layernorm":
             y = y - y.mean(axis=-1, keepdims=True)
@@ -140,6 +142,7 @@ class Mlp(nn.Module):
 
         h = project("up", x, (D, F), ("embed", "mlp"))
         h = activation(project("gate", x, (D, F), ("embed", "mlp"))) * h if spec.gated else activation(h)
+        # Between the two products each device has its part of the feed-forward width.
         h = context.constrain(h, ("batch", "length", "mlp"))
         h = row_dropout(h, spec.dropout_rate, context.dropout_keys, site=1)
         return project("down", h, (F, D), ("mlp", "embed"))
@@ -158,6 +161,7 @@ class SelfConditioning(nn.Module):
 
     def setup(self):
         """Names the layers."""
+        # A bias would add something even where there is no prediction.
         plain = dataclasses.replace(self.spec, use_bias=False, mlp_bias=False)
         self.norm = Norm(plain)
         self.mlp = Mlp(plain)

@@ -32,7 +32,7 @@ class Visibility:
     replace each array of the expression by a `QueryKey` and call `mask_mod`, which is elementwise.
     """
 
-    def mask_mod(self, q_idx: Any, kv_idx: Any, num_keys: int) -> Any:
+    def mask_mod(self, q_idx: jax.Array, kv_idx: jax.Array, num_keys: int) -> jax.Array | bool:
         """Returns whether each query attends to each key, for an expression whose arrays are `QueryKey`s.
 
         Args:
@@ -128,10 +128,10 @@ class Rows(Visibility):
       allowed: bool[B|1].
     """
 
-    allowed: Any
+    allowed: jax.Array
 
     def mask_mod(self, q_idx, kv_idx, num_keys):
-        return self.allowed.kv
+        return _pair(self.allowed).kv
 
 
 @flax.struct.dataclass
@@ -142,10 +142,10 @@ class Conditioning(Visibility):
       is_conditioning: bool[B,T].
     """
 
-    is_conditioning: Any
+    is_conditioning: jax.Array
 
     def mask_mod(self, q_idx, kv_idx, num_keys):
-        return self.is_conditioning.kv
+        return _pair(self.is_conditioning).kv
 
 
 @flax.struct.dataclass
@@ -158,10 +158,10 @@ class Queries(Visibility):
       selected: bool[B,T].
     """
 
-    selected: Any
+    selected: jax.Array
 
     def mask_mod(self, q_idx, kv_idx, num_keys):
-        return self.selected.q
+        return _pair(self.selected).q
 
 
 @flax.struct.dataclass
@@ -172,10 +172,10 @@ class ExplicitMask(Visibility):
       allowed: bool[B|1,T,T], queries first.
     """
 
-    allowed: Any
+    allowed: jax.Array
 
     def mask_mod(self, q_idx, kv_idx, num_keys):
-        return self.allowed.kv
+        return _pair(self.allowed).kv
 
 
 @flax.struct.dataclass
@@ -189,10 +189,10 @@ class BlindConditioning(Visibility):
       is_conditioning: bool[B,T].
     """
 
-    is_conditioning: Any
+    is_conditioning: jax.Array
 
     def mask_mod(self, q_idx, kv_idx, num_keys):
-        return ~self.is_conditioning.q | self.is_conditioning.kv
+        return ~_pair(self.is_conditioning).q | _pair(self.is_conditioning).kv
 
 
 @flax.struct.dataclass
@@ -206,10 +206,10 @@ class Block(Visibility):
     """
 
     size: int = flax.struct.field(pytree_node=False)
-    starts: Any = None
+    starts: jax.Array | None = None
 
     def mask_mod(self, q_idx, kv_idx, num_keys):
-        starts = QueryKey(0, 0) if self.starts is None else self.starts
+        starts = QueryKey(0, 0) if self.starts is None else _pair(self.starts)
 
         def block_of(slots, starts):
             # TPU kernels have no integer division. With half a slot added, float32 is exact up to 4 million slots.
@@ -280,11 +280,11 @@ class Groups(Visibility):
       order: "same" (the key's group is the query's), "earlier" or "not_later"; static.
     """
 
-    group_ids: Any
+    group_ids: jax.Array
     order: str = flax.struct.field(pytree_node=False, default="same")
 
     def mask_mod(self, q_idx, kv_idx, num_keys):
-        of_query, of_key = self.group_ids
+        of_query, of_key = _pair(self.group_ids)
         match self.order:
             case "same":
                 return of_key == of_query
@@ -330,16 +330,22 @@ class Segments(Visibility):
       segment_ids: i32[B,T].
     """
 
-    segment_ids: Any
+    segment_ids: jax.Array
 
     def mask_mod(self, q_idx, kv_idx, num_keys):
-        of_query, of_key = self.segment_ids
+        of_query, of_key = _pair(self.segment_ids)
         return (of_key == of_query) & (of_query > 0)
 
 
 def same_segment(q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
     """Returns bool[B,Q,T] from i32[B,Q] and i32[B,T]: equal and not padding. Cross-attention uses it directly."""
     return (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] > 0)
+
+
+def _pair(values: jax.Array | QueryKey) -> QueryKey:
+    """Returns an array's `QueryKey`; inside `mask_mod` every array of an expression is one."""
+    assert isinstance(values, QueryKey)
+    return values
 
 
 def _paired(values: jax.Array, q_idx: jax.Array | None) -> QueryKey:

@@ -117,6 +117,7 @@ class YarnRope(RopeScaling):
             low, high = math.floor(low), math.ceil(high)
         # The bound of the upper end is the number of entries and not of pairs, as in the published code and all models.
         low, high = max(low, 0), min(high, head_dim - 1)
+        # A ramp of length 0 would divide by 0.
         high = high + 0.001 if low == high else high
         plain = base_frequencies(head_dim, theta).astype(np.float64)
         weight = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)

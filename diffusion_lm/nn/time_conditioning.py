@@ -58,6 +58,7 @@ def run_time_conditioning(spec: TransformerSpec, params: Params, time_BT: jax.Ar
 
 def time_features(time_BT: jax.Array) -> jax.Array:
     """Returns f32[B,T,FEATURES]: cosines and sines of 1000 t at `FEATURES / 2` frequencies from 1 down to 1/10000."""
+    # A geometric series, as in sinusoidal position encodings.
     frequencies = jnp.exp(-math.log(_MAX_PERIOD) * jnp.arange(FEATURES // 2) / (FEATURES // 2))
     angles = 1000.0 * time_BT[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

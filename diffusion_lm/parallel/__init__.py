@@ -1,1 +1,1 @@
-"""Floor 1: the device mesh, logical axis rules, shardings and several hosts."""
+"""The device mesh, logical axis rules, shardings, and runs with several processes."""

@@ -1,11 +1,11 @@
-"""Before processes join: are all of them there, and if not, who is missing?
+"""Checks that all processes have started, before JAX connects them, and names those that have not.
 
-JAX waits for all processes and, when one never comes, aborts every other one after its timeout with a stack trace
-that names nobody. So process 0 first listens on the coordinator's port, which is free until JAX binds it, and the
-others connect and say who they are. After the time limit all that came learn who did not.
+If a process never starts, JAX aborts all others after its timeout, with a stack trace that names none. So process 0
+first listens on the coordinator's port, which is free until JAX binds it, and the other processes connect and identify
+themselves. After the time limit, all processes that connected are told which ones did not.
 
-A line each way: `diffusion_lm NUMBER COUNT PID HOST` from a process, then `diffusion_lm go`, or `missing` or `wrong`
-with a sentence, from process 0. Anything else is somebody else's.
+The protocol is one line each way: `diffusion_lm NUMBER COUNT PID HOST` from a process, then `diffusion_lm go`, or
+`missing` or `wrong` with a message, from process 0. Any other line is from another program and is ignored.
 """
 
 import os
@@ -19,28 +19,28 @@ _MAGIC = "diffusion_lm"
 _GO, _MISSING, _WRONG = "go", "missing", "wrong"
 _LONGEST_LINE = 1 << 16
 _NOTE_AFTER = 15.0
-"""Seconds after which process 0 says whom it is waiting for."""
+"""Seconds after which process 0 prints the processes it is waiting for."""
 
 
 class MissingProcesses(ConfigError):
-    """Some processes did not start in time. Unlike a wrong input this may go well the next time."""
+    """Some processes did not start in time. Unlike an invalid input, this may succeed on another attempt."""
 
     exit_code = 1
 
 
 def roll_call(address: str, count: int, number: int, timeout: float, hosts: tuple[str, ...] = ()) -> None:
-    """Returns once all `count` processes are there; every process must call it.
+    """Returns once all `count` processes have called it.
 
     Args:
       address: `HOST:PORT` of the coordinator, which is process 0.
       count: number of processes.
       number: of this process, from 0.
       timeout: seconds to wait for the others.
-      hosts: where each process should run, if that is known; only for the message.
+      hosts: the host of each process, if known; only for the message.
 
     Raises:
-      MissingProcesses: names those that did not come.
-      ConfigError: two processes have the same number, or do not agree about how many they are.
+      MissingProcesses: some processes did not call it in time.
+      ConfigError: two processes have the same number, or different counts.
     """
     deadline = time.monotonic() + timeout
     if number == 0:
@@ -65,7 +65,7 @@ def _collect(port: int, count: int, timeout: float, deadline: float, hosts: tupl
                 continue
             said = _read_words(connection, seconds=5.0)
             if len(said) != 4 or not (said[0] + said[1]).isdigit():
-                connection.close()  # whatever else knocks on ports
+                connection.close()  # another program, such as a port scanner
                 continue
             number, process = int(said[0]), f"{said[3]}, pid {said[2]}"
             wrong = _disagreement(there, count, number, int(said[1]), process)
@@ -85,9 +85,9 @@ def _disagreement(there: dict[int, str], count: int, number: int, its_count: int
     if its_count != count:
         return f"process {number} ({process}) expects {its_count} processes and process 0 ({there[0]}) expects {count}"
     if number >= count:
-        return f"{process} says that it is process {number} of {count}, counted from 0"
+        return f"{process} has process number {number}, and the numbers are 0 to {count - 1}"
     if there.get(number, process) != process:
-        return f"two processes say that they are number {number}: {there[number]} and {process}"
+        return f"two processes have number {number}: {there[number]} and {process}"
     return ""
 
 
@@ -102,27 +102,27 @@ def _report(address: str, count: int, number: int, timeout: float, deadline: flo
             continue
         with connection:
             connection.sendall(f"{_MAGIC} {number} {count} {os.getpid()} {socket.gethostname()}\n".encode())
-            # Process 0 may have begun to wait later than this one did: its verdict is worth waiting for.
+            # Process 0 may have started its timeout later than this process, so wait longer for its answer.
             said = _read_words(connection, seconds=2 * timeout + 5.0)
         if said and said[0] in (_GO, _MISSING, _WRONG):
             _conclude(said[0], " ".join(said[1:]))
             return
-        answered = True  # by the run before this one, which still holds the port, or by one that goes on without us
+        answered = True  # by the previous run, which still holds the port, or by one that runs without this process
         time.sleep(0.5)
-    how = "does not wait for others (any more)" if answered else "has not started"
+    how = "does not wait for other processes" if answered else "has not started"
     _conclude(
         _MISSING,
-        f"process 0, which the others meet at {address}, {how} within {timeout:g} s "
+        f"process 0, the coordinator at {address}, {how} within {timeout:g} s "
         f"(this is process {number} of {count}, {_myself()})",
     )
 
 
 def _conclude(verdict: str, text: str) -> None:
     if verdict == _MISSING:
-        fix = "Start the command on every host, see why it ended there, or wait longer (DIFFUSION_LM_START_TIMEOUT)."
+        fix = "Start the command on every host, check its output there, or wait longer (DIFFUSION_LM_START_TIMEOUT)."
         raise MissingProcesses(text, where="environment", fix=fix)
     if verdict == _WRONG:
-        raise ConfigError(text, where="environment", fix="Give every process its own number and the same count.")
+        raise ConfigError(text, where="environment", fix="Use a different number and the same count for every process.")
 
 
 def _myself() -> str:
@@ -145,7 +145,7 @@ def _names(there: dict[int, str], count: int, hosts: tuple[str, ...]) -> str:
 
 
 def _listen(port: int, deadline: float) -> socket.socket:
-    """The coordinator's port, once it is free: the run before this one may still hold it."""
+    """Returns a socket on the coordinator's port, once it is free: the previous run may still hold it."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     while True:
@@ -154,15 +154,15 @@ def _listen(port: int, deadline: float) -> socket.socket:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"port {port} of {socket.gethostname()} cannot be listened on: {error}",
+                    f"cannot listen on port {port} of {socket.gethostname()}: {error}",
                     where="JAX_COORDINATOR_ADDRESS",
-                    fix="Choose another port.",
+                    fix="Use another port.",
                 ) from error
             time.sleep(0.1)
 
 
 def _read_words(connection: socket.socket, *, seconds: float) -> list[str]:
-    """The words behind ours of a line; none if it is no line of ours."""
+    """Returns the words of a line after `diffusion_lm`; none for a line of another program."""
     found, deadline = b"", time.monotonic() + seconds
     try:
         while not found.endswith(b"\n") and len(found) < _LONGEST_LINE:
@@ -178,12 +178,12 @@ def _read_words(connection: socket.socket, *, seconds: float) -> list[str]:
 
 
 def _dismiss(connection: socket.socket, line: str) -> None:
-    """Answers, and lets the other side close first: the side that closes first keeps the port busy for a while."""
+    """Answers and lets the other side close first: the side that closes first keeps its port in TIME_WAIT."""
     try:
         connection.sendall(line.encode())
         connection.settimeout(2.0)
         connection.recv(1)
     except OSError:
-        pass  # gone again; JAX will notice
+        pass  # the process has ended; JAX will report it
     finally:
         connection.close()

@@ -1,7 +1,7 @@
-"""Which mesh axes each logical axis is split over: one dataclass, one field per logical axis.
+"""The mesh axes over which each logical axis is split: a dataclass with one field per logical axis.
 
-Parameters and activations have names of their own where they differ: `embed` is the model axis of a stored parameter
-(sharded by FSDP), `activation_embed` the same axis of a hidden state (whole on every device by default).
+Parameters and activations have different names where their shardings differ: `embed` is the model axis of a stored
+parameter (sharded by FSDP), `activation_embed` the model axis of a hidden state (replicated by default).
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ MeshAxes = str | tuple[str, ...] | None
 class LogicalRules:
     """Mesh axes of each logical axis: a name, several names (outermost first), or None for not split.
 
-    The defaults are FSDP with tensor parallelism; with a mesh axis of size 1 its part falls away, so the same rules
-    serve one device, pure data parallelism and a pod.
+    The defaults are FSDP with tensor parallelism. Mesh axes of size 1 have no effect, so the same rules work on one
+    device, with pure data parallelism and on a pod.
 
     Attributes:
       batch: rows of a batch.
@@ -31,7 +31,7 @@ class LogicalRules:
       layers: the stacked layers.
       relative_buckets: buckets of the relative position bias.
       positions: rows of a learned position table.
-      norm: the scale of a norm; small, hence whole everywhere.
+      norm: the scale of a norm; small, so replicated by default.
       activation_embed: model width of hidden states.
     """
 
@@ -56,16 +56,17 @@ class LogicalRules:
             for axis in axes:
                 require(
                     axis in MESH_AXES,
-                    f"{field.name} is split over {axis!r}, which is no mesh axis{near_names(str(axis), MESH_AXES)}",
+                    f"{field.name}={value!r}: there is no mesh axis {axis!r}{near_names(str(axis), MESH_AXES)}",
                     where=f"LogicalRules.{field.name}",
                     fix=f"Use {', '.join(MESH_AXES)} or None.",
                 )
             require(
                 len(set(axes)) == len(axes),
-                f"{field.name} names a mesh axis twice: {axes}",
+                f"{field.name}={value!r}: has a mesh axis twice",
                 where=f"LogicalRules.{field.name}",
-                fix="Name each mesh axis once.",
+                fix="Use each mesh axis once.",
             )
+            # One form for a name, a list or a tuple, so that equal rules compare equal.
             object.__setattr__(self, field.name, axes or None)
 
     def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
@@ -81,6 +82,6 @@ class LogicalRules:
             raise ConfigError(
                 f"there is no rule for the logical axis {logical!r}{near_names(logical, names)}",
                 where="LogicalRules",
-                fix=f"Name one of {', '.join(names)}.",
+                fix=f"Use one of {', '.join(names)}.",
             )
         return getattr(self, logical) or ()

@@ -1,7 +1,7 @@
-"""Named sets of compiler options, by platform. None is on unless `TrainRun.xla_options` names it.
+"""Named sets of compiler options per platform. A set applies only if `TrainRun.xla_options` names it.
 
-A set says how a step is compiled and not what it computes. Where a platform has no options in it, it changes nothing:
-one configuration runs everywhere.
+A set determines how a step is compiled and not what it computes. It has no effect on platforms for which it has no
+options, so one configuration runs everywhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from diffusion_lm.core.errors import ConfigError, near_names
 Options = Mapping[str, bool | int | str]
 
 SETS: Mapping[str, Mapping[str, Options]] = {
-    # Collectives run beside computation where the default leaves them in line: gathers of fsdp above all.
+    # Collectives overlap with computation, above all the gathers of FSDP; by default they run in sequence.
     "overlap_collectives": {
         "tpu": {
             "xla_tpu_enable_async_collective_fusion": True,
@@ -20,29 +20,29 @@ SETS: Mapping[str, Mapping[str, Options]] = {
             "xla_tpu_overlap_compute_collective_tc": True,
             "xla_enable_async_all_gather": True,
         },
-        # Options that pipeline collectives over the turns of a loop are gone from jax 0.12.
+        # jax 0.12 removed the options that pipeline collectives over the iterations of a loop.
         "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
     },
-    # Gradients of several slices are added up over the data-center network while the backward pass goes on.
+    # Gradients of several slices are summed over the data-center network during the backward pass.
     "overlap_slices": {
         "tpu": {
             "xla_tpu_enable_data_parallel_all_reduce_opt": True,
             "xla_tpu_data_parallel_opt_different_sized_ops": True,
         },
     },
-    # Fusions may keep more in a core's vector memory: 96 MiB of the 128 MiB of v5e, v5p and v6e. Dense networks gain.
+    # Fusions may use more of a core's vector memory: 96 MiB of the 128 MiB of v5e, v5p and v6e. Helps dense networks.
     "large_vmem": {"tpu": {"xla_tpu_scoped_vmem_limit_kib": 98304}},
-    # All matrix products by Triton, with their prologues and epilogues, instead of those that cuBLAS is slower at.
+    # All matrix products by Triton, fused with their prologues and epilogues, not only those where cuBLAS is slower.
     "triton_gemm": {"gpu": {"xla_gpu_triton_gemm_any": True}},
 }
 
 
 def check_sets(names: Sequence[str]) -> None:
-    """Raises `ConfigError` for a name that no set has."""
+    """Raises `ConfigError` for an unknown name."""
     for name in names:
         if name not in SETS:
             raise ConfigError(
-                f"there are no XLA options called {name!r}{near_names(name, SETS)}",
+                f"xla_options={name!r}: there is no such set{near_names(name, SETS)}",
                 where="TrainRun.xla_options",
                 fix=f"Use some of {', '.join(SETS)}.",
             )
@@ -52,7 +52,7 @@ def xla_options(names: Sequence[str], platform: str) -> dict[str, bool | int | s
     """Returns the compiler options of the named sets on a platform ("tpu", "gpu", "cpu"), as `jax.jit` takes them.
 
     Raises:
-      ConfigError: there is no set of a name.
+      ConfigError: a name is unknown.
     """
     check_sets(names)
     return {option: value for name in names for option, value in SETS[name].get(platform, {}).items()}

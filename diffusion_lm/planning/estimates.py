@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_lm.architectures.base import Architecture
-from diffusion_lm.architectures.extended import frozen_arrays
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
@@ -109,7 +108,7 @@ def layout(model: Architecture, mesh: MeshSpec, rules: LogicalRules, devices: in
     axes = model.logical_axes()
     counts = dict(model.count_parameters())
     total = counts.pop("total", sum(counts.values()))
-    frozen, rows = frozen_arrays(model), sharding_table(axes, model.abstract_params(), rules, _abstract_mesh(sizes))
+    frozen, rows = model.frozen_arrays(), sharding_table(axes, model.abstract_params(), rules, _abstract_mesh(sizes))
     decays = {
         jax.tree_util.keystr(path, simple=True, separator="/"): bool(value)
         for path, value in jax.tree_util.tree_leaves_with_path(decay_mask(axes))
@@ -164,10 +163,7 @@ def _train_flops(run: TrainRun) -> float:
 
 
 def _forward_flops(run: TrainRun) -> float:
-    if run.data.encoder_length:
-        model: Any = run.model
-        return model.flops_per_token(run.data.row_length, encoder_length=run.data.encoder_length)
-    return run.model.flops_per_token(run.data.row_length)
+    return run.model.flops_per_token(run.data.row_length, run.data.encoder_length or None)
 
 
 def _memory(run: TrainRun, placed: Layout, passes: int) -> Memory:

@@ -1,4 +1,4 @@
-"""Identity of a configuration: its plain-data form, its fingerprint, and the card that marks a run folder."""
+"""The identity of a configuration: its plain data, its fingerprint, and the card that identifies a run directory."""
 
 import dataclasses
 import hashlib
@@ -19,16 +19,17 @@ CARD = "run_card.json"
 _REPORTED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffusion-lm")
 
 
-def plain(value: Any) -> Any:
-    """Returns a configured object as JSON data: dataclasses as `{"class": ..., fields...}`, everything else as it is.
+def plain(value: object) -> Any:
+    """Returns a configured object as JSON data: dataclasses as `{"class": ..., fields...}`, all else unchanged.
 
-    Numbers that are not finite become text: "inf", "-inf", "nan".
+    Numbers that are not finite become strings: "inf", "-inf", "nan".
 
     Raises:
       TypeError: the value (or a part of it) is neither a dataclass nor plain data.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
+        # Fields with compare=False do not determine results.
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **fields}
     if isinstance(value, Mapping):
@@ -38,41 +39,43 @@ def plain(value: Any) -> Any:
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no such numbers, and two configurations that differ in them must differ
+        return str(value)  # JSON has no such numbers; as null, different configurations would look equal
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
-    raise TypeError(f"{value!r} of a configuration is neither a dataclass nor plain data")
+    raise TypeError(f"the configured value {value!r} is neither a dataclass nor plain data")
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """Returns the SHA-256 of a configured object's plain form; equal configurations have equal fingerprints."""
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) -> None:
-    """Marks `workdir` as the folder of the run with this identity, or checks that it is.
+def claim_folder(workdir: Path, identity: Mapping[str, object], **conditions: object) -> None:
+    """Writes the run card of a run with this identity to `workdir`, or checks the one that is there.
 
     Args:
-      workdir: the run folder; created if missing.
+      workdir: the run directory; created if missing.
       identity: plain data that determines the run's numbers.
-      conditions: plain data to record beside it.
+      conditions: plain data to record in addition.
 
     Raises:
-      ConfigError: the folder belongs to a run of another configuration; names the first field that differs.
+      ConfigError: the directory belongs to a run with another configuration; the message has the first difference.
     """
     path = workdir / CARD
     if path.exists():
         found = read_json(path)["identity"]
+        # Through JSON, so that tuples and lists compare equal to what was read.
         difference = first_difference(found, json.loads(json.dumps(identity, allow_nan=False)))
         if difference is not None:
             raise ConfigError(
-                f"{workdir} is the run folder of another configuration: {difference}",
+                f"{workdir} is the run directory of another configuration: {difference}",
                 where=str(path),
-                fix="Choose another --workdir, or restore the old value.",
+                fix="Use another --workdir, or restore the old value.",
             )
         return
+    # One writer: all processes share the directory.
     if jax.process_index() == 0:
         devices = jax.devices()
         write_json(
@@ -89,8 +92,8 @@ def claim_folder(workdir: Path, identity: Mapping[str, Any], **conditions: Any) 
         )
 
 
-def first_difference(there: Any, here: Any, name: str = "TrainRun") -> str | None:
-    """Returns where two plain values differ, as "NAME is A there and B here", or None."""
+def first_difference(there: object, here: object, name: str = "TrainRun") -> str | None:
+    """Returns the first difference of two plain values, as "NAME is A there and B here", or None."""
     if isinstance(there, Mapping) and isinstance(here, Mapping) and there.get("class") == here.get("class"):
         for key in [*there, *(key for key in here if key not in there)]:
             difference = first_difference(there.get(key), here.get(key), f"{name}.{key}")
@@ -106,12 +109,12 @@ def first_difference(there: Any, here: Any, name: str = "TrainRun") -> str | Non
     if there == here:
         return None
     was, now = _short(there), _short(here)
-    if was == now:  # classes of one name in two modules, or long values that differ late
+    if was == now:  # classes of the same name in two modules, or values that differ after the abbreviation
         was, now = str(there), str(here)
     return f"{name} is {was} there and {now} here"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Mapping) and "class" in value:
         return value["class"].rsplit(".", 1)[-1]
     text = repr(value)
@@ -119,7 +122,7 @@ def _short(value: Any) -> str:
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Returns the versions of Python and of the packages that numbers depend on."""
+    """Returns the versions of Python and of the packages that affect numbers."""
     return {"python": platform.python_version(), **{name: _version(name) for name in _REPORTED}}
 
 

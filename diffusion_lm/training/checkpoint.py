@@ -1,9 +1,9 @@
-"""Checkpoints: the state, the seed, the data position and the open log window, saved in the background by Orbax.
+"""Checkpoints: state, seed, data position and the open log window, saved in the background by Orbax.
 
     WORKDIR/checkpoints/STEP/{params, opt_state, ema, meta}
 
-Parameters are an item of their own, so that another run can read them without knowing the optimizer. A folder counts
-as a checkpoint once Orbax has written its `commit_success.txt`; anything else is a save that was cut off.
+Parameters are a separate item, so that another run can read them without knowing the optimizer. A directory is a
+checkpoint once Orbax has written its `commit_success.txt`; otherwise it is an interrupted save.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
+from diffusion_lm.core.checks import check_count
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import absolute, is_bucket, read_json, remove_folder
 from diffusion_lm.core.types import Params
@@ -41,10 +42,10 @@ class CheckpointPolicy:
 
     Attributes:
       every: period in steps; 0 = only after the last step.
-      keep: how many of the newest checkpoints to keep.
-      keep_every: checkpoints at multiples of this step are kept for good; None = none.
-      best: the metric that selects the checkpoint which the run hands on; that one is saved when it is measured and
-        kept for good. None = the last one is handed on.
+      keep: number of newest checkpoints to keep.
+      keep_every: checkpoints at multiples of this step are never deleted; None = no such checkpoints.
+      best: the metric that selects the checkpoint that the run returns. The selected one is saved when it is measured
+        and never deleted. None = the run returns the last one.
     """
 
     every: int = 1000
@@ -53,37 +54,24 @@ class CheckpointPolicy:
     best: BestCheckpoint | None = None
 
     def __post_init__(self):
-        require(
-            isinstance(self.every, int) and self.every >= 0,
-            f"every = {self.every!r} is no period",
-            where="CheckpointPolicy.every",
-            fix="Give a number of steps, or 0 to save only at the end.",
-        )
-        require(
-            isinstance(self.keep, int) and self.keep >= 1,
-            f"keep = {self.keep!r} would keep no checkpoint",
-            where="CheckpointPolicy.keep",
-            fix="Keep at least 1.",
-        )
-        require(
-            self.keep_every is None or (isinstance(self.keep_every, int) and self.keep_every >= 1),
-            f"keep_every = {self.keep_every!r} is no period",
-            where="CheckpointPolicy.keep_every",
-            fix="Give a number of steps, or None.",
-        )
+        fix = "Use a number of steps, or 0 to save only at the end."
+        check_count(self.every, "CheckpointPolicy.every", fix, minimum=0)
+        check_count(self.keep, "CheckpointPolicy.keep", "Keep at least 1.")
+        if self.keep_every is not None:
+            check_count(self.keep_every, "CheckpointPolicy.keep_every", "Use a number of steps, or None.")
 
 
 @dataclasses.dataclass
 class Progress:
-    """What a checkpoint holds beside the arrays of the state.
+    """The contents of a checkpoint besides the arrays of the state.
 
     Attributes:
-      step: updates made, which is also the number of batches consumed: the data position.
-      seed: the run's seed; with `step` it determines all noise to come.
-      evaluated: whether the evaluations due at `step` are in the log already.
-      window: the sums of the log row that is still open.
-      best: the checkpoint that is selected so far; None where nothing selects one.
-      adjustments: evaluation -> its values by which the objective was last adjusted (`hooks.Adjusting`).
+      step: number of updates, which is also the number of batches consumed and so the position in the data.
+      seed: the run's seed; with `step` it determines all further noise.
+      evaluated: whether the evaluations that are due at `step` are already in the log.
+      window: the sums of the open log row.
+      best: the checkpoint selected so far; None if the run does not select one.
+      adjustments: evaluation -> its values that last adjusted the objective (`hooks.Adjusting`).
     """
 
     step: int = 0
@@ -95,10 +83,10 @@ class Progress:
 
 
 class _Kept(ocp.checkpoint_managers.PreservationPolicy):
-    """Which checkpoints Orbax leaves when it has written another one: what `CheckpointPolicy` says.
+    """Tells Orbax which checkpoints to preserve after a save, following a `CheckpointPolicy`.
 
     Attributes:
-      best: the step that is selected; set before each save.
+      best: the selected step; set before each save.
     """
 
     def __init__(self, policy: CheckpointPolicy):
@@ -106,7 +94,7 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
         self.best: int | None = None
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Returns whether each of the checkpoints, oldest first, is kept. The newest is the one just written."""
+        """Returns whether each of the checkpoints, oldest first, is preserved. The newest is the one just written."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         newest, period = steps[-self._policy.keep :], self._policy.keep_every
@@ -114,7 +102,7 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class Checkpointer:
-    """The checkpoints of one run folder; a context manager that waits for the save in flight when it closes.
+    """The checkpoints of one run directory; a context manager that waits for a running save when it closes.
 
     Args:
       workdir: the run folder.
@@ -146,14 +134,14 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def due(self, step: int) -> bool:
-        """Whether the policy saves at `step`."""
+        """Returns whether the policy saves at `step`."""
         return self._policy.every > 0 and step > 0 and step % self._policy.every == 0
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Starts saving; the arrays are copied off the devices before this returns, the files are written behind it.
+        """Starts a save: the arrays are copied from the devices before this returns, the files are written afterwards.
 
         Raises:
-          RuntimeError: Orbax declined to save.
+          RuntimeError: Orbax did not save.
         """
         items = {
             "params": ocp.args.StandardSave(state.params),
@@ -162,21 +150,21 @@ class Checkpointer:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        # Orbax deletes what is not kept only once the new checkpoint is whole, so a kill here loses no choice.
+        # Orbax deletes old checkpoints only after the new one is complete, so a kill here cannot lose the selected one.
         self._kept.best = None if progress.best is None else progress.best.step
-        # `save` reports a skipped save by its return value only; `force` because the policy is ours, not Orbax's.
+        # `save` reports a skipped save only by its return value. `force`: our policy decides when to save, not Orbax.
         if not self._manager.save(progress.step, args=ocp.args.Composite(**items), force=True):
             raise RuntimeError(f"Orbax did not save step {progress.step} in {self._folder}")
 
     def wait(self) -> None:
-        """Waits until the save in flight is on disk."""
+        """Waits until a running save is on disk."""
         self._manager.wait_until_finished()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, Progress]:
-        """Returns the newest checkpoint, with the shardings of `abstract`, whatever mesh it was saved from.
+        """Returns the newest checkpoint with the shardings of `abstract`, whatever mesh it was saved on.
 
         Raises:
-          ConfigError: there is none, it does not fit, or its parameters hold NaN or Inf.
+          ConfigError: there is none, it does not fit, or its parameters have NaN or Inf.
         """
         step = self.latest_step
         if step is None:
@@ -194,7 +182,7 @@ class Checkpointer:
             raise ConfigError(
                 f"the checkpoint of step {step} does not fit the model and optimizer of this run: {_first_line(error)}",
                 where=str(self._folder),
-                fix="Use the configuration that wrote it, or another run folder.",
+                fix="Use the configuration that wrote it, or another run directory.",
             ) from error
         for item in ("params", "ema"):
             _require_finite(found.get(item), self._folder / str(step))
@@ -203,21 +191,22 @@ class Checkpointer:
         # Older checkpoints have no adjustments.
         adjustments = meta.get("adjustments", {})
         progress = Progress(meta["step"], meta["seed"], meta["evaluated"], window, best, adjustments)
+        # The step is stored in the metadata only.
         counter = jax.device_put(jnp.asarray(progress.step, jnp.int32), abstract.step.sharding)
         return TrainState(counter, found["params"], found["opt_state"], found.get("ema")), progress
 
 
 def restore_params(path: str | Path, *, step: int | None = None, like: Params | None = None) -> Params:
-    """Returns the parameters that a run hands on, or those of a checkpoint (the moving average where it kept one).
+    """Returns the final parameters of a run, or those of a checkpoint; the moving average if there is one.
 
     Args:
-      path: a run folder, its `checkpoints` folder, or the folder of one step.
-      step: which checkpoint; None = the selected one where the run selects (`CheckpointPolicy.best`), else the newest.
-      like: tree of arrays or `ShapeDtypeStruct`s with shardings; what has the same path and shape there is read onto
-        that sharding, the rest onto the first device.
+      path: a run directory, its `checkpoints` directory, or the directory of one step.
+      step: which checkpoint; None = the selected one if the run selects (`CheckpointPolicy.best`), else the newest.
+      like: tree of arrays or `ShapeDtypeStruct`s with shardings; arrays with the same path and shape are read with that
+        sharding, all others onto the first device.
 
     Raises:
-      ConfigError: there is no such checkpoint, or its parameters hold NaN or Inf.
+      ConfigError: there is no such checkpoint, or its parameters have NaN or Inf.
     """
     folder = _step_folder(absolute(path), step)
     item = folder / ("ema" if (folder / "ema").exists() else "params")
@@ -225,11 +214,12 @@ def restore_params(path: str | Path, *, step: int | None = None, like: Params | 
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(key_path, leaf) -> jax.ShapeDtypeStruct:
+        # Arrays of another shape are resized later, so they are read onto one device.
         shape, sharding = shardings.get(_name(key_path), (None, default))
         placed: Sharding = sharding if shape == tuple(leaf.shape) else default
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
-    # The handler, because the checkpointer's own `metadata` warns that items of a step have no file of their own.
+    # The handler, because `StandardCheckpointer.metadata` warns about items without a metadata file.
     stored: Any = ocp.StandardCheckpointHandler().metadata(item)
     with ocp.StandardCheckpointer() as reader:
         params = reader.restore(item, jax.tree_util.tree_map_with_path(abstract, stored.tree))
@@ -238,15 +228,17 @@ def restore_params(path: str | Path, *, step: int | None = None, like: Params | 
 
 
 def save_params(workdir: str | Path, params: Params) -> None:
-    """Writes parameters as the checkpoint of step 0 of a run folder: of a network that was not trained here.
+    """Writes parameters as the checkpoint of step 0 of a run directory, e.g. of an imported network.
 
-    It can be read by `restore_params`; having no optimizer, it cannot be resumed.
+    `restore_params` can read it. It has no optimizer state, so it cannot be resumed.
 
     Raises:
-      ConfigError: they hold NaN or Inf.
-      RuntimeError: Orbax declined to save.
+      ConfigError: they have NaN or Inf.
+      RuntimeError: Orbax did not save.
     """
-    require_finite(params, "the network holds", fix="The checkpoint that it was read from is damaged: get it again.")
+    require_finite(
+        params, "the network holds", fix="The checkpoint that it was read from is damaged: download it again."
+    )
     folder = absolute(workdir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(dataclasses.asdict(Progress()))}
@@ -257,14 +249,14 @@ def save_params(workdir: str | Path, params: Params) -> None:
 
 
 def selected(path: str | Path) -> Selected | None:
-    """Returns which checkpoint a run folder hands on, as its newest checkpoint says; None = the newest itself."""
+    """Returns the selected checkpoint of a run directory, as stored in its newest one; None = the newest one."""
     folder, steps = _folder(path), finished_steps(path)
     meta = folder / str(steps[-1]) / "meta" / "metadata" if steps else None
     return _selected(read_json(meta)) if meta is not None and meta.is_file() else None
 
 
 def chosen_step(path: str | Path) -> int | None:
-    """Returns the step of the checkpoint that a run folder hands on: selected, else newest; None = there is none.
+    """Returns the step of the final checkpoint of a run directory: selected, else newest; None = there is none.
 
     Raises:
       ConfigError: the selected one is missing.
@@ -274,19 +266,19 @@ def chosen_step(path: str | Path) -> int | None:
         return steps[-1] if steps else None
     require(
         best.step in steps,
-        f"the checkpoint of step {best.step}, which {best.metric} selected, is not in {path}",
-        fix=f"Restore that folder, or name another step: {', '.join(map(str, steps))}.",
+        f"the checkpoint of step {best.step}, selected by {best.metric}, is not in {path}",
+        fix=f"Restore that directory, or use another step: {', '.join(map(str, steps))}.",
     )
     return best.step
 
 
 def _selected(meta: Mapping[str, Any]) -> Selected | None:
-    # Checkpoints of versions before the selection do not have the field.
+    # Checkpoints of older versions do not have the field.
     return Selected(**meta["best"]) if meta.get("best") else None
 
 
 def finished_steps(path: str | Path) -> list[int]:
-    """Returns the steps of the whole checkpoints in a run folder, oldest first."""
+    """Returns the steps of the complete checkpoints in a run directory, oldest first."""
     folder = _folder(path)
     if not folder.is_dir():
         return []
@@ -303,18 +295,18 @@ def _step_folder(path: Path, step: int | None) -> Path:
     if step is not None and step not in steps:
         raise ConfigError(
             f"there is no checkpoint of step {step} in {path}",
-            fix=f"Choose one of {', '.join(map(str, steps))}.",
+            fix=f"Use one of {', '.join(map(str, steps))}.",
         )
     return _folder(path) / str(chosen_step(path) if step is None else step)
 
 
 def _folder(path: str | Path) -> Path:
-    """Returns the folder of the checkpoints: of a run folder, or the folder itself."""
+    """Returns the `checkpoints` directory of a run directory, or the directory itself."""
     folder = absolute(path)
     return folder / FOLDER if (folder / FOLDER).is_dir() else folder
 
 
-def _require_finite(params: Any, folder: Path) -> None:
+def _require_finite(params: Params | None, folder: Path) -> None:
     require_finite(
         params,
         f"the checkpoint {folder} holds",
@@ -325,33 +317,33 @@ def _require_finite(params: Any, folder: Path) -> None:
 def _missing(path: Path) -> ConfigError:
     return ConfigError(
         f"there is no checkpoint in {path}",
-        fix="Name a run folder (it has a folder 'checkpoints'), or train first.",
+        fix="Use a run directory (it has a subdirectory 'checkpoints'), or train first.",
     )
 
 
 def _require_storage(folder: Path) -> None:
-    """Orbax would find out at the first checkpoint that it deletes."""
+    """Raises `ConfigError` without google-cloud-storage; Orbax would fail only when it first deletes a checkpoint."""
     try:
         importlib.import_module("google.cloud.storage")
     except ImportError as error:
         raise ConfigError(
-            f"checkpoints in a bucket need the package google-cloud-storage, which is not installed ({folder})",
+            f"the package google-cloud-storage is not installed, and checkpoints in a bucket need it ({folder})",
             where="--workdir",
             fix="Install it: pip install 'diffusion-lm[buckets]'.",
         ) from error
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Removes what a killed save left: Orbax would count it as a checkpoint and refuse to write that step.
+    """Removes directories of interrupted saves: Orbax would treat them as checkpoints and refuse to write that step.
 
-    Nothing else is removed. A folder is from a killed save if it has Orbax's temporary name, or, in a bucket, where
-    Orbax writes in place, if it has the name of a step, no commit mark, and only items that a save writes.
+    Nothing else is removed. A directory is from an interrupted save if it has Orbax's temporary name. In a bucket,
+    where Orbax writes in place, it has the name of a step, no commit file, and only items that a save writes.
 
     Raises:
-      ConfigError: a folder has the name of a step and other content; Orbax would count it as a checkpoint.
+      ConfigError: a directory has the name of a step and other contents; Orbax would treat it as a checkpoint.
     """
     for entry in folder.iterdir() if folder.is_dir() else ():  # a bucket has no empty folders
-        # A link is the user's: Orbax makes none, and what it points to is outside of this folder.
+        # Orbax never creates links: a link is the user's, and its target is outside this directory.
         if not entry.is_dir() or (not is_bucket(entry) and entry.is_symlink()):
             continue
         if _TEMPORARY.fullmatch(entry.name):
@@ -360,9 +352,9 @@ def _remove_unfinished(folder: Path) -> None:
             items = [item.name.split(_TEMPORARY_SUFFIX, 1)[0] for item in entry.iterdir()]
             if not items or not _SAVED.issuperset(items):
                 raise ConfigError(
-                    f"{entry} is not a checkpoint and has the name of one",
+                    f"{entry} has the name of a checkpoint but is none",
                     where="--workdir",
-                    fix="Move it to another place, or give it a name that is not a number.",
+                    fix="Move it elsewhere, or give it a name that is not a number.",
                 )
             remove_folder(entry)
 

@@ -1,26 +1,27 @@
-"""Networks whose parameters hold NaN or Inf: found before anything is computed, saved or published with them.
+"""Checks for parameters with NaN or Inf, before anything is computed, saved or published with them.
 
-Such a network decodes to some text and its metrics are numbers, so nothing downstream would show it.
+Such a network still decodes to some text, and its metrics are numbers, so nothing downstream would show the error.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.core.types import Params
 
 _NAMED = 3
 
 
-def require_finite(params: Any, what: str, *, where: str = "", fix: str = "") -> None:
-    """Raises `ConfigError` where a tensor holds NaN or Inf: one sentence with the names of the first few.
+def require_finite(params: Params | None, what: str, *, where: str = "", fix: str = "") -> None:
+    """Raises `ConfigError` if a tensor has NaN or Inf; the message has the names of the first few.
 
     Args:
       params: tree of arrays. With several processes all of them must call this, and all of them raise.
-      what: how the sentence begins, e.g. "the checkpoint of step 3 holds".
+      what: the beginning of the message, e.g. "the checkpoint of step 3 holds".
       where: as for `ConfigError`.
       fix: as for `ConfigError`.
     """
@@ -36,10 +37,11 @@ def require_finite(params: Any, what: str, *, where: str = "", fix: str = "") ->
     )
 
 
-def not_finite(params: Any) -> tuple[str, ...]:
-    """Returns the names of the arrays that hold NaN or Inf, `a/b/c`."""
+def not_finite(params: Params | None) -> tuple[str, ...]:
+    """Returns the paths `a/b/c` of the arrays with NaN or Inf."""
     named = jax.tree_util.tree_leaves_with_path(params)
     leaves = [leaf for _, leaf in named]
+    # On CPUs the arrays are already in host memory; elsewhere only the flags are copied from the devices.
     flags = on_host(leaves) if all(map(_is_on_host, leaves)) else np.asarray(on_devices(leaves)).tolist()
     return tuple(
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -48,18 +50,18 @@ def not_finite(params: Any) -> tuple[str, ...]:
     )
 
 
-def on_host(leaves: Sequence[Any]) -> list[bool]:
+def on_host(leaves: Sequence[ArrayLike]) -> list[bool]:
     """Returns whether each array is finite; compiles nothing and copies nothing."""
     return [_extremes_are_finite(np.asarray(leaf)) for leaf in leaves]
 
 
 @jax.jit
 def on_devices(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Returns bool[len(leaves)]: whether each array is finite. Only this is moved to the host."""
+    """Returns bool[len(leaves)], whether each array is finite."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
 
 
-def _is_on_host(leaf: Any) -> bool:
+def _is_on_host(leaf: object) -> bool:
     if not isinstance(leaf, jax.Array):
         return True
     return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
@@ -68,6 +70,6 @@ def _is_on_host(leaf: Any) -> bool:
 def _extremes_are_finite(array: np.ndarray) -> bool:
     if array.size == 0 or not jnp.issubdtype(array.dtype, jnp.inexact):
         return True
-    # `min` and `max` pass NaN on, and need no array of booleans as large as the weights.
-    with np.errstate(invalid="ignore"):  # NaN is what is looked for
+    # `min` and `max` propagate NaN, and need no array of booleans of the size of the weights.
+    with np.errstate(invalid="ignore"):  # no warning: NaN is expected here
         return bool(np.isfinite(array.min()) and np.isfinite(array.max()))

@@ -1,4 +1,4 @@
-"""What happens around the steps: the log, the progress line, evaluations, the preemption signal."""
+"""Code that runs between training steps: the log, the progress line, evaluations, the preemption signal."""
 
 import contextlib
 import signal
@@ -22,11 +22,11 @@ from diffusion_lm.training.step import StepStats
 from diffusion_lm.training.writers import Row, open_writers
 
 RESTART_EXIT_CODE = 75
-"""Exit code of a preempted run (`EX_TEMPFAIL`): start the same command again and it continues."""
+"""Exit code of a preempted run (`EX_TEMPFAIL`); the same command resumes it."""
 
 
 class Preempted(SystemExit):
-    """The run was told to stop (SIGTERM), has saved its state and exits with `RESTART_EXIT_CODE`."""
+    """The run received SIGTERM, has saved its state and exits with `RESTART_EXIT_CODE`."""
 
     def __init__(self, step: int):
         super().__init__(RESTART_EXIT_CODE)
@@ -34,17 +34,18 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Watches for the signal to stop while it is entered.
+    """A context manager that watches for SIGTERM.
 
-    With several processes JAX's preemption service watches instead: one signalled process is enough, and all of them
-    learn of it at the same step.
+    With several processes JAX's preemption service does so instead: a signal to one process is enough, and all of them
+    stop at the same step.
     """
 
     def __init__(self):
-        self._asked = False
-        self._previous: Any = None
+        self._signalled = False
+        self._previous: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> "Preemption":
+        # Python allows signal handlers in the main thread only.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._note)
         return self
@@ -55,17 +56,17 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self._asked = True
+        self._signalled = True
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop before the next step; every process must ask at every step."""
+        """Returns whether to save and stop before the next step; every process must call this at every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        return self._signalled
 
 
 class Evaluation(Protocol):
-    """Something that is measured during training."""
+    """A measurement during training."""
 
     @property
     def name(self) -> str:
@@ -73,42 +74,42 @@ class Evaluation(Protocol):
 
     @property
     def every(self) -> int:
-        """Period in steps; 0 = only after the last step, where every evaluation runs."""
+        """Period in steps; 0 = only after the last step, when every evaluation runs."""
 
     def run(self, model: BoundModel, step: int) -> Mapping[str, float]:
-        """Returns named numbers about the parameters after `step` updates."""
+        """Returns named values for the parameters after `step` updates."""
 
 
 @runtime_checkable
 class Adjusting(Protocol):
-    """An evaluation by whose values the objective of the following steps is set."""
+    """An evaluation whose values adjust the objective of the following steps."""
 
     def adjusted(self, objective: Objective, values: Mapping[str, float]) -> Objective:
-        """Returns the objective after an evaluation; it differs in settings that change no shape and no parameter."""
+        """Returns the adjusted objective; only settings that affect neither shapes nor parameters may change."""
 
 
 def evaluation_due(evaluation: Evaluation, step: int, steps: int) -> bool:
-    """Whether an evaluation runs after `step` of `steps` updates."""
+    """Returns whether an evaluation runs after `step` of `steps` updates."""
     return step == steps or (evaluation.every > 0 and step > 0 and step % evaluation.every == 0)
 
 
 class Log:
-    """Turns step statistics into rows and a progress line, one step behind the devices.
+    """Turns step statistics into log rows and a progress line, one step later than the devices.
 
-    A step's statistics are fetched only once the next step is dispatched, so the devices never wait for the host.
+    The statistics of a step are fetched only after the next step is dispatched, so the devices never wait for the host.
 
     Args:
-      workdir: the run folder.
-      steps: updates of the whole run.
+      workdir: the run directory.
+      steps: number of updates of the whole run.
       batch_size: rows per update.
-      every: steps per row.
+      every: steps per log row.
       learning_rate: step (from 0) -> learning rate.
       flops_per_token: training FLOPs per token.
       peak_flops: of all devices together, or None.
-      step: updates made before this log opens.
+      step: number of updates before this log opens.
       window: the open window of a restored run.
-      keep: which rows of an earlier part of this run stay in the log.
-      identity: the run's configuration as plain data, for writers that show it.
+      keep: whether a row of an earlier part of this run stays in the log.
+      identity: the run's configuration as plain data, for writers that display it.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Log:
         self._learning_rate = learning_rate
         self._flops, self._peak = flops_per_token, peak_flops
         self.window = window
+        # All processes have the same statistics; one of them writes.
         primary = jax.process_index() == 0
         self._writers = open_writers(workdir, keep, step, identity) if primary else []
         self._display = _display(steps, step) if primary else _Silent()
@@ -153,16 +155,17 @@ class Log:
         self._clock.waited(time.perf_counter() - start)
 
     def push(self, step: int, stats: StepStats) -> None:
-        """Takes the statistics of the update that was just dispatched, and fetches those of the one before it."""
-        if self._first:  # the first dispatch compiled the step, which says nothing about its speed (trap T55)
+        """Stores the statistics of the update that was just dispatched, and fetches those of the previous one."""
+        if self._first:  # the first dispatch includes compilation, which must not count for the speed (trap T55)
             self._clock, self._first = Clock(step - 1, self.window.tokens), False
         self.drain()
         self._pending = (step, stats)
 
     def drain(self) -> None:
-        """Fetches what is still on the devices and writes the row that it completes."""
+        """Fetches pending statistics from the devices and writes the row that they complete."""
         if self._pending is None:
             return
+        # Waits for the devices; when `push` calls this, they already run the next step.
         (step, stats), self._pending = self._pending, None
         self.window.add(step, jax.device_get(stats))
         if step % self._every == 0 or step == self._steps:
@@ -171,6 +174,7 @@ class Log:
                 "kind": "train",
                 "examples": step * self._batch_size,
                 "tokens": self.window.tokens,
+                # Update number `step`, counted from 1, used the rate of `step` - 1.
                 "learning_rate": self._learning_rate(step - 1),
                 **self.window.means(),
                 "timing": self._clock.read(step, self.window.tokens, self._flops, self._peak),
@@ -179,7 +183,7 @@ class Log:
             self._display.show(row)
 
     def flush(self) -> None:
-        """Makes sure that the rows so far outlive this machine: a checkpoint must not be ahead of its log."""
+        """Writes the rows so far to durable storage: a checkpoint must not be newer than its log."""
         for writer in self._writers:
             writer.flush()
 
@@ -187,12 +191,13 @@ class Log:
         """Writes the row of one evaluation."""
         named = {f"{name}/{key}": value for key, value in values.items()}
         self._write({"step": step, "kind": "evaluation", **named, "timing": {f"{name}/seconds": seconds}})
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in list(values.items())[:4])  # the log has them all
+        shown = list(values.items())[:4]  # the log has all values, the terminal only the first ones
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in shown)
         self._display.note(f"step {step}/{self._steps}  {name}  {numbers}")
 
     @contextlib.contextmanager
     def pause(self, *, saving: bool = False) -> Iterator[None]:
-        """Keeps the time of evaluations and saving out of the speed."""
+        """Excludes the time of evaluations and saving from the speed."""
         start = time.perf_counter()
         yield
         self._clock.paused(time.perf_counter() - start, saving=saving)
@@ -207,7 +212,7 @@ class Log:
 
 
 class _Silent:
-    """The display of processes that do not write."""
+    """The display of processes other than the primary one."""
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Shows nothing."""
@@ -258,7 +263,7 @@ class _Bar(_Silent):
         self._progress.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops updating the bar."""
         self._progress.stop()
 
 

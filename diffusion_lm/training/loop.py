@@ -1,4 +1,4 @@
-"""The training loop. `train` reads as one screen; what each part does is in the module it comes from."""
+"""The training loop. `train` is one screen of code; its parts are in the other modules of this package."""
 
 import dataclasses
 import math
@@ -34,17 +34,21 @@ from diffusion_lm.training.state import TrainState
 from diffusion_lm.training.step import TrainStep
 from diffusion_lm.training.transfer import TransferReport, transfer
 
+Source = Params | str | Path | None
+InitialParams = Source | Callable[[], Source]
+"""Parameters, the directory of a run or checkpoint, or a function that returns one of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves.
+    """The result of a finished run.
 
     Attributes:
-      params: the final parameters, or those of the selected checkpoint; the moving average where the run keeps one.
-      step: updates made, equal to `TrainRun.steps`.
+      params: the final parameters, or those of the selected checkpoint; the moving average if the run has one.
+      step: number of updates, equal to `TrainRun.steps`.
       metrics: the last row of the log without times, and every evaluation's last values as `name/value`.
-      report: how the initial parameters were taken over, if this call took any over; else None.
-      selected: the checkpoint that `CheckpointPolicy.best` selected; None where it is the last one.
+      report: how initial parameters were transferred, if this call did that; else None.
+      selected: the checkpoint that `CheckpointPolicy.best` selected; None if the run returns the last one.
     """
 
     params: Params
@@ -57,25 +61,26 @@ class TrainResult:
 def train(
     run: TrainRun,
     workdir: str | Path,
-    init_params: Params | str | Path | Callable[[], Params | str | Path | None] | None = None,
+    init_params: InitialParams = None,
 ) -> TrainResult:
-    """Trains, or goes on training, or finds the run finished and returns at once without compiling anything.
+    """Starts or resumes a run; returns immediately, without compiling anything, if it is finished.
 
     Args:
-      run: what to train.
-      workdir: the run folder.
-      init_params: what to start from, instead of `run.initial`: parameters in the vocabulary of the run's data, or the
-        folder of a run or checkpoint; a function that returns one of them is only called if they are needed.
+      run: the run.
+      workdir: the run directory.
+      init_params: overrides `run.initial`: parameters in the vocabulary of the run's data, or the directory of a run or
+        checkpoint; or a function that returns one of these, which is called only if they are needed.
 
     Raises:
-      ConfigError: the run does not fit its data, its devices or its folder, or its loss or its network is not finite.
-      Preempted: SIGTERM came; the state is saved and the process exits with `hooks.RESTART_EXIT_CODE`.
+      ConfigError: the run does not fit its data, devices or directory, or its loss or parameters are not finite.
+      Preempted: SIGTERM was received; the state is saved, and the process exits with `hooks.RESTART_EXIT_CODE`.
     """
     run.validate()
     workdir = as_path(workdir)
     cut = run.cuts()
     claim_folder(workdir, run.identity(), xla_options=xla_options(run.xla_options, jax.default_backend()), cuts=cut)
     pruned = getattr(run.data, "pruned", None)
+    # The directory must name the tokens of its rows before there are checkpoints.
     if pruned is not None and jax.process_index() == 0:
         pruned.save(workdir)
     train_step = run.train_step()
@@ -95,8 +100,8 @@ def train(
             for note in (getattr(run.data, "vocabulary_note", None), report, *map(cut_sentence, cut)):
                 if note is not None:
                     log.note(str(note))
-            # DO NOT CHANGE THE ORDER: what happens at `step` sees the state after `step` updates and before batch
-            # number `step` is taken, so a checkpoint of `step` means "go on with batch number `step`".
+            # DO NOT CHANGE THE ORDER: everything at `step` uses the state after `step` updates, before batch number
+            # `step` is consumed. So a checkpoint of `step` resumes with batch number `step`.
             for step in range(start.step, run.steps + 1):
                 stop = preemption.reached(step)
                 profile.before(step, state)
@@ -108,8 +113,9 @@ def train(
                     train_step = _adjusted(run, adjustments).train_step()
                 best = _best(run, best, step, measured)
                 better = best is not None and best.step == step
+                # The checkpoint that the run resumed from is on disk already.
                 if step != resumed and (step == run.steps or stop or better or checkpoints.due(step)):
-                    log.drain()  # the window of the checkpoint has all updates before it
+                    log.drain()  # so that the saved log window has all updates up to this step
                     progress = Progress(step, run.seed, evaluated, log.window, best, adjustments)
                     _save(state, progress, log, checkpoints)
                 if stop and step < run.steps:
@@ -118,6 +124,7 @@ def train(
                 if step < run.steps:
                     with log.waiting():
                         batch = place_batch(next(batches), run.rules, train_step.mesh)
+                    # Computed on the host, so that no schedule is compiled into the step.
                     rate = np.float32(run.optimizer.schedule.value(step, run.steps))
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
                         state, stats = train_step(state, batch, root, rate)
@@ -126,7 +133,7 @@ def train(
 
 
 def cut_sentence(cut: Mapping[str, Any]) -> str:
-    """Returns one of `TrainRun.cuts` as a line of the log."""
+    """Returns one entry of `TrainRun.cuts` as a line of the log."""
     return f"{cut['used_by']}  {cut['text']}"
 
 
@@ -135,7 +142,7 @@ def final_metrics(workdir: str | Path, step: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in writers.read_rows(as_path(workdir) / "metrics.jsonl"):
         if row["kind"] == "train" or row["step"] == step:
-            # The log has null for a value that was not finite.
+            # JSON has no NaN: the log has null for values that are not finite.
             values = {key: math.nan if value is None else value for key, value in row.items()}
             found |= {key: value for key, value in values.items() if key not in ("step", "kind", "timing")}
     return found
@@ -148,13 +155,14 @@ def _result(
     state: TrainState | None = None,
     report: TransferReport | None = None,
 ) -> TrainResult:
-    """Returns what a finished run hands on, from its folder or, where the last state is it, from memory."""
-    best = selected(workdir) if run.checkpoint.best else None
+    """Returns the result of a finished run: from memory if it is the last state, else from the run directory."""
+    selection = run.checkpoint.best
+    best = None if selection is None else selected(workdir)
     require(
-        best is not None or run.checkpoint.best is None,
-        f"{run.checkpoint.best and run.checkpoint.best.metric!r} was never a finite number: no checkpoint is selected",
+        best is not None or selection is None,
+        f"metric={selection and selection.metric!r}: was never finite, so no checkpoint is selected",
         where="BestCheckpoint.metric",
-        fix="Select by another metric; the last checkpoint of the run is there.",
+        fix="Select by another metric; the last checkpoint of the run was saved.",
     )
     step = run.steps if best is None else best.step
     if state is not None and step == run.steps:
@@ -168,17 +176,17 @@ def _is_finished(run: TrainRun, checkpoints: Checkpointer, workdir: Path) -> boo
     latest = checkpoints.latest_step
     if latest is not None and latest > run.steps:
         raise ConfigError(
-            f"{workdir} has been trained for {latest} steps, more than the {run.steps} of this run",
+            f"steps={run.steps}: the run in {workdir} has already been trained for {latest} steps",
             where="TrainRun.steps",
-            fix="Choose another --workdir, or more steps.",
+            fix="Use another --workdir, or more steps.",
         )
     return latest == run.steps
 
 
 def _start(
-    run: TrainRun, train_step: TrainStep, checkpoints: Checkpointer, init_params: Any
+    run: TrainRun, train_step: TrainStep, checkpoints: Checkpointer, init_params: InitialParams
 ) -> tuple[TrainState, Progress, TransferReport | None]:
-    """Returns the state to go on from: the newest checkpoint, given parameters, or a fresh initialisation."""
+    """Returns the first state: the newest checkpoint, else given parameters, else a fresh initialisation."""
     if checkpoints.latest_step is not None:
         return *checkpoints.restore(train_step.abstract_state), None
     key, fresh = StreamKeys.create(run.seed).key("init"), Progress(seed=run.seed)
@@ -192,6 +200,7 @@ def _start(
         source = restore_params(folder, like=train_step.abstract_state.params)
     elif source is not None:
         require_finite(source, "the initial parameters hold", where="init_params", fix="Start from other parameters.")
+    # Fresh values remain in every array that the source does not have.
     state = train_step.init(key)
     if source is None:
         return state, fresh, None
@@ -200,7 +209,7 @@ def _start(
 
 
 def _vocabulary_rows(run: TrainRun, folder: str | Path) -> np.ndarray | None:
-    """Returns where the tokens of the run's data stand in the vocabulary of another run; None where both are one."""
+    """Returns the rows of the data's tokens in the vocabulary of another run; None if the vocabularies are equal."""
     pruned: Any = getattr(run.data, "pruned", None)
     stored = read_map(folder)
     if pruned is None and stored is None:
@@ -211,9 +220,9 @@ def _vocabulary_rows(run: TrainRun, folder: str | Path) -> np.ndarray | None:
         return vocabulary_rows(stored["kept"], range(stored["full_size"]))
     require(
         stored["full_sha256"] == pruned.full.sha256,
-        f"{folder} was trained with a part of another vocabulary than that of the data",
+        f"the run {folder} was trained with another vocabulary than that of the data",
         where="DataPipeline.vocabulary_map",
-        fix="Use data of the vocabulary that it was trained with.",
+        fix="Use data with the vocabulary of that run.",
     )
     return None if tuple(stored["kept"]) == pruned.kept else vocabulary_rows(stored["kept"], pruned.kept)
 
@@ -226,6 +235,7 @@ def _batches(run: TrainRun, position: int) -> BatchIterator:
 
 def _log(run: TrainRun, workdir: Path, start: Progress, resumed: int | None) -> Log:
     def keep(row: writers.Row) -> bool:
+        # Rows of steps that will run again are dropped, so that the log has each row once.
         if resumed is None or row["step"] > resumed:
             return False
         return row["step"] < resumed or row["kind"] == "train" or start.evaluated
@@ -248,7 +258,7 @@ def _log(run: TrainRun, workdir: Path, start: Progress, resumed: int | None) -> 
 
 
 def _adjusted(run: TrainRun, adjustments: dict[str, dict[str, float]]) -> TrainRun:
-    """Returns the run with the objective that its evaluations have set."""
+    """Returns the run with the objective as adjusted by its evaluations."""
     objective = run.objective
     for evaluation in run.evaluations:
         if isinstance(evaluation, Adjusting) and evaluation.name in adjustments:
@@ -257,8 +267,8 @@ def _adjusted(run: TrainRun, adjustments: dict[str, dict[str, float]]) -> TrainR
 
 
 def _adjustments(run: TrainRun, step: int, measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Returns what was measured at `step` by which the objective is adjusted from here on."""
-    # What runs only because the run ends here would not have run in a longer one, which must be the same run.
+    """Returns the values measured at `step` by which the objective is adjusted from this step on."""
+    # Not those that run only because this is the last step: a longer run must have the same objective at this step.
     return {
         evaluation.name: measured[evaluation.name]
         for evaluation in run.evaluations
@@ -270,13 +280,13 @@ def _adjustments(run: TrainRun, step: int, measured: dict[str, dict[str, float]]
 
 
 def _best(run: TrainRun, best: Selected | None, step: int, measured: dict[str, dict[str, float]]) -> Selected | None:
-    """Returns the checkpoint that is selected after the evaluations of `step`."""
+    """Returns the selected checkpoint after the evaluations of `step`."""
     selection = run.checkpoint.best
     if selection is None:
         return None
     values = {f"{name}/{metric}": value for name, row in measured.items() for metric, value in row.items()}
     if selection.metric in values and jax.process_count() > 1:
-        # A metric that runs programs can time out on one host only, and all of them must save the same steps.
+        # A metric that executes programs can time out on a single host, but all hosts must save the same steps.
         value = multihost_utils.broadcast_one_to_all(np.float32(values[selection.metric]))
         values[selection.metric] = float(value)
     return selection.update(best, step, values)
@@ -285,9 +295,9 @@ def _best(run: TrainRun, best: Selected | None, step: int, measured: dict[str, d
 def _evaluate(
     run: TrainRun, train_step: TrainStep, state: TrainState, step: int, log: Log, stop: bool, done: bool
 ) -> tuple[bool, dict[str, dict[str, float]]]:
-    """Runs the evaluations that are due at `step`; returns whether none is left to do, and what each measured.
+    """Runs the evaluations that are due at `step`; returns whether all of them are done, and the values of each.
 
-    A preempted run has no time for them: they are left to the run that continues it.
+    A preempted run has no time for evaluations; they run when it resumes.
     """
     due = [evaluation for evaluation in run.evaluations if evaluation_due(evaluation, step, run.steps)]
     measured: dict[str, dict[str, float]] = {}
@@ -295,6 +305,7 @@ def _evaluate(
         return True, measured
     if stop and step < run.steps:
         return False, measured
+    # The log gets its training row before the rows of the evaluations.
     log.drain()
     _require_finite(state, step)
     model = BoundModel(run.model, state.final_params, Placement(train_step.mesh, run.rules))
@@ -310,12 +321,13 @@ def _evaluate(
 def _save(state: TrainState, progress: Progress, log: Log, checkpoints: Checkpointer) -> None:
     with log.pause(saving=True):
         _require_finite(state, progress.step)
+        # The log first: a run that resumes from this checkpoint must find all rows up to it.
         log.flush()
         checkpoints.save(state, progress)
 
 
 def _require_finite(state: TrainState, step: int) -> None:
-    """Refuses to measure or save what an update broke; the loss of that update's own step was still finite."""
+    """Raises `ConfigError` if the last update made parameters NaN or Inf; its loss, computed before, was finite."""
     for params in (state.params, state.ema):
         require_finite(
             params,

@@ -1,22 +1,22 @@
-"""Sums of the log window, speed, and model FLOPs utilisation (MFU)."""
+"""The sums of a log window, speed, and model FLOPs utilisation (MFU)."""
 
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_lm.architectures.extended import layer_with
+from diffusion_lm.architectures.base import Architecture
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.objectives.objective import Objective
 from diffusion_lm.training.step import StepStats
+from diffusion_lm.training.writers import Row
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by prefix of `jax.Device.device_kind`. A TPU
-# "device" is what JAX shows as one: a core on v2 and v3, a chip from v4 on.
+# device as JAX counts them is a core on v2 and v3, and a chip from v4 on.
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -37,32 +37,34 @@ PEAK_FLOPS = {
 }
 
 OTHER_PART = "loss, part "
-"""In a window, what precedes the number of a part of the loss that has a weight of its own (`LossTerms.others`)."""
+"""In a window, the prefix of the number of a loss part with its own weight (`LossTerms.others`)."""
 
 
 @dataclasses.dataclass
 class Window:
-    """The steps since the last row of the log, as sums on the host; saved with checkpoints, so that rows written after
-    a resume equal those of an undisturbed run.
+    """The steps since the last row of the log, as sums on the host.
+
+    Checkpoints store it, so the rows after a resume equal those of an uninterrupted run.
 
     Attributes:
       sums: name -> [total, weight] in float64.
-      tokens: tokens that are not padding since step 0 of the run.
+      tokens: number of tokens since step 0 of the run, without padding.
     """
 
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     tokens: int = 0
 
     def add(self, step: int, stats: StepStats) -> None:
-        """Adds one step's statistics, already on the host.
+        """Adds one step's statistics, which must be on the host.
 
         Raises:
-          ConfigError: the loss or the gradient is no longer a finite number.
+          ConfigError: the loss or the gradient norm is not finite.
         """
         terms = stats.terms
-        values: dict[str, tuple[Any, Any]] = {"loss": (terms.loss_sum, terms.weight)}
+        values: dict[str, tuple[jax.Array, jax.Array | float]] = {"loss": (terms.loss_sum, terms.weight)}
         values |= {f"{OTHER_PART}{i}": (part.total, part.weight) for i, part in enumerate(terms.others)}
         values |= {"grad_norm": (stats.grad_norm, 1.0)}
+        # Only what is differentiated must be finite; a logged metric may be NaN.
         checked = tuple(values)
         values |= {name: (mean.total, mean.weight) for name, mean in terms.metrics.items()}
         for name, (total, weight) in values.items():
@@ -78,11 +80,12 @@ class Window:
         self.tokens += int(stats.tokens)
 
     def means(self) -> dict[str, float]:
-        """Returns total / weight of every name (0 where nothing was weighed) and empties the window.
+        """Returns total / weight of every name (0 if the weight is 0) and empties the window.
 
         A loss of several parts is the sum of their means.
         """
         means = {name: total / weight if weight > 0 else 0.0 for name, (total, weight) in self.sums.items()}
+        # Each part is divided by its own weight before they are added.
         for name in [name for name in means if name.startswith(OTHER_PART)]:
             means["loss"] += means.pop(name)
         self.sums = {}
@@ -90,7 +93,7 @@ class Window:
 
 
 class Clock:
-    """Speed of the steps since the last reading."""
+    """The speed of the steps since the last reading."""
 
     def __init__(self, step: int, tokens: int):
         self._restart(step, tokens)
@@ -100,22 +103,22 @@ class Clock:
         self._step, self._tokens = step, tokens
 
     def waited(self, seconds: float) -> None:
-        """Notes that a step waited for its batch."""
+        """Adds time that a step waited for its batch."""
         self._waited += seconds
 
     def paused(self, seconds: float, *, saving: bool = False) -> None:
-        """Leaves out time that was not training: evaluations and saving, of which the latter is reported."""
+        """Excludes time of evaluations and saving from the speed; the time of saving is reported."""
         self._paused += seconds
         self._saved += seconds if saving else 0.0
 
     def read(self, step: int, tokens: int, flops_per_token: float, peak_flops: float | None) -> dict[str, float]:
-        """Returns the speed of the window that ends now and starts the next one.
+        """Returns the speed of the window that ends now, and starts the next one.
 
         Args:
-          step: updates whose results have arrived.
-          tokens: tokens of these updates that are not padding (padding is no useful work).
+          step: number of updates whose results are on the host.
+          tokens: number of tokens in these updates, without padding (which is not useful work).
           flops_per_token: training FLOPs per token.
-          peak_flops: of all devices together, or None if unknown; `mfu` is left out then.
+          peak_flops: of all devices together, or None if unknown; `mfu` is then omitted.
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         per_second = (tokens - self._tokens) / seconds
@@ -136,42 +139,43 @@ class Clock:
 
 
 def peak_device_memory() -> int | None:
-    """Returns the most bytes that were in use on the first device of this process, or None where it does not count."""
+    """Returns the peak memory in bytes of this process's first device, or None if the device does not report it."""
     stats = jax.local_devices()[0].memory_stats()
     return int(stats["peak_bytes_in_use"]) if stats and "peak_bytes_in_use" in stats else None
 
 
-def train_flops_per_token(architecture: Any, objective: Any, row_length: int, encoder_length: int | None) -> float:
-    """Returns the FLOPs of training on one token of the main stream: forward and backward (3 x forward), per pass.
+def train_flops_per_token(
+    architecture: Architecture, objective: Objective, row_length: int, encoder_length: int | None
+) -> float:
+    """Returns the training FLOPs per token of the main stream: forward and backward (3 x forward) of every pass.
 
-    Matrices that are frozen under adapters need no gradient of their own: they count twice.
+    Matrices that are frozen under adapters need no gradient and count 2 x forward.
 
-    Logits are counted at every token, as is usual. The step computes those of scored tokens only (`nn.cross_entropy`),
-    so MFU reads high by their share where rows are mostly conditioning.
+    Logits are counted at every token, as usual. The step computes them at scored tokens only (`nn.cross_entropy`), so
+    MFU is too high if rows are mostly conditioning.
 
     Args:
       architecture: the network.
-      objective: says how many forward passes a step makes.
+      objective: determines the number of forward passes per step.
       row_length: T.
-      encoder_length: S, or None without an encoder; an encoder's work is shared out over the main stream's tokens.
+      encoder_length: S, or None without an encoder; an encoder's work is divided by the tokens of the main stream.
     """
-    source = {} if not encoder_length else {"encoder_length": encoder_length}
-    needs, adapted = objective.needs(), layer_with(architecture, "saved_flops_per_token")
-    flops = needs.cost_in_forward_passes * architecture.flops_per_token(row_length, **source)
-    if adapted is not None:
-        flops -= (needs.passes - needs.frozen_passes) * adapted.saved_flops_per_token(row_length, **source)
-    return flops
+    needs, source = objective.needs(), encoder_length or None
+    flops = needs.cost_in_forward_passes * architecture.flops_per_token(row_length, source)
+    # Passes without a backward pass save nothing.
+    return flops - (needs.passes - needs.frozen_passes) * architecture.saved_flops_per_token(row_length, source)
 
 
 def peak_flops() -> float | None:
-    """Returns the peak FLOP/s of all devices together, or None where it is not known.
+    """Returns the peak FLOP/s of all devices together, or None if it is unknown.
 
-    Accelerators: the data sheet's dense bf16 peak. CPUs have no useful data sheet: there the peak is measured, once per
-    process, as the best of a few float32 matrix products, so MFU on a CPU says how close the step comes to that.
+    For accelerators it is the dense bf16 peak of the data sheet. For CPUs it is measured once per process, as the best
+    of a few float32 matrix products, so MFU on a CPU is relative to those.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _measured_cpu_peak()
+    # The longest matching prefix: "TPU v5 lite" is not "TPU v5".
     kinds = sorted((kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)), key=len)
     return PEAK_FLOPS[kinds[-1]] * jax.device_count() if kinds else None
 
@@ -204,8 +208,8 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def row_summary(row: Mapping[str, Any], total: int) -> str:
-    """Returns the progress line of a row of the log: `step 400/2000  loss 3.214  12.3k tok/s  MFU 31%  ETA 1:23`."""
+def row_summary(row: Row, total: int) -> str:
+    """Returns the progress line of a log row: `step 400/2000  loss 3.214  12.3k tok/s  MFU 31%  ETA 1:23`."""
     timing = row["timing"]
     speed = short_number(timing["tokens_per_second"])
     parts = [f"step {row['step']}/{total}", f"loss {row['loss']:.3f}", f"{speed} tok/s"]

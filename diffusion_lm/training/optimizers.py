@@ -1,8 +1,8 @@
-"""Optimizers: frozen dataclasses that hold an update rule and a learning-rate schedule, apart from each other.
+"""Optimizers: frozen dataclasses with an update rule and a learning-rate schedule, which are independent.
 
-`transformation` is the rule at learning rate 1; the compiled step multiplies its result by the learning rate of the
-moment, which the host computes from `schedule`. Parameters of all layers are stored stacked on a leading `layers` axis;
-that is a storage choice, so no rule here lets it matter: what Adafactor reduces over is one layer's matrix.
+`transformation` is the rule at learning rate 1. The compiled step multiplies its result by the current learning rate,
+which the host computes from `schedule`. The parameters of all layers are stacked on a leading `layers` axis. That is
+only a matter of storage, and no rule depends on it: for example, Adafactor reduces over the matrix of one layer.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax
 import optax
 import optax.contrib
 
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import require
 from diffusion_lm.parallel.shardings import is_axes
 from diffusion_lm.training.schedules import Constant, InverseSqrt, Schedule
@@ -21,28 +22,29 @@ _NEVER_DECAYED = ("embed", "positions", "norm", "bias")
 
 
 class Optimizer(Protocol):
-    """An update rule and its schedule; a frozen dataclass with the field `schedule`."""
+    """An update rule and its schedule. Implementations are frozen dataclasses with the field `schedule`."""
 
     @property
     def schedule(self) -> Schedule:
         """The learning rate of each step."""
 
-    def transformation(self, axes: Any) -> optax.GradientTransformation:
-        """Returns the rule at learning rate 1; the step subtracts its result times the learning rate.
+    def transformation(self, axes: AxesTree) -> optax.GradientTransformation:
+        """Returns the rule at learning rate 1; the step subtracts the learning rate times its result.
 
         Args:
-          axes: tree of logical axes of the parameters (`Architecture.logical_axes()`).
+          axes: logical axes of the parameters (`Architecture.logical_axes()`).
         """
 
 
-def decay_mask(axes: Any) -> Any:
-    """Returns the tree of booleans that says which parameters decay: matrices, except embeddings.
+def decay_mask(axes: AxesTree) -> dict[str, Any]:
+    """Returns a tree of booleans: True for parameters with weight decay, the matrices except embeddings.
 
-    Norm scales, biases (the relative position bias too) and embeddings do not decay. A parameter counts as a matrix
-    if it has two axes besides the stacked `layers`.
+    Norm scales, biases (including the relative position bias) and embeddings do not decay. A parameter is a matrix if
+    it has at least two axes besides the stacked `layers`.
     """
 
     def decays(path, leaf_axes) -> bool:
+        # By name too: the relative bias and learned positions have two axes but are not matrices.
         name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
         dims = [axis for axis in leaf_axes if axis != "layers"]
         return len(dims) >= 2 and not any(part in name for part in _NEVER_DECAYED)
@@ -54,22 +56,22 @@ def _clip(norm: float | None) -> list[optax.GradientTransformation]:
     return [] if norm is None else [optax.clip_by_global_norm(norm)]
 
 
-def _check_number(optimizer: Any, field: str, low: float, high: float = float("inf")) -> None:
+def _check_number(optimizer: Optimizer, field: str, low: float, high: float = float("inf")) -> None:
     value = getattr(optimizer, field)
     require(
         isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high,
-        f"{field} = {value!r} lies outside [{low:g}, {high:g}]",
+        f"{field}={value!r}: must be a number in [{low:g}, {high:g}]",
         where=f"{type(optimizer).__name__}.{field}",
-        fix="Give a number of that range.",
+        fix="Use a number in this range.",
     )
 
 
-def _check_schedule(optimizer: Any) -> None:
+def _check_schedule(optimizer: Optimizer) -> None:
     require(
         callable(getattr(optimizer.schedule, "value", None)),
-        f"schedule = {optimizer.schedule!r} is no schedule",
+        f"schedule={optimizer.schedule!r}: is not a learning-rate schedule",
         where=f"{type(optimizer).__name__}.schedule",
-        fix="Give one of training.schedules, e.g. @schedules.Cosine().",
+        fix="Use one of training.schedules, e.g. @schedules.Cosine().",
     )
 
 
@@ -78,12 +80,12 @@ class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101).
 
     Attributes:
-      schedule: the learning rate; it multiplies the decay too.
+      schedule: the learning rate; it multiplies the weight decay too.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
+      eps: added to the square root of the second moment.
       weight_decay: decay per unit of learning rate, on matrices only (`decay_mask`).
-      clip_norm: gradients are scaled down to this global norm; None = never.
+      clip_norm: gradients are scaled down to this global norm; None = no clipping.
     """
 
     schedule: Schedule = Constant(1e-3)
@@ -102,7 +104,7 @@ class AdamW:
         if self.clip_norm is not None:
             _check_number(self, "clip_norm", 0)
 
-    def transformation(self, axes: Any) -> optax.GradientTransformation:
+    def transformation(self, axes: AxesTree) -> optax.GradientTransformation:
         """Returns clip, Adam, decay."""
         return optax.chain(
             *_clip(self.clip_norm),
@@ -115,15 +117,15 @@ class AdamW:
 class Adafactor:
     """Adafactor as T5 and T5X use it (arXiv 1804.04235): factored, relative to the parameter's scale, no momentum.
 
-    As in T5X, each layer of the stack is a parameter of its own, and the two axes of attention heads count as one:
-    the second moment of `[embed, heads, head_dim]` is factored like that of a matrix `[embed, heads * head_dim]`.
+    As in T5X, each layer of the stack is a separate parameter, and the two axes of attention heads count as one: the
+    second moment of `[embed, heads, head_dim]` is factored like that of a matrix `[embed, heads * head_dim]`.
 
     Attributes:
       schedule: the learning rate, relative to each parameter's root mean square.
       decay_rate: exponent c of the second moment's decay `1 - step^-c`.
-      clipping_threshold: largest root mean square of an update; None = not clipped.
+      clipping_threshold: largest root mean square of an update; None = no clipping.
       multiply_by_parameter_scale: updates are relative to the parameter's root mean square (at least 1e-3).
-      min_dim_size_to_factor: matrices with a smaller side keep a full second moment.
+      min_dim_size_to_factor: matrices with a smaller side have a full second moment.
       clip_norm: gradients are scaled down to this global norm first; T5 does not.
     """
 
@@ -143,7 +145,7 @@ class Adafactor:
         if self.clip_norm is not None:
             _check_number(self, "clip_norm", 0)
 
-    def transformation(self, axes: Any) -> optax.GradientTransformation:
+    def transformation(self, axes: AxesTree) -> optax.GradientTransformation:
         """Returns Adafactor at learning rate 1, layer by layer."""
         rule = optax.adafactor(
             learning_rate=None,
@@ -158,21 +160,22 @@ class Adafactor:
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan et al. 2024): the momentum of each matrix inside the blocks is orthogonalised; all else is Adam's.
+    """Muon (Jordan et al. 2024): orthogonalised momentum for the matrices inside the blocks, Adam for all else.
 
-    Updates are scaled to Adam's usual root mean square (arXiv 2502.16982), so one learning rate serves both and an
-    AdamW schedule can be kept. A matrix maps all its input axes to all its output axes: heads and their size are one.
+    Updates are scaled to Adam's usual root mean square (arXiv 2502.16982), so both share one learning rate, and the
+    schedule of AdamW can be reused. A matrix maps all its input axes to all its output axes; heads and head size are
+    one axis.
 
     Attributes:
       schedule: the learning rate; it multiplies the decay too.
-      momentum: decay of the average of gradients, applied as Nesterov does.
+      momentum: decay of the average of gradients, with Nesterov momentum.
       newton_schulz_steps: iterations of the orthogonalisation.
       update_rms: root mean square of an orthogonalised update at learning rate 1.
       b1: Adam's, for embeddings, norms, biases and the head.
       b2: likewise.
       eps: likewise.
       weight_decay: decay per unit of learning rate, on matrices only (`decay_mask`).
-      clip_norm: gradients are scaled down to this global norm; None = never.
+      clip_norm: gradients are scaled down to this global norm; None = no clipping.
     """
 
     schedule: Schedule = Constant(1e-3)
@@ -195,7 +198,7 @@ class Muon:
         if self.clip_norm is not None:
             _check_number(self, "clip_norm", 0)
 
-    def transformation(self, axes: Any) -> optax.GradientTransformation:
+    def transformation(self, axes: AxesTree) -> optax.GradientTransformation:
         """Returns clip, then Muon or Adam, then decay."""
         dimensions = jax.tree_util.tree_map_with_path(_muon_dimensions, axes, is_leaf=is_axes)
         labels = jax.tree.map(
@@ -203,6 +206,7 @@ class Muon:
         )
 
         def to_rms(direction: jax.Array, dims: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+            # Orthogonal updates have a root mean square of 1 / sqrt(larger side).
             sides = (math.prod(direction.shape[i] for i in side) for side in dims)
             return self.update_rms * math.sqrt(max(sides)) * direction
 
@@ -219,28 +223,29 @@ class Muon:
         )
 
 
-def _is_dimensions(leaf: Any) -> bool:
+def _is_dimensions(leaf: object) -> bool:
     return isinstance(leaf, optax.contrib.MuonDimensionNumbers | optax.MaskedNode)
 
 
 def _muon_dimensions(path, leaf_axes) -> optax.contrib.MuonDimensionNumbers | optax.MaskedNode:
-    """Returns which axes of a block's matrix are its input and its output; masked where it is no such matrix."""
+    """Returns the input and output axes of a matrix inside a block; a masked node for any other array."""
     name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
     axes = [axis for axis in leaf_axes if axis != "layers"]
     if "layers" not in leaf_axes or len(axes) < 2 or any(part in name for part in _NEVER_DECAYED):
         return optax.MaskedNode()
     first = leaf_axes.index("layers") + 1
+    # The axes of the stacked arrays: `layers` comes first and is mapped over.
     inputs = 2 if axes[1] == "head_dim" else 1  # [heads, head_dim, embed] reads heads, [embed, heads, head_dim] writes
     numbers = range(first, first + len(axes))
     return optax.contrib.MuonDimensionNumbers(tuple(numbers[:inputs]), tuple(numbers[inputs:]))
 
 
-def per_matrix(rule: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
-    """Applies a leaf-wise `rule` to each layer's matrix instead of to the stacked, many-axed arrays.
+def per_matrix(rule: optax.GradientTransformation, axes: AxesTree) -> optax.GradientTransformation:
+    """Applies a leaf-wise `rule` to each layer's matrix instead of the stacked arrays with more axes.
 
     Args:
-      rule: a transformation that treats every array on its own.
-      axes: tree of logical axes; `layers` in front is mapped over, `heads, head_dim` are joined.
+      rule: a transformation that treats every array separately.
+      axes: logical axes; a leading `layers` is mapped over, `heads, head_dim` are joined.
     """
 
     def matrix(leaf_axes, array):
@@ -263,6 +268,7 @@ def per_matrix(rule: optax.GradientTransformation, axes: Any) -> optax.GradientT
             new, state = mapped(rule.update, leaf_axes)(matrix(leaf_axes, gradient), state, matrix(leaf_axes, param))
             return new.reshape(gradient.shape), state
 
+        # `states` has a state per leaf, so the map stops at the leaves of `axes`.
         pairs = jax.tree.map(one, axes, gradients, states, params, is_leaf=is_axes)
         updates, new_states = (jax.tree.map(lambda _, pair, i=i: pair[i], axes, pairs, is_leaf=is_axes) for i in (0, 1))
         return updates, new_states

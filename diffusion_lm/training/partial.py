@@ -1,7 +1,7 @@
-"""Training a part of a network: the rest is frozen.
+"""Training a part of a network, with the rest frozen.
 
-Which part is either the network's own business (LoRA: `trained_part` and `rejoined`, whatever the optimizer is) or the
-run's (`PartialAdamW`: a head on a frozen network).
+Either the network determines the part (LoRA: `trained_part` and `rejoined`, with any optimizer), or the run does
+(`PartialAdamW`: a head on a frozen network).
 """
 
 import dataclasses
@@ -11,42 +11,43 @@ from typing import Any
 import jax
 import optax
 
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import require
 from diffusion_lm.training.optimizers import AdamW, decay_mask
 
 
-def trained_part(tree: Any, frozen: frozenset[str], path: str = "") -> Any:
-    """Returns a nested dict without the leaves whose paths are in `frozen`, and without dicts that this leaves empty.
+def trained_part(tree: Mapping[str, Any], frozen: frozenset[str], path: str = "") -> Mapping[str, Any]:
+    """Returns a nested dict without the leaves whose paths are in `frozen`, and without dicts that become empty.
 
     Args:
-      tree: parameters, or what is laid out like them (axes, shardings).
-      frozen: paths such as `blocks/mlp/up`, from `architectures.extended.frozen_arrays`.
+      tree: parameters, or a tree of the same structure (axes, shardings).
+      frozen: paths such as `blocks/mlp/up`, from `Architecture.frozen_arrays`.
       path: of the tree itself.
     """
     if not frozen:
         return tree
-    kept = {}
+    trained: dict[str, Any] = {}
     for name, node in tree.items():
         here = f"{path}/{name}" if path else name
         if isinstance(node, Mapping):
             part = trained_part(node, frozen, here)
             if part:
-                kept[name] = part
+                trained[name] = part
         elif here not in frozen:
-            kept[name] = node
-    return kept
+            trained[name] = node
+    return trained
 
 
 def rejoined(whole: Any, part: Any) -> Any:
-    """Returns `whole` with the leaves of `part` in the place of its own; the inverse of `trained_part`."""
-    if not isinstance(part, Mapping):
+    """Returns `whole` with the leaves that `part` has replaced by those of `part`; the inverse of `trained_part`."""
+    if not isinstance(part, Mapping):  # a leaf
         return part
     return {name: rejoined(node, part[name]) if name in part else node for name, node in whole.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class PartialAdamW(AdamW):
-    """AdamW on some parts of the network; the others are frozen: no update, no decay, and no moments kept.
+    """AdamW on some parts of the network; the others are frozen, with neither updates nor decay nor moments.
 
     Attributes:
       trained: names of the top-level parts of the parameters that are trained, e.g. ("length_head",).
@@ -59,13 +60,13 @@ class PartialAdamW(AdamW):
         object.__setattr__(self, "trained", tuple(self.trained))
         require(
             bool(self.trained),
-            "no part is trained",
+            "trained=(): at least one part must be trained",
             where="PartialAdamW.trained",
             fix="Name one, e.g. ('length_head',).",
         )
 
-    def transformation(self, axes: Any) -> optax.GradientTransformation:
-        """Returns clip, Adam on the trained parts, decay of their matrices; the clipped norm is that of all parts.
+    def transformation(self, axes: AxesTree) -> optax.GradientTransformation:
+        """Returns clip, Adam on the trained parts, decay of their matrices; clipping uses the norm over all parts.
 
         Raises:
           ConfigError: the network has no such part.
@@ -73,11 +74,12 @@ class PartialAdamW(AdamW):
         missing = set(self.trained) - set(axes)
         require(
             not missing,
-            f"the network has no part {', '.join(sorted(missing))}",
+            f"trained={self.trained!r}: the network has no part {', '.join(sorted(missing))}",
             where="PartialAdamW.trained",
             fix=f"Its parts are {', '.join(axes)}.",
         )
 
+        # Labels and masks have the structure of the parameters.
         def each(value: Any, frozen: Any) -> Any:
             return {
                 part: jax.tree.map(lambda x, part=part: value(x) if part in self.trained else frozen, tree)

@@ -22,7 +22,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_lm.architectures.base import Architecture, BoundModel
-from diffusion_lm.architectures.extended import frozen_arrays
 from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
@@ -244,7 +243,7 @@ class TrainStep:
     @functools.cached_property
     def _frozen(self) -> frozenset[str]:
         """Paths of the arrays that are not trained."""
-        return frozen_arrays(self.architecture)
+        return self.architecture.frozen_arrays()
 
 
 @functools.lru_cache(maxsize=16)

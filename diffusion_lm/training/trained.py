@@ -1,4 +1,4 @@
-"""What a run has trained, on its devices."""
+"""The trained network of a run, on its devices."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ def trained_model(run: TrainRun, folder: str | Path, *, step: int | None = None)
     """Returns a run's network with the parameters of a checkpoint, read onto the run's mesh.
 
     Args:
-      run: what was trained.
-      folder: its folder.
-      step: which checkpoint; None = the one that the run hands on (`checkpoint.chosen_step`).
+      run: the run.
+      folder: its run directory.
+      step: which checkpoint; None = the final one of the run (`checkpoint.chosen_step`).
 
     Raises:
-      ConfigError: there is no such checkpoint, or it is that of another network.
+      ConfigError: there is no such checkpoint, or it belongs to another network.
     """
     mesh, model = run.mesh.build(), run.model
     abstract = model.abstract_params()

@@ -1,4 +1,4 @@
-"""Starting one network from the parameters of another, with a report of what happened to every array."""
+"""Transfer of parameters from one network to another, with a report about every array."""
 
 import dataclasses
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffusion_lm.architectures import lora
 from diffusion_lm.architectures.surgery import VOCAB, move_rows
+from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.types import Params
 from diffusion_lm.parallel.shardings import is_axes
@@ -18,16 +20,16 @@ RESIZABLE = ("vocab", "positions")
 
 @dataclasses.dataclass(frozen=True)
 class TransferReport:
-    """What became of the arrays of both sides; names are paths such as `blocks/attention/query`.
+    """What happened to the arrays of source and target; names are paths such as `blocks/attention/query`.
 
     Attributes:
-      mapped: taken over as they are.
-      resized: `(name, source shape, target shape)`; what both have is taken over, new rows keep their fresh values.
-      added: only in the target; keep their fresh values.
+      mapped: copied unchanged.
+      resized: `(name, source shape, target shape)`; the common part is copied, new rows keep their fresh values.
+      added: only in the target; they keep their fresh values.
       dropped: only in the source.
-      merged: adapters of the source, added to the matrices of a target that has none.
-      vocabulary: (tokens taken over, tokens of the target) where tokens were moved to other ids, else None; `resized`
-        holds the arrays that this was done to.
+      merged: adapters of the source that were added to the matrices of a target without adapters.
+      vocabulary: (number of tokens copied, number of tokens of the target) if tokens have other ids in the target, else
+        None; `resized` has the arrays whose rows were copied that way.
     """
 
     mapped: tuple[str, ...]
@@ -54,25 +56,26 @@ class TransferReport:
 
 
 def transfer(
-    source: Params, target: Params, axes: Any, rows: np.ndarray | None = None
+    source: Params, target: Params, axes: AxesTree, rows: np.ndarray | None = None
 ) -> tuple[Params, TransferReport]:
-    """Returns `target` with every array that `source` has too replaced by it, and the report.
+    """Returns `target` with every array that `source` also has replaced by the source's, and the report.
 
-    Dtypes and shardings are the target's. The axes `vocab` and `positions` may differ in size; others may not. Adapters
-    (`architectures/lora.py`) never get lost on the way: a target without any gets them merged into its matrices, one
-    with others is refused.
+    Dtypes and shardings are the target's. The axes `vocab` and `positions` may differ in size, others may not. Adapters
+    (`architectures/lora.py`) are never lost: a target without adapters gets them merged into its matrices, and a target
+    with different adapters is an error.
 
     Args:
       source: parameters of the trained network.
       target: freshly initialised parameters of the network to train.
       axes: logical axes of the target (`Architecture.logical_axes()`).
-      rows: i32[tokens of the target], the source's row of each, -1 for none (`surgery.vocabulary_rows`); None where
-        both have the same ids.
+      rows: i32[tokens of the target], the source's row of each token, or -1 (`surgery.vocabulary_rows`); None if both
+        have the same ids.
 
     Raises:
-      ConfigError: an array has another shape in an axis that cannot be resized, nothing matches, or the adapters of
-        the source are not those of the target.
+      ConfigError: an array differs in an axis that cannot be resized, no array matches, or the adapters of source and
+        target differ.
     """
+    # Adapters first: what follows compares array by array.
     merged: tuple[str, ...] = ()
     if lora.PART in source:
         if lora.PART in target:
@@ -88,7 +91,7 @@ def transfer(
         if given is None:
             added.append(name)
             leaves.append(fresh)
-        elif rows is not None and VOCAB in dims:
+        elif rows is not None and VOCAB in dims:  # even with equal shapes, the ids differ
             leaves.append(move_rows(given, fresh, dims, rows))
             resized.append((name, tuple(given.shape), tuple(fresh.shape)))
         elif given.shape == fresh.shape:
@@ -100,29 +103,29 @@ def transfer(
     dropped = sorted(set(old) - set(mapped) - {name for name, _, _ in resized})
     if not mapped and not resized:
         raise ConfigError(
-            "no array of the checkpoint has a counterpart in the model",
+            "the checkpoint and the model have no array in common",
             where="TrainRun.initial",
-            fix="Start from a checkpoint of the same family of networks.",
+            fix="Start from a checkpoint of the same model family.",
         )
     moved = None if rows is None else (int((rows >= 0).sum()), len(rows))
     report = TransferReport(tuple(mapped), tuple(resized), tuple(added), tuple(dropped), merged, moved)
     return jax.tree.unflatten(jax.tree.structure(target), leaves), report
 
 
-def require_arrays(found: Any, expected: Any, *, where: str, prefix: str = "") -> None:
+def require_arrays(found: Params, expected: Params, *, where: str, prefix: str = "") -> None:
     """Raises `ConfigError` unless two trees have arrays of the same names and shapes.
 
     Args:
-      found: what was read.
-      expected: what the model takes; arrays or their shapes.
-      where: what was read from, for the message.
+      found: arrays that were read.
+      expected: arrays of the model, or their shapes.
+      where: file or directory of `found`, for the message.
       prefix: of the names in the message.
     """
     there = {prefix + name: tuple(leaf.shape) for name, leaf in named_leaves(found)}
     here = {prefix + name: tuple(leaf.shape) for name, leaf in named_leaves(expected)}
     differing = {
         "is missing": sorted(set(here) - set(there)),
-        "has no place in the model": sorted(set(there) - set(here)),
+        "is not an array of the model": sorted(set(there) - set(here)),
         "has another shape": sorted(name for name in set(here) & set(there) if here[name] != there[name]),
     }
     for what, names in differing.items():
@@ -131,11 +134,11 @@ def require_arrays(found: Any, expected: Any, *, where: str, prefix: str = "") -
             raise ConfigError(
                 f"array {names[0]} of the checkpoint {what}{more}",
                 where=where,
-                fix="Use the model that wrote it, adapters included.",
+                fix="Use the model that wrote it, including its adapters.",
             )
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: Params) -> list[tuple[str, Any]]:
     """Returns the arrays of a tree with their paths, `a/b/c`."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
@@ -143,13 +146,14 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _like(given: Any, fresh: Any) -> jax.Array:
+def _like(given: ArrayLike, fresh: jax.Array) -> jax.Array:
+    # Cast before placing: the sharding is that of the target's array.
     value = jnp.asarray(given)
     value = value.astype(fresh.dtype) if value.dtype != fresh.dtype else value
     return jax.device_put(value, fresh.sharding)
 
 
-def _resize(name: str, given: Any, fresh: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
+def _resize(name: str, given: jax.Array, fresh: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
     same_rank = given.ndim == fresh.ndim
     differing = [axis for axis, a, b in zip(dims, given.shape, fresh.shape, strict=False) if a != b]
     if not same_rank or any(axis not in RESIZABLE for axis in differing):
@@ -158,5 +162,6 @@ def _resize(name: str, given: Any, fresh: jax.Array, dims: tuple[str | None, ...
             where="TrainRun.model",
             fix="Use the checkpoint's width, heads and layers; only vocabulary and positions can be resized.",
         )
+    # The leading part of each axis: tokens and positions keep their ids.
     common = tuple(slice(0, min(a, b)) for a, b in zip(given.shape, fresh.shape, strict=True))
     return jax.device_put(fresh.at[common].set(jnp.asarray(given)[common].astype(fresh.dtype)), fresh.sharding)

@@ -1,6 +1,6 @@
-"""Where the log goes: `metrics.jsonl` always, TensorBoard if it is installed, Weights & Biases if a project is named.
+"""Log writers: `metrics.jsonl` always, TensorBoard if it is installed, Weights & Biases if a project is set.
 
-A row is flat except for `timing`: everything outside it is reproduced bit for bit by the same configuration.
+A row is flat except for `timing`. Everything outside `timing` is reproduced bit for bit by the same configuration.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from diffusion_lm.core.files import GrowingFile, as_path, is_bucket, json_text, 
 
 Row = Mapping[str, Any]
 PROJECT = "WANDB_PROJECT"
-"""The variable that names a project of Weights & Biases, and with it turns that writer on."""
+"""The environment variable with the Weights & Biases project; setting it enables that writer."""
 
 
 class Writer(Protocol):
@@ -36,12 +36,12 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """Appends one JSON object per line to a file, whole lines only.
+    """Appends one JSON object per line to a file, complete lines only.
 
     Args:
       path: the file.
-      keep: which rows of an earlier part of the run stay. Rows of steps that the run is about to take again must go;
-        so does a line that a kill left half written.
+      keep: whether a row of an earlier part of the run stays. Rows of steps that will run again must be dropped; an
+        incomplete last line is dropped too.
     """
 
     def __init__(self, path: Path, keep: Callable[[Row], bool]):
@@ -52,7 +52,7 @@ class JsonlWriter:
         self._file.write(_line(row))
 
     def flush(self) -> None:
-        """Makes sure that the rows so far are in the file, also if it is in a bucket."""
+        """Writes the rows so far to the file, also in a bucket."""
         self._file.flush()
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ def _line(row: Row) -> bytes:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the rows of a `metrics.jsonl`; none if there is no file. A half-written last line is left out."""
+    """Returns the rows of a `metrics.jsonl`, or none if there is no file; an incomplete last line is skipped."""
     if not as_path(path).exists():
         return []
     rows = []
@@ -80,11 +80,11 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-    """Writes scalars as TensorBoard event files, with TensorBoard's own protocol buffers and without TensorFlow.
+    """Writes scalars as TensorBoard event files with TensorBoard's protocol buffers, without TensorFlow.
 
     Args:
-      folder: the log folder.
-      first_step: TensorBoard hides older events from this step on; a resumed run takes those steps again.
+      folder: the log directory.
+      first_step: TensorBoard hides older events from this step on, because a resumed run repeats those steps.
     """
 
     def __init__(self, folder: Path, first_step: int = 0):
@@ -103,11 +103,12 @@ class TensorBoardWriter:
         self._record(self._event(wall_time=time.time(), step=row["step"], summary=self._summary(value=values)))
 
     def flush(self) -> None:
-        """Makes sure that the events so far are in the file, also if it is in a bucket."""
+        """Writes the events so far to the file, also in a bucket."""
         self._file.flush()
 
     def _record(self, event: Any) -> None:
         """Frames one record: length, its checksum, data, its checksum."""
+        # The format of TFRecord files.
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         self._file.write(length + struct.pack("<I", self._crc(length)) + data + struct.pack("<I", self._crc(data)))
@@ -118,14 +119,15 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Logs to Weights & Biases. The package's own variables (`WANDB_MODE`, `WANDB_ENTITY`, ...) configure it.
+    """Logs to Weights & Biases, configured by the package's own variables (`WANDB_MODE`, `WANDB_ENTITY`, ...).
 
-    A run folder is one run there, however often it is started: its id is in `wandb.json`. Rows that a resumed run
-    takes again are logged again, with the same values; `step` is the axis of all charts. The files of an offline run
-    (`WANDB_MODE=offline`) are below `wandb/` of the run folder, or in a temporary folder where that is in a bucket.
+    A run directory is one Weights & Biases run, however often it is started; its id is in `wandb.json`. Rows that a
+    resumed run repeats are logged again with the same values, and `step` is the axis of all charts. The files of an
+    offline run (`WANDB_MODE=offline`) are in `wandb/` of the run directory, or in a temporary directory if that is in a
+    bucket.
 
     Args:
-      workdir: the run folder.
+      workdir: the run directory.
       identity: the run's configuration as plain data.
 
     Raises:
@@ -137,14 +139,15 @@ class WandbWriter:
             wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise ConfigError(
-                "a project of Weights & Biases is named and the package wandb is not installed",
+                "a Weights & Biases project is set, and the package wandb is not installed",
                 where=PROJECT,
                 fix="Install it: pip install 'diffusion-lm[tracking]'; or unset the variable.",
             ) from error
         place = workdir / "wandb.json"
+        # Stored, so that a resumed run continues the same Weights & Biases run.
         if not place.exists():
             write_json(place, {"id": secrets.token_hex(4)})
-        # A stage of a comparison is one run of a group. Arguments would win over the package's variables.
+        # The stages of a comparison form a group. Arguments would override the package's variables.
         comparison = workdir.parent.parent.name if workdir.parent.name == "stages" else None
         try:
             self._run = wandb.init(
@@ -155,9 +158,9 @@ class WandbWriter:
                 group=None if "WANDB_RUN_GROUP" in os.environ else comparison,
                 dir=tempfile.mkdtemp(prefix="wandb-") if is_bucket(workdir) else str(workdir),
                 config=dict(identity or {}),
-                settings=wandb.Settings(console="off"),  # stdout and stderr stay ours
+                settings=wandb.Settings(console="off"),  # the package must not capture stdout and stderr
             )
-        except Exception as error:  # its errors have no common class
+        except Exception as error:  # the package's errors have no common class
             raise ConfigError(
                 f"Weights & Biases cannot start a run: {str(error).strip().splitlines()[0]}",
                 where=PROJECT,
@@ -168,11 +171,11 @@ class WandbWriter:
 
     def write(self, row: Row) -> None:
         """Logs every number of the row, those of training under `train/`."""
-        # As a value and not by `log(step=...)`, which drops rows of steps that were logged before a restart.
+        # As a value and not as `log(step=...)`, which drops rows of steps that were logged before a restart.
         self._run.log({"step": row["step"], **_numbers(row)})
 
     def flush(self) -> None:
-        """Does nothing: rows are written by a process of the package."""
+        """Does nothing: a process of the package writes the rows."""
 
     def close(self) -> None:
         """Waits until all rows are written or sent."""
@@ -180,7 +183,7 @@ class WandbWriter:
 
 
 def _numbers(row: Row) -> dict[str, float]:
-    """Returns the numbers of a row by their names in charts, without the step."""
+    """Returns the numbers of a row by chart name, without the step."""
     prefix = "train/" if row["kind"] == "train" else ""
     numbers = {**row, **{f"timing/{name}": value for name, value in row["timing"].items()}}
     return {
@@ -191,18 +194,18 @@ def _numbers(row: Row) -> dict[str, float]:
 def open_writers(
     workdir: Path, keep: Callable[[Row], bool], step: int, identity: Mapping[str, Any] | None = None
 ) -> list[Writer]:
-    """Returns the writers of a run folder.
+    """Returns the writers of a run directory.
 
     Args:
-      workdir: the run folder.
+      workdir: the run directory.
       keep: as for `JsonlWriter`.
-      step: updates that the run has made.
+      step: number of updates so far.
       identity: the run's configuration as plain data.
     """
     writers: list[Writer] = [JsonlWriter(workdir / "metrics.jsonl", keep)]
     if importlib.util.find_spec("tensorboard") is not None:
         writers.append(TensorBoardWriter(workdir / "tensorboard", step + 1))
-    # Never by being installed: it would send the log of every run elsewhere.
+    # Not enabled by installation alone, which would send the log of every run to a third party.
     if os.environ.get(PROJECT):
         writers.append(WandbWriter(workdir, identity))
     return writers

@@ -51,7 +51,7 @@ def test_a_run_in_a_bucket_goes_on_from_it(bucket):
 
 def test_another_configuration_is_refused(bucket):
     train(small_run(steps=2), "gs://bucket/run")
-    with pytest.raises(ConfigError, match="run folder of another configuration"):
+    with pytest.raises(ConfigError, match="run directory of another configuration"):
         train(small_run(steps=2, seed=5), "gs://bucket/run")
 
 

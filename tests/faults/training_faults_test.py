@@ -115,7 +115,7 @@ def test_a_run_folder_of_another_configuration_is_refused(undisturbed):
     before = (undisturbed / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"another configuration: TrainRun.batch_size is 4 there and 8 here"):
         train(dataclasses.replace(run(), batch_size=8), undisturbed)
-    with pytest.raises(ConfigError, match=r"TrainRun.seed is 0 there and 1 here.*Choose another --workdir"):
+    with pytest.raises(ConfigError, match=r"TrainRun.seed is 0 there and 1 here.*Use another --workdir"):
         train(dataclasses.replace(run(), seed=1), undisturbed)
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
@@ -123,7 +123,7 @@ def test_a_run_folder_of_another_configuration_is_refused(undisturbed):
 def test_a_checkpoint_that_is_not_there_is_named(undisturbed, tmp_path):
     with pytest.raises(ConfigError, match=f"no checkpoint in {tmp_path}"):
         restore_params(tmp_path)
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 3 in .*Choose one of 10, 12"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 3 in .*Use one of 10, 12"):
         restore_params(undisturbed, step=3)
 
 

@@ -149,9 +149,9 @@ def test_a_run_may_continue_on_another_mesh(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_by_the_mesh_is_one_sentence(tmp_path):
-    with pytest.raises(ConfigError, match="a batch of 4 rows does not divide by the 8 devices that share the batch"):
+    with pytest.raises(ConfigError, match="a batch of 4 rows cannot be split over 8 devices"):
         train(small_run(mesh=MESHES["8x1"]), tmp_path)
-    with pytest.raises(ConfigError, match="a microbatch of 4 rows does not divide by the 8 devices"):
+    with pytest.raises(ConfigError, match="a microbatch of 4 rows cannot be split over 8 devices"):
         train(small_run(mesh=MESHES["8x1"], batch_size=16, microbatches=4), tmp_path)
     with pytest.raises(ConfigError, match="does not fit 8 devices"):
         train(small_run(mesh=MeshSpec(data=3, fsdp=1)), tmp_path)
@@ -162,4 +162,4 @@ def test_a_plan_refuses_it_before_compiling(compiled):
     run = dataclasses.replace(small_run(), mesh=MESHES["8x1"])
     found = compiled(run, jax.devices())
     assert found.executable is None
-    assert "a batch of 4 rows does not divide by the 8 devices" in found.refusal
+    assert "a batch of 4 rows cannot be split over 8 devices" in found.refusal

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.architectures.exponents import WithTokenSchedules, token_exponents
-from diffusion_lm.architectures.extended import layer_with
+from diffusion_lm.architectures.extended import layer_of
 from diffusion_lm.architectures.length_head import length_logits
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.noise.corruption import AbsorbingCorruption
@@ -50,7 +50,7 @@ def test_exponents_are_found_under_a_length_head_and_nowhere_else():
     assert token_exponents(MODEL).min() < 0.6
     assert token_exponents(MODEL).max() > 1.8
     assert token_exponents(PLAIN) is None
-    assert layer_with(stubs.with_length_head(PLAIN).architecture, "exponents") is None
+    assert layer_of(stubs.with_length_head(PLAIN).architecture, WithTokenSchedules) is None
 
 
 def test_exponents_around_a_length_head_leave_it_in_reach():

@@ -124,7 +124,7 @@ def test_impossible_settings_are_errors():
         WithLengthHead(MODEL.architecture, 1)
     with pytest.raises(ConfigError, match="has no length head"):
         length_logits(stubs.nano(**stubs.QUICK), BATCH, "full")
-    with pytest.raises(ConfigError, match="no part is trained"):
+    with pytest.raises(ConfigError, match="at least one part must be trained"):
         PartialAdamW()
     with pytest.raises(ConfigError, match="the network has no part head"):
         PartialAdamW(trained=("head",)).transformation(MODEL.architecture.logical_axes())

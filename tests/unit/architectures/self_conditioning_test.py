@@ -84,7 +84,7 @@ def test_biases_do_not_turn_zeros_into_a_signal():
 
 
 def test_a_network_without_the_layer_refuses_a_prediction():
-    with pytest.raises(ConfigError, match="no layer that reads one"):
+    with pytest.raises(ConfigError, match="no layer that reads a previous prediction"):
         hidden(stubs.nano(**stubs.QUICK), BATCH, self_condition=SIGNAL)
 
 

@@ -80,5 +80,5 @@ def test_what_does_not_fit_is_said():
     given, rows = jnp.ones((3, 2)), np.array([0, 2])
     with pytest.raises(ConfigError, match=r"\[3, 2\] in the checkpoint and \[4, 5\]"):
         move_rows(given, jnp.ones((4, 5)), ("vocab", "embed"), rows)
-    with pytest.raises(ConfigError, match="the checkpoint has 3 rows"):
+    with pytest.raises(ConfigError, match="has row 3, and the checkpoint has 3 rows"):
         move_rows(given, jnp.ones((4, 2)), ("vocab", "embed"), np.array([0, 3]))

@@ -76,5 +76,5 @@ def test_an_encoder_decoder_reads_it_in_its_decoder():
 
 
 def test_a_network_without_the_layer_refuses_a_time():
-    with pytest.raises(ConfigError, match="told a time"):
+    with pytest.raises(ConfigError, match="no layer that reads a time"):
         hidden(stubs.nano(**stubs.QUICK), BATCH, time=TIME)

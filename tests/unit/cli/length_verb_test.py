@@ -154,4 +154,4 @@ def test_an_oracle_is_named_in_every_result(folder, capsys):
 def test_packed_rows_are_an_error(capsys):
     flags = ["train", "--gin_file", "head.gin", "--workdir", "packed", "--gin.train/DataPipeline.pack=True"]
     assert main(flags) == 2
-    assert "needs rows of one example and the data is packed" in capsys.readouterr().err
+    assert "needs one example per row" in capsys.readouterr().err

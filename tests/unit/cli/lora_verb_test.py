@@ -93,7 +93,7 @@ def test_the_folder_evaluates_as_it_was_trained_and_decodes(folder, capsys):
 @pytest.mark.parametrize(
     ("model", "run", "complaint"),
     [
-        ("base.gin", "adapted", "array lora/.* has no place in the model"),
+        ("base.gin", "adapted", "array lora/.* is not an array of the model"),
         ("adapted.gin", "base", "array lora/.* is missing"),
         ("included.gin", "adapted", "array lora/.* has another shape"),
     ],

@@ -135,4 +135,4 @@ def test_data_with_another_vocabulary_than_the_network_are_an_error(capsys):
     assert main([*flags, "--gin.VOCAB_SIZE=7"]) == 2
     assert "the data use 8 tokens of 12 (specials included), not 7" in capsys.readouterr().err
     assert main([*flags, "--gin.UsedTokens.size=None", "--gin.VOCAB_SIZE=10"]) == 2
-    assert "a vocabulary of 10 tokens and the data one of 8" in capsys.readouterr().err
+    assert "vocab_size=10: the vocabulary of the data has 8 tokens" in capsys.readouterr().err

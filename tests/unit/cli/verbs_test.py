@@ -337,7 +337,7 @@ def test_verbs_use_the_best_checkpoint(folder, capsys):
     assert main(["decode", "--workdir", "best", "--limit", "1"]) == 0
     assert "step 2 of best" in capsys.readouterr().err
     message = fails(capsys, "explain", "--gin_file", "best.gin", "--gin.BestCheckpoint.metric='decode/toy/em'")
-    assert "measures 'decode/toy/em'" in message
+    assert "metric='decode/toy/em': no evaluation of the run measures it" in message
 
 
 @pytest.mark.parametrize("verb", [["evaluate"], ["decode", "--limit", "1"]])
@@ -359,14 +359,14 @@ def test_missing_checkpoint(folder, capsys):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--gin.TransformerSpec.vocab_size=100"], "the model has a vocabulary of 100 tokens and the data one of 64"),
+        (["--gin.TransformerSpec.vocab_size=100"], "vocab_size=100: the vocabulary of the data has 64 tokens"),
         (
             ["--gin.TrainRun.microbatches=3"],
-            "does not divide into 3 microbatches (TrainRun.microbatches, set at --gin.",
+            "microbatches=3: must divide batch_size=4 (TrainRun.microbatches, set at --gin.",
         ),
         (
             ["--gin.TransformerSpec.position='learned'", "--gin.TransformerSpec.max_positions=8"],
-            "longer than the 8 positions",
+            "max_positions=8: the rows of the data have",
         ),
         (["--gin.TrainRun.step=3"], "TrainRun has no parameter 'step'; did you mean steps"),
         (["--gin.STEPPS=3"], "no binding uses the macro STEPPS; did you mean STEPS?"),

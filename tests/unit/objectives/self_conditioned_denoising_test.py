@@ -99,7 +99,7 @@ def test_needs_say_what_it_costs_and_which_network():
 
 def test_a_network_without_the_layer_is_refused():
     objective = Sundae(Uniform(), unrolls=0, self_conditioning=0.5)
-    with pytest.raises(ConfigError, match="no layer that reads one"):
+    with pytest.raises(ConfigError, match="no layer that reads a previous prediction"):
         objective.loss(stubs.nano(**stubs.QUICK), BATCH, KEYS)
 
 

@@ -68,7 +68,11 @@ def test_process_0_is_missing():
 
 @pytest.mark.parametrize(
     ("numbers", "counts", "says"),
-    [([0, 1, 1], [3, 3, 3], "number 1"), ([0, 1], [2, 3], "expects 3 processes"), ([0, 5], [3, 3], "process 5 of 3")],
+    [
+        ([0, 1, 1], [3, 3, 3], "number 1"),
+        ([0, 1], [2, 3], "expects 3 processes"),
+        ([0, 5], [3, 3], "has process number 5"),
+    ],
 )
 def test_disagreements_are_errors_of_the_input(monkeypatch, numbers, counts, says):
     monkeypatch.setattr("os.getpid", threading.get_native_id)

@@ -43,8 +43,8 @@ def test_dimension_that_does_not_divide_keeps_what_divides_and_is_reported():
     spec, fallbacks = resolve(("batch", "heads"), RULES, (6, 3), MESH)
     assert spec == P("data")
     assert [str(f) for f in fallbacks] == [
-        "batch (6) not split over fsdp: 6 does not divide by 8",
-        "heads (3) not split over tensor: 3 does not divide by 2",
+        "batch (6) not split over fsdp: 6 is not divisible by 8",
+        "heads (3) not split over tensor: 3 is not divisible by 2",
     ]
 
 
@@ -77,7 +77,7 @@ def test_tree_and_table_agree_with_the_leaves():
     assert rows["embed/tokens"].spec == "tensor, fsdp"
     assert rows["embed/tokens"].bytes_per_device == 128 * 64 * 4 // 8
     assert rows["blocks/0"].bytes_per_device == 2 * 64 * 255 * 2 // 4
-    assert rows["blocks/0"].fallbacks == ("mlp (255) not split over tensor: 255 does not divide by 2",)
+    assert rows["blocks/0"].fallbacks == ("mlp (255) not split over tensor: 255 is not divisible by 2",)
     assert rows["step"].spec == "whole"
 
 

@@ -33,7 +33,7 @@ def test_a_numbered_folder_that_no_save_wrote_is_refused_and_not_removed(tmp_pat
     folder.mkdir(parents=True)
     for item in content:
         (folder / item).write_text("the only copy")
-    with pytest.raises(ConfigError, match=rf"{FOLDER}/{name} is not a checkpoint.*Move it"):
+    with pytest.raises(ConfigError, match=rf"{FOLDER}/{name} has the name of a checkpoint.*Move it"):
         opened(tmp_path)
     assert sorted(entry.name for entry in folder.iterdir()) == sorted(content)
 

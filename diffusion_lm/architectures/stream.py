@@ -1,4 +1,4 @@
-"""What single-stream networks and encoder-decoders have in common: embedding, one stream through a stack, head."""
+"""One stream through embedding, blocks and head: what single-stream networks and encoder-decoders share."""
 
 from typing import Any
 
@@ -28,12 +28,12 @@ _EMBEDDING_SITE, _OUTPUT_SITE, _ENCODER_SITE = 1 << 20, (1 << 20) + 1, (1 << 20)
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-    """Returns the initialisation key of a part, so that parts shared by two architectures start out equal."""
+    """Returns the initialisation key of a named part, so that parts shared by two architectures start out equal."""
     return jax.random.fold_in(key, stream_number(name))
 
 
-def init_stream(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: bool = False) -> Params:
-    """Returns the parameters of one stream without token embeddings: blocks, final norm, positions."""
+def init_stream(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: bool = False) -> dict[str, Any]:
+    """Returns the parameters of one stream without token embedding: blocks, norms, positions."""
     dtype = jnp.dtype(spec.param_dtype)
     params: dict[str, Any] = {
         "blocks": stack.init_stack(spec, named_key(key, "blocks"), layers, has_cross),
@@ -49,7 +49,7 @@ def init_stream(spec: TransformerSpec, key: jax.Array, layers: int, has_cross: b
     return params
 
 
-def stream_axes(spec: TransformerSpec, has_cross: bool = False) -> Any:
+def stream_axes(spec: TransformerSpec, has_cross: bool = False) -> dict[str, Any]:
     """Returns the logical axes of `init_stream`'s tree."""
     axes: dict[str, Any] = {"blocks": stack.stack_axes(spec, has_cross)} | {
         name: stack.norm_axes(spec) for name in _norms(spec)
@@ -66,13 +66,13 @@ def _has_stack_bias(spec: TransformerSpec) -> bool:
 
 
 def _norms(spec: TransformerSpec) -> tuple[str, ...]:
-    """Returns the names of the norms of a stream outside of its blocks."""
+    """Returns the names of a stream's norms outside its blocks."""
     present = {"embedding_norm": spec.embedding_norm, "final_norm": spec.has_final_norm}
     return tuple(name for name, is_there in present.items() if is_there)
 
 
 def init_head(spec: TransformerSpec, key: jax.Array) -> dict[str, Any]:
-    """Returns the parameters of the output projection under their name; none where it is the embedding alone."""
+    """Returns the parameters of the output projection under their name; empty if it is only the embedding."""
     head: dict[str, Any] = {}
     if not spec.tied_embeddings:
         head["tokens"] = init_tokens(spec, key, "head", spec.model_dim**-0.5)
@@ -83,7 +83,7 @@ def init_head(spec: TransformerSpec, key: jax.Array) -> dict[str, Any]:
     return {"head": head} if head else {}
 
 
-def head_axes(spec: TransformerSpec) -> Any:
+def head_axes(spec: TransformerSpec) -> dict[str, Any]:
     """Returns the logical axes of `init_head`'s tree."""
     head: dict[str, Any] = {} if spec.tied_embeddings else {"tokens": ("vocab", "embed")}
     if spec.head_bias:
@@ -93,8 +93,8 @@ def head_axes(spec: TransformerSpec) -> Any:
     return {"head": head} if head else {}
 
 
-def init_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:
-    """Returns the parameters of the layers that read a previous prediction and the time, under their names."""
+def init_conditioning(spec: TransformerSpec, key: jax.Array) -> dict[str, Any]:
+    """Returns the parameters of self-conditioning and time conditioning under their names."""
     params: dict[str, Any] = {}
     if spec.self_conditioning:
         params["self_conditioning"] = stack.init_self_conditioning(spec, named_key(key, "self_conditioning"))
@@ -103,7 +103,7 @@ def init_conditioning(spec: TransformerSpec, key: jax.Array) -> Params:
     return params
 
 
-def conditioning_axes(spec: TransformerSpec) -> Any:
+def conditioning_axes(spec: TransformerSpec) -> dict[str, Any]:
     """Returns the logical axes of `init_conditioning`'s tree."""
     axes: dict[str, Any] = {}
     if spec.self_conditioning:
@@ -114,13 +114,13 @@ def conditioning_axes(spec: TransformerSpec) -> Any:
 
 
 def init_tokens(spec: TransformerSpec, key: jax.Array, name: str, std: float) -> jax.Array:
-    """Returns a [padded V,D] matrix for the embedding or the head."""
+    """Returns a random [padded V,D] matrix for the embedding or the head."""
     shape = (spec.padded_vocab_size, spec.model_dim)
     return std * jax.random.normal(named_key(key, name), shape, jnp.dtype(spec.param_dtype))
 
 
 def head_of(spec: TransformerSpec, params: Params) -> Head:
-    """Returns the output projection: the embedding where tied."""
+    """Returns the output projection, which is the embedding if tied."""
     head = params.get("head", {})
     return Head(
         weight_VD=params["embed"]["tokens"] if spec.tied_embeddings else head["tokens"],
@@ -154,9 +154,9 @@ def run_stream(
     length, copies = inputs.segment_ids.shape[1], inputs.visibility.copies
     require(
         spec.max_positions is None or length // copies <= spec.max_positions,
-        f"A stream of {length // copies} tokens is longer than max_positions = {spec.max_positions}",
+        f"max_positions={spec.max_positions}: the stream has {length // copies} tokens",
         where="TransformerSpec.max_positions",
-        fix="Shorten the rows or raise max_positions.",
+        fix="Shorten the rows, or increase max_positions.",
     )
     dropout_keys = inputs.dropout_keys if spec.has_dropout else None
     x = _embed(spec, embedding_VD, params, inputs)
@@ -206,23 +206,23 @@ def _embed(spec: TransformerSpec, embedding_VD: jax.Array, params: Params, input
     """Returns [B,Q,D]: embedded tokens, what the conditioning layers add to them, and learned positions."""
     x = jnp.take(embedding_VD, inputs.tokens, axis=0, mode="clip").astype(spec.compute_dtype)
     if spec.scaled_embeddings:
-        # Rounded to the dtype of the computation, as the released models were trained.
+        # The factor is rounded to the compute dtype, as in the training of the released models.
         x = x * jnp.asarray(spec.model_dim**0.5, x.dtype)
     if inputs.self_condition is not None:
         require(
             spec.self_conditioning,
-            "The network was given a previous prediction and has no layer that reads one",
+            "self_conditioning=False: the network has no layer that reads a previous prediction",
             where="TransformerSpec.self_conditioning",
-            fix="Bind it to True, or turn self-conditioning off in the objective or the sampler.",
+            fix="Set it to True, or disable self-conditioning in the objective or the sampler.",
         )
         signal, layer = inputs.self_condition, params["self_conditioning"]
         x = x + stack.run_self_conditioning(spec, layer, signal, inputs.constrain)
     if inputs.time is not None:
         require(
             spec.time_conditioning,
-            "The network was told a time and has no layer that reads one",
+            "time_conditioning=False: the network has no layer that reads a time",
             where="TransformerSpec.time_conditioning",
-            fix="Bind it to True.",
+            fix="Set it to True.",
         )
         x = x + run_time_conditioning(spec, params["time_conditioning"], inputs.time)
     if spec.position == "learned":
@@ -232,7 +232,7 @@ def _embed(spec: TransformerSpec, embedding_VD: jax.Array, params: Params, input
 
 
 def encoder_dropout_keys(keys: jax.Array | None) -> jax.Array | None:
-    """Returns the row keys of the encoder, apart from the decoder's."""
+    """Returns the dropout keys of the encoder, which differ from the decoder's."""
     return None if keys is None else fold_in_each(keys, jnp.full(keys.shape, _ENCODER_SITE))
 
 
@@ -244,7 +244,8 @@ def empty_cache(spec: TransformerSpec, batch: int, length: int) -> KVCache:
 def block_flops(spec: TransformerSpec, context_length: float, memory_length: float | None = None) -> float:
     """Returns forward matmul FLOPs of one block per token that attends to `context_length` tokens.
 
-    With `memory_length` the block has cross-attention; projecting the memory is counted per memory token elsewhere.
+    With `memory_length` the block has cross-attention. The projections of the memory are counted by the caller, because
+    they are per memory token.
     """
     D, HE, KE = spec.model_dim, spec.num_heads * spec.head_dim, spec.kv_heads * spec.head_dim
     attention = 2 * D * (2 * HE + 2 * KE) + 4 * HE * context_length
@@ -253,19 +254,19 @@ def block_flops(spec: TransformerSpec, context_length: float, memory_length: flo
 
 
 def conditioning_flops(spec: TransformerSpec) -> float:
-    """Returns forward matmul FLOPs per token of the layers that read a previous prediction and the time."""
+    """Returns forward matmul FLOPs per token of self-conditioning and time conditioning."""
     prediction = _mlp_flops(spec) if spec.self_conditioning else 0.0
     return prediction + (time_conditioning_flops(spec) if spec.time_conditioning else 0.0)
 
 
 def logit_flops(spec: TransformerSpec) -> float:
-    """Returns forward FLOPs of one token's logits."""
+    """Returns forward FLOPs of the logits of one token."""
     transform = 2.0 * spec.model_dim**2 if spec.head_transform else 0.0
     return transform + 2.0 * spec.model_dim * spec.padded_vocab_size
 
 
 def count(params: Params) -> dict[str, int]:
-    """Returns the number of parameters by top-level part, embeddings with their vocabulary padding, and "total"."""
+    """Returns the number of parameters per top-level part and their "total"; padding rows are included."""
     names = {"embed": "embedding"}
     counts = {names.get(part, part): sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in params.items()}
     return counts | {"total": sum(counts.values())}
@@ -276,5 +277,5 @@ def _mlp_flops(spec: TransformerSpec) -> float:
 
 
 def abstract_key() -> jax.Array:
-    """Returns the shape of a PRNG key, made without touching a device."""
+    """Returns an abstract PRNG key, without using a device."""
     return jax.eval_shape(lambda: jax.random.key(0))
