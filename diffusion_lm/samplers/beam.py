@@ -1,35 +1,39 @@
-"""Beam search over a key/value cache."""
+"""Beam search over a KV cache."""
 
 import dataclasses
-from typing import Any
+from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.architectures.base import BoundModel, Hidden
 from diffusion_lm.core.alignment import Shifted
-from diffusion_lm.core.errors import require
+from diffusion_lm.core.checks import check_choice, check_count, check_non_negative
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch, Decoded
+from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.samplers.autoregressive import AUTOREGRESSIVE_VISIBILITIES, left_to_right_trace
-from diffusion_lm.samplers.base import Model, Window, check_choice, cut_at_end, emptied, target_lengths
 from diffusion_lm.samplers.candidates import repeat_rows, row_indices
+from diffusion_lm.samplers.decoding import Decoding
 from diffusion_lm.samplers.incremental import LeftToRight
+from diffusion_lm.samplers.window import Window, cut_at_end, target_lengths, without_target
 
 NEVER = -1e9
 """Log-probability of a hypothesis that does not exist; finite, so that penalties and comparisons stay numbers."""
 
 
 class _State(flax.struct.PyTreeNode):
-    count: jax.Array  # i32[], target tokens written so far
-    live: jax.Array  # i32[B,K,T], hypotheses that go on
+    count: jax.Array  # i32[], number of target tokens generated so far
+    live: jax.Array  # i32[B,K,T], unfinished hypotheses
     live_log_prob: jax.Array  # f32[B,K]
-    finished: jax.Array  # i32[B,K,T], hypotheses that ended
+    finished: jax.Array  # i32[B,K,T]
     finished_score: jax.Array  # f32[B,K], with length penalty
     done: jax.Array  # bool[B]
     calls: jax.Array  # i32[]
-    cache: Any
+    cache: KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,63 +44,55 @@ class BeamSearch:
     prompt is done when `beams` hypotheses have finished or no live one can still win. Finished ones are ranked by
     log P / ((5 + length) / 6)^alpha (GNMT, arXiv 1609.08144, section 7), the length counting EOS.
 
-    `Decoded.scores` is the winner's score, `Decoded.forward_passes` the prefill (one row a prompt) plus `beams` for
+    `Decoded.scores` is the winner's score, `Decoded.forward_passes` the prefill (one row per prompt) plus `beams` for
     every further call.
 
     Attributes:
-      visibility: "causal" or "prefix"; the one that the model was trained under.
+      visibility: "causal" or "prefix", that of the training.
       beams: hypotheses per prompt; 1 is greedy decoding.
       length_penalty: alpha; 0 ranks by log P, 0.6 is GNMT's choice.
-      eos_id: ends a target.
-      pad_id: ends a target too.
-      forbidden: ids that are never emitted.
+      forbidden: tokens that are never generated in addition to MASK, as in `decoding.Decoding`.
       keep_trace: return the winner token by token.
     """
 
-    visibility: str = "causal"
+    visibility: Literal["causal", "prefix"] = "causal"
     beams: int = 4
     length_penalty: float = 0.6
-    eos_id: int = 1
-    pad_id: int = 0
-    forbidden: tuple[int, ...] = ()
+    forbidden: tuple[Literal["eos", "pad"] | int, ...] = ()
     keep_trace: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "forbidden", tuple(self.forbidden))
+        object.__setattr__(self, "forbidden", Decoding(forbidden=self.forbidden).forbidden)
         check_choice(self.visibility, AUTOREGRESSIVE_VISIBILITIES, "BeamSearch.visibility")
-        require(
-            isinstance(self.beams, int) and self.beams >= 1,
-            f"beams = {self.beams} must be a whole number of at least 1",
-            where="BeamSearch.beams",
-            fix="4 is usual in translation.",
-        )
-        require(
-            self.length_penalty >= 0,
-            f"length_penalty = {self.length_penalty} is negative",
-            where="BeamSearch.length_penalty",
-            fix="0.0 turns it off, 0.6 is GNMT's choice.",
-        )
+        check_count(self.beams, "BeamSearch.beams", "4 is usual in translation.")
+        check_non_negative(self.length_penalty, "BeamSearch.length_penalty", "0.0 turns it off, 0.6 is GNMT's choice.")
 
     @property
     def contract(self) -> Contract:
         """Next tokens."""
         return Contract(NO_NOISE, self.visibility, Shifted())
 
-    def generate(self, model: Model, prompt: Batch, keys: StreamKeys) -> Decoded:
-        """Fills the target windows; see `samplers.base.Sampler`. Beam search draws nothing: `keys` are unused."""
+    def without_early_end(self) -> "BeamSearch":
+        """Returns the sampler that never ends a hypothesis before the window is full."""
+        return dataclasses.replace(self, forbidden=Decoding(forbidden=self.forbidden).without_ends().forbidden)
+
+    def generate(self, model: BoundModel, prompt: Batch, keys: StreamKeys) -> Decoded:
+        """Fills the target windows; see `samplers.sampler.Sampler`. Beam search draws nothing: `keys` are unused."""
         del keys
         B, K = prompt.tokens.shape[0], self.beams
         window = Window.of(prompt)
-        canvas = emptied(prompt, self.pad_id)
+        canvas = without_target(prompt)
         once = LeftToRight(model, prompt, window, self.visibility)
         encoder = once.encode()
         hidden, cache = once.prefill(canvas, encoder)
+        assert cache is not None
 
         to_beams = row_indices(B, K)
         network = LeftToRight(
             model, repeat_rows(prompt.replace(encoder=None), K), repeat_rows(window, K), self.visibility
         )
         encoder = None if encoder is None else encoder.take_rows(to_beams)
+        # All beams start from the same prompt, so only the first one counts at the beginning.
         beams = jnp.repeat(canvas[:, None], K, axis=1)
         state = _State(
             count=jnp.zeros((), jnp.int32),
@@ -108,7 +104,7 @@ class BeamSearch:
             calls=jnp.ones((), jnp.int32),
             cache=cache.take_rows(to_beams),
         )
-        state = self._extend(state, self._log_probs(model, repeat_rows(hidden, K), B), window)
+        state = self._extend(state, self._log_probs(model, repeat_rows(hidden, K), prompt), window, prompt.special)
 
         def step(state: _State) -> _State:
             newest = repeat_rows(window.starts + state.count - 1, K)
@@ -116,39 +112,39 @@ class BeamSearch:
                 state.live.reshape(B * K, -1), newest, ~repeat_rows(state.done, K), encoder, state.cache
             )
             state = state.replace(cache=cache, calls=state.calls + K)
-            return self._extend(state, self._log_probs(model, hidden, B), window)
+            return self._extend(state, self._log_probs(model, hidden, prompt), window, prompt.special)
 
         state = jax.lax.while_loop(lambda state: ~jnp.all(state.done), step, state)
         best = jnp.argmax(state.finished_score, axis=1)
         winner = jnp.take_along_axis(state.finished, best[:, None, None], axis=1)[:, 0]
         score = jnp.take_along_axis(state.finished_score, best[:, None], axis=1)[:, 0]
-        tokens = cut_at_end(winner, prompt.target_mask, self.eos_id, self.pad_id)
+        tokens = cut_at_end(winner, prompt.target_mask, prompt.special)
         return Decoded(
             tokens=tokens,
-            lengths=target_lengths(tokens, prompt.target_mask, self.eos_id, self.pad_id),
+            lengths=target_lengths(tokens, prompt.target_mask, prompt.special),
             scores=jnp.where(window.sizes > 0, score, 0.0),
             forward_passes=jnp.broadcast_to(state.calls, (B,)),
-            trace=left_to_right_trace(tokens, window, self.pad_id) if self.keep_trace else None,
+            trace=left_to_right_trace(tokens, window, prompt.special.pad_id) if self.keep_trace else None,
         )
 
     def _penalty(self, length: jax.Array) -> jax.Array:
         return ((5.0 + length) / 6.0) ** self.length_penalty
 
-    def _log_probs(self, model: Model, hidden: Any, rows: int) -> jax.Array:
+    def _log_probs(self, model: BoundModel, hidden: Hidden, prompt: Batch) -> jax.Array:
         """Returns f32[B,K,V] from [B*K,1,D] states, without the forbidden ids."""
         logits = model.logits(hidden)[:, 0]
-        if self.forbidden:
-            logits = logits.at[:, jnp.asarray(self.forbidden)].set(NEVER)
-        return jax.nn.log_softmax(logits, axis=-1).reshape(rows, self.beams, -1)
+        forbidden = Decoding(forbidden=self.forbidden).never_drawn(prompt.special)
+        if forbidden:
+            logits = logits.at[:, jnp.asarray(forbidden)].set(NEVER)
+        return jax.nn.log_softmax(logits, axis=-1).reshape(prompt.tokens.shape[0], self.beams, -1)
 
-    def _extend(self, state: _State, log_probs_BKV: jax.Array, window: Window) -> _State:
-        """Appends one token to every live hypothesis and splits the outcome into live and finished ones.
-
-        Each live hypothesis has two ends, EOS and PAD, so of the 3K best continuations at least K go on.
-        """
+    def _extend(self, state: _State, log_probs_BKV: jax.Array, window: Window, special: SpecialTokens) -> _State:
+        """Appends one token to every live hypothesis and splits the results into live and finished ones."""
         B, K, V = log_probs_BKV.shape
+        # Each live hypothesis has E ends (every EOS, and PAD), so at least K of the (1 + E) K best do not end.
+        most = (1 + len(special.end_ids)) * K
         totals = (state.live_log_prob[:, :, None] + log_probs_BKV).reshape(B, K * V)
-        log_prob, index = jax.lax.top_k(totals, min(3 * K, K * V))
+        log_prob, index = jax.lax.top_k(totals, min(most, K * V))
         parent, token = index // V, index % V
         slots = jnp.where(state.done, state.live.shape[2], window.starts + state.count)
         grown = jnp.take_along_axis(state.live, parent[:, :, None], axis=1)
@@ -156,7 +152,7 @@ class BeamSearch:
 
         count = state.count + 1
         full = (count >= window.sizes)[:, None]
-        ended = (token == self.eos_id) | (token == self.pad_id) | full
+        ended = special.is_end(token) | full
         counts = ended & (log_prob > NEVER / 2) & (jnp.arange(ended.shape[1]) < K)
 
         scores = jnp.where(counts, log_prob / self._penalty(count), NEVER)
@@ -169,7 +165,7 @@ class BeamSearch:
         live = jnp.take_along_axis(grown, alive[:, :, None], axis=1)
         parent = jnp.take_along_axis(parent, alive, axis=1)
 
-        # The best that a live hypothesis can still reach: no further loss of probability, the largest penalty.
+        # The best score that a live hypothesis can still reach: no further loss of probability, the largest penalty.
         reachable = live_log_prob[:, 0] / self._penalty(window.sizes)
         decided = (reachable <= finished_score[:, 0]) | (finished_score[:, -1] > NEVER / 2)
         row = state.done[:, None]

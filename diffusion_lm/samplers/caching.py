@@ -1,28 +1,32 @@
-"""Keys and values kept from step to step of a block: the prefix cache and the dual cache of Fast-dLLM (2505.22618).
+"""KV caches within a block: the prefix cache and the dual cache of Fast-dLLM (arXiv 2505.22618).
 
-In the first step of a block the network reads the whole row and the keys and values of all slots are stored. In the
-steps that follow it reads some slots only, which attend to what is stored of the others. Under bidirectional visibility
-this approximates: what is stored was computed before the block's tokens were written.
+In the first step of a block the network runs on the whole row, and the keys and values of all slots are stored. In the
+following steps it runs on some slots only, which attend to the stored keys and values of the others. With bidirectional
+attention this is an approximation: what is stored was computed before the block's tokens were sampled.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_lm.core.errors import require
+from diffusion_lm.architectures.base import BoundModel, EncoderState, Hidden
+from diffusion_lm.core.alignment import Alignment
+from diffusion_lm.core.checks import check_count
 from diffusion_lm.nn.cache import KVCache
-from diffusion_lm.samplers.base import Model
+from diffusion_lm.nn.masks import Visibility
 
 
 class BlockCache(Protocol):
-    """What is read again in the steps after a block's first."""
+    """Which slots the network runs on in the steps after a block's first. Implementations are frozen dataclasses."""
 
-    def fed(self, needed: jax.Array) -> jax.Array:
-        """Returns bool[R,T], the slots that a step feeds to the network.
+    def __hash__(self) -> int: ...
+
+    def slots(self, needed: jax.Array) -> jax.Array:
+        """Returns bool[R,T], the slots of the next forward pass.
 
         Args:
           needed: bool[R,T], the slots of the block and those whose states predict its tokens.
@@ -30,88 +34,83 @@ class BlockCache(Protocol):
         ...
 
     def widths(self, length: int, block: int) -> tuple[int, ...]:
-        """Returns for how many slots a row the network is compiled, in rising order; `length` is the last one.
+        """Returns the numbers of slots per row for which the network is compiled, in rising order, up to `length`.
 
         Args:
           length: T.
-          block: most slots that a block without holes needs.
+          block: the largest number of slots that a block without gaps needs.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefixCache:
-    """Keeps what stands before the block; block and suffix are read in each step.
+    """Caches the tokens before the block; the network runs on the block and all later tokens in each step.
 
-    A compiled program has fixed shapes and the suffix shrinks from block to block, so it is filled up to the next of a
-    few widths.
+    A compiled program has fixed shapes and the suffix shrinks from block to block, so it is padded to the next of a few
+    widths.
 
     Attributes:
-      programs: how many widths, multiples of T / programs. Each is a compiled pass of the network.
+      programs: number of widths, multiples of T / programs. Each is a compiled forward pass.
     """
 
     programs: int = 4
 
     def __post_init__(self):
-        require(
-            isinstance(self.programs, int) and self.programs >= 1,
-            f"programs = {self.programs} must be a whole number of at least 1",
-            where="PrefixCache.programs",
-            fix="The default is 4; 1 reads whole rows, and saves nothing.",
-        )
+        check_count(self.programs, "PrefixCache.programs", "The default is 4; 1 runs whole rows, and saves nothing.")
 
-    def fed(self, needed: jax.Array) -> jax.Array:
-        """Returns the first needed slot and all that follow."""
+    def slots(self, needed: jax.Array) -> jax.Array:
+        """Returns the first needed slot and all later ones."""
         return jnp.cumsum(needed, axis=1) > 0
 
     def widths(self, length: int, block: int) -> tuple[int, ...]:
-        """Returns `programs` widths, or fewer where rows are short."""
+        """Returns `programs` widths, or fewer if rows are short."""
         del block
         return tuple(sorted({-(-length * part // self.programs) for part in range(1, self.programs + 1)}))
 
 
 @dataclasses.dataclass(frozen=True)
 class DualCache:
-    """Keeps what stands before the block and behind it, the MASK of later blocks; only the block is read again."""
+    """Caches the tokens before the block and the MASK of later blocks; the network runs on the block only."""
 
-    def fed(self, needed: jax.Array) -> jax.Array:
+    def slots(self, needed: jax.Array) -> jax.Array:
         """Returns the needed slots."""
         return needed
 
     def widths(self, length: int, block: int) -> tuple[int, ...]:
-        """Returns the block's width and the row's, which also serves blocks with holes."""
+        """Returns the width of the block, and that of the row, which also serves blocks with gaps."""
         return tuple(sorted({min(block, length), length}))
 
 
 @flax.struct.dataclass
-class Kept:
-    """What R rows keep between two steps.
+class CacheState:
+    """The cache of R rows between two steps.
 
     Attributes:
-      cache: of the rows of a network call, those of guidance included.
-      block: i32[R], the block in whose first step the row was read as a whole; -1 before the first one.
+      cache: keys and values of the rows of a forward pass, those of guidance included.
+      block: i32[R], the block in whose first step the whole row was run; -1 before the first one.
     """
 
     cache: KVCache
     block: jax.Array
 
     @classmethod
-    def nothing(cls, cache: KVCache, rows: int) -> "Kept":
-        """Returns what rows keep before the first step: nothing that may be read."""
+    def empty(cls, cache: KVCache, rows: int) -> "CacheState":
+        """Returns the state before the first step: nothing that may be read."""
         return cls(cache, jnp.full(rows, -1, jnp.int32))
 
-    def after(self, cache: KVCache, block: jax.Array, active: jax.Array) -> "Kept":
-        """Returns what rows keep after a step of block i32[R] over the slots `active` bool[R,T]."""
-        return Kept(cache, jnp.where(jnp.any(active, axis=1), block, self.block))
+    def after(self, cache: KVCache, block: jax.Array, active: jax.Array) -> "CacheState":
+        """Returns the state after a step of block i32[R] over the slots `active` bool[R,T]."""
+        return CacheState(cache, jnp.where(jnp.any(active, axis=1), block, self.block))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Feed:
-    """Which slots one network call reads.
+class CachedPass:
+    """A forward pass over some slots of each row.
 
     Attributes:
-      cache: holds all other slots that may be seen.
-      wanted: bool[R,T].
+      cache: keys and values of all other slots that may be attended to.
+      wanted: bool[R,T], the slots of the pass.
       widths: see `BlockCache.widths`.
     """
 
@@ -120,50 +119,79 @@ class Feed:
     widths: tuple[int, ...]
 
     @classmethod
-    def of(cls, settings: Any, kept: Kept, block: jax.Array, active: jax.Array, used: jax.Array) -> "Feed":
-        """Returns the slots of a step.
+    def of(
+        cls,
+        cache: BlockCache,
+        state: CacheState,
+        *,
+        block: jax.Array,
+        block_size: int,
+        active: jax.Array,
+        used: jax.Array,
+        alignment: Alignment,
+    ) -> "CachedPass":
+        """Returns the pass of a step.
 
         Args:
-          settings: the `DenoisingSampler`.
-          kept: by the step before.
+          cache: which slots are run again.
+          state: after the step before.
           block: i32[R], each row's block.
-          active: bool[R,T], its slots; none in rows that this step leaves alone, of which nothing is read or stored.
+          block_size: slots per block.
+          active: bool[R,T], its slots; none in rows that do not take this step, of which nothing is run or stored.
           used: bool[R,T], the slots that hold an example.
+          alignment: which hidden state predicts which token.
         """
-        fresh = jnp.any(active, axis=1) & (kept.block != block)
-        needed = active | settings.alignment.to_slots(active)
-        wanted = used & (settings.cache.fed(needed) | fresh[:, None])
-        return cls(kept.cache, wanted, settings.cache.widths(active.shape[1], settings.block + settings.alignment.back))
+        fresh = jnp.any(active, axis=1) & (state.block != block)
+        # The state that predicts the block's first token may be one slot before the block.
+        needed = active | alignment.to_slots(active)
+        wanted = used & (cache.slots(needed) | fresh[:, None])
+        return cls(state.cache, wanted, cache.widths(active.shape[1], block_size + alignment.back))
 
-    def run(self, model: Model, tokens: jax.Array, slotwise: Mapping[str, jax.Array | None], **inputs: Any) -> Any:
+    def run(
+        self,
+        model: BoundModel,
+        tokens: jax.Array,
+        *,
+        self_condition: jax.Array | None,
+        time: jax.Array | None,
+        visibility: Visibility,
+        segment_ids: jax.Array,
+        encoder: EncoderState | None,
+    ) -> Hidden:
         """Runs the network over the wanted slots, at the smallest width that holds those of all rows.
 
-        Args:
-          model: the network.
-          tokens: i32[R',T], R' = R, or 2 R under guidance.
-          slotwise: further arguments, [R',T,...] or None.
-          **inputs: of the call, of T slots.
+        Arguments are those of `BoundModel.__call__`, for all T slots of R' rows: R' = R, or 2 R with guidance.
 
         Returns:
-          The hidden states as [R',T,D], 0 where no slot was read, with the cache that now holds the slots read.
+          The hidden states as [R',T,D], 0 where no slot was run, with the cache that now holds the slots of the pass.
         """
         wanted = jnp.tile(self.wanted, (tokens.shape[0] // self.wanted.shape[0], 1))
         length, count = tokens.shape[1], jnp.sum(wanted, axis=1, dtype=jnp.int32)
+        # Wanted slots first, in their order.
         order = jnp.argsort(~wanted, axis=1).astype(jnp.int32)
-        # Slots past the end are neither written nor seen.
+        # Slots at T are neither stored nor attended to.
         slots = jnp.where(jnp.arange(length) < count[:, None], order, length)
+        rows = jnp.arange(tokens.shape[0])[:, None]
 
-        def over(width: int):
+        def over(width: int) -> Callable[[KVCache], Hidden]:
             at = slots[:, :width]
             inside = jnp.minimum(at, length - 1)
 
-            def call(cache: KVCache) -> Any:
-                rows = jnp.arange(tokens.shape[0])[:, None]
-                fed = jax.tree.map(lambda x: x[rows, inside], dict(slotwise))
-                hidden = model(tokens[rows, inside], positions=at, cache=cache, **fed, **inputs)
-                read = hidden.values_BTD
-                whole = jnp.zeros((*tokens.shape, read.shape[-1]), read.dtype)
-                return hidden.replace(values_BTD=whole.at[rows, at].set(read, mode="drop"))
+            def call(cache: KVCache) -> Hidden:
+                fed, predicted, t = jax.tree.map(lambda x: x[rows, inside], (tokens, self_condition, time))
+                hidden = model(
+                    fed,
+                    visibility=visibility,
+                    positions=at,
+                    segment_ids=segment_ids,
+                    encoder=encoder,
+                    self_condition=predicted,
+                    time=t,
+                    cache=cache,
+                )
+                values = hidden.values_BTD
+                whole = jnp.zeros((*tokens.shape, values.shape[-1]), values.dtype)
+                return hidden.replace(values_BTD=whole.at[rows, at].set(values, mode="drop"))
 
             return call
 

@@ -1,14 +1,19 @@
-"""Several candidates for one prompt, decoded side by side as rows of one batch, and the choice among them."""
+"""Several candidates per prompt, decoded as rows of one batch, and the choice among them."""
+
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
-from diffusion_lm.noise.corruption import Corruption
+from diffusion_lm.noise.process import NoiseProcess, prior
+
+Rows = TypeVar("Rows")
+"""A pytree of [B,...] arrays."""
 
 
-def repeat_rows(values, candidates: int):
+def repeat_rows(values: Rows, candidates: int) -> Rows:
     """Repeats each row of a pytree of [B,...] arrays: row b becomes rows b*C .. b*C + C-1."""
     return jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=0), values)
 
@@ -27,20 +32,19 @@ def candidate_keys(keys: StreamKeys, stream: str, prompt: Batch, candidates: int
 
 
 def start_canvases(
-    start: Corruption, keys: StreamKeys, prompt: Batch, candidates: int, *, vocab_size: int
+    process: NoiseProcess, keys: StreamKeys, prompt: Batch, candidates: int, *, vocab_size: int
 ) -> jax.Array:
-    """Returns i32[B*C,T]: pure noise in the target window, drawn anew for each candidate."""
-    everything = jnp.ones(prompt.tokens.shape, jnp.float32)
+    """Returns i32[B*C,T]: draws of z_1 in the target window, independent for each candidate."""
 
-    def one(candidate):
+    def one(candidate: jax.Array) -> jax.Array:
         own = keys.replace(root=jax.random.fold_in(keys.root, candidate))
-        return start.corrupt(own, prompt, everything, vocab_size=vocab_size).tokens
+        return prior(process, own, prompt, vocab_size=vocab_size)
 
     return _rows_first(jax.vmap(one)(jnp.arange(candidates)))
 
 
 def best_candidate(scores: jax.Array, rows: int) -> jax.Array:
-    """Returns i32[B], for each prompt the candidate row of [B*C] with the highest score; the first among equals."""
+    """Returns i32[B], for each prompt the row of [B*C] with the highest score; the first of equal ones."""
     scores_BC = scores.reshape(rows, -1)
     return jnp.arange(rows) * scores_BC.shape[1] + jnp.argmax(scores_BC, axis=1)
 

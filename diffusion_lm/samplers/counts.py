@@ -1,13 +1,14 @@
-"""How many slots a denoising step commits: the step schedules of the samplers that rank their slots."""
+"""How many slots take their draw in a denoising step: the step schedules of rules that rank slots."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.checks import check_count, check_probability
 from diffusion_lm.core.errors import require
-from diffusion_lm.noise.schedules import Linear
+from diffusion_lm.noise.schedules import Linear, Schedule
 from diffusion_lm.samplers.view import View
 
 ROUNDING = 1e-4
@@ -15,10 +16,10 @@ ROUNDING = 1e-4
 
 
 class Count(Protocol):
-    """A step schedule. The last step of a block always takes what is left, whatever the count says."""
+    """A step schedule. In a masked sampler the last step of a block unmasks what is left, whatever the count says."""
 
-    def commits(self, view: View) -> jax.Array:
-        """Returns i32[R,1], the slots that each row commits in this step; never negative."""
+    def slots(self, view: View) -> jax.Array:
+        """Returns i32[R,1], the number of slots of each row that take their draw in this step; never negative."""
         ...
 
 
@@ -26,17 +27,19 @@ class Count(Protocol):
 class Even:
     """The same number in each step, the first `N mod steps` steps one more (LLaDA, arXiv 2502.09992)."""
 
-    def commits(self, view: View) -> jax.Array:
+    def slots(self, view: View) -> jax.Array:
         """Returns i32[R,1]."""
         window = view.active_count
         base, extra = window // view.steps[:, None], window % view.steps[:, None]
-        later = view.clock[:, None] + 1
-        return jnp.maximum(view.open_count - (window - base * later - jnp.minimum(extra, later)), 0)
+        done = view.step[:, None] + 1
+        # Slots that are still masked after this step, if every step so far has had its share.
+        left = window - base * done - jnp.minimum(extra, done)
+        return jnp.maximum(view.open_count - left, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """Leaves floor(N (1 - alpha)) slots open after a step, alpha being the schedule's at the step's end.
+    """Leaves floor(N (1 - alpha_s)) slots masked after a step from time t to s.
 
     `Linear` is DiffuLLaMA's top-k sampler (N t / T; arXiv 2410.17891), `Cosine` RDM's rate (arXiv 2302.05737).
 
@@ -44,14 +47,14 @@ class Scheduled:
       schedule: a noise schedule, read on the even grid t = 1 - i / steps.
     """
 
-    schedule: Any = Linear()
+    schedule: Schedule = Linear()
 
-    def commits(self, view: View) -> jax.Array:
+    def slots(self, view: View) -> jax.Array:
         """Returns i32[R,1]."""
-        return jnp.maximum(view.open_count - self.left_open(view), 0)
+        return jnp.maximum(view.open_count - self.left_masked(view), 0)
 
-    def left_open(self, view: View) -> jax.Array:
-        """Returns i32[R,1], the slots that stay noise after this step."""
+    def left_masked(self, view: View) -> jax.Array:
+        """Returns i32[R,1], the number of slots that are masked after this step."""
         share = 1.0 - self.schedule.alpha(view.times()[1])
         return jnp.floor(view.active_count * share + ROUNDING).astype(jnp.int32)
 
@@ -67,14 +70,9 @@ class Proportional:
     last_time: float = 1e-3
 
     def __post_init__(self):
-        require(
-            0 <= self.last_time < 1,
-            f"last_time = {self.last_time} is no time below 1",
-            where="Proportional.last_time",
-            fix="Dream uses 1e-3.",
-        )
+        check_probability(self.last_time, "Proportional.last_time", "Dream uses 1e-3.", below_one=True)
 
-    def commits(self, view: View) -> jax.Array:
+    def slots(self, view: View) -> jax.Array:
         """Returns i32[R,1]; it may be 0, as in the published sampler."""
         t, s = view.times(self.last_time)
         return jnp.floor(view.open_count * (1.0 - s / t) + ROUNDING).astype(jnp.int32)
@@ -85,27 +83,22 @@ class Fixed:
     """A fixed number in each step; 1 with `rank = "random"` is the order of events of first-hitting sampling.
 
     Attributes:
-      number: slots a step.
+      number: slots per step.
     """
 
     number: int = 1
 
     def __post_init__(self):
-        require(
-            isinstance(self.number, int) and self.number >= 1,
-            f"number = {self.number} must be a whole number of at least 1",
-            where="Fixed.number",
-            fix="1 commits one token a step.",
-        )
+        check_count(self.number, "Fixed.number", "1 unmasks one token per step.")
 
-    def commits(self, view: View) -> jax.Array:
+    def slots(self, view: View) -> jax.Array:
         """Returns i32[R,1]."""
         return jnp.full_like(view.open_count, self.number)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fraction:
-    """A share of the block in each step, rounded up (SUNDAE's partial updates, arXiv 2112.06749).
+    """A fraction of the block in each step, rounded up (SUNDAE's partial updates, arXiv 2112.06749).
 
     Attributes:
       share: in (0, 1]; 1 updates everything.
@@ -116,11 +109,11 @@ class Fraction:
     def __post_init__(self):
         require(
             0 < self.share <= 1,
-            f"share = {self.share} lies outside (0, 1]",
+            f"share={self.share}: must be in (0, 1]",
             where="Fraction.share",
             fix="An open SUNDAE implementation for text8 uses 0.3.",
         )
 
-    def commits(self, view: View) -> jax.Array:
+    def slots(self, view: View) -> jax.Array:
         """Returns i32[R,1]."""
         return jnp.ceil(view.active_count * self.share - ROUNDING).astype(jnp.int32)

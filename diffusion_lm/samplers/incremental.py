@@ -1,51 +1,52 @@
-"""Left-to-right forward passes over ragged prompts, with a key/value cache or, for comparison, without one."""
+"""Left-to-right forward passes over prompts of different lengths, with a KV cache or, for comparison, without one."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.architectures.base import BoundModel, EncoderState, Hidden
 from diffusion_lm.core.types import Batch
+from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.named_masks import named_visibility
-from diffusion_lm.samplers.base import Model, Window
+from diffusion_lm.samplers.window import Window
 
 PREFILL_SLOTS = 512
-"""Most slots that a causal prefill reads at once. A prompt in a long canvas costs as many passes over this many slots
-as it needs, and scores of [PREFILL_SLOTS, T] instead of [T, T]."""
+"""The largest number of slots that a causal prefill runs at once. A long prompt takes several passes of this width,
+with attention scores of [PREFILL_SLOTS, T] instead of [T, T]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LeftToRight:
-    """The forward passes of one decode: `prefill` once, then `advance` by one token a row.
+    """The forward passes of one decode: `prefill` once, then `advance` by one token per row.
 
-    Each row has a cursor of its own, so prompts of different lengths share a batch without left padding: positions, and
-    with them the results, are those of the row alone (trap T41).
+    Each row has its own position, so prompts of different lengths share a batch without left padding: positions, and
+    thus results, are those of the row alone (trap T41).
 
     Attributes:
       model: the bound network.
       prompt: the prompts.
       window: their target windows.
       visibility: "causal" or "prefix".
-      use_cache: False runs the whole canvas in every step; same tokens, for tests and as the naive baseline.
+      use_cache: False runs the whole canvas in every step: the same tokens, for tests and as the naive baseline.
     """
 
-    model: Model
+    model: BoundModel
     prompt: Batch
     window: Window
     visibility: str
     use_cache: bool = True
 
-    def encode(self) -> Any:
+    def encode(self) -> EncoderState | None:
         """Returns the encoder's state, computed once per decode, or None for single-stream models."""
         return None if self.prompt.encoder is None else self.model.encode(self.prompt.encoder)
 
-    def prefill(self, canvas: jax.Array, encoder: Any) -> tuple[Any, Any]:
-        """Runs the conditioning: one forward pass over i32[B,T] whose window is still empty, in pieces where T is long.
+    def prefill(self, canvas: jax.Array, encoder: EncoderState | None) -> tuple[Hidden, KVCache | None]:
+        """Runs the conditioning: a forward pass over i32[B,T] with an empty window, in pieces if T is long.
 
         Returns:
-          (hidden, cache): `hidden.values_BTD` is [B,1,D], the state before the first target token. Cache entries of the
-          empty window are meaningless and are overwritten before anything can see them.
+          (hidden, cache): `hidden.values_BTD` is [B,1,D], the state that predicts the first target token. Cache entries
+          of the empty window are meaningless; they are overwritten before any token can attend to them.
         """
         cache = self.model.init_cache(*canvas.shape) if self.use_cache else None
         if cache is not None and self.visibility == "causal" and canvas.shape[1] > PREFILL_SLOTS:
@@ -53,20 +54,20 @@ class LeftToRight:
         hidden = self._whole(canvas, encoder, cache)
         return _at_slots(hidden, self.window.starts - 1), hidden.cache
 
-    def _in_pieces(self, canvas: jax.Array, encoder: Any, cache: Any) -> tuple[Any, Any]:
-        """Returns what `prefill` does, from left to right up to the last row's first target slot."""
+    def _in_pieces(self, canvas: jax.Array, encoder: EncoderState | None, cache: KVCache) -> tuple[Hidden, KVCache]:
+        """Returns what `prefill` does; pieces go from left to right, up to the largest first target slot of all rows."""
         length = canvas.shape[1]
         wanted = jnp.clip(self.window.starts - 1, 0, length - 1)
 
-        def piece(first: jax.Array, cache: Any) -> Any:
+        def piece(first: jax.Array, cache: KVCache) -> Hidden:
             slots = jnp.broadcast_to(
                 first + jnp.arange(PREFILL_SLOTS, dtype=jnp.int32), (canvas.shape[0], PREFILL_SLOTS)
             )
             tokens = jnp.take_along_axis(canvas, jnp.minimum(slots, length - 1), axis=1)
-            # Slots behind the row are written nowhere.
+            # Slots past the end of the row are not stored.
             return self._read(tokens, jnp.minimum(slots, length), encoder, cache)
 
-        def read(state: Any) -> Any:
+        def read(state: tuple[jax.Array, jax.Array, KVCache]) -> tuple[jax.Array, jax.Array, KVCache]:
             first, values, cache = state
             hidden = piece(first, cache)
             here = (wanted >= first) & (wanted < first + PREFILL_SLOTS)
@@ -81,14 +82,19 @@ class LeftToRight:
         return shape.replace(values_BTD=values, cache=None), cache
 
     def advance(
-        self, canvas: jax.Array, slots: jax.Array, moving: jax.Array, encoder: Any, cache: Any
-    ) -> tuple[Any, Any]:
-        """Runs one forward pass after the token at `slots` was written.
+        self,
+        canvas: jax.Array,
+        slots: jax.Array,
+        moving: jax.Array,
+        encoder: EncoderState | None,
+        cache: KVCache | None,
+    ) -> tuple[Hidden, KVCache | None]:
+        """Runs one forward pass after the token at `slots` was generated.
 
         Args:
           canvas: i32[B,T].
           slots: i32[B], the slot of each row's newest token.
-          moving: bool[B]; rows that are done write nothing into the cache.
+          moving: bool[B]; rows that are done store nothing in the cache.
           encoder: from `encode`.
           cache: from `prefill` or the last `advance`.
 
@@ -102,13 +108,13 @@ class LeftToRight:
         hidden = self._read(tokens, jnp.where(moving, slots, length)[:, None], encoder, cache)
         return hidden.replace(cache=None), hidden.cache
 
-    def _whole(self, canvas: jax.Array, encoder: Any, cache: Any) -> Any:
+    def _whole(self, canvas: jax.Array, encoder: EncoderState | None, cache: KVCache | None) -> Hidden:
         # Slots, not the batch's positions: those are 0 on padding, whose keys would land on slot 0 of the cache.
         slots = jnp.broadcast_to(jnp.arange(canvas.shape[1], dtype=jnp.int32), canvas.shape)
         return self._read(canvas, slots, encoder, cache)
 
-    def _read(self, tokens: jax.Array, slots: jax.Array, encoder: Any, cache: Any) -> Any:
-        """Runs one forward pass over the tokens i32[B,Q] at `slots`; those at slot T are written nowhere."""
+    def _read(self, tokens: jax.Array, slots: jax.Array, encoder: EncoderState | None, cache: KVCache | None) -> Hidden:
+        """Runs one forward pass over the tokens i32[B,Q] at `slots`; those at slot T are not stored."""
         return self.model(
             tokens,
             visibility=named_visibility(self.visibility, self.prompt.target_mask),
@@ -119,7 +125,7 @@ class LeftToRight:
         )
 
 
-def _at_slots(hidden: Any, slots: jax.Array) -> Any:
-    """Returns the hidden states at one slot a row, [B,1,D]."""
+def _at_slots(hidden: Hidden, slots: jax.Array) -> Hidden:
+    """Returns the hidden states at one slot per row, [B,1,D]."""
     slots = jnp.clip(slots, 0, hidden.values_BTD.shape[1] - 1)
     return hidden.replace(values_BTD=jnp.take_along_axis(hidden.values_BTD, slots[:, None, None], axis=1), cache=None)

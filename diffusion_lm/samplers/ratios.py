@@ -2,7 +2,7 @@
 
 A network of `objectives.score_entropy.ScoreEntropy` predicts s_j = log p_t(j)/p_t(z) for every token j at a slot that
 holds z, and its output at z itself is never trained (the ratio is 1). Its softmax is not a distribution of clean
-tokens, so no rule of `commit` or `revision` can read it. The rules here read r_j = exp(s_j):
+tokens, so no other rule can read it. The rules here read r_j = exp(s_j):
 
     Euler     z -> j with probability (t - s) sigma'(t) R(j -> z) r_j                       (section 4.1)
     Tweedie   z -> j in proportion to [exp(-d Q) r]_j [exp(d Q)]_(j -> z),  d = sigma(t) - sigma(s)   (section 4.2)
@@ -18,25 +18,20 @@ import jax.numpy as jnp
 
 from diffusion_lm.core.errors import require
 from diffusion_lm.nn.cross_entropy import Ratios
-from diffusion_lm.noise.contract import RATIOS, SCALED_RATIOS, kind_of
-from diffusion_lm.noise.interpolation import InterpolatingNoise, Level, UniformNoise, kinds
-from diffusion_lm.samplers.commit import Rule
+from diffusion_lm.noise.contract import RATIOS, SCALED_RATIOS
+from diffusion_lm.noise.process import Absorbing, Marginal, Uniform, noise_tokens
+from diffusion_lm.samplers.rule import CanvasRule, MaskedRule
 from diffusion_lm.samplers.view import Decision, View
 
 
 @dataclasses.dataclass(frozen=True)
-class _RatioRule(Rule):
-    noise: InterpolatingNoise = UniformNoise()
+class _RatioRule(MaskedRule, CanvasRule):
     scale_by_sigma: bool = False
     last_time: float = 1e-5
 
+    processes = (Absorbing, Uniform)
+
     def __post_init__(self):
-        require(
-            hasattr(self.noise, "schedule"),
-            f"{type(self.noise).__name__} mixes MASK and ordinary noise, which score entropy is not defined for here",
-            where=f"{type(self).__name__}.noise",
-            fix="Use AbsorbingNoise or UniformNoise, with the schedule of the training.",
-        )
         require(
             0 < self.last_time < 1,
             f"last_time={self.last_time}: must be in (0, 1)",
@@ -45,50 +40,47 @@ class _RatioRule(Rule):
         )
 
     @property
-    def revises(self) -> bool:
-        """Whether the noise is uniform: every slot may then change in every step."""
-        return self.noise.mask_id is None
-
-    @property
     def output(self) -> str:
         """Ratios, with or without their scale."""
         return SCALED_RATIOS if self.scale_by_sigma else RATIOS
 
-    @property
-    def noise_kind(self) -> str:
-        """That of `noise`."""
-        return kind_of(self.noise.mask_id, uniform=self.noise.mask_id is None)
-
     def noise_rate(self, view: View) -> jax.Array:
         """Returns 1 - alpha_t."""
-        return 1.0 - self.noise.level(self._times(view)[0]).signal
+        return 1.0 - _marginal(view, self._times(view)[0]).signal
 
     def decide(self, view: View) -> Decision:
-        """Changes the open slots whose coin says so."""
+        """Changes open slots with the probability that the ratios give."""
+        assert view.stats.change is not None
         return Decision(view.open & (view.uniform("change") < view.stats.change))
 
     def _times(self, view: View) -> tuple[jax.Array, jax.Array]:
         """Returns (t, s), f32[R,1]: the even grid from 1 to `last_time`, and from there the last step to 0."""
         before_last = jnp.maximum(view.steps - 1, 1)[:, None].astype(jnp.float32)
-        clock = view.clock[:, None].astype(jnp.float32)
+        step = view.step[:, None].astype(jnp.float32)
         per_step = (1.0 - self.last_time) / before_last
-        t = jnp.maximum(1.0 - per_step * clock, self.last_time)
+        t = jnp.maximum(1.0 - per_step * step, self.last_time)
         return t, jnp.where(view.is_last, 0.0, jnp.maximum(t - per_step, self.last_time))
 
-    def _ratios(self, view: View, level: Level, **weights: jax.Array) -> Ratios:
+    def _ratios(self, view: View, marginal: Marginal, **weights: jax.Array) -> Ratios:
         """Returns the law of the step; `weights` broadcast to [R,T]."""
         shape = view.canvas.shape
-        scale = jnp.zeros_like(level.signal)
+        scale = jnp.zeros_like(marginal.signal)
         if self.scale_by_sigma:
             # What the objective adds to the outputs: under MASK noise ratios are clean conditionals times this.
-            rest = jnp.maximum(level.mask + level.uniform, 1e-30)
-            scale = jnp.log(level.signal) - jnp.log(rest) - jnp.log(float(kinds(self.noise.mask_id, view.noise_size)))
+            rest = jnp.maximum(marginal.mask + marginal.uniform, 1e-30)
+            tokens = float(noise_tokens(view.mask_id, view.vocab_size))
+            scale = jnp.log(marginal.signal) - jnp.log(rest) - jnp.log(tokens)
         return Ratios(
             tokens_BT=view.canvas,
             log_scale_BT=jnp.broadcast_to(scale, shape),
             last_BT=jnp.broadcast_to(view.is_last, shape),
             **{f"{name}_BT": jnp.broadcast_to(value, shape) for name, value in weights.items()},
         )
+
+
+def _marginal(view: View, t: jax.Array) -> Marginal:
+    assert isinstance(view.process, Absorbing | Uniform)
+    return view.process.marginal(t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,39 +92,37 @@ class ScoreTweedie(_RatioRule):
 
         z -> j in proportion to e (r_j - e (1 + S)),    z stays in proportion to (1/E + e)(1 - e (1 + S)).
 
-    The last step of a block leads from `last_time` to no noise at all and writes every MASK (the released code's
-    `noise_removal`), so that `steps` counts it, while the released sampler makes one pass more than its `steps`.
+    The last step of a block leads from `last_time` to no noise and unmasks every MASK (the released code's
+    `noise_removal`). `steps` counts it, while the released sampler runs one pass more than its `steps`.
 
     Attributes:
-      noise: `noise.interpolation.AbsorbingNoise` or `UniformNoise` with the schedule of the training.
-      scale_by_sigma: as in the objective: what of the ratios the network leaves out.
+      scale_by_sigma: as in the objective: whether the network leaves out the scale of the ratios.
       last_time: where the grid from time 1 ends and the last step begins; 1e-5 in the released code.
     """
 
     def transition(self, view: View) -> Ratios:
         """Returns the law of the step, a function of the ratios."""
         t, s = self._times(view)
-        now, before = self.noise.level(t), self.noise.level(s)
-        # 1 / E. Schedules may begin with a little noise (`Geometric`), of which the last step takes away all.
+        now, before = _marginal(view, t), _marginal(view, s)
+        # 1 / E. Schedules may begin with a little noise (`Geometric`), all of which the last step removes.
         kept = jnp.clip(now.signal / jnp.where(view.is_last, 1.0, before.signal), 1e-30, 1.0)
         zero, one = jnp.zeros_like(kept), jnp.ones_like(kept)
-        if self.noise.mask_id is not None:
+        if view.mask_id is not None:
             gain = 1.0 / kept - 1.0
             return self._ratios(view, now, gain=gain, loss=zero, own=one, own_loss=gain)
-        moved = (1.0 - kept) / view.noise_size
+        moved = (1.0 - kept) / view.vocab_size
         stay = kept + moved
         return self._ratios(view, now, gain=moved, loss=moved**2, own=stay * (1.0 - moved), own_loss=stay * moved)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreEuler(_RatioRule):
-    """The Euler sampler of SEDD (arXiv 2310.16834, section 4.1): reverse rates, held for the length of a step.
+    """The Euler sampler of SEDD (arXiv 2310.16834, section 4.1): reverse rates that are constant during a step.
 
     A slot changes to j with probability (t - s) sigma'(t) r_j, under uniform noise divided by V; where these sum to
     more than 1, in proportion to them. The last step is that of `ScoreTweedie`, as in the released code.
 
     Attributes:
-      noise: as in `ScoreTweedie`.
       scale_by_sigma: as in `ScoreTweedie`.
       last_time: as in `ScoreTweedie`.
     """
@@ -140,9 +130,9 @@ class ScoreEuler(_RatioRule):
     def transition(self, view: View) -> Ratios:
         """Returns the law of the step, a function of the ratios."""
         t, s = self._times(view)
-        level = self.noise.level(t)
-        rate = level.uniform_rate / view.noise_size if self.noise.mask_id is None else level.mask_rate
+        level = _marginal(view, t)
+        rate = level.uniform_rate / view.vocab_size if view.mask_id is None else level.mask_rate
         gain, zero = (t - s) * rate, jnp.zeros_like(t)
         euler = self._ratios(view, level, gain=gain, loss=zero, own=jnp.ones_like(t), own_loss=gain)
-        last = ScoreTweedie(self.noise, self.scale_by_sigma, self.last_time).transition(view)
+        last = ScoreTweedie(self.scale_by_sigma, self.last_time).transition(view)
         return jax.tree.map(lambda a, b: jnp.where(view.is_last, a, b), last, euler)
