@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.objectives.rdm import Rdm
 
 pytestmark = pytest.mark.thorough
 
@@ -49,8 +50,8 @@ def check_finite_and_weighted(objective, model, batch):
     terms, grads = stubs.loss_and_grad(objective, model, batch, KEYS)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, terms)))
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
-    # Objectives with another normaliser count replaced tokens, or examples.
-    counts_tokens = getattr(objective, "normaliser", "scored") == "scored"
+    # Objectives with another normaliser count replaced tokens, or examples, as RDM always does.
+    counts_tokens = not isinstance(objective, Rdm) and getattr(objective, "normaliser", "scored") == "scored"
     assert 0 < terms.weight <= batch.loss_weights.sum()
     assert bool(terms.others) <= objective.needs().several_weights, "the training step has to know"
     if counts_tokens:

@@ -46,20 +46,22 @@ def test_the_gradient_of_every_objective_file_is_its_finite_difference(path):
 
 
 def test_the_balance_of_two_losses_is_a_constant_of_the_gradient():
-    """`balanced`: the gradient is that of diffusion plus ratio x autoregression, the ratio held fixed, row by row."""
+    """`NextToken.balanced` scales the next-token loss by a ratio that is held fixed in the gradient."""
     balanced = gin_objects.build(gin_objects.GIN / "objectives" / "introspective.gin", "OBJECTIVE")
-    plain = dataclasses.replace(balanced, balanced=False)
+    next_token = dataclasses.replace(balanced.next_token, balanced=False)
+    plain = dataclasses.replace(balanced, next_token=next_token)
     model, row = stubs.nano_for(balanced, **stubs.QUICK), stubs.rows_of(BATCH, [0])
 
     def gradient(objective):
         return stubs.loss_and_grad(objective, model, row, KEYS)
 
     terms, found = gradient(balanced)
-    diffusion, one = gradient(dataclasses.replace(plain, autoregressive_weight=0.0))
+    diffusion, one = gradient(dataclasses.replace(plain, next_token=None))
     both, two = gradient(plain)
-    weight = plain.autoregressive_weight
+    assert next_token.diffusion_weight == 1.0, "as without a next-token loss"
+    weight = next_token.weight
     below = (both.loss_sum - diffusion.loss_sum) / weight
-    ratio = diffusion.loss_sum / plain.diffusion_weight / below
+    ratio = diffusion.loss_sum / below
     expected = jax.tree.map(lambda a, b: a + ratio * (b - a), one, two)
     stubs.assert_close(found, expected, scaled=1e-3)
     np.testing.assert_allclose(terms.loss_sum, diffusion.loss_sum + ratio * weight * below, rtol=1e-4)
