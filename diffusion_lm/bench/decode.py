@@ -11,6 +11,7 @@ from diffusion_lm.core.types import Decoded
 from diffusion_lm.evaluation.speed import SpeedStudy, decoder, random_prompt
 from diffusion_lm.evaluation.timing import timed
 from diffusion_lm.interop.save import save
+from diffusion_lm.samplers.decoding import Decoding
 
 
 class DecodeBenchmark:
@@ -41,10 +42,11 @@ class DecodeBenchmark:
             self._decoders[arm.label] = decode = decoder(arm, parameters[arm.architecture], prompt)
             with first_call() as first:
                 decoded = decode(0)
+            draws = getattr(arm.sampler, "decoding", Decoding())
             arms[arm.label] = {
                 "forward_passes": int(decoded.forward_passes[0]),
-                "forbidden": list(getattr(arm.sampler, "forbidden", ())),
-                "greedy": arm.family == "ar" and getattr(arm.sampler, "temperature", None) == 0,
+                "forbidden": list(draws.never_drawn(prompt.special)),
+                "greedy": arm.family == "ar" and draws.temperature == 0,
                 "sampler": type(arm.sampler).__name__,
                 "parameters": arm.architecture.count_parameters()["total"],
                 "compile_seconds": first.seconds,

@@ -168,15 +168,16 @@ def _arms(arguments: argparse.Namespace, network: "Architecture") -> "tuple[Spee
     """Returns one arm per `--sampler`, labelled with the name of its file and changed to decode the full length."""
     from diffusion_lm.cli import config
     from diffusion_lm.cli.search_path import split_search_path
-    from diffusion_lm.evaluation.speed import SpeedArm, full_course
+    from diffusion_lm.evaluation.speed import SpeedArm
+    from diffusion_lm.noise.contract import NO_NOISE
 
     stems = [Path(name).stem for name in arguments.sampler]
     arms = []
     for name, stem in zip(arguments.sampler, stems, strict=True):
         loaded = config.load([name], [], split_search_path(arguments.gin_search_path), macros=["SAMPLER"])
-        sampler = full_course(loaded.build_macro("SAMPLER"))
+        sampler = loaded.build_macro("SAMPLER")
         label = stem if stems.count(stem) == 1 else name
-        arms.append(SpeedArm(label, "diffusion" if hasattr(sampler, "start") else "ar", network, sampler))
+        arms.append(SpeedArm(label, "ar" if sampler.contract.noise == NO_NOISE else "diffusion", network, sampler))
     labels = [arm.label for arm in arms]
     if len(set(labels)) < len(labels):
         raise ConfigError("the same sampler file is given twice", where="--sampler", fix="Pass each file once.")

@@ -19,7 +19,7 @@ from diffusion_lm.core.files import json_text
 if TYPE_CHECKING:
     from diffusion_lm.cli.run_folder import OpenRun
     from diffusion_lm.data.iterator import DataPipeline
-    from diffusion_lm.samplers.base import Sampler
+    from diffusion_lm.samplers.sampler import Sampler
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,6 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for difference in unlike:
         progress(f"warning: {difference}")
     data = _data(arguments, opened)
-    data.specials.check(sampler)
     oracle = data.converter.target_window.oracle
     if not arguments.input and data.vocabulary_note:
         progress(data.vocabulary_note)

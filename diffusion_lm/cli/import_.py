@@ -105,8 +105,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             say(f"To decode:                       decode --workdir {shlex.quote(str(workdir))} --sampler {sampler}")
         elif imported.diffusion is not None:
             trained = imported.diffusion
-            files = f"objectives/{trained.objective}.gin and samplers/{trained.sampler}.gin"
-            say(f"\nThe checkpoint does not name its mask token: bind MASK_ID after including {files}")
+            say("\nThe checkpoint does not name its mask token: set DIFFUSION_LM_MASK_TOKEN to it and materialise the data,")
+            say(f"then train with objectives/{trained.objective}.gin and decode with samplers/{trained.sampler}.gin")
     return {
         "workdir": str(workdir),
         "family": imported.family,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusion_lm.planning.accelerators import Accelerator
     from diffusion_lm.planning.plan import ProgramPlan
     from diffusion_lm.recipes.comparison import Comparison
-    from diffusion_lm.samplers.base import Sampler
+    from diffusion_lm.samplers.sampler import Sampler
     from diffusion_lm.training.run import TrainRun
 
 PROGRAMS = ("train", "bound", "decode")

@@ -16,7 +16,7 @@ from diffusion_lm.evaluation.generation import GenerationEvaluation
 from diffusion_lm.evaluation.likelihood import BoundEvaluation
 from diffusion_lm.noise.contract import Contract
 from diffusion_lm.recipes.comparison import Comparison
-from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.samplers.sampler import Sampler
 from diffusion_lm.training.checkpoint import chosen_step, finished_steps, selected
 from diffusion_lm.training.hooks import Evaluation
 from diffusion_lm.training.run import TrainRun

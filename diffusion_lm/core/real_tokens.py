@@ -11,37 +11,6 @@ from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
 
 
-def filler(tokens: jax.Array, target_mask: jax.Array, pad_id: int, eos_id: int) -> jax.Array:
-    """Returns bool[B,T], the target tokens that only fill a window: PAD, and each EOS right after another.
-
-    An EOS that separates two documents of one target is preceded by text, so it is real, as is the text after it.
-
-    Args:
-      tokens: i32[B,T].
-      target_mask: bool[B,T]; the first slot of every packed example is conditioning, as in `Batch`.
-      pad_id: PAD.
-      eos_id: EOS.
-    """
-    ends = target_mask & (tokens == eos_id)
-    after_end = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
-    return target_mask & ((tokens == pad_id) | (ends & after_end))
-
-
-def real_tokens(batch: Batch, pad_id: int, eos_id: int) -> jax.Array:
-    """Returns bool[B,T], the scored target tokens that are not filler: what models of every window have in common.
-
-    A diffusion model that learns length by scored filler has an easy loss on it; only the loss per *real* token can be
-    compared with that of an autoregressive model.
-    """
-    unreal = filler(batch.tokens, batch.target_mask, pad_id, eos_id)
-    return batch.target_mask & (batch.loss_weights > 0) & ~unreal
-
-
-def text_tokens(tokens: jax.Array, target_mask: jax.Array, pad_id: int, eos_id: int) -> jax.Array:
-    """Returns bool[B,T], the target tokens that are text: neither filler nor EOS. Their number is a target's length."""
-    return target_mask & (tokens != eos_id) & ~filler(tokens, target_mask, pad_id, eos_id)
-
-
 def is_filler(tokens: jax.Array, target_mask: jax.Array, special: SpecialTokens) -> jax.Array:
     """Returns bool[B,T], the target tokens that only fill a window: PAD, and each EOS right after another EOS.
 

@@ -5,8 +5,6 @@ Every `Batch` carries the special tokens of its data, so objectives, samplers an
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 
@@ -76,34 +74,3 @@ class SpecialTokens:
     def is_end(self, tokens: jax.Array) -> jax.Array:
         """Returns a bool array in the shape of `tokens`, True at every EOS and PAD."""
         return self.is_eos(tokens) | (tokens == self.pad_id)
-
-    def check(self, part: Any) -> None:
-        """Checks that an objective or sampler, and all that it is made of, means these tokens by its ids.
-
-        Its fields `pad_id`, `eos_id` and `mask_id` are looked at; None means none.
-
-        Raises:
-          ConfigError: one of them is another token here: the part would take it for text, or text for it.
-        """
-        wrong = []
-        for holder in _dataclasses(part):
-            for name in ("pad_id", "eos_id", "mask_id"):
-                value, token = getattr(holder, name, None), getattr(self, name)
-                if value is not None and token is not None and value != token:
-                    wrong.append((f"{type(holder).__name__}.{name}", value, token))
-        if wrong:
-            wrong = list(dict.fromkeys(wrong))
-            raise ConfigError(
-                f"{wrong[0][0]} is {wrong[0][1]}, and the vocabulary of the data has {wrong[0][2]}",
-                where=type(part).__name__,
-                fix=f"Bind {', '.join(f'{name} = {token}' for name, _, token in wrong)}.",
-            )
-
-
-def _dataclasses(value: Any) -> Iterator[Any]:
-    """Yields every dataclass instance in `value`, itself included."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield value
-        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
-        yield from _dataclasses(item)

@@ -149,7 +149,7 @@ class EosFilled(PadFilled):
 
     The first EOS ends the text; those behind it are filler, which reports per real token leave out. A model that is
     trained so prefers short texts, since EOS is the surest token of a window (trap T32): decode in blocks, or with
-    `DenoisingSampler.end = "defer"`.
+    `MaskedSampler.end = "defer"`.
     """
 
     filler: ClassVar[str | None] = "eos"

@@ -11,7 +11,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.target_window import TargetWindow
 from diffusion_lm.noise.contract import Contract, mismatches
 from diffusion_lm.objectives.objective import Needs
-from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.samplers.sampler import Sampler
 
 
 def sampler_differences(trained: Sequence[Contract], sampler: Sampler | None) -> tuple[str, ...]:

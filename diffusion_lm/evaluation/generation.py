@@ -18,7 +18,7 @@ from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.schema import Record
 from diffusion_lm.evaluation.metrics import METRICS, Metric
 from diffusion_lm.nn.constrain import Constrain, no_constraint
-from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.samplers.sampler import Sampler
 from diffusion_lm.training.card import plain
 
 
@@ -149,7 +149,6 @@ def generate(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed:
       ConfigError: special token ids of sampler and data differ, vocabulary sizes of network and data differ, or the
         metric cannot read a reference.
     """
-    task.data.specials.check(sampler)
     architecture, params, constrain = model.architecture, model.params, model.constrain
     decode = compiled_generate(architecture, sampler, constrain)
     data = task.data.with_encoder(architecture.needs_encoder)

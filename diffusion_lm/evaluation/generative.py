@@ -21,7 +21,7 @@ from diffusion_lm.data.vocabulary_map import PrunedVocabulary
 from diffusion_lm.evaluation.generation import GenerationTask, generate
 from diffusion_lm.evaluation.rolling import Document, score_documents
 from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive
-from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.samplers.sampler import Sampler
 from diffusion_lm.training.card import plain
 from diffusion_lm.training.run import TrainRun
 from diffusion_lm.training.trained import trained_model

@@ -1,7 +1,7 @@
 """Measures decoding time by output length for several samplers (the AR2Diff speed study, figure 3).
 
-Decoding time does not depend on the values of the weights if no sampler stops early, so the networks are not trained.
-Every sampler must run all its steps (EOS and PAD forbidden, or `early_exit=False`); others are rejected.
+Every sampler runs all its steps and fills the window (`Sampler.without_early_end`). Decoding time then does not depend on
+the values of the weights, so the networks are not trained.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch, Decoded, EncoderInputs, Params
 from diffusion_lm.evaluation.generation import compiled_generate
 from diffusion_lm.evaluation.timing import alternate, spread, timed
-from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.samplers.sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SpeedArm:
       label: name of the series.
       family: "ar" or "diffusion".
       architecture: the network, with random parameters.
-      sampler: a sampler that runs all its steps for any tokens.
+      sampler: the sampler; it is replaced by its `without_early_end()`.
     """
 
     label: str
@@ -39,33 +39,7 @@ class SpeedArm:
     sampler: Sampler
 
     def __post_init__(self):
-        sampler: Any = self.sampler
-        name = type(sampler).__name__
-        if hasattr(sampler, "early_exit"):
-            may_stop, fix = sampler.early_exit, f"Bind {name}.early_exit = False in the speed study's scope."
-        else:
-            may_stop = not {sampler.eos_id, sampler.pad_id} <= set(sampler.forbidden)
-            fix = f"Bind {name}.forbidden = (PAD, EOS) in the speed study's scope."
-        require(not may_stop, f"the sampler of speed arm '{self.label}' can stop early", where=f"{name}", fix=fix)
-
-
-def full_course(sampler: Sampler) -> Sampler:
-    """Returns the sampler with early exit disabled, or with EOS and PAD forbidden, as a speed arm requires.
-
-    Raises:
-      ConfigError: the sampler has neither setting.
-    """
-    given: Any = sampler
-    if hasattr(given, "early_exit"):
-        return dataclasses.replace(given, early_exit=False)
-    require(
-        hasattr(given, "forbidden"),
-        f"{type(given).__name__} can stop early, and this cannot be disabled",
-        where="--sampler",
-        fix="Use a sampler with the setting early_exit or forbidden.",
-    )
-    forbidden = dict.fromkeys((*given.forbidden, given.pad_id, given.eos_id))
-    return dataclasses.replace(given, forbidden=tuple(forbidden))
+        object.__setattr__(self, "sampler", self.sampler.without_early_end())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +125,7 @@ def random_prompt(architecture: Architecture, batch_size: int, prompt_length: in
         segment_ids=jnp.ones(tokens.shape, jnp.int32),
         positions=_slots(tokens.shape),
         example_ids=jnp.broadcast_to(jnp.arange(len(tokens), dtype=jnp.uint32)[:, None], tokens.shape),
-        # No vocabulary: any ids do, and these are those of the vocabularies of this project.
+        # There is no vocabulary, and any ids will do: these are the ids of this project's vocabularies.
         special=SpecialTokens(architecture.spec.vocab_size, bos_id=2, mask_id=4),
         encoder=encoder,
     )

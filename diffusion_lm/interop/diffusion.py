@@ -7,7 +7,7 @@ For a released checkpoint the family gives the first two; for our own runs the o
 import dataclasses
 
 from diffusion_lm.core.errors import require
-from diffusion_lm.core.gin_text import GinText, Value
+from diffusion_lm.core.gin_text import GinText
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.interop.name_maps import FAMILIES
 from diffusion_lm.interop.name_maps.family import Config, Diffusion, Family
@@ -142,16 +142,14 @@ def objective_gin(trained: TrainedAs) -> str:
     return text.text()
 
 
-def sampler_gin(trained: TrainedAs, eos_id: int | None, pad_id: int | None) -> str:
-    """Returns a gin file for `decode --sampler`: the family's sampler, and the checkpoint's ids."""
+def sampler_gin(trained: TrainedAs) -> str:
+    """Returns a gin file for `decode --sampler`: the family's sampler with the checkpoint's block size."""
     block = trained.block_size
     text = GinText().comment("The sampler of the checkpoint's family, with the settings of the included file.")
-    text.imports("diffusion_lm.samplers.denoising").blank()
-    text.include(f"samplers/{trained.sampler}.gin").blank().bind("MASK_ID", trained.mask_id)
-    fields: dict[str, Value] = {"eos_id": eos_id, "pad_id": pad_id}
     if block is not None:
-        fields |= {"block": min(trained.sub_block or block, block), "visibility": f"example_blocks:{block}"}
-    for name, value in fields.items():
-        if value is not None:
-            text.bind(f"denoising.DenoisingSampler.{name}", value)
+        text.imports("diffusion_lm.samplers.blocks", "diffusion_lm.samplers.masked").blank()
+    text.include(f"samplers/{trained.sampler}.gin").blank()
+    if block is not None:
+        text.bind("masked.MaskedSampler.visibility", f"example_blocks:{block}")
+        text.bind("blocks.Blocks.size", min(trained.sub_block or block, block))
     return text.text()

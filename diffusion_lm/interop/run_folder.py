@@ -23,7 +23,7 @@ from diffusion_lm.core.gin_text import Built, GinText, Macro, Value
 from diffusion_lm.interop.diffusion import objective_gin, sampler_gin
 from diffusion_lm.interop.gguf_tokenizer import tokenizer_files
 from diffusion_lm.interop.huggingface import Imported
-from diffusion_lm.interop.tokenizer_folder import TOKENIZER, copied_files, read_vocabulary
+from diffusion_lm.interop.tokenizer_folder import TOKENIZER, copied_files
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.training.card import claim_folder, plain
 from diffusion_lm.training.checkpoint import save_params
@@ -72,7 +72,7 @@ def write_run_folder(imported: Imported, source: Path, workdir: Path) -> None:
             spec = imported.architecture.spec
             facts = _facts(imported, source)
             write_text(temporary / MODEL_GIN, model_gin(imported, source))
-            for name, text in _diffusion_files(imported, source).items():
+            for name, text in _diffusion_files(imported).items():
                 write_text(temporary / name, text)
             for file in copied_files(source):
                 (temporary / TOKENIZER).mkdir(exist_ok=True)
@@ -113,16 +113,12 @@ def model_gin(imported: Imported, source: Path) -> str:
     return text.text()
 
 
-def _diffusion_files(imported: Imported, source: Path) -> dict[str, str]:
-    """Returns objective.gin and sampler.gin of a diffusion model; {} where MASK is unknown."""
-    trained, specials = imported.diffusion, imported.specials
+def _diffusion_files(imported: Imported) -> dict[str, str]:
+    """Returns objective.gin and sampler.gin of a diffusion model; {} if MASK is unknown."""
+    trained = imported.diffusion
     if trained is None or trained.mask_id is None:
         return {}
-    eos, pad = next(iter(specials.eos_ids), None), specials.pad_id
-    vocabulary = read_vocabulary(source, trained.mask_id)
-    if vocabulary is not None:
-        eos, pad = vocabulary.specials.eos_id, vocabulary.specials.pad_id
-    return {OBJECTIVE_GIN: objective_gin(trained), SAMPLER_GIN: sampler_gin(trained, eos, pad)}
+    return {OBJECTIVE_GIN: objective_gin(trained), SAMPLER_GIN: sampler_gin(trained)}
 
 
 def _write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -1,4 +1,4 @@
-"""What a network was trained for and what a sampler assumes, in one form, so that the two can be compared."""
+"""What a network was trained for and what a sampler assumes, in one form that can be compared."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ SCALED_RATIOS = "ratios of noisy probabilities over their scale"
 OUTPUTS = (PROBABILITIES, RATIOS, SCALED_RATIOS)
 
 _COMPATIBLE = {MASK_NOISE: (MASK_NOISE, HYBRID_NOISE)}
-"""For each sampler noise, the training noises that it can decode. A masked sampler shows a network of hybrid noise
-canvases without random tokens, and those are among the canvases of its training."""
+"""The training noises that a sampler of each noise can decode. Canvases of MASK alone are among those of hybrid noise, so
+a masked sampler also decodes networks that were trained with hybrid noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Contract:
       visibility: name of the attention visibility (`nn.named_masks`).
       alignment: which hidden state predicts which token.
       output: one of `OUTPUTS`, what the network's outputs mean.
-      causal_context: finished blocks and conditioning see from left to right, whatever the visibility.
+      causal_context: finished blocks and conditioning are causal, whatever the visibility.
       seeds: the first token of a block is never noise.
       closed: EOS is given and clean, so that the length of a target comes from elsewhere (RDM).
     """
@@ -50,35 +50,28 @@ class Contract:
             require(value in choices, f"{value!r}", where=f"Contract.{field}", fix=f"Use one of {', '.join(choices)}.")
 
 
-def kind_of(mask_id: int | None, uniform: bool) -> str:
-    """Returns the noise that has a MASK (or none) and ordinary tokens (or none)."""
-    if mask_id is None:
-        return UNIFORM_NOISE
-    return HYBRID_NOISE if uniform else MASK_NOISE
-
-
 def mismatches(trained: Sequence[Contract], decoded: Contract) -> tuple[str, ...]:
-    """Returns in words what a sampler takes otherwise than the training; nothing where one of the processes fits.
+    """Returns a description of each difference between training and sampler; empty if one of the processes matches.
 
     Args:
-      trained: the processes that the network was trained for; none = not known, and nothing is compared.
+      trained: the processes that the network was trained for; empty = unknown, and nothing is compared.
       decoded: what the sampler decodes.
     """
     found = [_differences(one, decoded) for one in trained]
-    # Of several, the one that is nearest in noise and outputs is what the user meant.
+    # Of several processes, report the closest one: it is most likely the one that the user meant.
     return min(found, key=len) if found and all(found) else ()
 
 
 def _differences(trained: Contract, decoded: Contract) -> tuple[str, ...]:
     found = []
     if trained.noise not in _COMPATIBLE.get(decoded.noise, (decoded.noise,)):
-        found.append(f"the network was trained with {trained.noise} and the sampler undoes {decoded.noise}")
+        found.append(f"the network was trained with {trained.noise}, and the sampler reverses {decoded.noise}")
     if trained.output != decoded.output:
-        found.append(f"the network's outputs are {trained.output} and the sampler takes them for {decoded.output}")
+        found.append(f"the network's outputs are {trained.output}, and the sampler reads them as {decoded.output}")
     if trained.visibility != decoded.visibility:
         found.append(f"visibility is {trained.visibility!r} in training and {decoded.visibility!r} in the sampler")
     else:
-        # What is said about blocks can be compared where both have the same ones.
+        # Settings of blocks can only be compared if both have the same blocks.
         for name in ("causal_context", "seeds"):
             values = [getattr(one, name) for one in (trained, decoded)]
             if values[0] != values[1]:
@@ -87,5 +80,5 @@ def _differences(trained: Contract, decoded: Contract) -> tuple[str, ...]:
         names = [type(one.alignment).__name__ for one in (trained, decoded)]
         found.append(f"alignment is {names[0]} in training and {names[1]} in the sampler")
     if trained.closed and not decoded.closed:
-        found.append("EOS is given in training and the sampler gives none (LengthBeam decodes windows of known length)")
+        found.append("EOS is clean in training, and the sampler has no given length (LengthBeam decodes windows of given length)")
     return tuple(found)

@@ -124,8 +124,15 @@ def forbidden_ids(process: NoiseProcess, special: SpecialTokens) -> tuple[int, .
 
 
 def prior(process: NoiseProcess, keys: StreamKeys, batch: Batch, *, vocab_size: int) -> jax.Array:
-    """Returns i32[B,T], a draw of z_1: the canvas from which samplers start. Conditioning keeps its tokens."""
-    return process.corrupt(keys, batch, jnp.ones(batch.tokens.shape, jnp.float32), vocab_size=vocab_size).tokens
+    """Returns i32[B,T], noise in every target slot: the canvas from which samplers start.
+
+    It is MASK where the process has it, because GIDD's random tokens are gone at t = 1, and random tokens otherwise.
+    Schedules whose alpha ends above 0 (log-linear noise with eps) leave no clean token either.
+    """
+    if process.has_mask:
+        _check_mask(batch.special, vocab_size)
+        return jnp.where(batch.target_mask, batch.special.mask, batch.tokens)
+    return jnp.where(batch.target_mask, random_tokens(keys, batch, vocab_size), batch.tokens)
 
 
 def is_noise(process: NoiseProcess, canvas: jax.Array, target_mask: jax.Array, special: SpecialTokens) -> jax.Array:

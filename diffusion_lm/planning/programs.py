@@ -20,7 +20,7 @@ from diffusion_lm.core.types import Batch, Decoded, LossTerms, Params
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.shardings import Placement, batch_shardings, replicated, tree_shardings
-from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.samplers.sampler import Sampler
 from diffusion_lm.training.run import TrainRun
 
 

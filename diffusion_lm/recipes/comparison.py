@@ -10,7 +10,7 @@ from diffusion_lm.evaluation.compatibility import check_sampler, sampler_differe
 from diffusion_lm.evaluation.generation import GenerationTask
 from diffusion_lm.evaluation.speed import SpeedStudy
 from diffusion_lm.recipes.stage import Stage, stage_graph
-from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.samplers.sampler import Sampler
 
 FAMILIES = ("none", "ar", "diffusion")
 _T = TypeVar("_T")

@@ -9,7 +9,7 @@ from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.evaluation.generation import GenerationTask, compiled_generate
 from diffusion_lm.recipes.records import Playback
-from diffusion_lm.samplers.base import Sampler
+from diffusion_lm.samplers.sampler import Sampler
 
 
 def record_playback(model: BoundModel, sampler: Sampler, task: GenerationTask, *, seed: int = 0) -> Playback:

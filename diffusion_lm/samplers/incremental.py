@@ -55,7 +55,7 @@ class LeftToRight:
         return _at_slots(hidden, self.window.starts - 1), hidden.cache
 
     def _in_pieces(self, canvas: jax.Array, encoder: EncoderState | None, cache: KVCache) -> tuple[Hidden, KVCache]:
-        """Returns what `prefill` does; pieces go from left to right, up to the largest first target slot of all rows."""
+        """Returns what `prefill` does; pieces go from left to right, up to the last row's first target slot."""
         length = canvas.shape[1]
         wanted = jnp.clip(self.window.starts - 1, 0, length - 1)
 

@@ -347,8 +347,8 @@ def check_rule(sampler: DenoisingSettings, name: str) -> None:
     )
     require(
         sampler.guidance == 0 or not rule.mixes_noise or (sampler.decoding.top_k == 0 and sampler.decoding.top_p == 1),
-        f"guidance={sampler.guidance} with {sampler.decoding}: a guided posterior is not defined if top_k or top_p leave "
-        "one of the two passes without a token",
+        f"guidance={sampler.guidance} with {sampler.decoding}: a guided posterior is not defined if top_k or top_p "
+        "leave one of the two passes without a token",
         where=f"{where}.guidance",
         fix="Use Decoding.top_k = 0 and top_p = 1.0, or guidance = 0.0.",
     )

@@ -210,8 +210,8 @@ class MaskedLoop(Loop[MaskedSampler]):
 
         def skip(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
             state, rows = carry
-            state = state.replace(step=state.step + rows, total_steps=state.total_steps + rows)  # type:
-            ignore[attr-defined] return state, idle(state)
+            state = state.replace(step=state.step + rows, total_steps=state.total_steps + rows)  # type: ignore[attr-defined]
+            return state, idle(state)
 
         return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), skip, (state, idle(state)))[0]
 

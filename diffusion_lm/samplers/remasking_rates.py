@@ -113,7 +113,7 @@ class Plateau:
     def __post_init__(self):
         require(
             0 < self.level < 1 and 0 < self.end < self.start < 1,
-            f"level={self.level}, start={self.start}, end={self.end}: must satisfy 0 < level < 1 and 0 < end < start < 1",
+            f"level={self.level}, start={self.start}, end={self.end}: must satisfy 0 < level < 1, 0 < end < start < 1",
             where="Plateau",
             fix="ReMDM-loop uses level = 0.9, start = 0.55, end = 0.05; times fall from 1 to 0.",
         )

@@ -110,7 +110,7 @@ def test_an_objective_fits_its_own_samplers(name):
         ("llada2", "threshold", ("'example_blocks:32'", "'full'")),
         ("sdar", "bd3lm", ("'example_blocks:4'", "'example_blocks:16'")),
         ("prefix_autoregressive", "greedy", ("'prefix'", "'causal'")),
-        ("rdm", "rdm_uncond_deterministic_cosine", ("EOS is given in training",)),
+        ("rdm", "rdm_uncond_deterministic_cosine", ("EOS is clean in training",)),
     ],
 )
 def test_what_does_not_belong_together_is_named(trained, decoded, complaints):
