@@ -17,7 +17,7 @@ from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.samplers.autoregressive import AUTOREGRESSIVE_VISIBILITIES, left_to_right_trace
 from diffusion_lm.samplers.candidates import repeat_rows, row_indices
-from diffusion_lm.samplers.decoding import Decoding
+from diffusion_lm.samplers.decoding import Decoding, Role
 from diffusion_lm.samplers.incremental import LeftToRight
 from diffusion_lm.samplers.window import Window, cut_at_end, target_lengths, without_target
 
@@ -58,7 +58,7 @@ class BeamSearch:
     visibility: Literal["causal", "prefix"] = "causal"
     beams: int = 4
     length_penalty: float = 0.6
-    forbidden: tuple[Literal["eos", "pad"] | int, ...] = ()
+    forbidden: tuple[Role | int, ...] = ()
     keep_trace: bool = False
 
     def __post_init__(self):

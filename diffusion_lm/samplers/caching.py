@@ -191,7 +191,7 @@ class CachedPass:
                 )
                 values = hidden.values_BTD
                 whole = jnp.zeros((*tokens.shape, values.shape[-1]), values.dtype)
-                return hidden.replace(values_BTD=whole.at[rows, at].set(values, mode="drop"))
+                return dataclasses.replace(hidden, values_BTD=whole.at[rows, at].set(values, mode="drop"))
 
             return call
 

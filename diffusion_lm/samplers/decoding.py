@@ -7,7 +7,8 @@ from diffusion_lm.core.checks import check_non_negative
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.special import SpecialTokens
 
-ROLES = ("eos", "pad")
+Role = Literal["eos", "pad"]
+ROLES: tuple[Role, ...] = ("eos", "pad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Decoding:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    forbidden: tuple[Literal["eos", "pad"] | int, ...] = ()
+    forbidden: tuple[Role | int, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "forbidden", tuple(self.forbidden))

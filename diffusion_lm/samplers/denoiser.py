@@ -93,6 +93,7 @@ class Denoiser:
         if prompt.encoder is not None:
             indices, inputs = row_indices(prompt.tokens.shape[0], candidates), prompt.encoder
             if blank is not None:
+                assert blank.encoder is not None
                 inputs = _concatenated(inputs, blank.encoder)
                 indices = jnp.concatenate([indices, indices + prompt.tokens.shape[0]])
             encoder = model.encode(inputs).take_rows(indices)
@@ -176,8 +177,8 @@ class Denoiser:
             return Passes(hidden, None)
         R = canvas.shape[0]
         return Passes(
-            hidden.replace(values_BTD=hidden.values_BTD[:R]),
-            hidden.replace(values_BTD=hidden.values_BTD[R:], cache=None),
+            dataclasses.replace(hidden, values_BTD=hidden.values_BTD[:R]),
+            dataclasses.replace(hidden, values_BTD=hidden.values_BTD[R:], cache=None),
         )
 
     def _visibility(self, target_mask: jax.Array, active: jax.Array) -> Visibility:

@@ -72,6 +72,7 @@ class LeftToRight:
             hidden = piece(first, cache)
             here = (wanted >= first) & (wanted < first + PREFILL_SLOTS)
             found = _at_slots(hidden, wanted - first).values_BTD
+            assert hidden.cache is not None
             return first + PREFILL_SLOTS, jnp.where(here[:, None, None], found, values), hidden.cache
 
         shape = jax.eval_shape(piece, jnp.int32(0), cache)
@@ -79,7 +80,7 @@ class LeftToRight:
         _, values, cache = jax.lax.while_loop(
             lambda state: jnp.any(state[0] <= wanted), read, (jnp.int32(0), nothing, cache)
         )
-        return shape.replace(values_BTD=values, cache=None), cache
+        return dataclasses.replace(shape, values_BTD=values, cache=None), cache
 
     def advance(
         self,
@@ -106,7 +107,7 @@ class LeftToRight:
         length = canvas.shape[1]
         tokens = jnp.take_along_axis(canvas, jnp.minimum(slots, length - 1)[:, None], axis=1)
         hidden = self._read(tokens, jnp.where(moving, slots, length)[:, None], encoder, cache)
-        return hidden.replace(cache=None), hidden.cache
+        return dataclasses.replace(hidden, cache=None), hidden.cache
 
     def _whole(self, canvas: jax.Array, encoder: EncoderState | None, cache: KVCache | None) -> Hidden:
         # Slots, not the batch's positions: those are 0 on padding, whose keys would land on slot 0 of the cache.
@@ -128,4 +129,6 @@ class LeftToRight:
 def _at_slots(hidden: Hidden, slots: jax.Array) -> Hidden:
     """Returns the hidden states at one slot per row, [B,1,D]."""
     slots = jnp.clip(slots, 0, hidden.values_BTD.shape[1] - 1)
-    return hidden.replace(values_BTD=jnp.take_along_axis(hidden.values_BTD, slots[:, None, None], axis=1), cache=None)
+    return dataclasses.replace(
+        hidden, values_BTD=jnp.take_along_axis(hidden.values_BTD, slots[:, None, None], axis=1), cache=None
+    )

@@ -259,7 +259,7 @@ class Loop(abc.ABC, Generic[Settings]):
         view = view.replace(
             draws=self.stats(passes, where | read, view, state, (*rule.summaries, *self.extra_summaries))
         )
-        if rule.from_logits is not None:
+        if rule.reads_logits:
             view = view.replace(logit_values=self.logit_values(passes, where, view))
         decision, rule_state = rule(self.eligible(view), state.rule)
         return view, decision, rule_state, cache

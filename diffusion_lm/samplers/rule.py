@@ -5,7 +5,6 @@
 own state, a pytree of per-row arrays that `init` creates and `__call__` returns.
 """
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -25,8 +24,8 @@ class Rule:
     Attributes:
       summaries: the statistics that the rule reads of `View.stats` in addition to the draw, its log-probability and
         the argmax (`BoundModel.token_stats`).
-      from_logits: a function (f32[N,V] logits, i32[N] draws) -> f32[N] of each slot, computed in chunks, whose result
-        is `View.logit_values`; None for rules that need only `summaries`.
+      reads_logits: whether the rule needs more of the logits than `summaries`; then `View.logit_values` is what
+        `from_logits` makes of them.
       ignores_logits: whether the rule decides without the network; then only the slots that take their draw are
         computed and drawn (trap T03). Such a rule has no state.
       output: what the network's outputs mean, one of `noise.contract.OUTPUTS`.
@@ -36,7 +35,7 @@ class Rule:
     """
 
     ignores_logits: ClassVar[bool] = False
-    from_logits: ClassVar[Callable[[jax.Array, jax.Array], jax.Array] | None] = None
+    reads_logits: ClassVar[bool] = False
     draws_tokens: ClassVar[bool] = False
     mixes_noise: ClassVar[bool] = False
     processes: ClassVar[tuple[type, ...]] = ()
@@ -63,6 +62,10 @@ class Rule:
     def decide(self, view: View) -> Decision:
         """Returns the decision of a rule without state."""
         raise NotImplementedError(f"{type(self).__name__} defines neither `decide` nor `__call__`")
+
+    def from_logits(self, logits: jax.Array, draws: jax.Array) -> jax.Array:
+        """Returns f32[N], the rule's own function of f32[N,V] logits and of i32[N] draws; called on chunks of slots."""
+        raise NotImplementedError(f"{type(self).__name__} says `reads_logits` and does not define `from_logits`")
 
     def largest_decision(self, view: View) -> Decision | None:
         """Returns the largest sets that `decide` can return, whatever the draws are; None if only the draws can tell.
@@ -101,7 +104,7 @@ class MaskedRule(Rule):
       remasks: whether an unmasked token may be remasked.
     """
 
-    processes = (Absorbing,)
+    processes: ClassVar[tuple[type, ...]] = (Absorbing,)
 
     @property
     def remasks(self) -> bool:
@@ -118,7 +121,7 @@ class CanvasRule(Rule):
     """
 
     settles: ClassVar[bool] = False
-    processes = (Uniform,)
+    processes: ClassVar[tuple[type, ...]] = (Uniform,)
 
 
 class SlotRule(MaskedRule, CanvasRule):

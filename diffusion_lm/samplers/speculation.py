@@ -128,7 +128,7 @@ class SelfSpeculation:
             lengths=target_lengths(tokens, prompt.target_mask, prompt.special),
             scores=state.scores,
             forward_passes=jnp.broadcast_to(state.calls, window.sizes.shape),
-            trace=Trace(state.trace) if self.keep_trace else None,
+            trace=None if state.trace is None else Trace(state.trace),
         )
 
 
@@ -270,12 +270,12 @@ class _Cycle:
             cache=state.cache,
         )
         assert hidden.cache is not None
-        return hidden.replace(cache=None), hidden.cache
+        return dataclasses.replace(hidden, cache=None), hidden.cache
 
 
 def _states(hidden: Hidden, places: jax.Array) -> Hidden:
     """Returns the states at i32[B,Q'] of [B,Q,D]."""
-    return hidden.replace(values_BTD=jnp.take_along_axis(hidden.values_BTD, places[:, :, None], axis=1))
+    return dataclasses.replace(hidden, values_BTD=jnp.take_along_axis(hidden.values_BTD, places[:, :, None], axis=1))
 
 
 def _leading(hits: jax.Array) -> jax.Array:

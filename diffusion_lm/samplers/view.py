@@ -26,7 +26,7 @@ class View(flax.struct.PyTreeNode):
       mask_id: the id of MASK, or None if the noise has none; static.
       draws: statistics of the network's prediction, for the slots where they were computed. Not set while a rule that
         ignores logits decides.
-      logit_values: what `Rule.from_logits` returned, or None.
+      logit_values: f32[R,T], what `Rule.from_logits` returned, or None.
       deferred: i32[R,1], number of noisy slots that are not open in this step; schedules count them, ranks do not.
       exponents: f32[V], the per-token schedules (`architectures.exponents`); None if the network has none.
     """

@@ -8,24 +8,25 @@ import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
 import pytest
+from sampler_stubs import masked, without_ends
 
 from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.nn.masks import Conditioning, CopyPair, Full
-from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
-from diffusion_lm.samplers.blockwise import Blocks
-from diffusion_lm.samplers.caching import DualCache, Feed, Kept, PrefixCache
-from diffusion_lm.samplers.commit import Ancestral, EntropyBound, Everything, Factor, Ranked, Threshold
+from diffusion_lm.samplers.blocks import RowBlocks
+from diffusion_lm.samplers.caching import CachedPass, CacheState, DualCache, PrefixCache
 from diffusion_lm.samplers.counts import Even
-from diffusion_lm.samplers.denoising import DenoisingSampler
-from diffusion_lm.samplers.revision import Rescaled
+from diffusion_lm.samplers.remasking_rates import Rescaled
+from diffusion_lm.samplers.unmasking import Ancestral, EntropyBound, Factor, Ranked, Threshold
 
 pytestmark = pytest.mark.thorough
 
 MASK, LENGTH = 4, 18
 KEYS = StreamKeys.create(7)
-PROMPT = stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [14, 7, 11, 9], LENGTH))
+PROMPT = without_ends(stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [14, 7, 11, 9], LENGTH)))
+WITH_ENDS = PROMPT.replace(special=SpecialTokens(stubs.VOCAB, eos_id=7, pad_id=9, mask_id=MASK))
 CACHES = {"prefix": PrefixCache(programs=2), "dual": DualCache()}
 ALIGNMENTS = {"same": SamePosition(), "shifted": Shifted()}
 both_caches = pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
@@ -33,9 +34,11 @@ both_alignments = pytest.mark.parametrize("alignment", ALIGNMENTS.values(), ids=
 
 
 def sampler(cache=None, **fields):
-    masked = {"start": AbsorbingCorruption(MASK), "commit": Threshold(0.6), "candidates": 1, "temperature": 0.0}
-    masked |= {"steps": None, "block": 4, "eos_id": 98, "pad_id": 99, "cache": cache}
-    return DenoisingSampler(**(masked | fields))
+    return masked(**({"unmask": Threshold(0.6), "temperature": 0.0, "block": 4, "cache": cache} | fields))
+
+
+def without_cache(chosen):
+    return dataclasses.replace(chosen, blocks=dataclasses.replace(chosen.blocks, cache=None))
 
 
 def shallow(**fields):
@@ -68,15 +71,15 @@ def shapes_of(chosen, model, prompt):
 
 
 RULES = {
-    "threshold": {"commit": Threshold(0.25)},
-    "factor": {"commit": Factor(1.6)},
-    "low_confidence": {"commit": Ranked("confidence", Even()), "steps": 9},
-    "entropy_bound": {"commit": EntropyBound(1.5)},
-    "ancestral": {"commit": Ancestral(), "steps": 9, "temperature": 1.0},
-    "remdm": {"commit": Ancestral(remasking=Rescaled(0.4)), "steps": 12, "temperature": 1.0},
-    "defer": {"end": "defer", "eos_id": 7, "pad_id": 9},
-    "ban": {"end": "ban", "eos_id": 7, "pad_id": 9},
-    "stop": {"end": "stop", "eos_id": 7, "pad_id": 9, "temperature": 1.0},
+    "threshold": {"unmask": Threshold(0.25)},
+    "factor": {"unmask": Factor(1.6)},
+    "low_confidence": {"unmask": Ranked("confidence", Even()), "steps": 9},
+    "entropy_bound": {"unmask": EntropyBound(1.5)},
+    "ancestral": {"unmask": Ancestral(), "steps": 9, "temperature": 1.0},
+    "remdm": {"unmask": Ancestral(remasking=Rescaled(0.4)), "steps": 12, "temperature": 1.0},
+    "defer": {"end": "defer"},
+    "ban": {"forbidden": ("eos", "pad")},
+    "stop": {"end": "stop", "temperature": 1.0},
     "guided": {"guidance": 0.7},
     "candidates": {"candidates": 3, "temperature": 1.0},
 }
@@ -92,13 +95,14 @@ SHIFTS = {"prefix": "shifted", "dual": "same"}
 )
 def test_T43_one_layer_makes_both_caches_exact(rule, cache, alignment):
     """Several blocks, ragged rows, every reveal rule: the tokens of the decode that reads whole rows."""
-    decoded = check_equal(shallow(), PROMPT, CACHES[cache], alignment=ALIGNMENTS[alignment], **RULES[rule])
+    prompt = WITH_ENDS if rule in ("defer", "ban", "stop") else PROMPT
+    decoded = check_equal(shallow(), prompt, CACHES[cache], alignment=ALIGNMENTS[alignment], **RULES[rule])
     assert (np.asarray(decoded.forward_passes) > 4).all(), "blocks take more than their first step"
 
 
 @both_caches
 def test_T43_one_layer_with_an_encoder(cache):
-    prompt = stubs.as_prompt(stubs.make_batch([1, 1, 1], [14, 7, 11], LENGTH, encoder=True))
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1, 1, 1], [14, 7, 11], LENGTH, encoder=True)))
     check_equal(stubs.nano_encoder_decoder(**stubs.QUICK), prompt, cache, alignment=Shifted())
 
 
@@ -158,18 +162,18 @@ def slow_decode(chosen, states, row):
     target, tokens = np.asarray(row.target_mask)[0], np.array(row.tokens)[0]
     tokens[target], passes, back = MASK, 0, chosen.alignment.back
     slots = np.flatnonzero(target)
-    for first in range(0, len(slots), chosen.block):
-        block = slots[first : first + chosen.block]
+    for first in range(0, len(slots), chosen.blocks.size):
+        block = slots[first : first + chosen.blocks.size]
         before, fed = tokens.copy(), np.ones(LENGTH, bool)
         while (tokens[block] == MASK).any():
             probs = np.asarray(jax.nn.softmax(states(row, before, tokens, fed).at[:, MASK].set(-jnp.inf)))
             masked = block[tokens[block] == MASK]
             best = probs[masked - back].max(axis=-1)
-            sure = (best >= chosen.commit.threshold) | (np.arange(len(best)) == best.argmax())
+            sure = (best >= chosen.unmask.threshold) | (np.arange(len(best)) == best.argmax())
             tokens[masked[sure]] = probs[masked - back].argmax(axis=-1)[sure]
             passes += 1
             fed = np.arange(LENGTH) >= block[0] - back
-            if chosen.cache == DualCache():
+            if chosen.blocks.cache == DualCache():
                 fed &= np.arange(LENGTH) <= block[-1]
     return tokens, passes
 
@@ -179,7 +183,7 @@ def slow_decode(chosen, states, row):
 def test_T40_T41_T43_decoding_is_a_slow_loop_with_the_block_starts_keys(cache, alignment, position):
     """Three layers, where the caches approximate: rows as if alone, filled anew at each block, read at their slots."""
     model = deep(position=position)
-    chosen = sampler(cache, alignment=alignment, commit=Threshold(0.4))
+    chosen = sampler(cache, alignment=alignment, unmask=Threshold(0.4))
     states = jax.jit(lambda *inputs: two_states(model, *inputs))
     decoded = stubs.generate(chosen, model, PROMPT, KEYS)
     slowest = total = 0
@@ -191,7 +195,7 @@ def test_T40_T41_T43_decoding_is_a_slow_loop_with_the_block_starts_keys(cache, a
         slowest, total = max(slowest, passes), total + passes
     assert total < np.asarray(PROMPT.target_mask).sum(), "the threshold lets several tokens through at once"
     assert (np.asarray(decoded.forward_passes) >= slowest).all()
-    plain = stubs.generate(dataclasses.replace(chosen, cache=None), model, PROMPT, KEYS)
+    plain = stubs.generate(without_cache(chosen), model, PROMPT, KEYS)
     assert (plain.tokens != decoded.tokens).any(), "an approximation shows somewhere"
 
 
@@ -212,23 +216,28 @@ def test_T44_the_slots_that_a_pass_reads(cache):
 
 
 def stored(model, canvas, wanted, cache):
-    feed = Feed(cache, wanted, (LENGTH,))
-    return feed.run(model, canvas, {}, visibility=Full(), segment_ids=PROMPT.segment_ids, encoder=None)
+    cached = CachedPass(cache, wanted, (LENGTH,))
+    return cached.run(
+        model, canvas, self_condition=None, time=None, visibility=Full(), segment_ids=PROMPT.segment_ids, encoder=None
+    )
 
 
 @both_caches
 @both_alignments
 def test_T43_the_first_pass_of_a_block_is_the_whole_pass_whatever_was_kept(cache, alignment):
     model, rows = deep(), PROMPT.tokens.shape[0]
-    blocks = Blocks.of(PROMPT.target_mask, 4, None)
+    blocks = RowBlocks.of(PROMPT.target_mask, 4, None)
     used = PROMPT.segment_ids > 0
     canvas = jnp.where(PROMPT.target_mask, MASK, PROMPT.tokens)
     whole = model(canvas, visibility=Full(), positions=PROMPT.positions, segment_ids=PROMPT.segment_ids)
     stale = jax.tree.map(lambda x: x + 3.0, model.init_cache(rows, LENGTH))
-    kept, block = Kept(stale, jnp.zeros(rows, jnp.int32)), jnp.ones(rows, jnp.int32)
+    kept, block = CacheState(stale, jnp.zeros(rows, jnp.int32)), jnp.ones(rows, jnp.int32)
     active = blocks.active(block)
-    chosen = sampler(cache, alignment=alignment)
-    first = Feed.of(chosen, kept, block, active, used)
+
+    def cached_pass(block, active):
+        return CachedPass.of(cache, kept, block=block, block_size=4, active=active, used=used, alignment=alignment)
+
+    first = cached_pass(block, active)
     np.testing.assert_array_equal(first.wanted, used)
     hidden = stored(model, canvas, first.wanted, stale)
     seen = np.asarray(used)
@@ -236,7 +245,7 @@ def test_T43_the_first_pass_of_a_block_is_the_whole_pass_whatever_was_kept(cache
         np.asarray(hidden.values_BTD)[seen], np.asarray(whole.values_BTD)[seen], rtol=1e-4, atol=1e-5
     )
     kept = kept.after(hidden.cache, block, active)
-    second = Feed.of(chosen, kept, block, active, used)
+    second = cached_pass(block, active)
     assert not np.asarray(second.wanted).all()
     changed = canvas.at[:, 7].set(13)
     approximate = stored(model, changed, second.wanted, kept.cache)
@@ -245,7 +254,7 @@ def test_T43_the_first_pass_of_a_block_is_the_whole_pass_whatever_was_kept(cache
     error = np.abs(np.asarray(approximate.values_BTD) - np.asarray(exact.values_BTD))[at].max()
     assert error > 1e-3, "two layers and more: what is kept is not what a whole pass would find"
     print(f"largest error of a state: {error:.3f}")
-    waiting = Feed.of(chosen, kept, block + 1, jnp.zeros_like(active), used)
+    waiting = cached_pass(block + 1, jnp.zeros_like(active))
     assert not np.asarray(waiting.wanted).any(), "rows that wait are neither read nor stored"
 
 
@@ -253,7 +262,7 @@ def test_seeds_are_the_rule_of_the_released_code_for_shifted_networks():
     """The pass over the whole row takes the block's first token alone, whatever the others' confidence."""
     decoded = {
         seeds: stubs.generate(
-            sampler(DualCache(), alignment=Shifted(), commit=Threshold(0.0), seeds=seeds, keep_trace=True),
+            sampler(DualCache(), alignment=Shifted(), unmask=Threshold(0.0), seeds=seeds, keep_trace=True),
             deep(),
             PROMPT,
             KEYS,
@@ -273,21 +282,9 @@ def test_seeds_are_the_rule_of_the_released_code_for_shifted_networks():
 def test_the_files_are_the_threshold_file_and_a_cache(name):
     folder = gin_objects.GIN / "samplers"
     cached = gin_objects.build(folder / f"{name}.gin", "SAMPLER")
-    assert cached.cache == {"prefix": PrefixCache(), "dual": DualCache()}[name.split("_")[2]]
+    assert cached.blocks.cache == {"prefix": PrefixCache(), "dual": DualCache()}[name.split("_")[2]]
     plain = gin_objects.build(folder / "threshold.gin", "SAMPLER")
-    assert dataclasses.replace(cached, cache=None) == plain
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"block": 0}, {"start": UniformCorruption(), "commit": Everything()}],
-    ids=["one_block", "ordinary_tokens"],
-)
-@both_caches
-def test_caches_that_would_not_work_are_errors(cache, fields):
-    sampler(**fields)
-    with pytest.raises(ConfigError, match="cache"):
-        sampler(cache, **fields)
+    assert without_cache(cached) == plain
 
 
 def test_programs_of_the_prefix_cache():

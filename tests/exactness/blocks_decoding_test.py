@@ -8,20 +8,20 @@ import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
 import pytest
+from sampler_stubs import masked, without_ends
 
 from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.masks import two_streams
 from diffusion_lm.nn.named_masks import named_visibility
-from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
 from diffusion_lm.objectives.block_diffusion import BlockDiffusion
 from diffusion_lm.objectives.block_layout import blocks_of
-from diffusion_lm.samplers.blockwise import Blocks
-from diffusion_lm.samplers.commit import Ancestral, Threshold
-from diffusion_lm.samplers.denoising import DenoisingSampler
-from diffusion_lm.samplers.proposals import Proposal
-from diffusion_lm.samplers.revision import Routed
+from diffusion_lm.samplers.blocks import RowBlocks
+from diffusion_lm.samplers.decoding import Decoding
+from diffusion_lm.samplers.denoiser import Denoiser
+from diffusion_lm.samplers.routing import Routed
+from diffusion_lm.samplers.unmasking import Ancestral, Threshold
 
 SIZE, MASK = 3, 4
 BATCH = stubs.make_batch([2, 4, 3], [9, 6, 8], 12)
@@ -44,17 +44,19 @@ def test_a_canvas_under_block_visibility_equals_the_noisy_copy_of_training(block
     ).values_BTD
     here = (ids == block) & (BATCH.segment_ids > 0)
     active = here & target
-    proposal = Proposal.of(
+    denoiser = Denoiser.of(
         MODEL,
         BATCH,
-        1,
         None,
+        candidates=1,
         visibility=NAMES[first_block],
         alignment=SamePosition(),
-        draw={},
+        decoding=Decoding(),
+        guidance=0.0,
         causal_context=causal_clean,
+        feeds_back=False,
     )
-    decoding, _ = proposal.run(jnp.where((ids >= block) & target, MASK, BATCH.tokens), active)
+    decoding = denoiser.run(jnp.where((ids >= block) & target, MASK, BATCH.tokens), active).conditional
     rows = np.asarray(jnp.any(active, axis=1))
     assert rows.any()
     length = BATCH.tokens.shape[1]
@@ -87,7 +89,7 @@ def test_a_canvas_under_causal_visibility_equals_the_causal_copies_of_training(b
 
 def test_blocks_of_the_sampler_are_those_of_the_training():
     for first_block in ("target", "example"):
-        blocks = Blocks.of(BATCH.target_mask, SIZE, None, first_block)
+        blocks = RowBlocks.of(BATCH.target_mask, SIZE, None, NAMES[first_block])
         ids = np.asarray(blocks_of(BATCH, SIZE, first_block).ids)
         for row, number, mask in zip(ids, np.asarray(blocks.number), np.asarray(BATCH.target_mask), strict=True):
             np.testing.assert_array_equal(number[mask], row[mask] - row[mask].min())
@@ -96,7 +98,8 @@ def test_blocks_of_the_sampler_are_those_of_the_training():
     np.testing.assert_array_equal(blocks.steps_in(jnp.array([0, 0, 0])), [1, 2, 3])
     # A window with a hole: the block in the hole has no slot and is none.
     holed = jnp.array([[0, 0, 1, 1, 0, 0, 0, 0, 1, 1]], bool)
-    np.testing.assert_array_equal(Blocks.of(holed, 3, None, "example").number[0], [-1, -1, 0, 1, -1, -1, -1, -1, 2, 3])
+    number = RowBlocks.of(holed, 3, None, "example_blocks:3").number[0]
+    np.testing.assert_array_equal(number, [-1, -1, 0, 1, -1, -1, -1, -1, 2, 3])
 
 
 PAIRS = {
@@ -137,21 +140,15 @@ def test_decoding_is_a_slow_loop_over_the_training_pass(pair, first_block):
     """Ragged rows, prompts that end inside a block, sub-blocks, seeds; every row as if it were alone."""
     size, sub_block, threshold = 4, 2, 0.15
     objective = BlockDiffusion(size, first_block=first_block, **PAIRS[pair])
-    prompt = stubs.as_prompt(stubs.make_batch([2, 5, 3, 1], [10, 6, 9, 4], 12))
-    sampler = DenoisingSampler(
-        start=AbsorbingCorruption(MASK),
-        commit=Threshold(threshold),
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([2, 5, 3, 1], [10, 6, 9, 4], 12)))
+    sampler = masked(
+        Threshold(threshold),
         alignment=objective.alignment,
-        steps=None,
         block=sub_block,
-        first_block=first_block,
         seeds=objective.block_start == "seed",
         causal_context=objective.causal_clean,
-        candidates=1,
         temperature=0.0,
         visibility=NAMES[first_block].replace(str(SIZE), str(size)),
-        eos_id=98,
-        pad_id=99,
     )
     decoded = stubs.generate(sampler, MODEL, prompt, KEYS)
 
@@ -175,7 +172,7 @@ def test_decoding_is_a_slow_loop_over_the_training_pass(pair, first_block):
         longest = max(longest, passes)
     np.testing.assert_array_equal(decoded.forward_passes, longest)
     if first_block == "example":
-        other = dataclasses.replace(sampler, first_block="target", visibility=f"blocks:{size}")
+        other = dataclasses.replace(sampler, visibility=f"blocks:{size}")
         assert (stubs.generate(other, MODEL, prompt, KEYS).tokens != decoded.tokens).any(), "the count matters"
 
 
@@ -183,11 +180,11 @@ def test_decoding_is_a_slow_loop_over_the_training_pass(pair, first_block):
 def test_files_of_one_method_agree(name):
     objective = gin_objects.build(gin_objects.GIN / "objectives" / f"{name}.gin", "OBJECTIVE")
     sampler = gin_objects.build(gin_objects.GIN / "samplers" / f"{name}.gin", "SAMPLER")
-    assert objective.first_block == sampler.first_block == "example"
+    assert objective.first_block == "example"
     assert sampler.visibility == f"example_blocks:{objective.block_size}"
-    assert objective.block_size % sampler.block == 0
-    assert (objective.alignment, objective.causal_clean) == (sampler.alignment, sampler.causal_context)
-    assert (objective.block_start == "seed") == sampler.seeds
+    assert objective.block_size % sampler.blocks.size == 0
+    assert (objective.alignment, objective.causal_clean) == (sampler.alignment, sampler.blocks.causal_context)
+    assert (objective.block_start == "seed") == sampler.blocks.seeds
 
 
 @pytest.mark.parametrize("name", ["blocks:0", "blocks:-1", "blocks:", "blocks", "blocks:4x", "example_blocks:0"])
@@ -199,17 +196,12 @@ def test_block_visibility_needs_a_size(name):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"visibility": "example_blocks:4"},
-        {"visibility": "blocks:4", "first_block": "example"},
         {"seeds": True},
         {"causal_context": True},
-        {"visibility": "blocks:4", "seeds": True, "start": UniformCorruption()},
-        {"visibility": "blocks:4", "seeds": True, "commit": Routed()},
-        {"first_block": "row"},
+        {"visibility": "blocks:4", "seeds": True, "unmask": Routed()},
     ],
     ids=str,
 )
 def test_orders_that_do_not_fit_the_network_are_errors(fields):
-    masked = {"start": AbsorbingCorruption(MASK), "commit": Ancestral()}
     with pytest.raises(ConfigError):
-        DenoisingSampler(**(masked | fields))
+        masked(**({"unmask": Ancestral(), "block": 4} | fields))

@@ -1,32 +1,21 @@
 """The length beam against decoding every length by itself, on prompts laid out by hand."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
 import pytest
+from sampler_stubs import masked
 
 from diffusion_lm.architectures.length_head import length_logits
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.samplers.commit import Ranked
-from diffusion_lm.samplers.denoising import DenoisingSampler
 from diffusion_lm.samplers.length_beam import LengthBeam
+from diffusion_lm.samplers.unmasking import Ranked
 
 KEYS = StreamKeys.create(2)
 MODEL = stubs.with_length_head(stubs.nano(**stubs.QUICK))
-INNER = DenoisingSampler(
-    start=AbsorbingCorruption(4),
-    commit=Ranked(),
-    steps=None,
-    candidates=1,
-    temperature=0.0,
-    score_over="real",
-    end="ban",
-)
+INNER = masked(Ranked(), temperature=0.0, forbidden=("eos", "pad"))
 WINDOWS = [7, 4, 6]
 PROMPT = stubs.as_prompt(stubs.make_batch([2, 5, 3], WINDOWS, 11))
 
@@ -90,7 +79,7 @@ def test_the_kept_candidates_trace_is_returned():
 
 def test_candidates_of_the_inner_sampler_count_too():
     """Two drawn candidates at each of three lengths: six times the calls, and one pass for the lengths."""
-    warm = dataclasses.replace(INNER, temperature=1.0, candidates=2)
+    warm = masked(Ranked(), forbidden=("eos", "pad"), candidates=2)
     counted = stubs.counting(MODEL)
     decoded = stubs.generate(LengthBeam(warm, 3), counted, PROMPT, KEYS)
     assert counted.count() > 0
@@ -99,9 +88,9 @@ def test_candidates_of_the_inner_sampler_count_too():
 
 
 def test_impossible_settings_are_errors():
-    with pytest.raises(ConfigError, match="beam = 2 with lengths = 'window'"):
+    with pytest.raises(ConfigError, match="beam=2 with lengths='window'"):
         LengthBeam(INNER, 2, "window")
-    with pytest.raises(ConfigError, match="'guess' is not known"):
+    with pytest.raises(ConfigError, match="guess"):
         LengthBeam(INNER, 1, "guess")
     with pytest.raises(ConfigError, match="has no length head"):
         jax.eval_shape(lambda: LengthBeam(INNER).generate(stubs.nano(**stubs.QUICK), PROMPT, KEYS))

@@ -2,33 +2,27 @@
 
 import model_stubs as stubs
 import numpy as np
-import sampler_worlds as worlds
+from sampler_stubs import masked, without_ends
 
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.samplers.commit import Ancestral, EntropyBound, Factor, Ranked, Threshold
 from diffusion_lm.samplers.counts import Even, Fixed, Proportional
-from diffusion_lm.samplers.denoising import DenoisingSampler
-from diffusion_lm.samplers.revision import Capped, LeastConfident, Routed
+from diffusion_lm.samplers.remasking_rates import Capped, LeastConfident
+from diffusion_lm.samplers.routing import Routed
+from diffusion_lm.samplers.unmasking import Ancestral, EntropyBound, Factor, Ranked, Threshold
 
 KEYS = StreamKeys.create(9)
 MASK = 4
 LENGTHS = [1, 2, 3, 5, 8, 9]
-PROMPT = stubs.as_prompt(stubs.make_batch([2, 1, 3, 2, 1, 2], LENGTHS, 12))
+PROMPT = without_ends(stubs.as_prompt(stubs.make_batch([2, 1, 3, 2, 1, 2], LENGTHS, 12)))
 TARGET = np.asarray(PROMPT.target_mask)
-
-
-def sampler(commit, **fields):
-    masked = {"start": AbsorbingCorruption(MASK), "candidates": 1, "temperature": 1.0, "steps": None, **worlds.NO_END}
-    return DenoisingSampler(**(masked | {"commit": commit} | fields))
 
 
 # Every slot has its own distribution, whatever the canvas; cheap to compile.
 TABLE = stubs.table_model(np.random.default_rng(2).normal(scale=2.0, size=(12, stubs.VOCAB)))
 
 
-def decode(commit, prompt=PROMPT, model=TABLE, **fields):
-    return stubs.generate(sampler(commit, **fields), model, prompt, KEYS)
+def decode(unmask, prompt=PROMPT, model=TABLE, **fields):
+    return stubs.generate(masked(unmask, **fields), model, prompt, KEYS)
 
 
 RULES = {

@@ -9,17 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
+import sampler_stubs
 import scipy.stats
 
 from diffusion_lm.architectures.base import BoundModel, Hidden
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.types import Batch
 from diffusion_lm.nn.head import Head
-from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
-from diffusion_lm.samplers.denoising import DenoisingSampler
-
-NO_END = {"eos_id": 98, "pad_id": 99}
-"""Ends that no world has: the whole window is looked at."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,10 +68,6 @@ class World:
         exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return exp / exp.sum(axis=-1, keepdims=True)
 
-    @property
-    def start(self) -> AbsorbingCorruption:
-        return AbsorbingCorruption(self.V)
-
     def code(self, tokens: np.ndarray) -> np.ndarray:
         return (np.asarray(tokens) * (self.V + 1) ** np.arange(self.L)[::-1]).sum(axis=-1)
 
@@ -83,15 +75,22 @@ class World:
     def model(self) -> BoundModel:
         return BoundModel(_WorldArchitecture(self), {})
 
+    @functools.cached_property
+    def model_without_mask(self) -> BoundModel:
+        """The same networks with a vocabulary of the V ordinary tokens."""
+        return BoundModel(_WorldArchitecture(self, has_mask=False), {})
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _WorldArchitecture:
     world: World
+    has_mask: bool = True
 
     @property
     def spec(self) -> Any:
+        V = self.world.V + self.has_mask
         return types.SimpleNamespace(
-            vocab_size=self.world.V + 1, logits_chunk=1 << 22, self_conditioning=False, time_conditioning=False
+            vocab_size=V, logits_chunk=1 << 22, self_conditioning=False, time_conditioning=False
         )
 
     def hidden(self, params, inputs):
@@ -99,35 +98,33 @@ class _WorldArchitecture:
         place = (world.V + 1) ** jnp.arange(world.L)[::-1]
         code = jnp.sum(tokens[:, 1:] * place, axis=1)
         network = jnp.minimum(tokens[:, 0], world.logits.shape[0] - 1)
-        values = jnp.asarray(world.logits)[network, code]
+        values = jnp.asarray(world.logits)[network, code, :, : self.spec.vocab_size]
         return Hidden(jnp.pad(values, ((0, 0), (1, 0), (0, 0))), inputs.cache)
 
     def head(self, params):
-        return Head(jnp.eye(self.world.V + 1), vocab_size=self.world.V + 1)
+        return Head(jnp.eye(self.spec.vocab_size), vocab_size=self.spec.vocab_size)
 
 
-def prompts(world: World, rows: int) -> Batch:
-    """Windows of L slots; row r asks network r mod W."""
+def prompts(world: World, rows: int, mask_id: int | None = -1) -> Batch:
+    """Windows of L slots; row r asks network r mod W. `mask_id` is V if it is not given."""
     prompt = stubs.as_prompt(stubs.make_batch([1] * rows, [world.L] * rows, world.L + 1))
+    prompt = sampler_stubs.without_ends(prompt, world.V if mask_id == -1 else mask_id)
     return prompt.replace(tokens=prompt.tokens.at[:, 0].set(jnp.arange(rows) % world.logits.shape[0]))
 
 
-def sampler(world: World, commit: Any, **fields) -> DenoisingSampler:
-    masked = {"start": world.start, "candidates": 1, "temperature": 1.0, "steps": None, **NO_END}
-    return DenoisingSampler(**(masked | {"commit": commit} | fields))
-
-
-def uniform_sampler(world: World, commit: Any, **fields) -> DenoisingSampler:
-    """Noise without MASK: uniform over the V tokens."""
-    return sampler(world, commit, start=UniformCorruption(world.V), forbidden=(world.V,), **fields)
-
-
-def decode(world: World, commit: Any, rows: int, *, seed: int = 0, **fields) -> np.ndarray:
-    """i[rows,L], what the sampler wrote."""
+def decode(world: World, unmask: Any, rows: int, *, seed: int = 0, **fields) -> np.ndarray:
+    """i[rows,L], what the masked sampler generated."""
     decoded = stubs.generate(
-        sampler(world, commit, **fields), world.model, prompts(world, rows), StreamKeys.create(seed)
+        sampler_stubs.masked(unmask, **fields), world.model, prompts(world, rows), StreamKeys.create(seed)
     )
     return np.asarray(decoded.tokens)[:, 1:]
+
+
+def decode_canvas(world: World, update: Any, rows: int, *, seed: int = 0, **fields) -> np.ndarray:
+    """i[rows,L], what the canvas sampler generated with uniform noise over the V ordinary tokens."""
+    sampler = sampler_stubs.canvas(update, **fields)
+    prompt = prompts(world, rows, mask_id=None)
+    return np.asarray(stubs.generate(sampler, world.model_without_mask, prompt, StreamKeys.create(seed)).tokens)[:, 1:]
 
 
 def histogram(world: World, tokens: np.ndarray) -> np.ndarray:

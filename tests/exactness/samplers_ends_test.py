@@ -5,15 +5,17 @@ import model_stubs as stubs
 import numpy as np
 import pytest
 import sampler_worlds as worlds
-from sampler_rules import KEYS, MASK, PROMPT, RULES, TARGET, decode, sampler
+from sampler_rules import KEYS, MASK, PROMPT, RULES, TARGET, decode
+from sampler_stubs import canvas, masked
 
 from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.samplers.commit import Ancestral, EntropyBound, Factor, Ranked, Threshold
 from diffusion_lm.samplers.counts import Fixed, Fraction
-from diffusion_lm.samplers.denoising import DenoisingSampler
-from diffusion_lm.samplers.revision import Capped, Renoised, Routed, UniformAncestral
-from diffusion_lm.samplers.stopping import StableAndSure, ended
+from diffusion_lm.samplers.remasking_rates import Capped
+from diffusion_lm.samplers.routing import Routed
+from diffusion_lm.samplers.stopping import StableAndSure, has_finished_text
+from diffusion_lm.samplers.uniform import Renoised, UniformAncestral
+from diffusion_lm.samplers.unmasking import Ancestral, EntropyBound, Factor, Ranked, Threshold
 
 
 def position_model(rows):
@@ -24,7 +26,6 @@ def position_model(rows):
     return stubs.table_model(table)
 
 
-ENDS = {"eos_id": stubs.EOS, "pad_id": stubs.PAD}
 WINDOW = stubs.as_prompt(stubs.make_batch([1], [4], 12))
 
 
@@ -34,8 +35,8 @@ def test_T47_suppression_after_the_choice():
     table = np.zeros((12, stubs.VOCAB), np.float32)
     table[1, 10], table[2, stubs.EOS], table[2, 11], table[3, 12], table[4, 13] = 6.0, 9.0, 1.0, 4.0, 3.0
     model = stubs.table_model(table)
-    fields = {"model": model, "temperature": 0.0, "keep_trace": True, **ENDS}
-    banned = decode(Ranked(), WINDOW, end="ban", **fields)
+    fields = {"model": model, "temperature": 0.0, "keep_trace": True}
+    banned = decode(Ranked(), WINDOW, forbidden=("eos", "pad"), **fields)
     np.testing.assert_array_equal(banned.tokens[0, 1:5], [10, 11, 12, 13])
     order = (np.asarray(banned.trace.tokens)[:4, 0, 1:5] != MASK).sum(axis=0)
     np.testing.assert_array_equal(order, [4, 1, 3, 2])
@@ -51,7 +52,7 @@ def test_T47_suppression_after_the_choice():
 @pytest.mark.parametrize("rule", [Threshold(0.5), EntropyBound(9.0), Factor(9.0), Ranked("random", Fixed(2))], ids=repr)
 def test_T47_deferred_ends_wait_for_every_rule(rule):
     model = position_model([(5, 0), (stubs.EOS, 9.0), (11, 1.0), (stubs.PAD, 8.0), (13, 0.5)])
-    decoded = decode(rule, WINDOW, model=model, temperature=0.0, keep_trace=True, end="defer", **ENDS)
+    decoded = decode(rule, WINDOW, model=model, temperature=0.0, keep_trace=True, end="defer")
     written = np.asarray(decoded.trace.tokens)[:, 0, 1:5] != MASK
     text_done = written[:, [1, 3]].all(axis=1)
     assert not written[~text_done][:, [0, 2]].any()
@@ -62,25 +63,24 @@ def test_T48_early_stop_over_holes():
     """An EOS does not stop a row while slots to its left are open; then it does, and saves the rest."""
     model = position_model([(5, 0), (10, 3.0), (11, 2.0), (stubs.EOS, 9.0), (13, 1.0)])
     prompt = stubs.as_prompt(stubs.make_batch([1], [9], 12))
-    decoded = decode(Ranked("confidence", Fixed(1)), prompt, model=model, temperature=0.0, end="stop", **ENDS)
+    decoded = decode(Ranked("confidence", Fixed(1)), prompt, model=model, temperature=0.0, end="stop")
     np.testing.assert_array_equal(decoded.tokens[0, 1:10], [10, 11, stubs.EOS, 0, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(decoded.forward_passes, 3)
     assert decoded.lengths[0] == 2
-    free = decode(Ranked("confidence", Fixed(1)), prompt, model=model, temperature=0.0, end="free", **ENDS)
+    free = decode(Ranked("confidence", Fixed(1)), prompt, model=model, temperature=0.0, end="free")
     np.testing.assert_array_equal(free.tokens, decoded.tokens)
     np.testing.assert_array_equal(free.forward_passes, 9)
-    canvas = jnp.array([[2, 10, MASK, 1, MASK], [2, 10, 11, 1, MASK], [2, MASK, 11, 12, 13], [1, 10, 11, MASK, MASK]])
+    tokens = jnp.array([[2, 10, MASK, 1, MASK], [2, 10, 11, 1, MASK], [2, MASK, 11, 12, 13], [1, 10, 11, MASK, MASK]])
     target = jnp.array([[False, True, True, True, True]] * 4)
-    np.testing.assert_array_equal(ended(canvas, target, MASK, 1, 0), [False, True, False, False])
+    np.testing.assert_array_equal(has_finished_text(tokens, target, MASK, stubs.SPECIAL), [False, True, False, False])
 
 
 def test_T49_last_canvas_renoised():
     """At the step cap the uniform-noise canvas is the argmax everywhere, and not what was just renoised."""
     table = np.zeros((12, stubs.VOCAB), np.float32)
     table[:, 20] = 1.0
-    model, rule = stubs.table_model(table), Renoised(EntropyBound(0.1))
-    fields = {"candidates": 1, "steps": 3, "temperature": 0.8, "final_temperature": 0.4, **worlds.NO_END}
-    capped = DenoisingSampler(commit=rule, keep_trace=True, **fields)
+    model, rule = stubs.table_model(table), Renoised(EntropyBound(0.1), final_temperature=0.4)
+    capped = canvas(rule, steps=3, temperature=0.8, keep_trace=True)
     decoded = stubs.generate(capped, model, PROMPT, KEYS)
     assert (np.asarray(decoded.tokens)[TARGET] == 20).all()
     noisy = np.asarray(decoded.trace.tokens)[:2][:, TARGET]
@@ -91,9 +91,8 @@ def test_T49_last_canvas_renoised():
 def test_a_canvas_that_is_stable_and_sure_stops():
     table = np.zeros((12, stubs.VOCAB), np.float32)
     table[:, 20] = 30.0
-    fields = {"candidates": 1, "steps": 9, "temperature": 0.8, **worlds.NO_END}
     rule = Renoised(EntropyBound(0.1, tempered=True))
-    stopped = DenoisingSampler(commit=rule, stop=StableAndSure(), **fields)
+    stopped = canvas(rule, steps=9, temperature=0.8, stop=StableAndSure())
     decoded = stubs.generate(stopped, stubs.table_model(table), PROMPT, KEYS)
     assert (np.asarray(decoded.tokens)[TARGET] == 20).all()
     np.testing.assert_array_equal(decoded.forward_passes, 2)
@@ -108,7 +107,7 @@ def test_infilling_any_pattern_of_fixed_and_free_positions(name):
     prompt = stubs.make_batch([2, 2], [9, 7], 12)
     holes = np.asarray(prompt.target_mask) & (np.arange(12) % 3 != 1)
     prompt = prompt.replace(target_mask=jnp.asarray(holes))
-    fields = {"end": "ban", "block": 2, **ENDS} | ({"alignment": Shifted()} if name == "shifted" else {})
+    fields = {"forbidden": ("eos", "pad"), "block": 2} | ({"alignment": Shifted()} if name == "shifted" else {})
     decoded = decode(rule, prompt, stubs.nano(), **fields)
     tokens, fixed = np.asarray(decoded.tokens), np.asarray(prompt.tokens)
     np.testing.assert_array_equal(tokens[~holes], fixed[~holes])
@@ -126,7 +125,7 @@ def test_infilling_follows_the_exact_conditional():
     prompt = worlds.prompts(world, 6000)
     tokens = prompt.tokens.at[:, 1:].set(jnp.array([2, 0, 1]))
     prompt = prompt.replace(tokens=tokens, target_mask=prompt.target_mask.at[:, [1, 3]].set(False))
-    decoded = stubs.generate(worlds.sampler(world, Ancestral(), steps=2), world.model, prompt, KEYS)
+    decoded = stubs.generate(masked(Ancestral(), steps=2), world.model, prompt, KEYS)
     written = np.asarray(decoded.tokens)[:, 1:]
     assert (written[:, [0, 2]] == [2, 1]).all()
     law = world.probs[0, world.code(np.array([2, 3, 1])), 1]
@@ -142,21 +141,23 @@ def test_T35_mask_id():
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("build", "fields"),
     [
-        {"steps": 0},
-        {"block": -1},
-        {"end": "cut"},
-        {"final_temperature": 0.0},
-        {"commit": UniformAncestral()},
-        {"start": DenoisingSampler().start, "commit": UniformAncestral(), "guidance": 1.0, "top_p": 0.9},
-        {"start": DenoisingSampler().start, "end": "stop"},
-        {"commit": Routed(), "end": "stop"},
+        (masked, {"steps": 0}),
+        (masked, {"block": -1}),
+        (masked, {"end": "cut"}),
+        (masked, {"unmask": UniformAncestral()}),
+        (masked, {"unmask": Routed(), "end": "stop"}),
+        (canvas, {"update": Routed()}),
+        (canvas, {"update": Renoised(final_temperature=0.5), "temperature": 0.0}),
+        (canvas, {"update": UniformAncestral(), "guidance": 1.0, "top_p": 0.9}),
     ],
+    ids=str,
 )
-def test_impossible_settings_of_the_masked_family_are_errors(fields):
+def test_impossible_settings_of_samplers_are_errors(build, fields):
+    rule = {"unmask": Ancestral()} if build is masked else {"update": UniformAncestral()}
     with pytest.raises(ConfigError):
-        sampler(**({"commit": Ancestral()} | fields))
+        build(**(rule | fields))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,7 @@ def test_impossible_settings_of_the_masked_family_are_errors(fields):
         lambda: Fixed(0),
         lambda: Fraction(0.0),
         lambda: Capped(2.0),
+        lambda: Renoised(final_temperature=0.0),
         lambda: Routed(noise=-1.0),
         lambda: StableAndSure(-1.0),
     ],

@@ -7,31 +7,25 @@ import model_stubs as stubs
 import numpy as np
 import pytest
 import sampler_worlds as worlds
+from sampler_stubs import left_to_right, masked, without_ends
 
 from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
-from diffusion_lm.samplers.commit import Ancestral, EntropyBound, Factor, Ranked, Threshold
 from diffusion_lm.samplers.counts import Even, Fixed, Scheduled
-from diffusion_lm.samplers.denoising import DenoisingSampler
-from diffusion_lm.samplers.revision import Capped, Rescaled, Routed
+from diffusion_lm.samplers.remasking_rates import Capped, Rescaled
+from diffusion_lm.samplers.routing import Routed
+from diffusion_lm.samplers.unmasking import Ancestral, EntropyBound, Factor, Ranked, Threshold
 
 pytestmark = pytest.mark.thorough
 
 KEYS = StreamKeys.create(9)
 WORLD = worlds.World.random(3, 3, seed=4)
 MASK = 4
-PROMPT = stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [8, 3, 6, 5], 11))
+PROMPT = without_ends(stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [8, 3, 6, 5], 11)))
 
 
-def nano_sampler(commit, **fields):
-    masked = {"start": AbsorbingCorruption(MASK), "candidates": 1, "temperature": 1.0, "steps": None, **worlds.NO_END}
-    return DenoisingSampler(**(masked | {"commit": commit} | fields))
-
-
-def nano_tokens(commit, **fields):
-    return np.asarray(stubs.generate(nano_sampler(commit, **fields), stubs.nano(), PROMPT, KEYS).tokens)
+def nano_tokens(unmask, **fields):
+    return np.asarray(stubs.generate(masked(unmask, **fields), stubs.nano(), PROMPT, KEYS).tokens)
 
 
 def test_T53_remdm_without_rate_is_ancestral():
@@ -56,7 +50,7 @@ def test_T53_threshold_1_is_one_token_a_step():
 
 
 def test_T53_threshold_0_is_one_step():
-    sampler = worlds.sampler(WORLD, Threshold(0.0))
+    sampler = masked(Threshold(0.0))
     decoded = stubs.generate(sampler, WORLD.model, worlds.prompts(WORLD, 50), KEYS)
     np.testing.assert_array_equal(decoded.forward_passes, 1)
 
@@ -93,7 +87,7 @@ def test_T53_greedy_threshold_is_greedy_sequential_under_the_theorems_condition(
     assert 50 < condition.sum() < count - 50
     greedy = {"temperature": 0.0}
     for rule in (Threshold(1 - 1 / (L + 1)), Factor(1.0)):
-        sampler = worlds.sampler(world, rule, **greedy)
+        sampler = masked(rule, **greedy)
         decoded = stubs.generate(sampler, world.model, worlds.prompts(world, count), KEYS)
         np.testing.assert_array_equal(np.asarray(decoded.tokens)[condition, 1:], expected[condition])
     np.testing.assert_array_equal(worlds.decode(world, Threshold(1.0), count, **greedy), expected)
@@ -110,30 +104,22 @@ def test_T53_block_as_long_as_the_window_is_no_block():
 
 
 def test_T53_block_of_1_shifted_and_causal_is_autoregressive():
-    ends = {"eos_id": stubs.EOS, "pad_id": stubs.PAD}
     for model, prompt in (
-        (stubs.nano(), PROMPT),
+        (stubs.nano(), PROMPT.replace(special=stubs.SPECIAL)),
         (stubs.nano_encoder_decoder(), stubs.as_prompt(stubs.make_batch([1] * 4, [8, 3, 6, 5], 11, encoder=True))),
     ):
-        greedy = AutoregressiveSampler(temperature=0.0, forbidden=(MASK,))
+        greedy = left_to_right()
         expected = stubs.generate(greedy, model, prompt, KEYS)
         for rule in (Ranked("confidence", Even()), Threshold(0.9), Ancestral()):
-            sampler = nano_sampler(
-                rule, block=1, temperature=0.0, alignment=Shifted(), visibility="causal", end="stop", **ends
-            )
+            sampler = masked(rule, block=1, temperature=0.0, alignment=Shifted(), visibility="causal", end="stop")
             decoded = stubs.generate(sampler, model, prompt, KEYS)
             np.testing.assert_array_equal(decoded.tokens, expected.tokens)
             np.testing.assert_array_equal(decoded.lengths, expected.lengths)
 
 
-def test_one_candidate_is_no_rerank_and_the_best_of_several_is_kept():
-    one = nano_sampler(Ancestral(), steps=3)
-    reranked, plain = (
-        stubs.generate(dataclasses.replace(one, rerank=rerank), stubs.nano(), PROMPT, KEYS)
-        for rerank in ("model_score", "none")
-    )
-    np.testing.assert_array_equal(reranked.tokens, plain.tokens)
-    np.testing.assert_array_equal(reranked.scores, plain.scores)
+def test_the_best_of_several_candidates_is_returned():
+    one = masked(Ancestral(), steps=3)
+    plain = stubs.generate(one, stubs.nano(), PROMPT, KEYS)
     several = stubs.generate(dataclasses.replace(one, candidates=4), stubs.nano(), PROMPT, KEYS)
     assert (np.asarray(several.scores) >= np.asarray(plain.scores) - 1e-6).all(), "candidate 0 is the lone one"
     assert (np.asarray(several.scores) > np.asarray(plain.scores)).any()
@@ -143,10 +129,8 @@ def test_one_candidate_is_no_rerank_and_the_best_of_several_is_kept():
 def test_scores_of_masked_decodes_are_those_of_the_tokens_when_they_were_written():
     table = np.zeros((4, 7), np.float32)
     table[1:, 5] = [1.0, 2.0, 3.0]
-    prompt = stubs.as_prompt(stubs.make_batch([1], [3], 4))
-    decoded = stubs.generate(
-        nano_sampler(Ranked(), temperature=0.0, start=AbsorbingCorruption(6)), stubs.table_model(table), prompt, KEYS
-    )
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1], [3], 4)), mask_id=6)
+    decoded = stubs.generate(masked(Ranked(), temperature=0.0), stubs.table_model(table), prompt, KEYS)
     np.testing.assert_array_equal(decoded.tokens[0, 1:], 5)
     log_p = [x - np.log(np.exp(x) + 5) for x in (1.0, 2.0, 3.0)]
     np.testing.assert_allclose(decoded.scores[0], np.mean(log_p), rtol=1e-5)
@@ -202,7 +186,7 @@ def test_T38_guided_law():
         return joint.reshape(-1)
 
     for w in (0.0, 0.7, -1.0):
-        sampler = worlds.sampler(world, Ancestral(), steps=1, guidance=w)
+        sampler = masked(Ancestral(), steps=1, guidance=w)
         decoded = stubs.generate(sampler, world.model, prompt, KEYS)
         counts = worlds.histogram(world, np.asarray(decoded.tokens)[:, 1:])
         assert worlds.follows(counts, law(w))
@@ -213,14 +197,14 @@ def test_T38_guided_law():
 
 def test_T38_the_unconditional_half_sees_no_source():
     """At w = -1 what is left is u: the decode of a prompt whose source, BOS included, is MASK."""
-    prompt = stubs.as_prompt(stubs.make_batch([1, 1, 1], [8, 3, 6], 11, encoder=True))
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1, 1, 1], [8, 3, 6], 11, encoder=True)))
     source, model = prompt.encoder, stubs.nano_encoder_decoder()
     blank = source.replace(tokens=jnp.where(source.segment_ids > 0, MASK, source.tokens))
     nothing = prompt.replace(tokens=jnp.where(prompt.segment_ids > 0, MASK, prompt.tokens), encoder=blank)
     target = np.asarray(prompt.target_mask)
 
     def tokens(prompt, **fields):
-        sampler = nano_sampler(Ranked(), steps=1, temperature=0.0, **fields)
+        sampler = masked(Ranked(), steps=1, temperature=0.0, **fields)
         return np.asarray(stubs.generate(sampler, model, prompt, KEYS).tokens)[target]
 
     unconditional = tokens(nothing)
@@ -236,5 +220,3 @@ def test_T50_temperature_limit():
         np.testing.assert_array_equal(nano_tokens(rule, steps=4, temperature=2.0, top_p=1e-6), greedy)
         warm = nano_tokens(rule, steps=4, temperature=2.0)
         assert (warm != greedy).any()
-        ramp = nano_tokens(rule, steps=4, temperature=2.0, final_temperature=2.0)
-        np.testing.assert_array_equal(ramp, warm)

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import sampler_worlds as worlds
+from sampler_stubs import masked
 
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.noise.schedules import Cosine, Linear
-from diffusion_lm.samplers.commit import Ancestral, EntropyBound, Everything, Ranked, Threshold
 from diffusion_lm.samplers.counts import Even, Fixed, Fraction
-from diffusion_lm.samplers.revision import Capped, LeastConfident, Plateau, Renoised, Rescaled, Routed
+from diffusion_lm.samplers.remasking_rates import Capped, LeastConfident, Plateau, Rescaled
+from diffusion_lm.samplers.routing import Routed
+from diffusion_lm.samplers.uniform import Renoised
+from diffusion_lm.samplers.unmasking import AllSlots, Ancestral, EntropyBound, Ranked, Threshold
 
 pytestmark = pytest.mark.thorough
 
@@ -38,7 +41,7 @@ def ancestral_law(world, alpha, sigma=None):
     ids=["linear", "cosine", "ends_early"],
 )
 def test_T52_ancestral_law(schedule, last_time):
-    tokens = worlds.decode(WORLD, Ancestral(schedule, last_time), ROWS, steps=STEPS)
+    tokens = worlds.decode(WORLD, Ancestral(last_time), ROWS, schedule=schedule, steps=STEPS)
     counts = worlds.histogram(WORLD, tokens)
     assert worlds.follows(counts, ancestral_law(WORLD, alphas(schedule, STEPS, last_time)))
     assert not worlds.follows(counts, ancestral_law(WORLD, alphas(schedule, 1))), "all at once is another law"
@@ -93,7 +96,7 @@ def test_T52_remdm_keeps_the_marginals(name):
         schedule, rule, steps = Plateau(0.8, start=0.6, end=0.2), Capped(0.2, start=0.6, end=0.2), 10
     elif name != "plain":
         rule = REMASKING[name][0]
-    sampler = worlds.sampler(WORLD, Ancestral(schedule, remasking=rule), steps=steps, keep_trace=True)
+    sampler = masked(Ancestral(remasking=rule), schedule=schedule, steps=steps, keep_trace=True)
     decoded = worlds.stubs.generate(sampler, WORLD.model, worlds.prompts(WORLD, 8000), StreamKeys.create(1))
     committed = (np.asarray(decoded.trace.tokens)[:, :, 1:] != WORLD.V).mean(axis=(1, 2))
     alpha = alphas(schedule, steps)[1:]
@@ -106,7 +109,7 @@ def test_T52_remdm_conf_masks_the_unsure_and_no_more_than_its_rate():
     logits = np.zeros((1, 9, 2, 3), np.float32)
     logits[0, :, 0, 0] = 30.0
     world = worlds.World(logits)
-    sampler = worlds.sampler(world, Ancestral(remasking=LeastConfident(eta=1.0)), steps=4, keep_trace=True)
+    sampler = masked(Ancestral(remasking=LeastConfident(eta=1.0)), steps=4, keep_trace=True)
     decoded = worlds.stubs.generate(sampler, world.model, worlds.prompts(world, 30_000), StreamKeys.create(2))
     trace = np.asarray(decoded.trace.tokens)[:, :, 1:]
     both = (trace[1] != 2).all(axis=1)
@@ -169,7 +172,7 @@ def test_T52_order_temperature_draws_slots_without_replacement():
         weights = np.exp(p / temperature)
         first += p.prod() * weights / weights.sum()
     rule = Ranked("confidence", Even(), order_temperature=temperature)
-    sampler = worlds.sampler(WORLD, rule, keep_trace=True)
+    sampler = masked(rule, keep_trace=True)
     decoded = worlds.stubs.generate(sampler, WORLD.model, worlds.prompts(WORLD, ROWS), StreamKeys.create(3))
     written = np.asarray(decoded.trace.tokens)[0, :, 1:] != WORLD.V
     assert (written.sum(axis=1) == 1).all()
@@ -259,16 +262,14 @@ def test_T52_uniform_noise_law(name):
                 yield after, V ** -len(free)
 
     rule = {
-        "everything": Everything(),
+        "everything": AllSlots(),
         "partial": Ranked("random", Fraction(0.5)),
         "renoised": Renoised(EntropyBound(0.7)),
     }[name]
     start = np.where((world.canvases < V).all(axis=1), V**-3.0, 0.0)
     law = worlds.draw_step(world, start, move)
     law = worlds.draw_step(world, law, lambda *step: move(*step, last=True))
-    sampler = worlds.uniform_sampler(world, rule, steps=2, early_exit=False)
-    decoded = worlds.stubs.generate(sampler, world.model, worlds.prompts(world, ROWS), StreamKeys.create(4))
-    counts = worlds.histogram(world, np.asarray(decoded.tokens)[:, 1:])
+    counts = worlds.histogram(world, worlds.decode_canvas(world, rule, ROWS, seed=4, steps=2, exit_tolerance=None))
     assert worlds.follows(counts, law)
     other = worlds.draw_step(world, start, lambda *step: move(*step, last=True))
     assert not worlds.follows(counts, other), "one step is another law than two"

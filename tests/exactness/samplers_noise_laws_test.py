@@ -14,18 +14,16 @@ import numpy as np
 import pytest
 import sampler_worlds as worlds
 import scipy.linalg
+from sampler_stubs import canvas, masked
 
 from diffusion_lm.architectures.base import BoundModel, Hidden
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.head import Head
-from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
-from diffusion_lm.noise.interpolation import AbsorbingNoise, HybridNoise, UniformNoise
-from diffusion_lm.noise.schedules import Geometric, Linear, LogLinear
-from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.noise.process import Absorbing, Hybrid, Uniform
+from diffusion_lm.noise.schedules import Geometric, LogLinear
 from diffusion_lm.samplers.hybrid import HybridAncestral, SelfCorrected
-from diffusion_lm.samplers.predictor_corrector import PredictorCorrector
 from diffusion_lm.samplers.ratios import ScoreEuler, ScoreTweedie
-from diffusion_lm.samplers.revision import UniformAncestral
+from diffusion_lm.samplers.uniform import PredictorCorrector, UniformAncestral
 
 pytestmark = pytest.mark.thorough
 
@@ -107,32 +105,36 @@ def ratio_law(kind, masked, scaled=False, reading="ratios", world=WORLD):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["raw", "scaled"])
-@pytest.mark.parametrize("masked", [True, False], ids=["absorbing", "uniform"])
+@pytest.mark.parametrize("absorbing", [True, False], ids=["absorbing", "uniform"])
 @pytest.mark.parametrize("kind", ["tweedie", "euler"])
-def test_T52_score_entropy_law(kind, masked, scaled):
-    noise = AbsorbingNoise(V, GEOMETRIC) if masked else UniformNoise(GEOMETRIC)
-    rule = {"tweedie": ScoreTweedie, "euler": ScoreEuler}[kind](noise, scaled, LAST_TIME)
-    decode = worlds.decode if masked else decode_uniform
-    world = LOW if masked and not scaled else WORLD
-    counts = worlds.histogram(world, decode(world, rule, ROWS, steps=STEPS))
-    assert worlds.follows(counts, ratio_law(kind, masked, scaled, world=world))
+def test_T52_score_entropy_law(kind, absorbing, scaled):
+    rule = {"tweedie": ScoreTweedie, "euler": ScoreEuler}[kind](scaled, LAST_TIME)
+    world = LOW if absorbing and not scaled else WORLD
+    if absorbing:
+        tokens = worlds.decode(world, rule, ROWS, schedule=GEOMETRIC, steps=STEPS)
+    else:
+        tokens = worlds.decode_canvas(world, rule, ROWS, process=Uniform(GEOMETRIC), steps=STEPS)
+    counts = worlds.histogram(world, tokens)
+    assert worlds.follows(counts, ratio_law(kind, absorbing, scaled, world=world))
     # With their scale, large ratios leave little between the two rules under MASK noise.
-    other = kind if masked and scaled else {"tweedie": "euler", "euler": "tweedie"}[kind]
-    assert not worlds.follows(counts, ratio_law(other, masked, scaled and not masked, world=world))
-    if not masked:
-        assert not worlds.follows(counts, ratio_law(kind, masked, scaled, "softmax", world))
+    other = kind if absorbing and scaled else {"tweedie": "euler", "euler": "tweedie"}[kind]
+    assert not worlds.follows(counts, ratio_law(other, absorbing, scaled and not absorbing, world=world))
+    if not absorbing:
+        assert not worlds.follows(counts, ratio_law(kind, absorbing, scaled, "softmax", world))
 
 
-def decode_uniform(world, rule, rows, **fields):
-    return worlds.decode(world, rule, rows, start=UniformCorruption(V), forbidden=(V,), **fields)
+HYBRID = Hybrid(uniform_share=0.4)
 
 
-HYBRID = HybridNoise(mask_id=V, uniform_share=0.4)
+def decode_hybrid(rule, steps, process=HYBRID):
+    sampler = canvas(rule, process=process, steps=steps)
+    decoded = worlds.stubs.generate(sampler, WORLD.model, worlds.prompts(WORLD, ROWS), StreamKeys.create(0))
+    return np.asarray(decoded.tokens)[:, 1:]
 
 
 def hybrid_step(law, t, s, noise=HYBRID):
     """q(z_s | z_t, p) = q(z_t | z_s) q(z_s | p) / norm."""
-    now, before = ([float(x) for x in noise.level(jnp.float32(time))] for time in (t, s))
+    now, before = ([float(x) for x in noise.marginal(jnp.float32(time))] for time in (t, s))
     pi_t, pi_s = (np.append(np.full(V, level[2] / V), level[1]) for level in (now, before))
     r = now[0] / before[0]
 
@@ -154,14 +156,14 @@ def hybrid_law(steps, noise=HYBRID):
 
 def test_T52_hybrid_ancestral_law():
     """GIDD's posterior: MASK, wrong tokens and corrections of them."""
-    counts = worlds.histogram(WORLD, worlds.decode(WORLD, HybridAncestral(HYBRID), ROWS, steps=STEPS))
+    counts = worlds.histogram(WORLD, decode_hybrid(HybridAncestral(), STEPS))
     assert worlds.follows(counts, hybrid_law(STEPS))
-    assert not worlds.follows(counts, hybrid_law(STEPS, HybridNoise(mask_id=V, uniform_share=0.0)))
+    assert not worlds.follows(counts, hybrid_law(STEPS, Hybrid(uniform_share=0.0)))
 
 
 def test_T53_hybrid_without_wrong_tokens_is_ancestral_sampling_of_mask_noise():
-    noise = HybridNoise(mask_id=V, uniform_share=0.0)
-    counts = worlds.histogram(WORLD, worlds.decode(WORLD, HybridAncestral(noise), ROWS, steps=STEPS))
+    noise = Hybrid(uniform_share=0.0)
+    counts = worlds.histogram(WORLD, decode_hybrid(HybridAncestral(), STEPS, noise))
     law = worlds.all_masked(WORLD)
     for i in range(STEPS):
         law = worlds.coin_step(WORLD, law, 1 / (STEPS - i))
@@ -186,8 +188,8 @@ def corrected(law, temperature, best=1):
 
 
 def test_T52_self_correction_law():
-    rule = SelfCorrected(HybridAncestral(HYBRID), corrections=2, tokens=1, correction_temperature=0.6)
-    counts = worlds.histogram(WORLD, worlds.decode(WORLD, rule, ROWS, steps=STEPS + 2))
+    rule = SelfCorrected(HybridAncestral(), corrections=2, tokens=1, correction_temperature=0.6)
+    counts = worlds.histogram(WORLD, decode_hybrid(rule, STEPS + 2))
     filled = hybrid_law(STEPS)
     once = corrected(filled, 0.6)
     assert worlds.follows(counts, corrected(once, 0.6))
@@ -219,7 +221,7 @@ def psi_law(kappa, steps, start=1.0, end=0.0):
 @pytest.mark.parametrize("times", [{}, {"start": 0.6, "end": 0.3}], ids=["always", "in_time"])
 def test_T52_predictor_corrector_law(times):
     rule = PredictorCorrector(kappa=0.1, **times)
-    counts = worlds.histogram(COUPLED, decode_uniform(COUPLED, rule, ROWS, steps=8))
+    counts = worlds.histogram(COUPLED, worlds.decode_canvas(COUPLED, rule, ROWS, steps=8))
     assert worlds.follows(counts, psi_law(0.1, 8, **times))
     assert not worlds.follows(counts, psi_law(1.0, 8))
     if times:
@@ -228,7 +230,7 @@ def test_T52_predictor_corrector_law(times):
 
 def test_T53_kappa_1_is_ancestral_sampling_bit_for_bit():
     rules = UniformAncestral(), PredictorCorrector(kappa=1.0)
-    plain, with_rule = (decode_uniform(WORLD, rule, 500, steps=4) for rule in rules)
+    plain, with_rule = (worlds.decode_canvas(WORLD, rule, 500, steps=4) for rule in rules)
     np.testing.assert_array_equal(plain, with_rule)
 
 
@@ -245,14 +247,18 @@ class Exact:
     @property
     def spec(self) -> Any:
         return types.SimpleNamespace(
-            vocab_size=V + 1, logits_chunk=1 << 22, self_conditioning=False, time_conditioning=True
+            vocab_size=self.size, logits_chunk=1 << 22, self_conditioning=False, time_conditioning=True
         )
+
+    @property
+    def size(self) -> int:
+        return V + self.noise.has_mask
 
     def hidden(self, params, inputs):
         rate = inputs.time.max(axis=1)
         grid = jnp.linspace(0.0, 1.0, 20_001)
-        t = jnp.interp(rate, 1.0 - self.noise.level(grid).signal, grid)
-        level = self.noise.level(t)
+        t = jnp.interp(rate, 1.0 - self.noise.marginal(grid).signal, grid)
+        level = self.noise.marginal(t)
         # q[row,z,x], the probability of a noisy token given a clean one.
         ordinary = (level.uniform / V)[:, None, None] + level.signal[:, None, None] * jnp.eye(V)
         q = jnp.concatenate([ordinary, jnp.broadcast_to(level.mask[:, None, None], (len(rate), 1, V))], axis=1)
@@ -268,35 +274,35 @@ class Exact:
             values = jnp.log(jnp.maximum(noisy, 1e-12)) - jnp.log(jnp.take_along_axis(noisy, z[..., None], axis=2))
             # What is at the slot's own token must not matter.
             values = jnp.where(jnp.arange(V + 1) == z[..., None], 7.0, values)
-        return Hidden(jnp.pad(values, ((0, 0), (1, 0), (0, 0))))
+        return Hidden(jnp.pad(values[..., : self.size], ((0, 0), (1, 0), (0, 0))))
 
     def head(self, params):
-        return Head(jnp.eye(V + 1), vocab_size=V + 1)
+        return Head(jnp.eye(self.size), vocab_size=self.size)
 
 
 MANY = {
-    "sedd_tweedie": (ScoreTweedie(AbsorbingNoise(V, LogLinear()), last_time=1e-3), "ratios"),
-    "sedd_euler": (ScoreEuler(AbsorbingNoise(V, LogLinear()), last_time=1e-3), "ratios"),
-    "sedd_tweedie_uniform": (ScoreTweedie(UniformNoise(Geometric(1e-2, 9.0)), last_time=1e-3), "ratios"),
-    "sedd_euler_uniform": (ScoreEuler(UniformNoise(Geometric(1e-2, 9.0)), last_time=1e-3), "ratios"),
-    "gidd": (HybridAncestral(HybridNoise(V, uniform_share=0.4, gamma=2.0)), "clean"),
-    "udlm": (UniformAncestral(), "clean"),
-    "psi": (PredictorCorrector(kappa=0.97), "clean"),
+    "sedd_tweedie": (Absorbing(LogLinear()), ScoreTweedie(last_time=1e-3), "ratios"),
+    "sedd_euler": (Absorbing(LogLinear()), ScoreEuler(last_time=1e-3), "ratios"),
+    "sedd_tweedie_uniform": (Uniform(Geometric(1e-2, 9.0)), ScoreTweedie(last_time=1e-3), "ratios"),
+    "sedd_euler_uniform": (Uniform(Geometric(1e-2, 9.0)), ScoreEuler(last_time=1e-3), "ratios"),
+    "gidd": (Hybrid(uniform_share=0.4, gamma=2.0), HybridAncestral(), "clean"),
+    "udlm": (Uniform(), UniformAncestral(), "clean"),
+    "psi": (Uniform(), PredictorCorrector(kappa=0.97), "clean"),
 }
 
 
 @pytest.mark.parametrize("name", MANY)
 def test_an_exact_network_and_many_steps_give_the_law_of_the_data(name):
-    rule, says = MANY[name]
-    noise = getattr(rule, "noise", None) or UniformNoise(Linear())
-    masked = noise.mask_id is not None
-    model = BoundModel(Exact(noise, says), {})
+    process, rule, says = MANY[name]
+    model = BoundModel(Exact(process, says), {})
 
     def distance(steps, rows=12_000):
-        start = AbsorbingCorruption(V) if masked else UniformCorruption(V)
-        fields = {"steps": steps, "candidates": 1, "temperature": 1.0, "forbidden": (V,), **worlds.NO_END}
-        sampler = DenoisingSampler(start, rule, **fields)
-        decoded = worlds.stubs.generate(sampler, model, worlds.prompts(WORLD, rows), StreamKeys.create(steps))
+        if isinstance(process, Absorbing):
+            sampler = masked(rule, schedule=process.schedule, steps=steps)
+        else:
+            sampler = canvas(rule, process=process, steps=steps)
+        prompt = worlds.prompts(WORLD, rows, V if process.has_mask else None)
+        decoded = worlds.stubs.generate(sampler, model, prompt, StreamKeys.create(steps))
         counts = np.bincount(np.asarray(decoded.tokens)[:, 1:] @ (V, 1), minlength=V**L)
         return 0.5 * np.abs(counts / rows - JOINT.reshape(-1)).sum()
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import sampler_worlds as worlds
 
-from diffusion_lm.samplers.commit import Factor, Ranked
 from diffusion_lm.samplers.counts import Even
+from diffusion_lm.samplers.unmasking import Factor, Ranked
 
 pytestmark = pytest.mark.thorough
 

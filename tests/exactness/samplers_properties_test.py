@@ -9,10 +9,11 @@ import pytest
 from sampler_rules import KEYS, LENGTHS, MASK, PROMPT, RULES, TARGET, decode
 
 from diffusion_lm.core.types import TokenStats
+from diffusion_lm.noise.process import Absorbing
 from diffusion_lm.noise.schedules import Cosine
-from diffusion_lm.samplers.blockwise import Blocks
-from diffusion_lm.samplers.commit import EntropyBound, Factor, Ranked, Threshold
+from diffusion_lm.samplers.blocks import RowBlocks
 from diffusion_lm.samplers.counts import Even, Fixed, Fraction, Proportional, Scheduled
+from diffusion_lm.samplers.unmasking import EntropyBound, Factor, Ranked, Threshold
 from diffusion_lm.samplers.view import View
 
 pytestmark = pytest.mark.thorough
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.thorough
 def test_T39_transfer_counts():
     """Steps of the blocks, and commits of the steps, for all lengths, steps and blocks: whole, and nothing is left."""
     for length, steps, block in itertools.product((1, 2, 5, 7, 12), (None, 1, 3, 5, 8, 40), (0, 1, 3, 5, 20)):
-        blocks = Blocks.of(jnp.ones((1, length), bool), block, steps)
+        blocks = RowBlocks.of(jnp.ones((1, length), bool), block, steps)
         number = int(blocks.counts[0])
         assert number == (-(-length // block) if block else 1)
         every = jnp.arange(number)
@@ -34,16 +35,19 @@ def test_T39_transfer_counts():
         assert each.sum() <= blocks.most_steps()
 
 
-def counted_view(length, open_slots, clock, steps):
+def counted_view(length, open_slots, step, steps):
     active = np.ones((1, length), bool)
     return View(
         canvas=jnp.zeros((1, length), jnp.int32),
         active=jnp.asarray(active),
         open=jnp.asarray(np.arange(length)[None] < open_slots),
-        clock=jnp.array([clock]),
+        step=jnp.array([step]),
         steps=jnp.array([steps]),
         log_prob=jnp.zeros((1, length)),
         keys=KEYS.per_token("t", jnp.zeros((1, length), jnp.uint32), jnp.arange(length)[None]),
+        process=Absorbing(),
+        vocab_size=stubs.VOCAB,
+        mask_id=MASK,
     )
 
 
@@ -51,8 +55,8 @@ def counted_view(length, open_slots, clock, steps):
 def test_T39_counts_sum_to_the_masks(count):
     for length, steps in itertools.product((1, 2, 5, 10, 12), (1, 2, 3, 10, 17)):
         left, taken = length, []
-        for clock in range(steps):
-            taken.append(int(count.commits(counted_view(length, left, clock, steps))[0, 0]))
+        for step in range(steps):
+            taken.append(int(count.slots(counted_view(length, left, step, steps))[0, 0]))
             left -= taken[-1]
         assert min(taken) >= 0
         assert left == 0
@@ -64,14 +68,16 @@ def test_T39_the_published_counts():
     """By hand: Dream's floor(n (1 - s/t)) with its last step, RDM's and DiffuLLaMA's floors, fractions rounded up."""
     left, taken = 10, []
     grid = np.linspace(1, 1e-3, 5)
-    for clock in range(3):
-        taken.append(int(Proportional(1e-3).commits(counted_view(10, left, clock, 4))[0, 0]))
-        assert taken[-1] == int(left * (1 - grid[clock + 1] / grid[clock]))
+    for step in range(3):
+        taken.append(int(Proportional(1e-3).slots(counted_view(10, left, step, 4))[0, 0]))
+        assert taken[-1] == int(left * (1 - grid[step + 1] / grid[step]))
         left -= taken[-1]
-    assert [int(Scheduled().left_open(counted_view(10, 10, i, 10))[0, 0]) for i in range(10)] == list(range(9, -1, -1))
-    rdm = [int(Scheduled(Cosine()).left_open(counted_view(10, 10, i, 4))[0, 0]) for i in range(4)]
+    assert [int(Scheduled().left_masked(counted_view(10, 10, i, 10))[0, 0]) for i in range(10)] == list(
+        range(9, -1, -1)
+    )
+    rdm = [int(Scheduled(Cosine()).left_masked(counted_view(10, 10, i, 4))[0, 0]) for i in range(4)]
     assert rdm == [int(10 * np.cos(np.pi * t / 8) + 1e-9) for t in (1, 2, 3, 4)]
-    assert [int(Fraction(0.3).commits(counted_view(n, n, 0, 1))[0, 0]) for n in (1, 3, 10, 11)] == [1, 1, 3, 4]
+    assert [int(Fraction(0.3).slots(counted_view(n, n, 0, 1))[0, 0]) for n in (1, 3, 10, 11)] == [1, 1, 3, 4]
 
 
 GRID = [(5, 2), (1, 4), (None, 3), (3, 0)]
@@ -94,7 +100,7 @@ def test_T45_stranded_masks_T46_minus_infinity_ties_T51_progress(name):
             window = canvases[:, row, TARGET[row]]
             before, after = window[:-1], window[1:]
             open_before = before == MASK
-            if not rule.revises:
+            if not rule.remasks:
                 assert (after[~open_before] == before[~open_before]).all(), "T46: committed tokens stand"
             changed = before != after
             size = block or length
@@ -102,7 +108,7 @@ def test_T45_stranded_masks_T46_minus_infinity_ties_T51_progress(name):
                 touched = np.flatnonzero(changed[step]) // size
                 assert len(set(touched)) == 1, "T45: one block at a time"
                 assert not open_before[step, : touched[0] * size].any(), "T45: and those to its left are finished"
-                if not rule.revises:
+                if not rule.remasks:
                     assert not changed[step, (touched[0] + 1) * size :].any()
             if isinstance(rule, Threshold | Factor | EntropyBound):
                 idle = open_before.any(axis=1) & ~changed.any(axis=1)
@@ -118,11 +124,11 @@ def test_T46_more_asked_for_than_there_is(step):
     log_p = jnp.array([[-jnp.inf, -0.1, -jnp.inf, -3e30, -0.5, -0.2]])[:, ::step]
     is_open = jnp.array([[True, False, False, True, False, True]])[:, ::step]
     stats = TokenStats(jnp.ones((1, 6), int), jnp.ones((1, 6), int), log_p, log_p, -log_p, log_p)
-    view = counted_view(6, 6, 0, 1).replace(open=is_open, stats=stats)
+    view = counted_view(6, 6, 0, 1).replace(open=is_open, draws=stats)
     for rule in (Ranked("confidence", Fixed(7)), Threshold(0.9, at_least=Fixed(7)), Ranked("entropy", Fixed(3))):
-        np.testing.assert_array_equal(rule.decide(view).write, is_open)
+        np.testing.assert_array_equal(rule.decide(view).sample, is_open)
     expected = jnp.array([[False, False, False, True, False, True]])[:, ::step]
-    np.testing.assert_array_equal(Ranked("confidence", Fixed(2)).decide(view).write, expected)
+    np.testing.assert_array_equal(Ranked("confidence", Fixed(2)).decide(view).sample, expected)
 
 
 def test_T04_confidence_in_bf16():
@@ -130,8 +136,8 @@ def test_T04_confidence_in_bf16():
     log_p = jnp.array([[-3e-9, -1e-9, -2e-9]], jnp.float32)
     assert len(set(np.asarray(jnp.exp(log_p))[0])) == 1
     stats = TokenStats(jnp.ones((1, 3), int), jnp.ones((1, 3), int), log_p, log_p)
-    view = counted_view(3, 3, 0, 3).replace(stats=stats)
-    np.testing.assert_array_equal(Ranked("confidence", Fixed(1)).decide(view).write, [[False, True, False]])
+    view = counted_view(3, 3, 0, 3).replace(draws=stats)
+    np.testing.assert_array_equal(Ranked("confidence", Fixed(1)).decide(view).sample, [[False, True, False]])
 
 
 def test_T51_progress_of_thresholds():

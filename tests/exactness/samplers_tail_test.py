@@ -5,20 +5,19 @@ import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
 import pytest
+from sampler_stubs import masked, without_ends
 
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn import cross_entropy
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.samplers.commit import Ancestral, Ranked, Threshold
+from diffusion_lm.noise.process import Absorbing
 from diffusion_lm.samplers.counts import Fixed
-from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.samplers.unmasking import Ancestral, Ranked, Threshold
 from diffusion_lm.samplers.view import View
 
 pytestmark = pytest.mark.thorough
 
 V, HEAD, MASK = 8192, 8, 8192
 KEYS = StreamKeys.create(3)
-NO_END = {"eos_id": 9000, "pad_id": 9001}
 
 
 def half_in_the_tail(V=V):
@@ -50,13 +49,14 @@ def test_T01_gumbel_float32_truncation_and_T02_joint_draw_over_mask_state():
     rows, length = 1600, 101
     prompt = stubs.as_prompt(stubs.make_batch([1] * rows, [length - 1] * rows, length))
     rule = Ancestral()
-    from_coin = jax.jit(lambda view: rule.decide(view).write)
+    from_coin = jax.jit(lambda view: rule.decide(view).sample)
     active = prompt.target_mask
     keys = KEYS.per_token("sampler/rule", prompt.example_ids, prompt.positions)
     ones = jnp.ones(rows, jnp.int32)
-    write = np.asarray(
-        from_coin(View(prompt.tokens, active, active, 0 * ones, 2000 * ones, jnp.zeros(active.shape), keys))
+    view = View(
+        prompt.tokens, active, active, 0 * ones, 2000 * ones, jnp.zeros(active.shape), keys, Absorbing(), V + 1, MASK
     )
+    write = np.asarray(from_coin(view))
     expected = delta * rows * (length - 1)
     assert abs(write.sum() - expected) < 4 * np.sqrt(expected)
 
@@ -64,11 +64,9 @@ def test_T01_gumbel_float32_truncation_and_T02_joint_draw_over_mask_state():
 def test_T01_tail_mass_of_written_tokens():
     """All that a decode writes, against the exact law: eight likely tokens, and the tail in eight bins."""
     rows, length, size = 250, 9, 2048
-    prompt = stubs.as_prompt(stubs.make_batch([1] * rows, [length - 1] * rows, length))
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1] * rows, [length - 1] * rows, length)), size)
     model = stubs.table_model(np.tile(half_in_the_tail(size), (length, 1)))
-    sampler = DenoisingSampler(
-        start=AbsorbingCorruption(size), commit=Ancestral(), steps=6, candidates=1, temperature=1.0, **NO_END
-    )
+    sampler = masked(Ancestral(), steps=6)
     tokens = np.asarray(stubs.generate(sampler, model, prompt, KEYS).tokens)[:, 1:].ravel()
     counts = np.append(np.bincount(tokens[tokens < HEAD], minlength=HEAD), np.histogram(tokens, 8, (HEAD, size))[0])
     expected = np.full(16, len(tokens) / 16)
@@ -97,27 +95,23 @@ class SeenSlots:
     "rule", [Ancestral(), Ranked("random", Fixed(1)), Threshold(0.9)], ids=lambda r: type(r).__name__
 )
 def test_T03_noise_where_not_needed(rule, monkeypatch):
-    """Blind rules draw for the slots they write and for no others; the rest draws for masked slots only."""
+    """Rules that ignore logits draw for the slots that they unmask alone, other rules for masked slots alone."""
     seen = SeenSlots(monkeypatch)
-    prompt = stubs.as_prompt(stubs.make_batch([1] * 5, [6] * 5, 7))
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1] * 5, [6] * 5, 7)), 11)
     table = np.zeros((7, 12), np.float32)
-    sampler = DenoisingSampler(
-        start=AbsorbingCorruption(11), commit=rule, steps=None, candidates=1, temperature=1.0, **NO_END
-    )
-    stubs.generate(sampler, stubs.counting(stubs.table_model(table)), prompt, KEYS)
+    stubs.generate(masked(rule), stubs.counting(stubs.table_model(table)), prompt, KEYS)
     slots = 5 * 6
-    assert seen.total() == (slots if rule.blind else 5 * (6 + 5 + 4 + 3 + 2 + 1))
+    assert seen.total() == (slots if rule.ignores_logits else 5 * (6 + 5 + 4 + 3 + 2 + 1))
     assert 0 not in seen.counts
     assert len(seen.counts) <= 6 if type(rule) is Ancestral else len(seen.counts) == 6
 
 
 def test_T03_drawing_less_changes_no_draw():
-    """A blind rule's tokens are those of the same rule when all masked slots are drawn for ("defer", and no ends)."""
-    prompt = stubs.as_prompt(stubs.make_batch([1, 3, 2], [8, 3, 6], 9))
-    fields = {"start": AbsorbingCorruption(4), "steps": 5, "candidates": 2, "temperature": 1.0}
+    """Tokens of a rule that ignores logits stay the same if all masked slots draw ("defer", and no ends)."""
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1, 3, 2], [8, 3, 6], 9)))
     for rule in (Ancestral(), Ranked("random", Fixed(2))):
         few, all_of_them = (
-            stubs.generate(DenoisingSampler(commit=rule, end=end, **fields, **NO_END), stubs.nano(), prompt, KEYS)
+            stubs.generate(masked(rule, end=end, steps=5, candidates=2), stubs.nano(), prompt, KEYS)
             for end in ("free", "defer")
         )
         np.testing.assert_array_equal(few.tokens, all_of_them.tokens)

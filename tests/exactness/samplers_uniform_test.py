@@ -11,15 +11,15 @@ import model_stubs as stubs
 import numpy as np
 import pytest
 import sampler_worlds as worlds
+from sampler_stubs import canvas, without_ends
 
 from diffusion_lm.architectures.base import BoundModel, Hidden
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.nn.cross_entropy import Noised, chunked_token_stats
 from diffusion_lm.nn.head import Head
-from diffusion_lm.noise.corruption import UniformCorruption
+from diffusion_lm.noise.process import Uniform
 from diffusion_lm.noise.schedules import Cosine, Linear
-from diffusion_lm.samplers.denoising import DenoisingSampler
-from diffusion_lm.samplers.revision import UniformAncestral
+from diffusion_lm.samplers.uniform import UniformAncestral
 
 V, L, STEPS, ROWS = 3, 2, 3, 20_000
 CANVASES = np.array(list(itertools.product(range(V), repeat=L)))
@@ -45,7 +45,7 @@ class Asked:
 
 
 MODEL = BoundModel(Asked(), {})
-PROMPT = stubs.as_prompt(stubs.make_batch([2] * ROWS, [L] * ROWS, L + 2))
+PROMPT = without_ends(stubs.as_prompt(stubs.make_batch([2] * ROWS, [L] * ROWS, L + 2)), mask_id=None)
 PROMPT = PROMPT.replace(tokens=PROMPT.tokens.at[:, :2].set(0))
 
 
@@ -81,8 +81,7 @@ def law(schedule, w: float = 0.0) -> np.ndarray:
 
 
 def counts(schedule, **fields) -> np.ndarray:
-    chosen = {"steps": STEPS, "candidates": 1, "temperature": 1.0, "rerank": "none", **worlds.NO_END}
-    sampler = DenoisingSampler(UniformCorruption(), UniformAncestral(schedule), **(chosen | fields))
+    sampler = canvas(UniformAncestral(), process=Uniform(schedule), steps=STEPS, **fields)
     decoded = stubs.generate(sampler, MODEL, PROMPT, StreamKeys.create(3))
     np.testing.assert_array_equal(decoded.forward_passes, STEPS * (2 if sampler.guidance else 1), "no early exit")
     tokens = np.asarray(decoded.tokens)
@@ -134,9 +133,8 @@ def test_T38_guidance_0_changes_no_bit_of_a_noised_prediction():
 def test_T01_a_rare_change_is_as_frequent_as_it_should_be():
     """A network that is sure of what it sees: noise enters a slot at (1 - r)(1 - alpha_s)(V - 1)/V^2, about."""
     size, steps, rows = 10, 60, 400
-    prompt = stubs.as_prompt(stubs.make_batch([1] * rows, [10] * rows, 11))
-    chosen = {"steps": steps, "candidates": 1, "temperature": 1.0, "keep_trace": True, **worlds.NO_END}
-    sampler = DenoisingSampler(UniformCorruption(), UniformAncestral(), **chosen)
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1] * rows, [10] * rows, 11)), mask_id=None)
+    sampler = canvas(UniformAncestral(), steps=steps, keep_trace=True)
     sure = stubs.table_model(60.0 * np.eye(size, dtype=np.float32), by_token=True)
     trace = np.asarray(stubs.generate(sampler, sure, prompt, StreamKeys.create(1)).trace.tokens)[:, :, 1:]
     changed = (trace[30:] != trace[29:-1]).sum()

@@ -8,20 +8,20 @@ import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
 import pytest
+from sampler_stubs import left_to_right, speculative, without_ends
 
 from diffusion_lm.core.alignment import SamePosition, Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.nn.masks import two_streams
-from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
-from diffusion_lm.samplers.base import Window
 from diffusion_lm.samplers.incremental import LeftToRight
-from diffusion_lm.samplers.speculation import SelfSpeculation, _Cycle, _State
+from diffusion_lm.samplers.speculation import _Cycle, _State
+from diffusion_lm.samplers.window import Window
 
 MASK = 4
 KEYS = StreamKeys.create(9)
-PROMPT = stubs.as_prompt(stubs.make_batch([2, 5, 3, 4, 1], [12, 6, 10, 1, 14], 15))
-NO_END = {"eos_id": 98, "pad_id": 99}
+PROMPT = without_ends(stubs.as_prompt(stubs.make_batch([2, 5, 3, 4, 1], [12, 6, 10, 1, 14], 15)))
 MODEL = stubs.nano(**stubs.QUICK)
 FORMS = {
     "nemotron": {"drafts": "bidirectional", "alignment": SamePosition()},
@@ -32,8 +32,8 @@ FORMS = {
 
 
 def both(model, prompt, form, draft, **fields):
-    expected = stubs.generate(AutoregressiveSampler(forbidden=(MASK,), **fields), model, prompt, KEYS)
-    return expected, stubs.generate(SelfSpeculation(MASK, draft, **FORMS[form], **fields), model, prompt, KEYS)
+    expected = stubs.generate(left_to_right(**fields), model, prompt, KEYS)
+    return expected, stubs.generate(speculative(draft=draft, **FORMS[form], **fields), model, prompt, KEYS)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def both(model, prompt, form, draft, **fields):
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_the_autoregressive_decode(form, temperature, draft):
     """Token for token, with its scores; a random network accepts some drafts and rejects others."""
-    expected, decoded = both(MODEL, PROMPT, form, draft, temperature=temperature, **NO_END)
+    expected, decoded = both(MODEL, PROMPT, form, draft, temperature=temperature)
     np.testing.assert_array_equal(decoded.tokens, expected.tokens)
     np.testing.assert_array_equal(decoded.lengths, expected.lengths)
     np.testing.assert_allclose(decoded.scores, expected.scores, rtol=1e-4)
@@ -53,7 +53,8 @@ def test_it_is_the_autoregressive_decode(form, temperature, draft):
 def test_rows_end_where_the_autoregressive_decode_ends(form):
     """Ends at many places, inside accepted drafts too; rows that are done do not change while others go on."""
     prompt = stubs.as_prompt(stubs.make_batch([1, 2, 3, 4] * 5, [11, 10, 9, 8] * 5, 12))
-    expected, decoded = both(MODEL, prompt, form, 4, temperature=1.5, eos_id=9, pad_id=13)
+    prompt = prompt.replace(special=SpecialTokens(stubs.VOCAB, eos_id=9, pad_id=13, mask_id=MASK))
+    expected, decoded = both(MODEL, prompt, form, 4, temperature=1.5)
     np.testing.assert_array_equal(decoded.tokens, expected.tokens)
     np.testing.assert_allclose(decoded.scores, expected.scores, rtol=1e-4)
     assert len(set(np.asarray(decoded.lengths).tolist())) > 4
@@ -61,9 +62,9 @@ def test_rows_end_where_the_autoregressive_decode_ends(form):
 
 def test_an_encoder_decoder_speculates():
     model = stubs.nano_encoder_decoder(**stubs.QUICK)
-    prompt = stubs.as_prompt(stubs.make_batch([1] * 3, [8, 3, 6], 11, encoder=True))
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1] * 3, [8, 3, 6], 11, encoder=True)))
     for form in ("nemotron", "introspective"):
-        expected, decoded = both(model, prompt, form, 4, **NO_END)
+        expected, decoded = both(model, prompt, form, 4)
         np.testing.assert_array_equal(decoded.tokens, expected.tokens)
 
 
@@ -95,12 +96,12 @@ class Misled(Sure):
     ],
 )
 def test_passes_of_perfect_and_of_hopeless_drafts(form, network, passes):
-    prompt = stubs.as_prompt(stubs.make_batch([1], [14], 15))
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1], [14], 15)))
     slots = np.arange(16)
     table = np.full((16, stubs.VOCAB), -30.0, np.float32)
     table[slots, 5 + slots % 7] = 30.0
     model = stubs.BoundModel(network(table), {})
-    decoded = stubs.generate(SelfSpeculation(MASK, 4, **FORMS[form], **NO_END), model, prompt, KEYS)
+    decoded = stubs.generate(speculative(draft=4, **FORMS[form]), model, prompt, KEYS)
     np.testing.assert_array_equal(np.asarray(decoded.tokens)[0, 1:], 5 + slots[:14] % 7)
     assert decoded.forward_passes[0] == passes
 
@@ -121,7 +122,7 @@ class Recording(stubs.BoundModel):
 def test_a_draft_sees_what_a_block_of_training_showed(form, causal):
     """The states of MASK behind a prompt are those of the noisy copy of that block, all of it MASK."""
     size, batch = 4, stubs.make_batch([4, 4], [8, 8], 12)
-    prompt, sampler = stubs.as_prompt(batch), SelfSpeculation(MASK, 4, **FORMS[form], **NO_END)
+    prompt, sampler = without_ends(stubs.as_prompt(batch)), speculative(draft=4, **FORMS[form])
 
     @jax.jit
     def drafted(prompt):
@@ -170,4 +171,4 @@ def test_files_of_one_method_agree(name):
 @pytest.mark.parametrize("fields", [{"draft": 1}, {"drafts": "noisy"}, {"temperature": -1.0}, {"top_p": 0.0}], ids=str)
 def test_impossible_settings_are_errors(fields):
     with pytest.raises(ConfigError):
-        SelfSpeculation(MASK, **fields)
+        speculative(**fields)

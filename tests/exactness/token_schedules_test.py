@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sampler_stubs
 import sampler_worlds as worlds
 import scipy.linalg
 import scipy.special
@@ -20,8 +21,8 @@ from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.noise.time_sampling import DiscreteTime, UniformTime
 from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
 from diffusion_lm.objectives.token_schedules import TokenSchedules
-from diffusion_lm.samplers.commit import Ancestral
 from diffusion_lm.samplers.token_ancestral import TokenAncestral
+from diffusion_lm.samplers.unmasking import Ancestral
 
 V, L = 3, 3
 WORLD = worlds.World.random(V, L, seed=4)
@@ -252,8 +253,8 @@ def step_law(w, steps) -> np.ndarray:
     return worlds.coin_step(WORLD, law, 1.0)
 
 
-def counts(commit, rows, steps, w=W) -> np.ndarray:
-    sampler = worlds.sampler(WORLD, commit, steps=steps)
+def counts(unmask, rows, steps, w=W) -> np.ndarray:
+    sampler = sampler_stubs.masked(unmask, steps=steps)
     decoded = worlds.stubs.generate(sampler, model_of(w), worlds.prompts(WORLD, rows), StreamKeys.create(0))
     return worlds.histogram(WORLD, np.asarray(decoded.tokens)[:, 1:])
 
