@@ -105,9 +105,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             say(f"To decode:                       decode --workdir {shlex.quote(str(workdir))} --sampler {sampler}")
         elif imported.diffusion is not None:
             trained = imported.diffusion
-            say(
-                "\nThe checkpoint does not name its mask token: set DIFFUSION_LM_MASK_TOKEN to it and materialise the data,"
-            )
+            say("\nThe checkpoint does not name its mask token: set DIFFUSION_LM_MASK_TOKEN, materialise the data,")
             say(f"then train with objectives/{trained.objective}.gin and decode with samplers/{trained.sampler}.gin")
     return {
         "workdir": str(workdir),

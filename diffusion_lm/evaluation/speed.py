@@ -1,7 +1,7 @@
 """Measures decoding time by output length for several samplers (the AR2Diff speed study, figure 3).
 
-Every sampler runs all its steps and fills the window (`Sampler.without_early_end`). Decoding time then does not depend on
-the values of the weights, so the networks are not trained.
+Every sampler runs all its steps and fills the window (`Sampler.without_early_end`). Decoding time then does not depend
+on the values of the weights, so the networks are not trained.
 """
 
 import dataclasses

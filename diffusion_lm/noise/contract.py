@@ -18,8 +18,8 @@ SCALED_RATIOS = "ratios of noisy probabilities over their scale"
 OUTPUTS = (PROBABILITIES, RATIOS, SCALED_RATIOS)
 
 _COMPATIBLE = {MASK_NOISE: (MASK_NOISE, HYBRID_NOISE)}
-"""The training noises that a sampler of each noise can decode. Canvases of MASK alone are among those of hybrid noise, so
-a masked sampler also decodes networks that were trained with hybrid noise."""
+"""The training noises that a sampler of each noise can decode. Canvases of MASK alone are among those of hybrid noise,
+so a masked sampler also decodes networks that were trained with hybrid noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,6 @@ def _differences(trained: Contract, decoded: Contract) -> tuple[str, ...]:
         found.append(f"alignment is {names[0]} in training and {names[1]} in the sampler")
     if trained.closed and not decoded.closed:
         found.append(
-            "EOS is clean in training, and the sampler has no given length (LengthBeam decodes windows of given length)"
+            "EOS is clean in training, and the sampler is not given the length (LengthBeam is)"
         )
     return tuple(found)
