@@ -284,7 +284,7 @@ def test_impossible_settings_are_errors():
     for time in (UniformTime(high=0.9), DiscreteTime(10)):
         with pytest.raises(ConfigError, match="leave out a part of the bound"):
             TokenSchedules(time=time)
-    with pytest.raises(ConfigError, match="last_time=1.0"):
+    with pytest.raises(ConfigError, match=r"last_time=1\.0"):
         TokenAncestral(1.0)
     with pytest.raises(ConfigError, match="the network has no exponents"):
         OBJECTIVE.loss(WORLD.model, tiny_world.batch_of(TARGETS, SPECIAL), KEYS)
