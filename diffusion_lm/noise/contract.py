@@ -80,7 +80,5 @@ def _differences(trained: Contract, decoded: Contract) -> tuple[str, ...]:
         names = [type(one.alignment).__name__ for one in (trained, decoded)]
         found.append(f"alignment is {names[0]} in training and {names[1]} in the sampler")
     if trained.closed and not decoded.closed:
-        found.append(
-            "EOS is clean in training, and the sampler is not given the length (LengthBeam is)"
-        )
+        found.append("EOS is clean in training, and the sampler is not given the length (LengthBeam is)")
     return tuple(found)

@@ -64,7 +64,10 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__} defines neither `decide` nor `__call__`")
 
     def from_logits(self, logits: jax.Array, draws: jax.Array) -> jax.Array:
-        """Returns f32[N], the rule's own function of f32[N,V] logits and of i32[N] draws; called on chunks of slots."""
+        """Returns f32[b,t], the rule's own function of f32[b,t,V] logits and of i32[b,t] draws, for a chunk of slots.
+
+        Each slot must be treated independently: chunks are cut along T, and slots are reordered.
+        """
         raise NotImplementedError(f"{type(self).__name__} says `reads_logits` and does not define `from_logits`")
 
     def largest_decision(self, view: View) -> Decision | None:

@@ -55,7 +55,7 @@ def test_arms_of_the_decoding_ablation_differ_in_steps_and_candidates_only(recip
     samplers = [arm.sampler for arm in comparison.arms]
     assert [(one.steps, one.candidates) for one in samplers] == [(5, 8), (10, 8), (20, 8), (10, 4), (10, 16)]
     assert len({dataclasses.replace(one, steps=1, candidates=1) for one in samplers}) == 1
-    assert not samplers[0].early_exit
+    assert samplers[0].exit_tolerance is None
     assert all(arm.stage == comparison.arms[0].stage for arm in comparison.arms)
 
 

@@ -30,6 +30,6 @@ def test_decoding_shapes(name, batch_size):
     assert (study.batch_size, study.prompt_length, study.lengths) == (batch_size, 32, (64,))
     samplers = {arm.label: arm.sampler for arm in study.arms}
     assert [samplers[f"masked, {steps} steps"].steps for steps in (64, 16)] == [64, 16]
-    assert all(samplers[f"masked, {steps} steps"].block == 0 for steps in (64, 16))
-    assert [samplers[f"AR, {name}"].temperature for name in ("greedy", "temperature 1")] == [0.0, 1.0]
+    assert all(samplers[f"masked, {steps} steps"].blocks is None for steps in (64, 16))
+    assert [samplers[f"AR, {name}"].decoding.temperature for name in ("greedy", "temperature 1")] == [0.0, 1.0]
     assert {arm.architecture.count_parameters()["total"] for arm in study.arms} == {6_819_840}

@@ -99,7 +99,7 @@ def test_ablations_differ_in_one_thing_each():
         if "ar" not in name:
             sampler = arm.sampler_for(task.name)
             assert sampler.alignment == runs[name].objective.alignment
-            assert (sampler.steps, sampler.temperature) == (64, 0.0)
+            assert (sampler.steps, sampler.decoding.temperature) == (64, 0.0)
         converter = runs[name].data.converter
         assert type(converter.target_window).__name__ == ("ExactEos" if name in ("ar", "scratch_ar") else "PadFilled")
         assert (converter.row_length, converter.separator_id) == (256, 198)

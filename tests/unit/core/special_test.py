@@ -1,31 +1,21 @@
-import dataclasses
-
 import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.special import SpecialTokens
 
-GPT2 = SpecialTokens(vocab_size=50259, pad_id=50257, eos_id=50256, bos_id=50256, mask_id=50258)
+
+def test_ends_are_every_eos_and_pad():
+    special = SpecialTokens(50, pad_id=3, eos_id=1, other_eos_ids=(7, 1))
+    assert special.end_ids == (1, 7, 3)
 
 
-@dataclasses.dataclass(frozen=True)
-class Corruption:
-    mask_id: int | None = None
+def test_asking_for_the_mask_of_a_vocabulary_without_one_is_an_error():
+    assert SpecialTokens(50, mask_id=4).mask == 4
+    with pytest.raises(ConfigError, match="no MASK token"):
+        _ = SpecialTokens(50).mask
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    eos_id: int = 1
-    pad_id: int = 0
-    parts: tuple = ()
-
-
-def test_ids_of_other_tokens_are_refused_with_the_bindings_to_set():
-    with pytest.raises(ConfigError, match=r"Part.pad_id is 0, .* 50257") as caught:
-        GPT2.check(Part(parts=({"a": Corruption(4)}, Corruption(4), Corruption())))
-    assert "Bind Part.pad_id = 50257, Part.eos_id = 50256, Corruption.mask_id = 50258." in str(caught.value)
-
-
-def test_ids_of_these_tokens_pass():
-    GPT2.check(Part(50256, 50257, (Corruption(50258), Corruption())))
-    SpecialTokens(vocab_size=9).check(Part(parts=(Corruption(4),)))
+@pytest.mark.parametrize("fields", [{"mask_id": 50}, {"eos_id": -1}, {"other_eos_ids": (51,)}], ids=str)
+def test_ids_outside_of_the_vocabulary_are_errors(fields):
+    with pytest.raises(ConfigError, match="not an id of a vocabulary of 50 tokens"):
+        SpecialTokens(50, **fields)

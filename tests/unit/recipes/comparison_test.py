@@ -30,7 +30,7 @@ from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.results import assemble
 from diffusion_lm.recipes.stage import Stage, stage_graph
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
-from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.samplers.canvas import CanvasSampler
 from diffusion_lm.training.checkpoint import CheckpointPolicy
 from diffusion_lm.training.run import TrainRun
 from diffusion_lm.training.selection import BestCheckpoint
@@ -87,7 +87,7 @@ def comparison(root):
         name="tiny",
         arms=(
             Arm("ar", autoregressive, AutoregressiveSampler(), family="ar"),
-            Arm("ar2diff_0", {"repeat": diffusion}, {"repeat": DenoisingSampler(steps=2, candidates=2)}),
+            Arm("ar2diff_0", {"repeat": diffusion}, {"repeat": CanvasSampler(steps=2, candidates=2)}),
         ),
         tasks=(GenerationTask("repeat", data("test"), "exact_match", batch_size=4),),
         bound_limit=4,
@@ -309,12 +309,12 @@ def test_T40_completions_do_not_depend_on_the_batch(comparison, undisturbed):
     assert len(whole.records) == 6
 
 
-def test_speed_counts_the_forward_passes_of_full_courses(comparison):
+def test_speed_arms_run_every_step_and_fill_the_window(comparison):
     model = comparison.stages[0].run.model
     study = SpeedStudy(
         arms=(
-            SpeedArm("ar", "ar", model, AutoregressiveSampler(forbidden=(0, 1))),
-            SpeedArm("diffusion", "diffusion", model, DenoisingSampler(steps=3, candidates=2, early_exit=False)),
+            SpeedArm("ar", "ar", model, AutoregressiveSampler()),
+            SpeedArm("diffusion", "diffusion", model, CanvasSampler(steps=3, candidates=2)),
         ),
         lengths=(4, 6),
         prompt_length=3,
@@ -322,9 +322,3 @@ def test_speed_counts_the_forward_passes_of_full_courses(comparison):
     )
     passes = [(row["label"], row["length"], row["forward_passes"]) for row in measure(study)["rows"]]
     assert passes == [("ar", 4, 4), ("diffusion", 4, 6), ("ar", 6, 6), ("diffusion", 6, 6)]
-
-
-@pytest.mark.parametrize("sampler", [AutoregressiveSampler(), DenoisingSampler()])
-def test_a_speed_study_refuses_samplers_that_may_stop_early(comparison, sampler):
-    with pytest.raises(ConfigError, match="can stop early"):
-        SpeedArm("early", "ar", comparison.stages[0].run.model, sampler)

@@ -5,16 +5,18 @@ import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
 import pytest
+from sampler_stubs import left_to_right
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.nn.named_masks import named_visibility
 from diffusion_lm.samplers import incremental
-from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 
 KEYS = StreamKeys.create(5)
 PROMPT = stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [8, 3, 6, 5], 11))
-NO_END = {"eos_id": 38, "pad_id": 39}
+RARE_ENDS = SpecialTokens(stubs.VOCAB, eos_id=38, pad_id=39, bos_id=stubs.BOS)
+RARELY_ENDS = PROMPT.replace(special=RARE_ENDS)
 
 
 def greedy_by_hand(model, prompt, visibility, eos=stubs.EOS, pad=stubs.PAD):
@@ -59,8 +61,8 @@ def test_greedy_equals_full_forward_passes_over_growing_rows(layout):
             model = stubs.nano()
     expected, scores = greedy_by_hand(model, prompt, visibility, eos=38, pad=39)
     for use_cache in (True, False):
-        sampler = AutoregressiveSampler(visibility=visibility, use_cache=use_cache, **NO_END)
-        decoded = stubs.generate(sampler, model, prompt, KEYS)
+        sampler = left_to_right(visibility=visibility, use_cache=use_cache)
+        decoded = stubs.generate(sampler, model, prompt.replace(special=RARE_ENDS), KEYS)
         np.testing.assert_array_equal(decoded.tokens, expected)
         np.testing.assert_allclose(decoded.scores, scores, rtol=1e-4, atol=1e-3)
 
@@ -71,9 +73,9 @@ def test_a_prompt_is_read_in_pieces_where_the_canvas_is_long(pieces, network, mo
     """Pieces of one slot, of what divides neither prompts nor canvas, and of more than there is."""
     windowed = {"position": "rope", "num_kv_heads": 1, "window": 3}
     model = stubs.nano(**({} if network == "relative bias" else windowed))
-    prompt = stubs.as_prompt(stubs.make_batch([2, 9, 1, 6], [8, 2, 6, 5], 11))
+    prompt = stubs.as_prompt(stubs.make_batch([2, 9, 1, 6], [8, 2, 6, 5], 11)).replace(special=RARE_ENDS)
     expected, scores = greedy_by_hand(model, prompt, "causal", eos=38, pad=39)
-    sampler = AutoregressiveSampler(**NO_END)
+    sampler = left_to_right()
     whole = stubs.generate(sampler, model, prompt, KEYS)
     monkeypatch.setattr(incremental, "PREFILL_SLOTS", pieces)
     decoded = jax.jit(lambda params: sampler.generate(stubs.BoundModel(model.architecture, params), prompt, KEYS))(
@@ -86,7 +88,7 @@ def test_a_prompt_is_read_in_pieces_where_the_canvas_is_long(pieces, network, mo
 
 def test_draws_with_and_without_cache_agree():
     drawn = [
-        stubs.generate(AutoregressiveSampler(temperature=1.5, use_cache=cache), stubs.nano(), PROMPT, KEYS).tokens
+        stubs.generate(left_to_right(temperature=1.5, use_cache=cache), stubs.nano(), PROMPT, KEYS).tokens
         for cache in (True, False)
     ]
     np.testing.assert_array_equal(*drawn)
@@ -101,7 +103,7 @@ def table_after(sequence):
 
 
 def decode_table(sequence, prompt=PROMPT, **fields):
-    return stubs.generate(AutoregressiveSampler(use_cache=False, **fields), table_after(sequence), prompt, KEYS)
+    return stubs.generate(left_to_right(use_cache=False, **fields), table_after(sequence), prompt, KEYS)
 
 
 def test_T55_token_counting():
@@ -116,7 +118,7 @@ def test_T55_token_counting():
 
 
 def test_T39_the_window_is_always_filled_to_its_end_and_nothing_else_is_written():
-    decoded = stubs.generate(AutoregressiveSampler(temperature=1.0, **NO_END), stubs.nano(), PROMPT, KEYS)
+    decoded = stubs.generate(left_to_right(temperature=1.0), stubs.nano(), RARELY_ENDS, KEYS)
     target, tokens = np.asarray(PROMPT.target_mask), np.asarray(decoded.tokens)
     for row, mask in zip(tokens, target, strict=True):
         written = row[mask]
@@ -129,7 +131,7 @@ def test_T44_honest_nfe():
     """The reported passes are those that a counting network saw: the prefill and one for each further token."""
     for use_cache in (True, False):
         model = stubs.counting(stubs.nano())
-        decoded = stubs.generate(AutoregressiveSampler(use_cache=use_cache, **NO_END), model, PROMPT, KEYS)
+        decoded = stubs.generate(left_to_right(use_cache=use_cache), model, RARELY_ENDS, KEYS)
         assert (np.asarray(decoded.forward_passes) == model.count()).all()
         assert model.count() <= 8
     prompt = stubs.as_prompt(stubs.make_batch([1, 1], [8, 8], 9))
@@ -142,7 +144,7 @@ def test_T50_temperature_limit():
     model = stubs.nano()
 
     def tokens(**fields):
-        return np.asarray(stubs.generate(AutoregressiveSampler(**fields), model, PROMPT, KEYS).tokens)
+        return np.asarray(stubs.generate(left_to_right(**fields), model, PROMPT, KEYS).tokens)
 
     greedy, free = tokens(), tokens(temperature=2.0)
     np.testing.assert_array_equal(tokens(temperature=1e-4), greedy)
@@ -154,8 +156,8 @@ def test_T50_temperature_limit():
 def test_draws_follow_the_model():
     """One token drawn for each of 4,000 prompts has the table's frequencies."""
     table = np.tile(np.random.default_rng(1).normal(size=stubs.VOCAB).astype(np.float32), (3, 1))
-    prompt = stubs.as_prompt(stubs.make_batch([1] * 4000, [1] * 4000, 3))
-    sampler = AutoregressiveSampler(temperature=0.7, use_cache=False)
+    prompt = stubs.as_prompt(stubs.make_batch([1] * 4000, [1] * 4000, 3)).replace(special=RARE_ENDS)
+    sampler = left_to_right(temperature=0.7, use_cache=False)
     tokens = np.asarray(stubs.generate(sampler, stubs.table_model(table), prompt, KEYS).tokens)[:, 1]
     p = np.asarray(jax.nn.softmax(table[0] / 0.7))
     chi_square = ((np.bincount(tokens, minlength=stubs.VOCAB) - 4000 * p) ** 2 / (4000 * p)).sum()
@@ -164,13 +166,14 @@ def test_draws_follow_the_model():
 
 def test_forbidden_tokens_are_never_emitted():
     forbidden = tuple(range(3, 30))
-    sampler = AutoregressiveSampler(temperature=3.0, forbidden=list(forbidden), **NO_END)
+    sampler = left_to_right(temperature=3.0, forbidden=list(forbidden))
     target = np.asarray(PROMPT.target_mask)
-    assert not np.isin(np.asarray(stubs.generate(sampler, stubs.nano(), PROMPT, KEYS).tokens)[target], forbidden).any()
+    tokens = np.asarray(stubs.generate(sampler, stubs.nano(), RARELY_ENDS, KEYS).tokens)
+    assert not np.isin(tokens[target], forbidden).any()
 
 
 def test_the_trace_grows_by_one_token_a_pass():
-    decoded = stubs.generate(AutoregressiveSampler(keep_trace=True, **NO_END), stubs.nano(), PROMPT, KEYS)
+    decoded = stubs.generate(left_to_right(keep_trace=True), stubs.nano(), RARELY_ENDS, KEYS)
     trace, tokens = np.asarray(decoded.trace.tokens), np.asarray(decoded.tokens)
     np.testing.assert_array_equal(trace[-1], tokens)
     np.testing.assert_array_equal(trace[1][0, :4], tokens[0, :4])
@@ -182,4 +185,4 @@ def test_the_trace_grows_by_one_token_a_pass():
 )
 def test_impossible_settings_are_errors(fields):
     with pytest.raises(ConfigError):
-        AutoregressiveSampler(**fields)
+        left_to_right(**fields)

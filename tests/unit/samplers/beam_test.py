@@ -7,6 +7,7 @@ import pytest
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.nn.masks import Causal
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
 from diffusion_lm.samplers.beam import BeamSearch
@@ -29,7 +30,7 @@ def test_enough_beams_find_the_best_sequence_there_is(alpha):
     """All sequences of at most 3 of 6 tokens, scored by full forward passes."""
     model = stubs.nano(**SMALL)
     batch = stubs.make_batch([2], [3], 5)
-    prompt = stubs.as_prompt(batch.replace(tokens=batch.tokens % 6))
+    prompt = stubs.as_prompt(batch.replace(tokens=batch.tokens % 6, special=SpecialTokens(6)))
     ends = (stubs.EOS, stubs.PAD)
     sequences = [
         s
@@ -63,9 +64,9 @@ def test_enough_beams_find_the_best_sequence_there_is(alpha):
 
 def test_more_beams_score_no_worse_and_the_cache_follows_its_hypothesis():
     """The score that is reported is the sequence's own, recomputed by a full forward pass."""
-    model, ends = stubs.nano(), {"eos_id": 38, "pad_id": 39}
-    greedy = stubs.generate(AutoregressiveSampler(**ends), model, PROMPT, KEYS)
-    beam = stubs.generate(BeamSearch(beams=4, length_penalty=0.0, **ends), model, PROMPT, KEYS)
+    model, prompt = stubs.nano(), PROMPT.replace(special=SpecialTokens(stubs.VOCAB, eos_id=38, pad_id=39))
+    greedy = stubs.generate(AutoregressiveSampler(), model, prompt, KEYS)
+    beam = stubs.generate(BeamSearch(beams=4, length_penalty=0.0), model, prompt, KEYS)
     assert (np.asarray(beam.scores) >= np.asarray(greedy.scores) - 1e-4).all()
     assert (np.asarray(beam.tokens) != np.asarray(greedy.tokens)).any()
 

@@ -1,19 +1,17 @@
 """BD3-LM's stop at low entropy, and Dream's ranks of tempered probabilities."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
 import pytest
+from sampler_stubs import masked, without_ends
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.noise.corruption import AbsorbingCorruption
-from diffusion_lm.samplers.commit import Ranked
+from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.samplers.counts import Fixed
-from diffusion_lm.samplers.denoising import DenoisingSampler
 from diffusion_lm.samplers.stopping import LowEntropy
+from diffusion_lm.samplers.unmasking import Ranked
 
 KEYS = StreamKeys.create(2)
 MASK, LENGTH = 4, 20
@@ -22,16 +20,8 @@ REPEATS_FROM = 9
 SAID = np.where(np.arange(LENGTH) < REPEATS_FROM, 5 + np.arange(LENGTH), 30)
 TABLE = stubs.table_model(np.where(np.arange(stubs.VOCAB) == SAID[:, None], 50.0, 0.0))
 PROMPT = stubs.as_prompt(stubs.make_batch([2, 4], [18, 6], LENGTH))
-SAMPLER = DenoisingSampler(
-    AbsorbingCorruption(MASK),
-    Ranked(count=Fixed(4)),
-    steps=None,
-    block=4,
-    candidates=1,
-    temperature=0.0,
-    eos_id=98,
-    pad_id=99,
-)
+# PAD ends a text, but no EOS does.
+PROMPT = PROMPT.replace(special=SpecialTokens(stubs.VOCAB, pad_id=stubs.PAD, eos_id=stubs.PAD, mask_id=MASK))
 
 
 def entropy(tokens):
@@ -41,7 +31,7 @@ def entropy(tokens):
 
 def decode(**stop):
     rule = LowEntropy(**stop) if stop else None
-    sampler = dataclasses.replace(SAMPLER, stop=rule, pad_id=stubs.PAD)
+    sampler = masked(Ranked(count=Fixed(4)), block=4, temperature=0.0, stop=rule)
     return stubs.generate(sampler, stubs.counting(TABLE), PROMPT, KEYS)
 
 
@@ -101,13 +91,11 @@ RANKED = stubs.table_model(np.log(np.stack([WIDE, WIDE, WIDE, TWO])))
 
 @pytest.mark.parametrize(("rank", "top_p"), [("entropy", 0.5), ("margin", 0.5), ("confidence", 0.5)])
 def test_tempered_ranks_are_those_of_the_distribution_that_is_drawn_from(rank, top_p):
-    prompt = stubs.as_prompt(stubs.make_batch([2], [2], 4))
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([2], [2], 4)))
     first = {}
     for tempered in (False, True):
         rule = Ranked(rank, Fixed(1), tempered=tempered)
-        sampler = dataclasses.replace(
-            SAMPLER, commit=rule, block=0, temperature=1.0, top_p=top_p, keep_trace=True, forbidden=()
-        )
+        sampler = masked(rule, top_p=top_p, keep_trace=True)
         decoded = stubs.generate(sampler, RANKED, prompt, KEYS)
         first[tempered] = int(np.flatnonzero(np.asarray(decoded.trace.tokens)[0, 0, 2:] != MASK)[0])
     # By its nucleus slot 2 is certain: entropy 0, margin 1, confidence 1.
@@ -120,12 +108,10 @@ def test_dream_released_takes_the_ranks_of_the_released_code():
     """Ranks of softmax(top-p(logits / temperature)), computed here in float64 for a random network."""
     rng = np.random.default_rng(1)
     logits = rng.normal(scale=2.0, size=(9, stubs.VOCAB))
-    prompt = stubs.as_prompt(stubs.make_batch([1], [8], 9))
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1], [8], 9)))
     for temperature in (0.2, 1.5):
-        sampler = dataclasses.replace(
-            SAMPLER, commit=Ranked("entropy", Fixed(1), tempered=True), block=0, temperature=temperature, top_p=0.9,
-            keep_trace=True,
-        )  # fmt: skip
+        rule = Ranked("entropy", Fixed(1), tempered=True)
+        sampler = masked(rule, temperature=temperature, top_p=0.9, keep_trace=True)
         trace = np.asarray(stubs.generate(sampler, stubs.table_model(logits), prompt, KEYS).trace.tokens)[:8, 0, 1:]
         before = np.concatenate([np.full((1, 8), MASK), trace[:-1]])
         order = (trace != before).argmax(axis=1)

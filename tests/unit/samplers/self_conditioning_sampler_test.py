@@ -7,27 +7,26 @@ import jax.numpy as jnp
 import model_stubs as stubs
 import numpy as np
 import pytest
+from sampler_stubs import canvas, masked, without_ends
 
-from diffusion_lm.core.alignment import SamePosition, Shifted
+from diffusion_lm.core.alignment import Shifted
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys, fold_in_each
 from diffusion_lm.nn import sampling
 from diffusion_lm.nn.masks import Full
-from diffusion_lm.noise.corruption import AbsorbingCorruption, UniformCorruption
 from diffusion_lm.samplers.candidates import candidate_keys, start_canvases
-from diffusion_lm.samplers.commit import Everything, Ranked
-from diffusion_lm.samplers.denoising import DenoisingSampler
-from diffusion_lm.samplers.proposals import blanked
-from diffusion_lm.samplers.revision import Renoised
+from diffusion_lm.samplers.denoiser import blank_conditioning
 from diffusion_lm.samplers.stopping import StableAndSure
+from diffusion_lm.samplers.uniform import Renoised
+from diffusion_lm.samplers.unmasking import AllSlots, Ranked
 
 KEYS = StreamKeys.create(5)
-PROMPT = stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [8, 3, 6, 5], 11))
+PROMPT = without_ends(stubs.as_prompt(stubs.make_batch([2, 5, 3, 4], [8, 3, 6, 5], 11)), mask_id=None)
 TARGET = np.asarray(PROMPT.target_mask)
 MODEL = stubs.nano(**stubs.QUICK, self_conditioning=True)
 PLAIN = dataclasses.replace(stubs.nano(**stubs.QUICK), params=MODEL.params)
 MASK = 4
-NO_END = {"eos_id": 41, "pad_id": 42}
+WITH_MASK = without_ends(PROMPT, MASK)
 
 
 @jax.jit
@@ -47,14 +46,12 @@ def no_signal():
 
 
 def redrawn(sampler):
-    """The loop of `Everything` in Python: all target tokens are drawn, all read what was predicted for them."""
-    canvas = start_canvases(sampler.start, KEYS, PROMPT, 1, vocab_size=stubs.VOCAB)
+    """The loop of `AllSlots` in Python: all target tokens are drawn, all read what was predicted for them."""
+    tokens = start_canvases(sampler.process, KEYS, PROMPT, 1, vocab_size=stubs.VOCAB)
     keys, signal = candidate_keys(KEYS, "sampler/token", PROMPT, 1), no_signal()
     for step in range(sampler.steps):
-        logits = sampler.alignment.to_tokens(call(MODEL.params, canvas, signal))
-        temperature = sampler.temperature
-        if sampler.final_temperature is not None:
-            temperature += (sampler.final_temperature - temperature) * step / sampler.steps
+        logits = sampler.alignment.to_tokens(call(MODEL.params, tokens, signal))
+        temperature = sampler.decoding.temperature
         draws = logits.argmax(axis=-1)
         if temperature > 0:
             numbered = fold_in_each(keys, jnp.full(keys.shape, step))
@@ -62,20 +59,20 @@ def redrawn(sampler):
             padding = ((0, 0), (0, 0), (0, MODEL.spec.padded_vocab_size - stubs.VOCAB))
             padded = jnp.pad(logits, padding, constant_values=-1e30)
             draws = sampling.draw(numbered, sampling.filter_logits(padded, temperature))
-        canvas = jnp.where(PROMPT.target_mask, draws, canvas)
+        tokens = jnp.where(PROMPT.target_mask, draws, tokens)
         expected = expected_embedding(logits / (temperature or 1.0))
         signal = jnp.where(PROMPT.target_mask[..., None], expected, 0.0)
-    return np.asarray(canvas)
+    return np.asarray(tokens)
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"temperature": 0.0}, {"temperature": 0.8, "final_temperature": 0.4, "alignment": Shifted()}],
+    [{"temperature": 0.0}, {"temperature": 0.8, "alignment": Shifted()}],
     ids=["greedy", "tempered_shifted"],
 )
 @pytest.mark.thorough
 def test_it_is_a_slow_python_loop(fields):
-    sampler = DenoisingSampler(steps=4, candidates=1, early_exit=False, **NO_END, **fields)
+    sampler = canvas(AllSlots(), steps=4, exit_tolerance=None, **fields)
     tokens = np.asarray(stubs.generate(sampler, MODEL, PROMPT, KEYS).tokens)
     np.testing.assert_array_equal(tokens[TARGET], redrawn(sampler)[TARGET])
     off = stubs.generate(dataclasses.replace(sampler, self_conditioning=False), MODEL, PROMPT, KEYS)
@@ -84,8 +81,8 @@ def test_it_is_a_slow_python_loop(fields):
 
 
 def test_a_canvas_that_stands_is_no_fixed_point_while_predictions_change():
-    sampler = DenoisingSampler(steps=30, candidates=1, temperature=0.0, **NO_END)
-    rows = stubs.as_prompt(stubs.make_batch([3] * 6, [1] * 6, 4))
+    sampler = canvas(AllSlots(), steps=30, temperature=0.0)
+    rows = without_ends(stubs.as_prompt(stubs.make_batch([3] * 6, [1] * 6, 4)), mask_id=None)
 
     def passes(on):
         one = dataclasses.replace(sampler, self_conditioning=on)
@@ -98,43 +95,41 @@ def test_a_canvas_that_stands_is_no_fixed_point_while_predictions_change():
 
 def test_with_mask_and_blocks_open_slots_read_and_a_block_begins_without():
     """One most probable slot a step in blocks of 3 slots; what is written is no longer predicted."""
-    sampler = DenoisingSampler(
-        AbsorbingCorruption(MASK), Ranked(), steps=None, block=3, candidates=1, temperature=0.0, **NO_END
-    )
-    decoded = stubs.generate(sampler, MODEL, PROMPT, KEYS)
-    canvas, signal = jnp.where(PROMPT.target_mask, MASK, PROMPT.tokens), no_signal()
+    sampler = masked(Ranked(), block=3, temperature=0.0)
+    decoded = stubs.generate(sampler, MODEL, WITH_MASK, KEYS)
+    tokens, signal = jnp.where(PROMPT.target_mask, MASK, PROMPT.tokens), no_signal()
     rank = np.where(TARGET, TARGET.cumsum(axis=1) - 1, -1)
     for step in range(8):
-        noisy = PROMPT.target_mask & (canvas == MASK)
+        noisy = PROMPT.target_mask & (tokens == MASK)
         read = noisy & (step % 3 > 0)
-        logits = call(MODEL.params, canvas, jnp.where(read[..., None], signal, 0.0)).at[..., MASK].set(-jnp.inf)
+        logits = call(MODEL.params, tokens, jnp.where(read[..., None], signal, 0.0)).at[..., MASK].set(-jnp.inf)
         log_p = np.where(noisy & (rank // 3 == step // 3), jax.nn.log_softmax(logits).max(axis=-1), -np.inf)
         chosen = (np.arange(11) == log_p.argmax(axis=1)[:, None]) & np.isfinite(log_p)
-        canvas, signal = jnp.where(chosen, logits.argmax(axis=-1), canvas), expected_embedding(logits)
+        tokens, signal = jnp.where(chosen, logits.argmax(axis=-1), tokens), expected_embedding(logits)
     # Rows with shorter windows end earlier, and their blocks begin at the same steps.
-    np.testing.assert_array_equal(np.asarray(decoded.tokens)[TARGET], np.asarray(canvas)[TARGET])
-    off = stubs.generate(dataclasses.replace(sampler, self_conditioning=False), MODEL, PROMPT, KEYS)
+    np.testing.assert_array_equal(np.asarray(decoded.tokens)[TARGET], np.asarray(tokens)[TARGET])
+    off = stubs.generate(dataclasses.replace(sampler, self_conditioning=False), MODEL, WITH_MASK, KEYS)
     assert (np.asarray(off.tokens) != np.asarray(decoded.tokens)).any()
 
 
 def test_each_pass_of_guidance_reads_its_own_prediction():
-    sampler = DenoisingSampler(steps=3, candidates=1, temperature=0.0, early_exit=False, guidance=0.7, **NO_END)
+    sampler = canvas(AllSlots(), steps=3, temperature=0.0, exit_tolerance=None, guidance=0.7)
     model = stubs.CountingModel(MODEL.architecture, MODEL.params)
     decoded = stubs.generate(sampler, model, PROMPT, KEYS)
     assert model.calls == [8, 8, 8]
     np.testing.assert_array_equal(decoded.forward_passes, 6)
-    blank = blanked(PROMPT, KEYS, sampler.start, None, stubs.VOCAB).tokens
+    blank = blank_conditioning(sampler.process, PROMPT, KEYS, stubs.VOCAB).tokens
     opening = np.asarray(PROMPT.positions == 0) & ~TARGET
     assert (np.asarray(blank) == PROMPT.tokens)[opening].all()
     assert (np.asarray(blank) != PROMPT.tokens)[~TARGET & (PROMPT.positions > 0)].any()
-    canvas = start_canvases(sampler.start, KEYS, PROMPT, 1, vocab_size=stubs.VOCAB)
+    tokens = start_canvases(sampler.process, KEYS, PROMPT, 1, vocab_size=stubs.VOCAB)
     signals = [no_signal(), no_signal()]
     for _ in range(3):
-        c = call(MODEL.params, canvas, signals[0])
-        u = call(MODEL.params, jnp.where(PROMPT.target_mask, canvas, blank), signals[1])
+        c = call(MODEL.params, tokens, signals[0])
+        u = call(MODEL.params, jnp.where(PROMPT.target_mask, tokens, blank), signals[1])
         signals = [jnp.where(PROMPT.target_mask[..., None], expected_embedding(x), 0.0) for x in (c, u)]
-        canvas = jnp.where(PROMPT.target_mask, (c + 0.7 * (c - u)).argmax(axis=-1), canvas)
-    np.testing.assert_array_equal(np.asarray(decoded.tokens)[TARGET], np.asarray(canvas)[TARGET])
+        tokens = jnp.where(PROMPT.target_mask, (c + 0.7 * (c - u)).argmax(axis=-1), tokens)
+    np.testing.assert_array_equal(np.asarray(decoded.tokens)[TARGET], np.asarray(tokens)[TARGET])
     nothing = dataclasses.replace(sampler, guidance=1e-9)
     np.testing.assert_array_equal(
         stubs.generate(nothing, MODEL, PROMPT, KEYS).tokens,
@@ -142,15 +137,14 @@ def test_each_pass_of_guidance_reads_its_own_prediction():
     )
 
 
-def canvas_sampler(**fields):
-    rules = {"start": UniformCorruption(), "commit": Renoised(), "stop": StableAndSure(1.0)}
-    chosen = {"temperature": 0.8, "final_temperature": 0.4, "steps": 6, "candidates": 2, **NO_END}
-    return DenoisingSampler(**(rules | chosen | fields))
+def renoising_sampler(**fields):
+    chosen = {"temperature": 0.8, "steps": 6, "candidates": 2, "stop": StableAndSure(1.0)}
+    return canvas(Renoised(final_temperature=0.4), **(chosen | fields))
 
 
 def test_T40_rows_and_candidates_do_not_depend_on_each_other():
     """Also once some have stopped: a finished row stands, and its neighbours are decoded as they are alone."""
-    sampler = canvas_sampler(block=4, steps=None)
+    sampler = renoising_sampler(block=4, steps=None)
     whole = stubs.generate(sampler, MODEL, PROMPT, KEYS)
     order = [3, 1, 0, 2]
     shuffled = stubs.generate(sampler, MODEL, stubs.rows_of(PROMPT, order), KEYS)
@@ -163,8 +157,8 @@ def test_T40_rows_and_candidates_do_not_depend_on_each_other():
 @pytest.mark.thorough
 def test_an_encoder_decoder_feeds_back_with_candidates_and_guidance():
     model = stubs.nano_encoder_decoder(**stubs.QUICK, self_conditioning=True)
-    prompt = stubs.as_prompt(stubs.make_batch([1, 1, 1], [8, 3, 6], 11, encoder=True))
-    sampler = canvas_sampler(guidance=0.5)
+    prompt = without_ends(stubs.as_prompt(stubs.make_batch([1, 1, 1], [8, 3, 6], 11, encoder=True)), mask_id=None)
+    sampler = renoising_sampler(guidance=0.5)
     whole = stubs.generate(sampler, model, prompt, KEYS)
     alone = stubs.generate(sampler, model, stubs.rows_of(prompt, [2]), KEYS)
     np.testing.assert_array_equal(alone.tokens[0], whole.tokens[2])
@@ -174,8 +168,8 @@ def test_an_encoder_decoder_feeds_back_with_candidates_and_guidance():
 
 
 def test_asking_for_it_without_the_layer_is_an_error_and_not_asking_is_none():
-    sampler = DenoisingSampler(steps=1, self_conditioning=True)
-    with pytest.raises(ConfigError, match="no layer that reads them"):
+    sampler = canvas(AllSlots(), steps=1, self_conditioning=True)
+    with pytest.raises(ConfigError, match="no layer that reads a previous prediction"):
         sampler.generate(stubs.nano(**stubs.QUICK), PROMPT, KEYS)
-    assert sampler.alignment == SamePosition()
-    assert sampler.commit == Everything()
+    plain = dataclasses.replace(sampler, self_conditioning=None)
+    plain.generate(stubs.nano(**stubs.QUICK), PROMPT, KEYS)

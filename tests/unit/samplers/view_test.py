@@ -4,6 +4,7 @@ import numpy as np
 import scipy.stats
 
 from diffusion_lm.core.rng import StreamKeys
+from diffusion_lm.noise.process import Absorbing
 from diffusion_lm.samplers.view import View
 
 ROWS, SLOTS, TAIL = 32, 8192, 1e-3
@@ -13,9 +14,10 @@ def noise():
     """What rules add to their ranks, a quarter of a million draws of it."""
     ids = jnp.broadcast_to(jnp.arange(ROWS, dtype=jnp.uint32)[:, None], (ROWS, SLOTS))
     keys = StreamKeys.create(0).per_token("t", ids, jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS)))
-    every, clock = jnp.ones((ROWS, SLOTS), bool), jnp.zeros(ROWS, jnp.int32)
+    every, step = jnp.ones((ROWS, SLOTS), bool), jnp.zeros(ROWS, jnp.int32)
+    canvas, log_prob = jnp.zeros((ROWS, SLOTS), jnp.int32), jnp.zeros((ROWS, SLOTS))
     return View(
-        jnp.zeros((ROWS, SLOTS), jnp.int32), every, every, clock, clock + 1, jnp.zeros((ROWS, SLOTS)), keys
+        canvas, every, every, step, step + 1, log_prob, keys, process=Absorbing(), vocab_size=8, mask_id=4
     ).gumbel("order")
 
 
