@@ -28,7 +28,8 @@ from diffusion_lm.parallel.mesh import MeshSpec
 from diffusion_lm.parallel.rules import LogicalRules
 from diffusion_lm.parallel.shardings import Placement, place_batch, replicated, tree_shardings
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
-from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.samplers.canvas import CanvasSampler
+from diffusion_lm.samplers.decoding import Decoding
 
 RULES = LogicalRules()
 ALONE = MeshSpec(data=1, fsdp=1)
@@ -134,7 +135,7 @@ def test_parameters_are_split_over_the_mesh():
 
 @pytest.mark.parametrize(
     "sampler",
-    [AutoregressiveSampler(temperature=0.7), DenoisingSampler(steps=3, candidates=2)],
+    [AutoregressiveSampler(decoding=Decoding(temperature=0.7)), CanvasSampler(steps=3, candidates=2)],
     ids=["autoregressive", "diffusion"],
 )
 def test_decoded_tokens_do_not_depend_on_the_mesh(sampler):

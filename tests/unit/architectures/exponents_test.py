@@ -13,13 +13,13 @@ from diffusion_lm.architectures.exponents import WithTokenSchedules, token_expon
 from diffusion_lm.architectures.extended import layer_of
 from diffusion_lm.architectures.length_head import length_logits
 from diffusion_lm.core.rng import StreamKeys
-from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.objectives.autoregressive import Autoregressive
 from diffusion_lm.objectives.masked_diffusion import MaskedDiffusion
 from diffusion_lm.objectives.mixture import ConstantFactor, Mixture
 from diffusion_lm.objectives.token_schedules import TokenSchedules
-from diffusion_lm.samplers.commit import Ancestral
-from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.samplers.decoding import Decoding
+from diffusion_lm.samplers.masked import MaskedSampler
+from diffusion_lm.samplers.unmasking import Ancestral
 from diffusion_lm.training.transfer import transfer
 
 KEYS = StreamKeys.create(3)
@@ -72,7 +72,7 @@ def test_other_objectives_and_samplers_do_not_see_them():
     gradient = dict(gradient)
     assert not np.asarray(gradient.pop("exponents")["raw"]).any()
     jax.tree.map(np.testing.assert_array_equal, (terms, gradient), (expected, dict(expected_gradient)))
-    sampler = DenoisingSampler(start=AbsorbingCorruption(MASK), commit=Ancestral(), steps=4, temperature=1.0)
+    sampler = MaskedSampler(unmask=Ancestral(), steps=4, decoding=Decoding(temperature=1.0))
     decoded = [stubs.generate(sampler, model, stubs.as_prompt(BATCH), KEYS) for model in (MODEL, PLAIN)]
     jax.tree.map(np.testing.assert_array_equal, *decoded)
 

@@ -198,7 +198,7 @@ def test_cached_decoding_uses_the_adapters(family):
     prompt, keys = stubs.as_prompt(batch_for(model)), StreamKeys.create(3)
     adapted = adapted_model(model)
     merged = BoundModel(model.architecture, merge(adapted.params))
-    sampler = AutoregressiveSampler(temperature=0.0)
+    sampler = AutoregressiveSampler()
     got, expected, plain = (stubs.generate(sampler, one, prompt, keys) for one in (adapted, merged, model))
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-4)

@@ -50,7 +50,7 @@ def test_train_with_zero_rounds_only_takes_the_first_step(capsys, tmp_path):
 
 def test_decode_times_all_arms_of_the_study_and_counts_forward_passes(capsys, tmp_path):
     arguments = ("decode", *TINY, "--rounds", "2", "--target_length", "4", "--prompt_length", "3")
-    code, captured, result = bench(capsys, tmp_path, *arguments, "--gin.masked_16/DenoisingSampler.steps=2")
+    code, captured, result = bench(capsys, tmp_path, *arguments, "--gin.masked_16/MaskedSampler.steps=2")
     assert code == 0, captured.err
     (study,) = result["lengths"]
     assert (study["length"], study["prompt_length"], study["batch_size"]) == (4, 3, 1)

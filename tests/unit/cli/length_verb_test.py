@@ -119,7 +119,7 @@ def test_the_head_learns_lengths_and_the_network_is_unchanged(folder):
 
 def test_the_length_beam_decodes_texts_of_the_predicted_length(capsys):
     flags = ["decode", "--workdir", "head", "--task", "echo", "--sampler", "gin/samplers/length_beam.gin"]
-    lines, _ = lines_of(capsys, *flags, "--gin.LengthBeam.beam=1", "--gin.DenoisingSampler.steps=2")
+    lines, _ = lines_of(capsys, *flags, "--gin.LengthBeam.beam=1", "--gin.MaskedSampler.steps=2")
     assert [line["tokens"] for line in lines] == [1, 2, 3, 4]
     assert "oracle" not in lines[0]
     assert lines[0]["forward_passes"] in (2, 3)

@@ -22,10 +22,9 @@ from diffusion_lm.data.target_window import OracleLength
 from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm.evaluation.scoring import continuation_batch, score
 from diffusion_lm.evaluation.scoring_estimators import ExactAutoregressive, UnweightedGrid
-from diffusion_lm.noise.corruption import AbsorbingCorruption
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
-from diffusion_lm.samplers.commit import Ranked
-from diffusion_lm.samplers.denoising import DenoisingSampler
+from diffusion_lm.samplers.masked import MaskedSampler
+from diffusion_lm.samplers.unmasking import Ranked
 
 RUN = """
 from __gin__ import dynamic_registration
@@ -334,7 +333,7 @@ def test_a_suite_does_not_depend_on_the_evaluations_of_the_run(folder, capsys):
     assert set(found) == {"pick", "decode/gaps/oracle_length"}
     assert found["decode/gaps/oracle_length"]["conditions"]["oracle"] == "length"
     assert "rougeL" in found["decode/gaps/oracle_length"]["values"]
-    for name, by in (("pick", "UnweightedGrid"), ("decode/gaps/oracle_length", "DenoisingSampler")):
+    for name, by in (("pick", "UnweightedGrid"), ("decode/gaps/oracle_length", "MaskedSampler")):
         kept = json.loads((folder / found[name]["file"]).read_text())
         assert by in found[name]["file"]
         assert kept["values"] == found[name]["values"]
@@ -374,7 +373,7 @@ def test_only_bidirectional_models_condition_on_the_suffix(folder):
     slow = dataclasses.replace(prefix, use_cache=False).generate(model, prompts, StreamKeys.create(0))
     np.testing.assert_array_equal(seen.tokens, slow.tokens)
     np.testing.assert_allclose(seen.scores, slow.scores, rtol=1e-5)
-    masked = DenoisingSampler(start=AbsorbingCorruption(4), commit=Ranked(), candidates=1, temperature=0.0, steps=None)
+    masked = MaskedSampler(unmask=Ranked())
     filled = masked.generate(opened_run("masked").load(), prompts, StreamKeys.create(0))
     assert len(np.unique(filled.scores)) == 3
     starts = 1 + len(before)

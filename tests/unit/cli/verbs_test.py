@@ -203,9 +203,9 @@ def test_decode_does_not_depend_on_the_batch(capsys):
 def test_decode_with_a_sampler_file_and_samples(folder, capsys):
     (folder / "warm.gin").write_text(
         "from __gin__ import dynamic_registration\n"
-        "from diffusion_lm.samplers import autoregressive\n"
-        "SAMPLER = @autoregressive.AutoregressiveSampler()\n"
-        "autoregressive.AutoregressiveSampler.temperature = 5.0\n"
+        "include 'samplers/greedy.gin'\n"
+        "from diffusion_lm.samplers import decoding\n"
+        "left_to_right/decoding.Decoding.temperature = 5.0\n"
     )
     arguments = [
         "decode",
@@ -223,7 +223,7 @@ def test_decode_with_a_sampler_file_and_samples(folder, capsys):
     assert main(arguments) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["sample"] for line in lines] == [0, 1, 0, 1]
-    assert main([*arguments, "--gin.AutoregressiveSampler.temperature=0.0"]) == 0
+    assert main([*arguments, "--gin.left_to_right/Decoding.temperature=0.0"]) == 0
     cold = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert cold[0]["output"] == cold[1]["output"]
 

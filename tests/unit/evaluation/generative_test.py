@@ -14,6 +14,7 @@ from diffusion_lm.evaluation.generative import Diversity, GenerativePerplexity, 
 from diffusion_lm.objectives.autoregressive import Autoregressive
 from diffusion_lm.objectives.sundae import Sundae
 from diffusion_lm.samplers.autoregressive import AutoregressiveSampler
+from diffusion_lm.samplers.decoding import Decoding
 
 LETTERS = types.SimpleNamespace(encode=lambda text: [6 + ord(letter) - ord("a") for letter in text])
 
@@ -29,7 +30,7 @@ def judge(objective=None):
 def judged(texts, table=None, prompts=None):
     model = stubs.table_model(np.zeros((stubs.VOCAB, stubs.VOCAB)) if table is None else table, by_token=True)
     prompts = [""] * len(texts) if prompts is None else prompts
-    return judge().judge(model, prompts, texts, AutoregressiveSampler(temperature=0.5), 4)
+    return judge().judge(model, prompts, texts, AutoregressiveSampler(decoding=Decoding(temperature=0.5)), 4)
 
 
 def test_diversity_by_hand():
@@ -49,7 +50,7 @@ def test_a_uniform_judge_gives_every_text_the_size_of_its_vocabulary():
     assert found.values["generative_perplexity"] == pytest.approx(stubs.VOCAB, rel=1e-4)
     assert found.tokens == 3 + 19
     assert found.values["empty"] == pytest.approx(1 / 3)
-    assert found.sampler["temperature"] == 0.5
+    assert found.sampler["decoding"]["temperature"] == 0.5
 
 
 def test_a_text_that_repeats_itself_is_likely_and_its_entropy_says_why():
