@@ -225,7 +225,7 @@ def test_an_autoregressive_run_scores_completions_of_a_masked_run(folder, capsys
     assert values["texts"] == 3
     assert 1.0 < values["generative_perplexity"] == pytest.approx(math.exp(values["generative_nats_per_token"]))
     assert {"unigram_entropy", "distinct_1", "distinct_4", "mean_length", "empty"} <= set(values)
-    assert result["conditions"]["sampler"]["temperature"] == 1.0
+    assert result["conditions"]["sampler"]["decoding"]["temperature"] == 1.0
     assert result["conditions"]["judge"]["step"] == 2
     assert json.loads((folder / result["file"]).read_text())["values"] == values
     assert "no exact likelihood" in fails(capsys, *command[:-2], "--judge", "masked")

@@ -74,7 +74,6 @@ generation.GenerationTask:
   metric = 'exact_match'
   limit = 4
   batch_size = 4
-decoders.AutoregressiveSampler.temperature = 0.0
 """
 
 
