@@ -29,7 +29,7 @@ def sampler(request):
 
 def fitted(sampler, model):
     """The model with what the sampler needs of it."""
-    if getattr(getattr(sampler, "commit", None), "needs_token_schedules", False):
+    if getattr(getattr(sampler, "unmask", None), "needs_token_schedules", False):
         model = stubs.with_token_schedules(model)
     return stubs.with_length_head(model) if getattr(sampler, "needs_length_head", False) else model
 
