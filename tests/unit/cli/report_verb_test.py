@@ -74,7 +74,9 @@ def test_other_folders_are_one_sentence(folder, capsys, name, content, complaint
     assert not (folder / "report").exists()
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in pathlib.Path("docs/results").glob("*/results.json")))
+@pytest.mark.parametrize(
+    "name", sorted(path.parent.name for path in pathlib.Path("docs/results").glob("*/results.json"))
+)
 def test_published_results_have_a_page(name, tmp_path, capsys):
     (tmp_path / "results.json").write_bytes((pathlib.Path("docs/results") / name / "results.json").read_bytes())
     assert "<html" in page_of(capsys, tmp_path)
