@@ -10,7 +10,6 @@ from pathlib import Path
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.data.round_trip import Losses
 from diffusion_lm.data.schema import Manifest
-from diffusion_lm.data.vocabulary import MASK_VARIABLE, VOCABULARY_VARIABLE, VocabularyNotNamed
 from diffusion_lm.data.store import (
     RECORDS_PER_SHARD,
     PathLike,
@@ -19,6 +18,7 @@ from diffusion_lm.data.store import (
     split_folder,
     write_records,
 )
+from diffusion_lm.data.vocabulary import MASK_VARIABLE, VOCABULARY_VARIABLE, VocabularyNotNamed
 
 MAX_LOSSY = 0.01
 """Share of the targets that a vocabulary may fail to write: rare characters of large data sets, not the task itself."""
