@@ -353,6 +353,12 @@ def check_rule(sampler: DenoisingSettings, name: str) -> None:
         fix="Use Decoding.top_k = 0 and top_p = 1.0, or guidance = 0.0.",
     )
     require(
+        sampler.guidance == 0 or not rule.reads_logits,
+        f"guidance={sampler.guidance}: {type(rule).__name__} reads the logits of one pass, and guidance mixes two",
+        where=f"{where}.guidance",
+        fix="Use guidance = 0.0.",
+    )
+    require(
         sampler.decoding.temperature > 0 or not rule.draws_tokens,
         f"temperature={sampler.decoding.temperature}: must be > 0 for {type(rule).__name__}",
         where="Decoding.temperature",
