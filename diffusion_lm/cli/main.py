@@ -15,6 +15,7 @@ from diffusion_lm.core.errors import ConfigError, near_names
 
 VERBS = {
     "compare": "train and evaluate all arms of a comparison and write the report",
+    "report": "write the HTML report of a finished comparison again",
     "train": "train one model",
     "evaluate": "evaluate a trained model: likelihood bound, task metrics, likelihood, multiple choice",
     "decode": "complete prompts with a trained model",

@@ -7,6 +7,7 @@ file. An interrupted comparison therefore resumes where it stopped and gives the
     WORKDIR/stages/STAGE/                   one training run per stage (checkpoints, metrics.jsonl, run_card.json)
     WORKDIR/evaluations/ARM/TASK.json       predictions and per-example statistics
     WORKDIR/speed.json  playback.json       decoding times and recorded denoising steps; not part of results.json
+    WORKDIR/samples.json                    the completions that the report shows
     WORKDIR/replicate_I/                    stages and evaluations of replicate I = 1, 2, ...; replicate 0 is above
     WORKDIR/results.json  results.md  report/index.html
 """
@@ -30,7 +31,7 @@ from diffusion_lm.evaluation.speed import measure
 from diffusion_lm.recipes import report, summary, tables
 from diffusion_lm.recipes.comparison import Arm, Comparison
 from diffusion_lm.recipes.playback import record_playback
-from diffusion_lm.recipes.records import Evaluation, JsonObject, LogRow, Playback, Results, Speed
+from diffusion_lm.recipes.records import Evaluation, JsonObject, Playback, Results, Speed
 from diffusion_lm.recipes.results import Evaluations, assemble, cuts, shown_samples
 from diffusion_lm.recipes.stage import Stage
 from diffusion_lm.training.checkpoint import selected
@@ -68,19 +69,12 @@ def compare(comparison: Comparison, workdir: str | Path, *, log: Log = print) ->
         log(f"warning: {sentence}")
     replicates = [_run_replicate(comparison, index, workdir, log) for index in range(comparison.replicates)]
     timing = _cached(workdir / "speed.json", lambda: _speed(comparison, log)) if comparison.speed else None
-    playback = _cached(workdir / "playback.json", lambda: _playback(comparison, workdir, log))
+    _cached(workdir / "playback.json", lambda: _playback(comparison, workdir, log))
     results = assemble(comparison, replicates)
     write_json(workdir / "results.json", results)
     write_text(workdir / "results.md", tables.markdown(results, timing))
-    page = report.write(
-        results,
-        workdir,
-        curves={stage.name: _curve(workdir, stage) for stage in comparison.stages},
-        speed=timing,
-        samples=shown_samples(comparison, replicates[0]),
-        playback=playback,
-    )
-    return ComparisonResult(results, page, workdir / "results.md")
+    write_json(workdir / "samples.json", shown_samples(comparison, replicates[0]))
+    return ComparisonResult(results, report.from_folder(workdir), workdir / "results.md")
 
 
 def _run_replicate(comparison: Comparison, index: int, workdir: Path, log: Log) -> Evaluations:
@@ -197,8 +191,3 @@ def _cached(path: Path, compute: Callable[[], JsonObject]) -> JsonObject:
     if not path.exists():
         write_json(path, compute())
     return read_json(path)
-
-
-def _curve(workdir: Path, stage: Stage) -> list[LogRow]:
-    path = stage_folder(stage, workdir) / "metrics.jsonl"
-    return tables.read_jsonl(path) if path.exists() else []

@@ -10,11 +10,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from diffusion_lm.core.files import as_path, write_text
+from diffusion_lm.core.errors import ConfigError, require
+from diffusion_lm.core.files import as_path, read_json, write_text
 from diffusion_lm.recipes import charts, summary, svg, tables
 from diffusion_lm.recipes.crossover import crossovers, speed_sentences, speed_series
 from diffusion_lm.recipes.formatting import MISSING, count, is_number
@@ -36,7 +38,52 @@ from diffusion_lm.recipes.svg import Style, arm_styles
 from diffusion_lm.recipes.training_curves import curve_panels
 
 _TEMPLATES = Path(__file__).with_name("templates")
+_AGAIN = "Restore the file, or run the comparison again."
 _COSTS = ("forward_passes_per_sample", "generated_tokens_per_sample")
+
+
+def from_folder(workdir: str | Path) -> Path:
+    """Writes the page of a finished comparison from the files in its folder, and returns the path of the page.
+
+    `results.json` is required. Without `speed.json`, `samples.json`, `playback.json` or the stages' `metrics.jsonl` the
+    page says that these parts are absent.
+
+    Raises:
+      ConfigError: the folder has no `results.json`, or a file is not what `compare` writes.
+    """
+    workdir = as_path(workdir)
+    require(
+        (workdir / "results.json").exists(),
+        f"{workdir} has no results.json",
+        where="--workdir",
+        fix="Pass the folder of a finished comparison, or finish it: run its compare command again.",
+    )
+
+    def part(name: str, absent: Any) -> Any:
+        path = workdir / name
+        try:
+            return read_json(path) if path.exists() else absent
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}", where=str(path), fix=_AGAIN) from error
+
+    results = part("results.json", {})
+    try:
+        stages = {stage["name"] for arm in results["arms"] for stage in arm.get("stages", ())}
+        logs = {stage: workdir / "stages" / stage / "metrics.jsonl" for stage in sorted(stages)}
+        return write(
+            results,
+            workdir,
+            curves={stage: tables.read_jsonl(log) for stage, log in logs.items() if log.exists()},
+            speed=part("speed.json", None),
+            samples=part("samples.json", {}),
+            playback=part("playback.json", {}),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the files of {workdir} are not those of a comparison: {type(error).__name__}: {error}",
+            where=str(workdir / "results.json"),
+            fix=_AGAIN,
+        ) from error
 
 
 def write(

@@ -1,5 +1,6 @@
 """The files of docs/extending.md work as they are printed there."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -79,6 +80,19 @@ def test_the_rule_fills_every_window_in_fewer_passes_where_more_is_certain(page)
         assert not (np.asarray(decoded.tokens) == stubs.SPECIAL.mask).any()
         passes.append(int(decoded.forward_passes[0]))
     assert passes[1] < passes[0]
+    # With equal logits no probability reaches the first threshold, so only a state that falls unmasks several slots.
+    flat = stubs.table_model(np.zeros((11, stubs.VOCAB)))
+    constant, falling = (
+        stubs.generate(
+            dataclasses.replace(sampler, unmask=dataclasses.replace(sampler.unmask, decay=decay)),
+            flat,
+            prompt,
+            StreamKeys.create(0),
+        )
+        for decay in (1.0, 0.3)
+    )
+    assert int(constant.forward_passes[0]) == 8
+    assert int(falling.forward_passes[0]) < 8
 
 
 def test_the_task_is_materialised(page, monkeypatch, capsys):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.core.real_tokens import real_tokens
+from diffusion_lm.core.real_tokens import is_real
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.data.converters import EncoderDecoderConverter, SingleStreamConverter, with_encoder
 from diffusion_lm.data.fitting import Example
@@ -171,7 +171,7 @@ def test_real_tokens_are_the_same_whatever_fills_the_window():
     examples = [example([10], [20, 20]), example([10, 1], []), example([1], [20] * 9)]
     for window in (ExactEos(), PadFilled(), EosFilled()):
         batch = SingleStreamConverter(3, 5, window).batch([[e] for e in examples], SPECIALS, training=True)
-        assert np.asarray(real_tokens(batch, SPECIALS.pad_id, SPECIALS.eos_id)).sum(axis=1).tolist() == [3, 1, 5]
+        assert np.asarray(is_real(batch)).sum(axis=1).tolist() == [3, 1, 5]
 
 
 @pytest.mark.parametrize("make", [SingleStreamConverter, EncoderDecoderConverter])
