@@ -14,7 +14,7 @@ from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.head import Head
 from diffusion_lm.nn.inputs import EncoderState, ForwardInputs
 from diffusion_lm.nn.layers import Context, row_dropout
-from diffusion_lm.nn.masks import Segments, Window, same_segment
+from diffusion_lm.nn.masks import Segments, SlidingWindow, same_segment
 from diffusion_lm.nn.time_conditioning import (
     init_time_conditioning,
     run_time_conditioning,
@@ -172,7 +172,7 @@ def run_stream(
         )
     window_mask = None
     if spec.window is not None:
-        windowed = mask.restrict(Window(spec.window, copies))
+        windowed = mask.restrict(SlidingWindow(spec.window, copies))
         # Without a list of layers, all of them have the window.
         mask, window_mask = (windowed, None) if spec.window_layers is None else (mask, windowed)
     state = encoder if isinstance(encoder, EncoderState) else None

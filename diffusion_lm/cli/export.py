@@ -148,10 +148,10 @@ class _Source:
 
     model: "Architecture"
     step: int
-    config: dict[str, Any]
+    config: dict[str, object]
     layout: str | None
     trained: "TrainedAs | None"
-    sampler: Mapping[str, Any] | None
+    sampler: Mapping[str, object] | None
     lineage: tuple[str, ...]
     bound_kind: str
     tokenizer: dict[str, bytes]

@@ -33,7 +33,7 @@ class Built:
 
 
 @dataclasses.dataclass(frozen=True)
-class Macro:
+class MacroName:
     """A reference to a macro, `%NAME`.
 
     Attributes:
@@ -43,7 +43,7 @@ class Macro:
     name: str
 
 
-Value = None | bool | int | float | str | Sequence["Value"] | Mapping[str, "Value"] | Built | Macro
+Value = None | bool | int | float | str | Sequence["Value"] | Mapping[str, "Value"] | Built | MacroName
 
 
 class GinText:
@@ -114,7 +114,7 @@ class GinText:
             _check(value.name, _DOTTED, "a class")
             self._check_module(value.name)
             return f"@{value.name}()"
-        if isinstance(value, Macro):
+        if isinstance(value, MacroName):
             _check(value.name, re.compile(_IDENTIFIER), "a macro")
             return f"%{value.name}"
         return literal(value)

@@ -35,7 +35,7 @@ class Record:
     example_id: int
     inputs_text: str = ""
     targets_text: str = ""
-    reference: Any = None
+    reference: object = None
     suffix: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __post_init__(self):
@@ -124,7 +124,7 @@ class Manifest:
     chunk_length: int | None = None
     limit: int | None = None
     empty_targets: int = dataclasses.field(default=0, compare=False)
-    unwritten: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    unwritten: Mapping[str, object] = dataclasses.field(default_factory=dict, compare=False)
     shards: tuple[str, ...] = ()
     modules: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     code_sha256: str = dataclasses.field(default="", compare=False)

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from diffusion_lm.core.errors import ConfigError, require
 
@@ -33,18 +33,26 @@ CONFIGS = ("tokenizer_config", "special_tokens_map", "added_tokens", "config", "
 MASK_IDS = ("mask_token_id", "mask_id")
 
 
+class TokenizerContent(TypedDict, total=False):
+    """A tokenizer: the object of a tokenizer.json, or the bytes of a SentencePiece model."""
+
+    tokenizer: dict[str, Any]
+    sentencepiece: bytes
+    fairseq: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
     """What the files of a folder say.
 
     Attributes:
-      content: `{"tokenizer": ...}` (an object as in tokenizer.json), or `{"sentencepiece": bytes, "fairseq": bool}`.
+      content: `tokenizer`, or `sentencepiece` with `fairseq`.
       added: spellings of the tokens that stand behind those of a SentencePiece model; "" where an id is left out.
       candidates: names of each role's token (spellings or ids), the most binding first.
       decoder_start: id that opens a decoder's stream, if the folder says so.
     """
 
-    content: Mapping[str, Any]
+    content: TokenizerContent
     added: tuple[str, ...]
     candidates: Mapping[str, tuple[str | int, ...]]
     decoder_start: int | None
@@ -103,7 +111,7 @@ def read_files(
     extra = _added_tokens(read)
     added: tuple[str, ...] = ()
     if _bytes(folder / names[0]).startswith(b"{") and names != BPE:
-        content: dict[str, Any] = {"tokenizer": _json(folder / names[0])}
+        content: TokenizerContent = {"tokenizer": _json(folder / names[0])}
         require("model" in content["tokenizer"], f"{names[0]} has no tokenizer in it", where=str(folder))
     elif names == BPE:
         content = {"tokenizer": _byte_level_bpe(folder, tokenizer_config, extra)}

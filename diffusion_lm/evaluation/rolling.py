@@ -25,7 +25,7 @@ from diffusion_lm.evaluation.scoring_task import ScoredExample, ScoringEvaluatio
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class ScoredWindow:
     """One row of a document: tokens [first, start) are conditioning, tokens [start, end) are scored."""
 
     first: int
@@ -84,7 +84,7 @@ class RollingEvaluation(ScoringEvaluation):
         )
 
 
-def windows(length: int, size: int, context: int, prompt: int = 0) -> list[Window]:
+def windows(length: int, size: int, context: int, prompt: int = 0) -> list[ScoredWindow]:
     """Returns the windows of a document in order; their scored parts cover the text without gaps or overlap.
 
     Args:
@@ -106,7 +106,7 @@ def windows(length: int, size: int, context: int, prompt: int = 0) -> list[Windo
     while start < length:
         # The first row has the whole prompt if it fits; otherwise it is truncated on the left like any context.
         end = min(size if start == prompt < size else start + size - context, length)
-        found.append(Window(max(end - size, 0), start, end))
+        found.append(ScoredWindow(max(end - size, 0), start, end))
         start = end
     return found
 

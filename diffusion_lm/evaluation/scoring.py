@@ -156,7 +156,7 @@ def compiled_draws(estimator: Estimator, architecture: Architecture, constrain: 
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Answer:
     """The answer to one multiple-choice question.
 
     Attributes:
@@ -183,7 +183,7 @@ def choose(
     *,
     lengths: Sequence[float] | None = None,
     rows_per_pass: int | None = None,
-) -> dict[int, Choice]:
+) -> dict[int, Answer]:
     """Returns the answer to each question whose choices are rows of the batch.
 
     The choices of a question share noise levels and, slot by slot, masks. The difference of two choices therefore has
@@ -210,7 +210,7 @@ def choose(
     return answers(scores, numbers.tolist(), scores.tokens if lengths is None else lengths)
 
 
-def answers(scores: Scores, questions: Sequence[int], lengths: Sequence[float] | np.ndarray) -> dict[int, Choice]:
+def answers(scores: Scores, questions: Sequence[int], lengths: Sequence[float] | np.ndarray) -> dict[int, Answer]:
     """Returns the answer to each question whose choices are rows of `scores`; arguments as in `choose`."""
     numbers, per_length = np.asarray(questions), scores.log_likelihood / np.asarray(lengths, np.float64)
     found = {}
@@ -222,7 +222,7 @@ def answers(scores: Scores, questions: Sequence[int], lengths: Sequence[float] |
         if len(order) > 1:
             margin = float(scores.log_likelihood[order[0]] - scores.log_likelihood[order[1]])
             error = _difference_error(scores, int(order[0]), int(order[1]))
-        found[question] = Choice(best, int(np.argmax(per_length[rows])), margin, error, scores.kind)
+        found[question] = Answer(best, int(np.argmax(per_length[rows])), margin, error, scores.kind)
     return found
 
 

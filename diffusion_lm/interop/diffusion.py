@@ -10,7 +10,7 @@ from diffusion_lm.core.errors import require
 from diffusion_lm.core.gin_text import GinText
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.interop.name_maps import FAMILIES
-from diffusion_lm.interop.name_maps.family import Config, Diffusion, Family
+from diffusion_lm.interop.name_maps.family import CheckpointConfig, Diffusion, Family
 from diffusion_lm.interop.save import differences
 from diffusion_lm.nn.named_masks import named_blocks
 from diffusion_lm.nn.transformer import TransformerSpec
@@ -61,7 +61,7 @@ class TrainedAs:
         }
 
 
-def trained_as(family: Diffusion, config: Config, rows: int, other_mask: tuple[int | None, str]) -> TrainedAs:
+def trained_as(family: Diffusion, config: CheckpointConfig, rows: int, other_mask: tuple[int | None, str]) -> TrainedAs:
     """Returns how a checkpoint of a diffusion family was trained.
 
     MASK comes from config.json, else from another file, else from the published checkpoint with as many rows.

@@ -72,7 +72,7 @@ class GgufArchitecture:
 
     name: str
     names: Mapping[str, str]
-    config: Callable[[Metadata], dict[str, Any]]
+    config: Callable[[Metadata], dict[str, object]]
     interleaved: bool = False
     norms_from_zero: bool = False
     transposed: tuple[str, ...] = ()

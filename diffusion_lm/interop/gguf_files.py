@@ -140,7 +140,9 @@ class GgufFile:
             return None
         for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if f".{module}." in name:
-                return self.config[heads]
+                count = self.config[heads]
+                assert isinstance(count, int)
+                return count
         return None
 
     def _specials(self) -> dict[str, Any]:

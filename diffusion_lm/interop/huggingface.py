@@ -22,7 +22,7 @@ from diffusion_lm.interop.diffusion import TrainedAs, trained_as
 from diffusion_lm.interop.gguf_files import SUFFIX, GgufFile
 from diffusion_lm.interop.name_maps import family_of
 from diffusion_lm.interop.name_maps.config_checks import check_types, unread_keys
-from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family, JsonObject, SpecFields, shown
+from diffusion_lm.interop.name_maps.family import CONFIG, CheckpointConfig, Family, JsonObject, SpecFields, shown
 from diffusion_lm.interop.name_maps.gemma import language_model
 from diffusion_lm.interop.name_maps.t5x import T5X, read_sizes
 from diffusion_lm.interop.reading import read_params
@@ -197,7 +197,7 @@ class Described:
     """
 
     family: Family
-    config: Config
+    config: CheckpointConfig
     checkpoint: Checkpoint
     spec: TransformerSpec
     specials: Specials
@@ -291,17 +291,17 @@ def _ids(name: str, value: object, rows: int | None, file: str) -> tuple[int, ..
     return tuple(many)
 
 
-def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]:
+def _open(folder: Path, layout: str | None) -> tuple[Family, CheckpointConfig, Checkpoint]:
     """Returns family, config and tensors. A GGUF file's metadata or the shapes of T5X take the place of config.json."""
     if _is_gguf(folder):
         checkpoint = Checkpoint(folder)
         assert checkpoint.gguf is not None
-        config = Config(checkpoint.gguf.config, str(folder), checkpoint.files)
+        config = CheckpointConfig(checkpoint.gguf.config, str(folder), checkpoint.files)
         check_types(config)
         return family_of(config, checkpoint.files, layout), config, checkpoint
     file = folder / CONFIG
     if not _is_t5x(folder):
-        config = Config(language_model(_json(file)), str(file))
+        config = CheckpointConfig(language_model(_json(file)), str(file))
         check_types(config)
         # Once without the tensors: an unknown family is the better error where the weights are missing too.
         family_of(config, layout=layout)
@@ -312,7 +312,7 @@ def _open(folder: Path, layout: str | None) -> tuple[Family, Config, Checkpoint]
         return family, dataclasses.replace(config, tensors=checkpoint.files), checkpoint
     checkpoint = Checkpoint(folder)
     sizes = read_sizes({name: checkpoint.shape(name) for name in checkpoint.files}, folder)
-    return T5X, Config(sizes, str(folder / INDEX)), checkpoint
+    return T5X, CheckpointConfig(sizes, str(folder / INDEX)), checkpoint
 
 
 def _is_t5x(folder: Path) -> bool:

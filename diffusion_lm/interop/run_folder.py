@@ -19,7 +19,7 @@ import jax
 
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import is_bucket, write_json, write_text
-from diffusion_lm.core.gin_text import Built, GinText, Macro, Value
+from diffusion_lm.core.gin_text import Built, GinText, MacroName, Value
 from diffusion_lm.interop.diffusion import objective_gin, sampler_gin
 from diffusion_lm.interop.gguf_tokenizer import tokenizer_files
 from diffusion_lm.interop.huggingface import Imported
@@ -133,7 +133,7 @@ def _bindings(spec: TransformerSpec) -> dict[str, Value]:
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
         if field.name == "vocab_size":
-            found[field.name] = Macro("VOCAB_SIZE")
+            found[field.name] = MacroName("VOCAB_SIZE")
         elif dataclasses.is_dataclass(value):
             found[field.name] = Built(f"rope.{type(value).__name__}")
         else:

@@ -15,7 +15,7 @@ from diffusion_lm.core.errors import ConfigError, near_names
 from diffusion_lm.core.files import write_json
 from diffusion_lm.core.types import Params
 from diffusion_lm.interop.name_maps import FAMILIES, HINT
-from diffusion_lm.interop.name_maps.family import CONFIG, Config, Family, JsonObject, Weight
+from diffusion_lm.interop.name_maps.family import CONFIG, CheckpointConfig, Family, JsonObject, Weight
 from diffusion_lm.nn.transformer import TransformerSpec
 
 SHARD_BYTES = 5 * 10**9
@@ -94,7 +94,7 @@ def save(
 def differences(spec: TransformerSpec, family: Family) -> list[str]:
     """Returns the fields that a round trip through this family's config.json would change, in words."""
     try:
-        read = TransformerSpec(**family.read_config(Config(family.write_config(spec))))
+        read = TransformerSpec(**family.read_config(CheckpointConfig(family.write_config(spec))))
     except (ConfigError, KeyError) as error:
         return [str(error)]
     found = []

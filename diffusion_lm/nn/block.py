@@ -11,7 +11,7 @@ from diffusion_lm.nn.layers import Context, Mlp, Norm, row_dropout
 from diffusion_lm.nn.transformer import TransformerSpec
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to an encoder if there is one, and MLP, each with a norm before or after it.
 
     Attributes:

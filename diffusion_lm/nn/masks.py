@@ -219,7 +219,7 @@ class Block(Visibility):
 
 
 @flax.struct.dataclass
-class Window(Visibility):
+class SlidingWindow(Visibility):
     """Keys closer than `size` slots on either side (with `Causal`, the sliding window of Mistral, arXiv 2310.06825).
 
     Attributes:

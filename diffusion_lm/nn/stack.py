@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from diffusion_lm.core.axes import AxesTree
 from diffusion_lm.core.types import Params
 from diffusion_lm.nn.attention_mask import DenseMask
-from diffusion_lm.nn.block import Block
+from diffusion_lm.nn.block import TransformerBlock
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.constrain import Constrain, no_constraint
 from diffusion_lm.nn.layers import ADAPTERS, Context, HeadTransform, Norm, SelfConditioning
@@ -57,7 +57,7 @@ def run_stack(
     Returns:
       The residual stream before the final norm, and the cache.
     """
-    block = Block(spec, has_cross=context.memory_mask is not None)
+    block = TransformerBlock(spec, has_cross=context.memory_mask is not None)
 
     def one(x_BQD, cache, params, layer, cross):
         cross = None if cross is None else (cross.keys_NBTKE, cross.values_NBTKE)
@@ -97,7 +97,7 @@ def _is_apart(leaf: Any) -> bool:
 
 def project_memory(spec: TransformerSpec, blocks: Params, memory_BSD: jax.Array) -> KVCache:
     """Returns the cross-attention keys and values of all layers, [N,B,S,K,E]."""
-    block = Block(spec, has_cross=True)
+    block = TransformerBlock(spec, has_cross=True)
     blocks = jax.tree.map(lambda leaf: jnp.stack(leaf) if _is_apart(leaf) else leaf, blocks, is_leaf=_is_apart)
     project = jax.vmap(lambda params: block.apply(_collections(params), memory_BSD, method=block.project_memory))
     return KVCache(*project(blocks))
@@ -190,7 +190,7 @@ def _init_block(spec: TransformerSpec, key: jax.Array, has_cross: bool):
         memory_mask=DenseMask(jnp.ones((1, 1, 1), bool)) if has_cross else None,
     )
     x = jnp.zeros((1, 1, spec.model_dim), spec.compute_dtype)
-    return Block(spec, has_cross=has_cross).init(key, x, context, 0)["params"]
+    return TransformerBlock(spec, has_cross=has_cross).init(key, x, context, 0)["params"]
 
 
 def _init_head_transform(spec: TransformerSpec, key: jax.Array):

@@ -26,7 +26,7 @@ from diffusion_lm.noise.contract import MASK_NOISE, NO_NOISE, Contract
 from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.block_layout import (
     FIRST_BLOCKS,
-    Blocks,
+    BlockLayout,
     blocks_of,
     later_rates,
     smallest_in_block,
@@ -250,7 +250,7 @@ class BlockDiffusion:
 
         return mean_over_draws(keys, self.evaluation_draws, one)
 
-    def maskable(self, batch: Batch, blocks: Blocks) -> jax.Array:
+    def maskable(self, batch: Batch, blocks: BlockLayout) -> jax.Array:
         """Returns bool[B,T]: the target without seeds."""
         return batch.target_mask & ~blocks.is_start if self._has_seeds else batch.target_mask
 
@@ -258,13 +258,13 @@ class BlockDiffusion:
         """Returns the objective with another range of training rates; `bound` does not depend on it."""
         return dataclasses.replace(self, rates=dataclasses.replace(self.rates, low=low, high=high))
 
-    def block_rates(self, keys: StreamKeys, batch: Batch, blocks: Blocks) -> jax.Array:
+    def block_rates(self, keys: StreamKeys, batch: Batch, blocks: BlockLayout) -> jax.Array:
         """Returns f32[B,T] mask rates in (low, high], one per block."""
         low, high = self.rates.low, self.rates.high
         return low + (high - low) * (1.0 - self._level_uniform(keys, batch, blocks))
 
     def exact_count(
-        self, uniform_BT: jax.Array, keys: StreamKeys, batch: Batch, blocks: Blocks
+        self, uniform_BT: jax.Array, keys: StreamKeys, batch: Batch, blocks: BlockLayout
     ) -> tuple[jax.Array, jax.Array]:
         """Returns bool[B,T] masks of exactly k of n tokens per block and their weights n/k; `uniform_BT` chooses k."""
         maskable = self.maskable(batch, blocks)
@@ -273,11 +273,13 @@ class BlockDiffusion:
         choice = keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
         return smallest_in_block(choice, count, maskable, blocks), total / count
 
-    def block_levels(self, uniform_BT: jax.Array, blocks: Blocks) -> jax.Array:
+    def block_levels(self, uniform_BT: jax.Array, blocks: BlockLayout) -> jax.Array:
         """Returns f32[B,T] uniforms in [0, 1), one per block, from one uniform number per example."""
         return shifted(uniform_BT, spread(blocks.ids))
 
-    def passes(self, model: BoundModel, batch: Batch, blocks: Blocks, keys: StreamKeys, train: bool) -> ForwardPasses:
+    def passes(
+        self, model: BoundModel, batch: Batch, blocks: BlockLayout, keys: StreamKeys, train: bool
+    ) -> ForwardPasses:
         """Returns the forward passes over [noisy ; clean]."""
         doubled = batch.replace(
             tokens=_twice(batch.tokens),
@@ -297,7 +299,7 @@ class BlockDiffusion:
         self,
         model: BoundModel,
         batch: Batch,
-        blocks: Blocks,
+        blocks: BlockLayout,
         masked_BT: jax.Array,
         weights_BT: jax.Array,
         forward: ForwardPasses,
@@ -355,7 +357,7 @@ class BlockDiffusion:
         next_tokens = weighted_sum(scale * losses.autoregressive, batch.loss_weights)
         return LossTerms(added.diffusion_weight * diffusion + next_tokens, weight, metrics)
 
-    def _level_uniform(self, keys: StreamKeys, batch: Batch, blocks: Blocks) -> jax.Array:
+    def _level_uniform(self, keys: StreamKeys, batch: Batch, blocks: BlockLayout) -> jax.Array:
         """Returns f32[B,T] uniforms in [0, 1), one per block of an example."""
         if not self.rates.stratified:
             return keys.token_uniform(LEVEL_STREAM, batch.example_ids, blocks.ids)

@@ -10,7 +10,7 @@ from diffusion_lm.core.types import Batch
 FIRST_BLOCKS = ("example", "target")
 
 
-class Blocks(NamedTuple):
+class BlockLayout(NamedTuple):
     """The blocks of a batch; all fields are [B,T].
 
     Attributes:
@@ -24,7 +24,7 @@ class Blocks(NamedTuple):
     runs: jax.Array
 
 
-def blocks_of(batch: Batch, size: int | jax.Array, first_block: str) -> Blocks:
+def blocks_of(batch: Batch, size: int | jax.Array, first_block: str) -> BlockLayout:
     """Returns the blocks of `size` tokens.
 
     Args:
@@ -48,7 +48,7 @@ def blocks_of(batch: Batch, size: int | jax.Array, first_block: str) -> Blocks:
         return jnp.concatenate([first, values[:, 1:] != values[:, :-1]], axis=1)
 
     is_start = changes(ids) | changes(batch.segment_ids)
-    return Blocks(ids, is_start, jnp.cumsum(is_start, axis=1) - 1)
+    return BlockLayout(ids, is_start, jnp.cumsum(is_start, axis=1) - 1)
 
 
 def sum_by_run(values_BT: jax.Array, runs_BT: jax.Array) -> jax.Array:
@@ -60,7 +60,9 @@ def sum_by_run(values_BT: jax.Array, runs_BT: jax.Array) -> jax.Array:
     return jax.vmap(row)(values_BT, runs_BT)
 
 
-def smallest_in_block(uniform_BT: jax.Array, count_BT: jax.Array, maskable_BT: jax.Array, blocks: Blocks) -> jax.Array:
+def smallest_in_block(
+    uniform_BT: jax.Array, count_BT: jax.Array, maskable_BT: jax.Array, blocks: BlockLayout
+) -> jax.Array:
     """Returns bool[B,T], True on the `count` maskable tokens of each block with the smallest uniforms.
 
     With independent uniforms every subset of that size is equally likely.
@@ -75,7 +77,7 @@ def smallest_in_block(uniform_BT: jax.Array, count_BT: jax.Array, maskable_BT: j
 
 
 def later_rates(
-    rate_BT: jax.Array, maskable_BT: jax.Array, blocks: Blocks, half_life: float | jax.Array, steps: int = 30
+    rate_BT: jax.Array, maskable_BT: jax.Array, blocks: BlockLayout, half_life: float | jax.Array, steps: int = 30
 ) -> jax.Array:
     """Returns f32[B,T] mask rates that grow along a block and whose mean over its maskable tokens is its rate.
 

@@ -20,7 +20,7 @@ from diffusion_lm.noise.weighting import BoundKind
 from diffusion_lm.objectives.objective import Needs, Objective
 
 
-class Factor(Protocol):
+class LossFactor(Protocol):
     """The factor of one part as a function of the training step."""
 
     def at(self, step: jax.Array) -> jax.Array:
@@ -98,7 +98,7 @@ class Mixture:
 
     names: tuple[str, ...]
     parts: tuple[Objective, ...]
-    weights: tuple[Factor, ...]
+    weights: tuple[LossFactor, ...]
     primary: str
 
     def __post_init__(self):

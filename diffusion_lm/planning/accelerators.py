@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class ChipGeneration:
     """One kind of chip.
 
     Attributes:
@@ -65,12 +65,12 @@ class Generation:
 GENERATIONS = {
     generation.name: generation
     for generation in (
-        Generation("v3", 32 * GIB, 123e12, 900e9, 280e9, 3.1e9, 2, True, 2, (2, 2), 1024),
-        Generation("v4", 32 * GIB, 275e12, 1228e9, 300e9, 6.25e9, 3, True, 1, (2, 2, 1), 4096),
-        Generation("v5e", 16 * GIB, 197e12, 819e9, 200e9, 3.1e9, 2, False, 1, (2, 2), 256, 8, "v5litepod"),
-        Generation("v5p", 95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, 3, True, 1, (2, 2, 1), 8960),
-        Generation("v6e", 32 * GIB, 918e12, 1638e9, 400e9, 12.5e9, 2, False, 1, (2, 2), 256, 8),
-        Generation("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, 12.5e9, 3, True, 2, (2, 2, 1), 9216),
+        ChipGeneration("v3", 32 * GIB, 123e12, 900e9, 280e9, 3.1e9, 2, True, 2, (2, 2), 1024),
+        ChipGeneration("v4", 32 * GIB, 275e12, 1228e9, 300e9, 6.25e9, 3, True, 1, (2, 2, 1), 4096),
+        ChipGeneration("v5e", 16 * GIB, 197e12, 819e9, 200e9, 3.1e9, 2, False, 1, (2, 2), 256, 8, "v5litepod"),
+        ChipGeneration("v5p", 95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, 3, True, 1, (2, 2, 1), 8960),
+        ChipGeneration("v6e", 32 * GIB, 918e12, 1638e9, 400e9, 12.5e9, 2, False, 1, (2, 2), 256, 8),
+        ChipGeneration("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, 12.5e9, 3, True, 2, (2, 2, 1), 9216),
     )
 }
 _OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "trillium": "v6e", "ironwood": "tpu7x"}
@@ -87,7 +87,7 @@ class Accelerator:
       slices: number of slices.
     """
 
-    generation: Generation
+    generation: ChipGeneration
     shape: tuple[int, ...]
     slices: int = 1
 
@@ -103,7 +103,7 @@ class Accelerator:
 
     @property
     def hosts(self) -> int:
-        """Number of machines per slice with `Generation.host` chips each, as in GKE's node pools."""
+        """Number of machines per slice with `ChipGeneration.host` chips each, as in GKE's node pools."""
         return math.ceil(math.prod(self.shape) / math.prod(self.generation.host))
 
     @property
@@ -181,7 +181,7 @@ def parse(name: str, slices: int = 1, others: Sequence[str] = ()) -> Accelerator
     return Accelerator(generation, _shape(generation, chips, name), number)
 
 
-def _checked_shape(generation: Generation, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+def _checked_shape(generation: ChipGeneration, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     if len(shape) != generation.dimensions or math.prod(shape) > generation.pod or min(shape) < 1:
         raise ConfigError(
             f"{name!r} is not a valid shape of a {generation.name} slice",
@@ -191,7 +191,7 @@ def _checked_shape(generation: Generation, shape: tuple[int, ...], name: str) ->
     return shape
 
 
-def _shape(generation: Generation, chips: int, name: str) -> tuple[int, ...]:
+def _shape(generation: ChipGeneration, chips: int, name: str) -> tuple[int, ...]:
     """Returns the most cubic power-of-two shape with `chips` chips, which is how Cloud arranges slices."""
     exponent = chips.bit_length() - 1
     if 2**exponent != chips or chips > generation.pod:

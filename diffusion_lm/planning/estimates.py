@@ -44,7 +44,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes per device.
 
     Attributes:
@@ -89,7 +89,7 @@ class Estimate:
     passes: int
     tokens_per_step: int
     encoder_tokens_per_step: int
-    memory: Memory
+    memory: MemoryEstimate
 
     @property
     def flops_per_step(self) -> float:
@@ -166,7 +166,7 @@ def _forward_flops(run: TrainRun) -> float:
     return run.model.flops_per_token(run.data.row_length, run.data.encoder_length or None)
 
 
-def _memory(run: TrainRun, placed: Layout, passes: int) -> Memory:
+def _memory(run: TrainRun, placed: Layout, passes: int) -> MemoryEstimate:
     rows, axes = placed.rows, run.model.logical_axes()
     parameters = sum(row.bytes_per_device for row in rows)
     # Gradients are float32 for any parameter dtype.
@@ -180,7 +180,7 @@ def _memory(run: TrainRun, placed: Layout, passes: int) -> Memory:
         math.ceil(leaf.size * leaf.dtype.itemsize * share.get(tuple(leaf.shape), 1.0))
         for leaf in jax.tree.leaves(state)
     )
-    return Memory(
+    return MemoryEstimate(
         parameters=parameters,
         ema=0 if run.ema_decay is None else parameters,
         optimizer=optimizer,

@@ -11,14 +11,14 @@ import os
 import re
 
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.planning.accelerators import GIB, Accelerator, Generation
+from diffusion_lm.planning.accelerators import GIB, Accelerator, ChipGeneration
 
 PER_MACHINE = 8
 _LINKS = ("NVLink", "network")
 
 
-def _gpu(name: str, memory: float, flops: float, bandwidth: float, nvlink: float, network: float) -> Generation:
-    return Generation(
+def _gpu(name: str, memory: float, flops: float, bandwidth: float, nvlink: float, network: float) -> ChipGeneration:
+    return ChipGeneration(
         name, int(memory * GIB), flops, bandwidth, nvlink, network, 1, False, 1, (PER_MACHINE,), PER_MACHINE,
         platform="gpu", links=_LINKS, usable=0.75,
     )  # fmt: skip
@@ -125,7 +125,7 @@ device_description_str: "NVIDIA {generation.name.upper()}"
 """
 
 
-def _fraction(kind: Generation) -> float:
+def _fraction(kind: ChipGeneration) -> float:
     given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
     try:
         return float(given or kind.usable)
@@ -134,10 +134,10 @@ def _fraction(kind: Generation) -> float:
         raise ConfigError(f"{given!r} is not a number", where="XLA_PYTHON_CLIENT_MEM_FRACTION", fix=fix) from error
 
 
-def _cpu(devices: int) -> Generation:
+def _cpu(devices: int) -> ChipGeneration:
     """Returns CPU devices that share the memory of this machine. Peak rates are unknown, so they are zero."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Generation(
+    return ChipGeneration(
         "cpu", memory // devices, 0.0, 0.0, 0.0, 0.0, 1, False, 1, (devices,), devices,
         platform="cpu", links=("memory", "memory"), usable=1.0,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from diffusion_lm.core.types import Batch, Decoded, Trace
 from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.samplers.decoding import Decoding
-from diffusion_lm.samplers.incremental import LeftToRight
+from diffusion_lm.samplers.incremental import CachedNetwork
 from diffusion_lm.samplers.window import Window, cut_at_end, target_lengths, without_target
 
 AUTOREGRESSIVE_VISIBILITIES = ("causal", "prefix")
@@ -67,7 +67,7 @@ class AutoregressiveSampler:
     def generate(self, model: BoundModel, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.sampler.Sampler`."""
         window = Window.of(prompt)
-        network = LeftToRight(model, prompt, window, self.visibility, self.use_cache)
+        network = CachedNetwork(model, prompt, window, self.visibility, self.use_cache)
         encoder = network.encode()
         canvas = without_target(prompt)
         hidden, cache = network.prefill(canvas, encoder)

@@ -18,7 +18,7 @@ from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.samplers.autoregressive import AUTOREGRESSIVE_VISIBILITIES, left_to_right_trace
 from diffusion_lm.samplers.candidates import repeat_rows, row_indices
 from diffusion_lm.samplers.decoding import Decoding, Role
-from diffusion_lm.samplers.incremental import LeftToRight
+from diffusion_lm.samplers.incremental import CachedNetwork
 from diffusion_lm.samplers.window import Window, cut_at_end, target_lengths, without_target
 
 NEVER = -1e9
@@ -82,13 +82,13 @@ class BeamSearch:
         B, K = prompt.tokens.shape[0], self.beams
         window = Window.of(prompt)
         canvas = without_target(prompt)
-        once = LeftToRight(model, prompt, window, self.visibility)
+        once = CachedNetwork(model, prompt, window, self.visibility)
         encoder = once.encode()
         hidden, cache = once.prefill(canvas, encoder)
         assert cache is not None
 
         to_beams = row_indices(B, K)
-        network = LeftToRight(
+        network = CachedNetwork(
             model, repeat_rows(prompt.replace(encoder=None), K), repeat_rows(window, K), self.visibility
         )
         encoder = None if encoder is None else encoder.take_rows(to_beams)

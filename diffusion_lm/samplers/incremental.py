@@ -17,7 +17,7 @@ with attention scores of [PREFILL_SLOTS, T] instead of [T, T]."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftToRight:
+class CachedNetwork:
     """The forward passes of one decode: `prefill` once, then `advance` by one token per row.
 
     Each row has its own position, so prompts of different lengths share a batch without left padding: positions, and

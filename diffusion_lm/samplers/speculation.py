@@ -17,7 +17,7 @@ from diffusion_lm.nn.cache import KVCache
 from diffusion_lm.nn.masks import Causal, Conditioning, Queries, Visibility
 from diffusion_lm.noise.contract import NO_NOISE, Contract
 from diffusion_lm.samplers.decoding import Decoding
-from diffusion_lm.samplers.incremental import LeftToRight
+from diffusion_lm.samplers.incremental import CachedNetwork
 from diffusion_lm.samplers.window import Window, cut_at_end, target_lengths, without_target
 
 DRAFTS = ("bidirectional", "causal")
@@ -100,7 +100,7 @@ class SelfSpeculation:
             fix="Set it to False, or decode with MaskedSampler.",
         )
         window = Window.of(prompt)
-        network = LeftToRight(model, prompt, window, "causal")
+        network = CachedNetwork(model, prompt, window, "causal")
         encoder = network.encode()
         canvas = without_target(prompt)
         B, T = canvas.shape

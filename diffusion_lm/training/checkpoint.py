@@ -23,7 +23,7 @@ from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import absolute, is_bucket, read_json, remove_folder
 from diffusion_lm.core.types import Params
 from diffusion_lm.training.finite import require_finite
-from diffusion_lm.training.metrics import Window
+from diffusion_lm.training.metrics import MetricWindow
 from diffusion_lm.training.selection import BestCheckpoint, Selected
 from diffusion_lm.training.state import TrainState
 
@@ -77,7 +77,7 @@ class Progress:
     step: int = 0
     seed: int = 0
     evaluated: bool = False
-    window: Window = dataclasses.field(default_factory=Window)
+    window: MetricWindow = dataclasses.field(default_factory=MetricWindow)
     best: Selected | None = None
     adjustments: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
@@ -187,7 +187,7 @@ class Checkpointer:
         for item in ("params", "ema"):
             _require_finite(found.get(item), self._folder / str(step))
         meta = found["meta"]
-        window, best = Window(**meta["window"]), _selected(meta)
+        window, best = MetricWindow(**meta["window"]), _selected(meta)
         # Older checkpoints have no adjustments.
         adjustments = meta.get("adjustments", {})
         progress = Progress(meta["step"], meta["seed"], meta["evaluated"], window, best, adjustments)

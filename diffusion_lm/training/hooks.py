@@ -17,7 +17,7 @@ from rich.console import Console
 
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.objectives.objective import Objective
-from diffusion_lm.training.metrics import Clock, Window, row_summary
+from diffusion_lm.training.metrics import Clock, MetricWindow, row_summary
 from diffusion_lm.training.step import StepStats
 from diffusion_lm.training.writers import Row, open_writers
 
@@ -123,7 +123,7 @@ class Log:
         flops_per_token: float,
         peak_flops: float | None,
         step: int,
-        window: Window,
+        window: MetricWindow,
         keep: Callable[[Row], bool],
         identity: Mapping[str, Any] | None = None,
     ):

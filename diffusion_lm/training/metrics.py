@@ -41,7 +41,7 @@ OTHER_PART = "loss, part "
 
 
 @dataclasses.dataclass
-class Window:
+class MetricWindow:
     """The steps since the last row of the log, as sums on the host.
 
     Checkpoints store it, so the rows after a resume equal those of an uninterrupted run.

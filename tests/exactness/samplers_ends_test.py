@@ -152,7 +152,6 @@ def test_T35_mask_id():
         (canvas, {"update": Renoised(final_temperature=0.5), "temperature": 0.0}),
         (canvas, {"update": UniformAncestral(), "guidance": 1.0, "top_p": 0.9}),
     ],
-    ids=str,
 )
 def test_impossible_settings_of_samplers_are_errors(build, fields):
     rule = {"unmask": Ancestral()} if build is masked else {"update": UniformAncestral()}

@@ -15,7 +15,7 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.rng import StreamKeys
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.nn.masks import two_streams
-from diffusion_lm.samplers.incremental import LeftToRight
+from diffusion_lm.samplers.incremental import CachedNetwork
 from diffusion_lm.samplers.speculation import _Cycle, _State
 from diffusion_lm.samplers.window import Window
 
@@ -127,7 +127,7 @@ def test_a_draft_sees_what_a_block_of_training_showed(form, causal):
     @jax.jit
     def drafted(prompt):
         model, window = Recording(MODEL.architecture, MODEL.params), Window.of(prompt)
-        _, cache = LeftToRight(model, prompt, window, "causal").prefill(prompt.tokens, None)
+        _, cache = CachedNetwork(model, prompt, window, "causal").prefill(prompt.tokens, None)
         nothing = jnp.zeros(2, jnp.int32)
         state = _State(
             canvas=prompt.tokens,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from diffusion_lm.core.errors import ConfigError, near_names
 from diffusion_lm.interop.name_maps.bert import FAMILY as BERT
 from diffusion_lm.interop.name_maps.converted import CONVERTED
-from diffusion_lm.interop.name_maps.family import Config, Family
+from diffusion_lm.interop.name_maps.family import CheckpointConfig, Family
 from diffusion_lm.interop.name_maps.gemma import GEMMA, GEMMA2, GEMMA3
 from diffusion_lm.interop.name_maps.gpt2 import FAMILY as GPT2
 from diffusion_lm.interop.name_maps.llada import LLADA
@@ -31,7 +31,7 @@ _BY_NAME = {family.name: family for family in FAMILIES}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def family_of(config: Config, tensors: Iterable[str] = (), layout: str | None = None) -> Family:
+def family_of(config: CheckpointConfig, tensors: Iterable[str] = (), layout: str | None = None) -> Family:
     """Returns the family of a config.json.
 
     Args:
@@ -71,7 +71,7 @@ def family_of(config: Config, tensors: Iterable[str] = (), layout: str | None = 
     return family
 
 
-def _chosen(config: Config, kind: str, tensors: tuple[str, ...], layout: str | None) -> Family:
+def _chosen(config: CheckpointConfig, kind: str, tensors: tuple[str, ...], layout: str | None) -> Family:
     """Returns the family of this model type: the named one, or the one that the tensors or `HINT` identify."""
     same = [family for family in FAMILIES if kind in family.model_types]
     if layout is not None:

@@ -3,7 +3,7 @@
 A class of transformers gives each key of config.json a meaning or ignores it. A key that changes the computation and is
 passed over here would silently make another network of the same weights. So each key is one of:
 
-- read by the family (`Config.read`);
+- read by the family (`CheckpointConfig.read`);
 - ignored: it changes nothing in the family's network (`IGNORED_KEYS`, `Family.ignored_keys`);
 - known to change networks, but not read by this family: refused unless its value is neutral. These are the keys that
   other families read (`ConfigKey.is_neutral`) and `UNSUPPORTED_KEYS`;
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.interop.name_maps import FAMILIES
 from diffusion_lm.interop.name_maps.config_keys import STRING, STRINGS, TOKEN_IDS, config_keys, never, off, one
-from diffusion_lm.interop.name_maps.family import Config, Family, shown
+from diffusion_lm.interop.name_maps.family import CheckpointConfig, Family, shown
 
 _IGNORED = (
     # Names, versions, storage, code that is never run.
@@ -80,7 +80,7 @@ _COMMON = (
 _DECLARED = {key.name: key for key in (*_COMMON, *(key for family in FAMILIES for key in family.keys))}
 
 
-def check_types(config: Config) -> None:
+def check_types(config: CheckpointConfig) -> None:
     """Raises `ConfigError` about the first value whose type no family could read; null counts as absent.
 
     A key has one type in all classes of transformers, so this runs before the family is known.
@@ -95,7 +95,7 @@ def check_types(config: Config) -> None:
             )
 
 
-def unread_keys(config: Config, family: Family) -> tuple[str, ...]:
+def unread_keys(config: CheckpointConfig, family: Family) -> tuple[str, ...]:
     """Returns the keys that the family does not read and that are not known to be harmless.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from diffusion_lm.interop.name_maps import gpt2, llama
 from diffusion_lm.interop.name_maps.config_keys import BOOL, ConfigKey, config_keys, off
-from diffusion_lm.interop.name_maps.family import Config, Diffusion, Family, SpecFields, Weight
+from diffusion_lm.interop.name_maps.family import CheckpointConfig, Diffusion, Family, SpecFields, Weight
 from diffusion_lm.interop.name_maps.qwen import QWEN2, QWEN3
 
 
@@ -21,10 +21,10 @@ def _renamed(weight: Weight) -> Weight:
     return dataclasses.replace(weight, tensor=_diffugpt_name(weight.tensor))
 
 
-def _without_windows(family: Family) -> Callable[[Config], SpecFields]:
+def _without_windows(family: Family) -> Callable[[CheckpointConfig], SpecFields]:
     """Returns the family's `read_config` for models whose code has no sliding window: enabling one is refused."""
 
-    def read_config(config: Config) -> SpecFields:
+    def read_config(config: CheckpointConfig) -> SpecFields:
         config.refuse(use_sliding_window=False, use_mrope=False)
         return family.read_config(config)
 

@@ -126,7 +126,7 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class CheckpointConfig:
     """The contents of a config.json, and a record of which keys were read.
 
     Attributes:
@@ -157,7 +157,7 @@ class Config:
         self.read.add(name)
         return self.values.get(name, default)
 
-    def replaced(self, **values: object) -> "Config":
+    def replaced(self, **values: object) -> "CheckpointConfig":
         """Returns a copy with other values for some keys. Reading the copy counts as reading this config."""
         return dataclasses.replace(self, values={**self.values, **values})
 
@@ -263,8 +263,8 @@ class Family:
     architectures: tuple[str, ...]
     prefix: str
     weights: tuple[Weight, ...]
-    read_config: Callable[[Config], SpecFields]
-    write_config: Callable[[TransformerSpec], dict[str, Any]]
+    read_config: Callable[[CheckpointConfig], SpecFields]
+    write_config: Callable[[TransformerSpec], dict[str, object]]
     keys: tuple[ConfigKey, ...]
     ignored_keys: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()

@@ -4,7 +4,7 @@ from typing import Any
 
 from diffusion_lm.interop.name_maps import llama
 from diffusion_lm.interop.name_maps.config_keys import BOOL, COUNT, POSITIVE, STRING, config_keys, never, off
-from diffusion_lm.interop.name_maps.family import Config, Family, JsonObject, SpecFields, Weight
+from diffusion_lm.interop.name_maps.family import CheckpointConfig, Family, JsonObject, SpecFields, Weight
 from diffusion_lm.interop.name_maps.rope_keys import fields_of, layered_rope
 from diffusion_lm.nn.transformer import TransformerSpec
 
@@ -39,7 +39,7 @@ def language_model(values: JsonObject) -> JsonObject:
     return _TEXT_DEFAULTS | shared | specials | text | own
 
 
-def _read_common(config: Config) -> SpecFields:
+def _read_common(config: CheckpointConfig) -> SpecFields:
     config.refuse(use_bidirectional_attention=False)
     bias = config.get("attention_bias", False)
     # The caller has checked the activation; `decoder_spec` would accept SiLU only.
@@ -56,14 +56,14 @@ def _read_common(config: Config) -> SpecFields:
     )
 
 
-def _read_gemma(config: Config) -> SpecFields:
+def _read_gemma(config: CheckpointConfig) -> SpecFields:
     # The first files say "gelu" and mean its tanh approximation, with which the models were trained.
     name = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
     config.choose(name, _TANH | {"gelu": "tanh"}, "gelu_pytorch_tanh")
     return _read_common(config)
 
 
-def _read_gemma2(config: Config) -> SpecFields:
+def _read_gemma2(config: CheckpointConfig) -> SpecFields:
     config.choose("hidden_activation", _TANH, "gelu_pytorch_tanh")
     config.refuse(sliding_window_pattern=2)
     return (
@@ -79,7 +79,7 @@ def _read_gemma2(config: Config) -> SpecFields:
     )
 
 
-def _read_gemma3(config: Config) -> SpecFields:
+def _read_gemma3(config: CheckpointConfig) -> SpecFields:
     config.choose("hidden_activation", _TANH, "gelu_pytorch_tanh")
     if config.get("attn_logit_softcapping") is not None:
         raise config.unsupported("attn_logit_softcapping", "Gemma 3 has no soft cap on attention scores")
@@ -105,7 +105,7 @@ def _read_gemma3(config: Config) -> SpecFields:
     )
 
 
-def _windows(config: Config, kind: str) -> SpecFields:
+def _windows(config: CheckpointConfig, kind: str) -> SpecFields:
     """Returns the window and its layers. Without `layer_types`, every second or sixth layer has full attention."""
     every, window = config.get("sliding_window_pattern", _PATTERNS[kind]), config.get_or_null("sliding_window", 4096)
     return llama.layer_windows(config, config.need("num_hidden_layers"), window, lambda layer: (layer + 1) % every != 0)

@@ -8,7 +8,7 @@ from diffusion_lm.interop.name_maps.family import (
     CONV_HEADS_OUT,
     HEADS_BIAS,
     VOCABULARY,
-    Config,
+    CheckpointConfig,
     Family,
     SpecFields,
     Weight,
@@ -23,7 +23,7 @@ _ACTIVATIONS = {
 }
 
 
-def _read_config(config: Config) -> SpecFields:
+def _read_config(config: CheckpointConfig) -> SpecFields:
     config.refuse(add_cross_attention=False, scale_attn_by_inverse_layer_idx=False)
     mlp, gelu = config.choose("activation_function", _ACTIVATIONS, "gelu_new")
     width, heads = config.need("n_embd"), config.need("n_head")

@@ -24,7 +24,7 @@ from diffusion_lm.interop.name_maps.family import (
     HEADS_OUT,
     TRANSPOSE,
     VOCABULARY,
-    Config,
+    CheckpointConfig,
     Diffusion,
     Family,
     SpecFields,
@@ -48,7 +48,7 @@ _FIXED = dict(
 )
 
 
-def _read_config(config: Config) -> SpecFields:
+def _read_config(config: CheckpointConfig) -> SpecFields:
     config.refuse(**_FIXED)
     config.choose("block_type", {"llama": None})
     config.choose("layer_norm_type", {"rms": None})

@@ -23,7 +23,7 @@ from diffusion_lm.interop.name_maps.family import (
     HEADS_OUT,
     TRANSPOSE,
     VOCABULARY,
-    Config,
+    CheckpointConfig,
     Family,
     SpecFields,
     Weight,
@@ -88,7 +88,7 @@ BIAS_KEYS = config_keys(BOOL, "attention_bias", "mlp_bias")
 WINDOW_KEYS = config_keys(INTEGER, "sliding_window", is_neutral=never)
 
 
-def decoder_spec(config: Config) -> SpecFields:
+def decoder_spec(config: CheckpointConfig) -> SpecFields:
     """Returns the fields that have the same keys in LLaMA, Mistral, Qwen and Gemma."""
     config.choose("hidden_act", {"silu": None, "swish": None}, "silu")
     config.refuse(pretraining_tp=1)
@@ -115,7 +115,7 @@ def decoder_spec(config: Config) -> SpecFields:
 
 
 def layer_windows(
-    config: Config, layers: int, window: int | None, has_window: Callable[[int], bool] = lambda layer: True
+    config: CheckpointConfig, layers: int, window: int | None, has_window: Callable[[int], bool] = lambda layer: True
 ) -> SpecFields:
     """Returns `window` and `window_layers`.
 
@@ -145,7 +145,7 @@ def layer_windows(
     return {"window": window, "window_layers": None if len(chosen) == layers else chosen}
 
 
-def check_layer_types(config: Config, types: list[str], layers: int) -> list[bool]:
+def check_layer_types(config: CheckpointConfig, types: list[str], layers: int) -> list[bool]:
     """Returns whether each layer has a sliding window; raises `ConfigError` about other types of layers."""
     if len(types) != layers:
         raise ConfigError(
@@ -220,7 +220,7 @@ def window_config(spec: TransformerSpec) -> dict[str, Any]:
     return {"use_sliding_window": bool(windowed), "sliding_window": spec.window, "layer_types": types}
 
 
-def _read_llama(config: Config) -> SpecFields:
+def _read_llama(config: CheckpointConfig) -> SpecFields:
     attention_bias = config.get("attention_bias", False)
     layers = config.need("num_hidden_layers")
     if any(check_layer_types(config, config.get("layer_types", ["full_attention"] * layers), layers)):
@@ -234,7 +234,7 @@ def _write_llama(spec: TransformerSpec) -> dict[str, Any]:
     return decoder_config(spec) | {"attention_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias}
 
 
-def _read_mistral(config: Config) -> SpecFields:
+def _read_mistral(config: CheckpointConfig) -> SpecFields:
     # An absent key is the default of transformers' class, null is no window.
     window, layers = config.get_or_null("sliding_window", 4096), config.need("num_hidden_layers")
     windows = layer_windows(config, layers, window)

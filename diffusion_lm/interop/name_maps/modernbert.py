@@ -10,7 +10,7 @@ from diffusion_lm.interop.name_maps.family import (
     HEADS_OUT,
     TRANSPOSE,
     VOCABULARY,
-    Config,
+    CheckpointConfig,
     Family,
     SpecFields,
     Weight,
@@ -24,7 +24,7 @@ _ACTIVATIONS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"
 _FULL_THETA, _WINDOW_THETA, _EVERY = 160000.0, 10000.0, 3
 
 
-def _read_config(config: Config) -> SpecFields:
+def _read_config(config: CheckpointConfig) -> SpecFields:
     config.refuse(norm_bias=False)
     gelu = config.choose("hidden_activation", _ACTIVATIONS, "gelu")
     if config.choose("classifier_activation", _ACTIVATIONS, "gelu") != gelu:
@@ -60,7 +60,7 @@ def _read_config(config: Config) -> SpecFields:
     )
 
 
-def _layers(config: Config, layers: int) -> SpecFields:
+def _layers(config: CheckpointConfig, layers: int) -> SpecFields:
     """Returns windows and RoPE, from `layer_types` and `rope_parameters` or from the keys of older files."""
     every = config.get("global_attn_every_n_layers", _EVERY)
     # `local_attention` counts both directions. Ours counts one direction and the token itself.

@@ -4,7 +4,7 @@ from typing import Any
 
 from diffusion_lm.interop.name_maps import llama
 from diffusion_lm.interop.name_maps.config_keys import BOOL, INTEGER, config_keys, off
-from diffusion_lm.interop.name_maps.family import Config, Family, SpecFields
+from diffusion_lm.interop.name_maps.family import CheckpointConfig, Family, SpecFields
 from diffusion_lm.nn.transformer import TransformerSpec
 
 _KEYS = (
@@ -15,7 +15,7 @@ _KEYS = (
 )
 
 
-def _read_qwen2(config: Config) -> SpecFields:
+def _read_qwen2(config: CheckpointConfig) -> SpecFields:
     fields = llama.decoder_spec(config)
     return fields | {"qkv_bias": True} | _windows(config, fields["num_layers"])
 
@@ -26,7 +26,7 @@ def _write_qwen2(spec: TransformerSpec) -> dict[str, Any]:
     return config
 
 
-def _read_qwen3(config: Config) -> SpecFields:
+def _read_qwen3(config: CheckpointConfig) -> SpecFields:
     fields = llama.decoder_spec(config)
     bias = config.get("attention_bias", False)
     fields |= {"head_dim": config.get("head_dim", 128), "qk_norm": True}
@@ -37,7 +37,7 @@ def _write_qwen3(spec: TransformerSpec) -> dict[str, Any]:
     return llama.decoder_config(spec) | llama.window_config(spec) | {"attention_bias": spec.qkv_bias}
 
 
-def _windows(config: Config, layers: int) -> SpecFields:
+def _windows(config: CheckpointConfig, layers: int) -> SpecFields:
     """Returns the window. Published files give `sliding_window`, but it is off unless `use_sliding_window` is true."""
     window, first = config.get_or_null("sliding_window", 4096), config.get("max_window_layers", 28)
     if not config.get("use_sliding_window", False):

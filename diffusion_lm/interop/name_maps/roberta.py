@@ -14,7 +14,7 @@ from diffusion_lm.interop.name_maps.family import (
     HEADS_OUT,
     TRANSPOSE,
     VOCABULARY,
-    Config,
+    CheckpointConfig,
     Family,
     SpecFields,
     Weight,
@@ -87,7 +87,7 @@ IGNORED_KEYS = (
 )
 
 
-def encoder_spec(config: Config) -> SpecFields:
+def encoder_spec(config: CheckpointConfig) -> SpecFields:
     """Returns the fields that BERT and RoBERTa share; norms come after the sublayers (post-norm)."""
     # With an untied head, transformers gives the decoder a second bias, and versions differ in which one they use.
     config.refuse(tie_word_embeddings=True)
@@ -134,7 +134,7 @@ def encoder_config(spec: TransformerSpec) -> dict[str, Any]:
     )
 
 
-def _read_roberta(config: Config) -> SpecFields:
+def _read_roberta(config: CheckpointConfig) -> SpecFields:
     fields = encoder_spec(config)
     padding = config.get("pad_token_id", 1)
     if type(padding) is not int or padding < 0:
@@ -147,7 +147,7 @@ def _write_roberta(spec: TransformerSpec) -> dict[str, Any]:
     return encoder_config(spec) | {"pad_token_id": spec.position_offset - 1, "type_vocab_size": 1}
 
 
-def _read_xl(config: Config) -> SpecFields:
+def _read_xl(config: CheckpointConfig) -> SpecFields:
     own = {"norm_placement": "pre", "embedding_norm": False, "norm_eps": config.get("layer_norm_eps", 1e-5)}
     return _read_roberta(config) | own
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.interop.name_maps.config_keys import COUNT, NUMBER, OBJECT, POSITIVE, config_keys, never, one
-from diffusion_lm.interop.name_maps.family import Config, JsonObject, SpecFields, shown
+from diffusion_lm.interop.name_maps.family import CheckpointConfig, JsonObject, SpecFields, shown
 from diffusion_lm.nn.rope import DynamicRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
 
 THETA = 10000.0
@@ -35,7 +35,7 @@ _INNER_KEYS = frozenset(
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
 
-def rope_fields(config: Config) -> SpecFields:
+def rope_fields(config: CheckpointConfig) -> SpecFields:
     """Returns `rope_theta` and `rope_scaling` of a network with the same RoPE in all layers."""
     given = {name: config.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
     chosen = given["rope_scaling"] or given["rope_parameters"]
@@ -49,7 +49,7 @@ def rope_fields(config: Config) -> SpecFields:
 
 
 def layered_rope(
-    config: Config, *, full: tuple[str, float], window: tuple[str, float], scales_window: bool
+    config: CheckpointConfig, *, full: tuple[str, float], window: tuple[str, float], scales_window: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the RoPE parameters of the layers with full attention, and of the layers with a sliding window.
 
@@ -86,7 +86,7 @@ def layered_rope(
     return of_full, of_window
 
 
-def fields_of(config: Config, parameters: JsonObject) -> SpecFields:
+def fields_of(config: CheckpointConfig, parameters: JsonObject) -> SpecFields:
     """Returns `rope_theta` and `rope_scaling` of one set of parameters."""
     if any(isinstance(value, dict) for value in parameters.values()):
         raise config.unsupported("rope_parameters", "supported: one set of parameters for all layers")
@@ -114,7 +114,7 @@ def fields_of(config: Config, parameters: JsonObject) -> SpecFields:
     return {"rope_theta": theta, "rope_scaling": _scaling(config, rope_type, parameters)}
 
 
-def _scaling(config: Config, rope_type: str, parameters: JsonObject) -> RopeScaling | None:
+def _scaling(config: CheckpointConfig, rope_type: str, parameters: JsonObject) -> RopeScaling | None:
     def number(name: str, default: float | None = None) -> float:
         return _number(config, parameters, name, default)
 
@@ -155,7 +155,7 @@ def _scaling(config: Config, rope_type: str, parameters: JsonObject) -> RopeScal
     )
 
 
-def _original_length(config: Config, parameters: JsonObject) -> int:
+def _original_length(config: CheckpointConfig, parameters: JsonObject) -> int:
     """Returns the longest sequence before scaling; transformers prefers the top-level key to that of the parameters."""
     name = "original_max_position_embeddings"
     inner, outer = parameters.get(name), config.get(name)
@@ -174,7 +174,7 @@ def _original_length(config: Config, parameters: JsonObject) -> int:
     return value
 
 
-def _number(config: Config, parameters: JsonObject, name: str, default: float | None = None) -> float:
+def _number(config: CheckpointConfig, parameters: JsonObject, name: str, default: float | None = None) -> float:
     """Returns a number above 0; `default` where it is absent."""
     value = parameters.get(name)
     if value is None and default is None:
@@ -191,13 +191,13 @@ def _is_object(value: object) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def _missing(config: Config, name: str) -> ConfigError:
+def _missing(config: CheckpointConfig, name: str) -> ConfigError:
     return ConfigError(
         f"{config.file}: the key {name!r} of RoPE is missing", where="rope_parameters", fix="Complete the file."
     )
 
 
-def _wrong_type(config: Config, name: str, value: object, description: str) -> ConfigError:
+def _wrong_type(config: CheckpointConfig, name: str, value: object, description: str) -> ConfigError:
     return ConfigError(
         f"{config.file}: {name} = {shown(value)} of RoPE must be {description}",
         where="rope_parameters",

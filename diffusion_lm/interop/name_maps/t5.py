@@ -15,7 +15,7 @@ from diffusion_lm.interop.name_maps.family import (
     HEADS_OUT,
     TRANSPOSE,
     VOCABULARY,
-    Config,
+    CheckpointConfig,
     Family,
     SpecFields,
     Weight,
@@ -87,7 +87,7 @@ _IGNORED_KEYS = (
 )
 
 
-def _fields(config: Config, feed_forward: str) -> SpecFields:
+def _fields(config: CheckpointConfig, feed_forward: str) -> SpecFields:
     """Returns the fields that T5, mT5 and umT5 share.
 
     Args:
@@ -116,7 +116,7 @@ def _fields(config: Config, feed_forward: str) -> SpecFields:
     )
 
 
-def _by_version_5(config: Config) -> bool:
+def _by_version_5(config: CheckpointConfig) -> bool:
     """Returns whether transformers 5 wrote the file.
 
     It writes `tie_word_embeddings: true` for every T5, and ties those whose files have no head. Version 4 writes the
@@ -126,7 +126,7 @@ def _by_version_5(config: Config) -> bool:
     return version is not None and int(version[0]) >= 5
 
 
-def _read_t5(config: Config) -> SpecFields:
+def _read_t5(config: CheckpointConfig) -> SpecFields:
     declared = config.get("tie_word_embeddings", True)
     scaled = config.get("scale_decoder_outputs", declared)
     tied = declared and (scaled or not _by_version_5(config) or HEAD not in config.tensors)
@@ -137,14 +137,14 @@ def _read_t5(config: Config) -> SpecFields:
     return _fields(config, "relu") | dict(tied_embeddings=tied, tied_logit_scale=scaled)
 
 
-def _read_mt5(config: Config) -> SpecFields:
+def _read_mt5(config: CheckpointConfig) -> SpecFields:
     version_5 = _by_version_5(config)
     tied = config.get("tie_word_embeddings", True) and not (version_5 and HEAD in config.tensors)
     # Version 4 scales the logits of a tied mT5 and version 5 does not: the version that wrote the file decides.
     return _fields(config, "gated-gelu") | dict(tied_embeddings=tied, tied_logit_scale=tied and not version_5)
 
 
-def _read_umt5(config: Config) -> SpecFields:
+def _read_umt5(config: CheckpointConfig) -> SpecFields:
     tied = config.get("tie_word_embeddings", True)
     if tied and _by_version_5(config) and HEAD in config.tensors:
         raise config.unsupported(

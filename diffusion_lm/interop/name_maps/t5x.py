@@ -16,7 +16,7 @@ from diffusion_lm.interop.name_maps.family import (
     CONV_HEADS_OUT,
     TRANSPOSE,
     VOCABULARY,
-    Config,
+    CheckpointConfig,
     Family,
     SpecFields,
     Transform,
@@ -145,7 +145,7 @@ def _activation(folder: Path) -> str | None:
     return None
 
 
-def _read_config(config: Config) -> SpecFields:
+def _read_config(config: CheckpointConfig) -> SpecFields:
     return T5.read_config(config) | {"relative_per_layer": config.get("model_type") == "umt5"}
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from diffusion_lm.cli import config
 from diffusion_lm.core.errors import ConfigError
-from diffusion_lm.core.gin_text import Built, GinText, Macro, literal
+from diffusion_lm.core.gin_text import Built, GinText, MacroName, literal
 
 HOSTILE = (
     "a\nimport os",
@@ -58,7 +58,7 @@ def test_names_are_identifiers(name):
     with pytest.raises(ConfigError, match="is not the name of"):
         text.block("rope.LinearRope", {name: 1})
     with pytest.raises(ConfigError, match="is not the name of"):
-        text.bind("A", Macro(name))
+        text.bind("A", MacroName(name))
     with pytest.raises(ConfigError, match="is not the name of"):
         text.bind("A", Built(name))
 

@@ -15,7 +15,7 @@ from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.interop.diffusion import TrainedAs, layout_for, objective_gin, of_objective, sampler_gin, trained_as
 from diffusion_lm.interop.huggingface import load, save
 from diffusion_lm.interop.name_maps.converted import DIFFUGPT, DIFFULLAMA, FAST_DLLM_V2, SDAR
-from diffusion_lm.interop.name_maps.family import Config
+from diffusion_lm.interop.name_maps.family import CheckpointConfig
 
 OBJECTIVES = {
     "autoregressive": None,
@@ -75,29 +75,29 @@ def test_a_checkpoint_has_its_own_layout(name):
 
 def test_mask_comes_from_the_config_then_other_files_then_the_published_checkpoint():
     meant, nothing = DIFFUGPT.diffusion, (None, "tokenizer")
-    said = trained_as(meant, Config({"mask_token_id": 7}), 50257, (9, "tokenizer"))
+    said = trained_as(meant, CheckpointConfig({"mask_token_id": 7}), 50257, (9, "tokenizer"))
     assert (said.mask_id, said.mask_from) == (7, "config.json")
-    said = trained_as(meant, Config({}), 50257, (9, "tokenizer"))
+    said = trained_as(meant, CheckpointConfig({}), 50257, (9, "tokenizer"))
     assert (said.mask_id, said.mask_from) == (9, "tokenizer")
     # Small reuses a token, medium has one more row (arXiv 2410.17891).
-    assert trained_as(meant, Config({}), 50257, nothing).mask_id == 10541
-    assert trained_as(meant, Config({}), 50258, nothing).mask_id == 50257
-    assert trained_as(DIFFULLAMA.diffusion, Config({}), 32000, nothing).mask_id == 811
-    unknown = trained_as(meant, Config({}), 1000, nothing)
+    assert trained_as(meant, CheckpointConfig({}), 50257, nothing).mask_id == 10541
+    assert trained_as(meant, CheckpointConfig({}), 50258, nothing).mask_id == 50257
+    assert trained_as(DIFFULLAMA.diffusion, CheckpointConfig({}), 32000, nothing).mask_id == 811
+    unknown = trained_as(meant, CheckpointConfig({}), 1000, nothing)
     assert (unknown.mask_id, unknown.mask_from) == (None, "")
 
 
 @pytest.mark.parametrize("mask", [-1, 100])
 def test_a_mask_outside_of_the_vocabulary_is_refused(mask):
     with pytest.raises(ConfigError, match="mask_token_id"):
-        trained_as(SDAR.diffusion, Config({"mask_token_id": mask}), 100, (None, ""))
+        trained_as(SDAR.diffusion, CheckpointConfig({"mask_token_id": mask}), 100, (None, ""))
 
 
 @pytest.mark.parametrize("block", [0, -4, "four"])
 def test_a_block_size_that_is_not_a_number_is_refused(block):
     with pytest.raises(ConfigError, match="bd_size"):
-        trained_as(FAST_DLLM_V2.diffusion, Config({"bd_size": block}), 100, (None, ""))
-    assert trained_as(FAST_DLLM_V2.diffusion, Config({}), 100, (None, "")).block_size == 32
+        trained_as(FAST_DLLM_V2.diffusion, CheckpointConfig({"bd_size": block}), 100, (None, ""))
+    assert trained_as(FAST_DLLM_V2.diffusion, CheckpointConfig({}), 100, (None, "")).block_size == 32
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ CASES = {
     "causal_prefix": (named_masks.named_visibility("causal_prefix", TARGET), {}),
     "blocks": (named_masks.named_visibility("blocks:24", TARGET), {}),
     "noisy and clean, bias": (masks.two_streams(BLOCKS), {"bias": True}),
-    "window of two copies": (masks.two_streams(BLOCKS) & masks.Window(20, 2), {}),
+    "window of two copies": (masks.two_streams(BLOCKS) & masks.SlidingWindow(20, 2), {}),
     "drawn": (masks.Causal() | masks.ExplicitMask(DRAWN), {}),
     "drawn for all, in one row": (masks.Rows(jnp.array([True, False])) & masks.ExplicitMask(DRAWN[:1]), {}),
 }

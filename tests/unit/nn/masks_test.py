@@ -89,17 +89,17 @@ def test_expressions_are_pytrees():
 
 
 def test_window_sees_what_is_near_on_both_sides():
-    near = masks.Window(3).dense(None, 5)
+    near = masks.SlidingWindow(3).dense(None, 5)
     slots = np.arange(5)
     np.testing.assert_array_equal(near[0], abs(slots[:, None] - slots) < 3)
-    causal = (masks.Causal() & masks.Window(3)).dense(None, 5)
+    causal = (masks.Causal() & masks.SlidingWindow(3)).dense(None, 5)
     np.testing.assert_array_equal(causal.sum(axis=-1)[0], [1, 2, 3, 3, 3])
     # One query at slot 3 of a cache sees the same as that row of the whole.
-    np.testing.assert_array_equal(masks.Window(3).dense(jnp.asarray([[3]]), 5)[0, 0], near[0, 3])
+    np.testing.assert_array_equal(masks.SlidingWindow(3).dense(jnp.asarray([[3]]), 5)[0, 0], near[0, 3])
 
 
 def test_window_measures_inside_each_copy():
-    near = masks.Window(2, count=2).dense(None, 8)[0]
+    near = masks.SlidingWindow(2, count=2).dense(None, 8)[0]
     for query in range(2):
         for key in range(2):
             block = near[4 * query : 4 * query + 4, 4 * key : 4 * key + 4]

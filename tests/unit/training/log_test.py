@@ -15,7 +15,7 @@ from diffusion_lm.core.types import LossTerms, WeightedMean
 from diffusion_lm.training import metrics
 from diffusion_lm.training.hooks import Log
 from diffusion_lm.training.loop import final_metrics
-from diffusion_lm.training.metrics import Clock, Window, clock_time, row_summary, short_number
+from diffusion_lm.training.metrics import Clock, MetricWindow, clock_time, row_summary, short_number
 from diffusion_lm.training.step import StepStats
 from diffusion_lm.training.writers import JsonlWriter, TensorBoardWriter, read_rows
 
@@ -28,7 +28,7 @@ def _stats(loss, weight, accuracy=0.5):
 def _log(folder, every=2, steps=4, **changes):
     settings = dict(
         batch_size=8, learning_rate=lambda step: 0.1 * (step + 1), flops_per_token=100.0, peak_flops=1e6, step=0,
-        window=Window(), keep=lambda row: False,
+        window=MetricWindow(), keep=lambda row: False,
     )  # fmt: skip
     return Log(folder, steps=steps, every=every, **(settings | changes))
 
@@ -64,7 +64,7 @@ def test_a_last_partial_row_is_written(tmp_path):
 
 
 def test_a_window_without_weight_is_zero():
-    window = Window()
+    window = MetricWindow()
     window.add(1, _stats(0.0, 0.0))
     assert window.means()["loss"] == 0.0
     assert window.sums == {}
@@ -73,7 +73,7 @@ def test_a_window_without_weight_is_zero():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_its_step(value):
     with pytest.raises(ConfigError, match="the loss of step 7 is"):
-        Window().add(7, _stats(value, 1.0))
+        MetricWindow().add(7, _stats(value, 1.0))
 
 
 def test_cut_off_and_later_lines_are_dropped_on_resume(tmp_path):
@@ -186,7 +186,7 @@ def test_tensorboard_events_hold_the_row_and_load_no_tensorflow(tmp_path):
 
 def test_a_loss_of_several_parts_is_logged_as_the_sum_of_their_means():
     """Over a window of two steps each part is its own quotient of sums: (1 + 3)/(2 + 2) + (4 + 0)/(1 + 1)."""
-    window = Window()
+    window = MetricWindow()
     for number, (own, other) in enumerate([(1.0, 4.0), (3.0, 0.0)]):
         terms = LossTerms(jnp.float32(own), jnp.float32(2.0), {}, (WeightedMean(jnp.float32(other), jnp.float32(1.0)),))
         window.add(number, StepStats(terms=terms, grad_norm=jnp.float32(1.0), tokens=jnp.int32(1)))
