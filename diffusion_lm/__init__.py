@@ -1,6 +1,6 @@
 """One recipe, matched arms: autoregressive and diffusion language models in JAX.
 
-Importing this package loads neither TensorFlow, SeqIO nor gin; the floors below it are imported one by one
+Importing this package loads neither TensorFlow, SeqIO nor gin; its packages are imported one by one
 (`docs/architecture.md`).
 """
 

@@ -1,6 +1,7 @@
-"""Materialised data in a bucket: read from a copy on this machine, because records are read at random.
+"""Copies materialised data from a bucket to the local disk, because training reads records in random order.
 
-The copy is made once a machine, below `default_root()`; its manifest comes last and says that it is whole.
+Each machine copies a split once, to a directory under `default_root()`. The manifest is written last, so a copy with a
+manifest is complete.
 """
 
 import hashlib
@@ -15,10 +16,10 @@ from diffusion_lm.data.store import LENGTHS, MANIFEST, default_root, exclusive
 
 
 def local_copy(folder: str | os.PathLike) -> Path:
-    """Returns a local folder with the files of a split in a bucket, copying them if they are not there yet.
+    """Returns a local directory with the files of a split in a bucket; copies them on first use.
 
     Raises:
-      ConfigError: the disk has no room for them, or they do not match their manifest.
+      ConfigError: the disk is too small, or a file that the manifest names is missing.
     """
     source = as_path(folder)
     text = read_text(source / MANIFEST)
@@ -26,7 +27,7 @@ def local_copy(folder: str | os.PathLike) -> Path:
     key = hashlib.sha256(os.fspath(source).encode()).hexdigest()[:16]
     target = default_root() / "from_buckets" / f"{manifest.task}-{manifest.split}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(target.with_name(target.name + ".lock")):  # several processes of a machine want the same
+    with exclusive(target.with_name(target.name + ".lock")):  # the processes of a machine share one copy
         there = target / MANIFEST
         if there.is_file() and there.read_text() == text:
             return target
@@ -38,7 +39,7 @@ def local_copy(folder: str | os.PathLike) -> Path:
         free = shutil.disk_usage(target).free
         require(
             size < free,
-            f"{source} has {size / 2**30:.1f} GiB and the disk of {target} {free / 2**30:.1f} GiB free",
+            f"{source} needs {size / 2**30:.1f} GiB, but the disk of {target} has {free / 2**30:.1f} GiB free",
             where="GrainSource.root",
             fix="Attach a larger disk and point DIFFUSION_LM_CACHE at it, or mount the bucket (gcsfuse).",
         )
@@ -49,8 +50,8 @@ def local_copy(folder: str | os.PathLike) -> Path:
 
 
 def _size(path: Path) -> int:
-    require(path.exists(), f"there is no {path}, which its manifest names", fix="Copy the dataset to the bucket again.")
-    # The two libraries behind paths into buckets name it differently from `os.stat`.
+    require(path.exists(), f"{path}: listed in the manifest but missing", fix="Copy the dataset to the bucket again.")
+    # The two libraries that implement bucket paths do not use the field name of `os.stat`.
     stat = path.stat()
     return int(getattr(stat, "length", 0) or getattr(stat, "st_size", 0))
 

@@ -1,8 +1,8 @@
-"""What a pipeline finds out about its sources before anything is spent: whether they go together, what is cut."""
+"""Checks of a pipeline before the first step: whether its sources fit together, and which examples are truncated."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -12,25 +12,25 @@ from diffusion_lm.data.grain_source import OpenSource
 from diffusion_lm.data.pretraining import Pretraining
 
 Use = Literal["training", "scoring", "prompts"]
-"""What batches are made for: `DataPipeline.batch`, `eval_batches` or `prompt_batches`."""
+"""What batches are used for: `DataPipeline.batch`, `eval_batches` or `prompt_batches`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Examples of one split that a row does not hold whole.
+    """Examples of one split that are truncated to fit a row.
 
     Attributes:
       task: name of the task.
       split: its split.
-      part: "prompts" (cut at their left, where a question may be), "targets", "texts" (documents of pretraining) or
-        "suffixes", all three cut at their right.
-      count: examples that do not fit.
-      of: examples looked at: those that are used.
-      kept: tokens that are kept of such a part.
-      longest: tokens of the longest such part.
-      field: the setting to raise.
-      closed: a slot for EOS follows the kept tokens.
-      generated: the targets are not in the batch: a sampler cannot reach their end.
+      part: "prompts" (truncated on the left, where the question may be), or "targets", "texts" (pretraining documents)
+        or "suffixes", which are truncated on the right.
+      count: number of examples that do not fit.
+      of: number of examples that are used.
+      kept: length after truncation, in tokens.
+      longest: length of the longest example before truncation, in tokens.
+      field: the gin parameter to raise.
+      closed: whether a slot for EOS follows the kept tokens.
+      generated: whether the targets are to be generated, so that a sampler cannot reach their end.
     """
 
     task: str
@@ -46,7 +46,7 @@ class Cut:
 
     @property
     def side(self) -> str:
-        """The side on which tokens are lost."""
+        """The side on which tokens are dropped, "left" or "right"."""
         return "left" if self.part == "prompts" else "right"
 
     def __str__(self) -> str:
@@ -54,21 +54,21 @@ class Cut:
         what = (
             f"targets are longer than the {tokens} that can be generated"
             if self.generated
-            else f"{self.part} cut at the {self.side} to {tokens}"
+            else f"{self.part} truncated on the {self.side} to {tokens}"
         )
         return f"{self.task}/{self.split}: {self.count:,} of {self.of:,} {what} ({self.field})"
 
-    def plain(self) -> dict[str, Any]:
-        """Returns the fields, the side and the sentence as JSON data, for result files."""
+    def plain(self) -> dict[str, object]:
+        """Returns the fields, the side and the message as JSON values, for result files."""
         return {**dataclasses.asdict(self), "side": self.side, "text": str(self)}
 
 
 def cuts(
     converter: Converter, source: OpenSource, part: Pretraining | None, use: Use, indices: np.ndarray | None
 ) -> tuple[Cut, ...]:
-    """Returns what the rows of a converter do not hold whole of the examples at `indices`, i64[n]; None = of all.
+    """Returns which of the examples at `indices` (i64[n]; None = all) a converter truncates, one `Cut` per part.
 
-    Reads the length index only. What the converter refuses to cut is not counted: the batch is an error.
+    Reads only the lengths. Examples that the converter refuses to truncate are not counted: they raise an error.
     """
     if converter.too_long == "error":
         return ()
@@ -107,12 +107,13 @@ _WORDS = {
 
 
 def check_lengths(converter: Converter, source: OpenSource, part: Pretraining | None, *, evaluation: bool) -> None:
-    """Raises `ConfigError` where something does not fit and may not be cut, before any step is spent."""
+    """Raises `ConfigError` if an example does not fit and must not be truncated."""
     policy = converter.too_long
     for name, lengths, room in _rooms(converter, source, part):
-        kept = policy == "error" or (policy == "truncate_inputs" and evaluation and name == "target" and not part)
-        kept = kept or (name == "suffix" and room == 0)
-        if kept and lengths.max(initial=0) > room:
+        whole = policy == "error" or (policy == "truncate_inputs" and evaluation and name == "target" and not part)
+        # A suffix that is dropped entirely would change the task, so it is an error under every policy.
+        whole = whole or (name == "suffix" and room == 0)
+        if whole and lengths.max(initial=0) > room:
             raise too_long_error(converter, name, int(lengths.max()), room)
     slots = int(converter.costs(source.lengths, part)[:, 0].max(initial=0))
     if slots > converter.row_length:
@@ -120,7 +121,7 @@ def check_lengths(converter: Converter, source: OpenSource, part: Pretraining | 
 
 
 def _rooms(converter: Converter, source: OpenSource, part: Pretraining | None) -> list[tuple[str, np.ndarray, int]]:
-    """Returns (name, i32[n] lengths, room) of what the converter may have to cut."""
+    """Returns (name, lengths i32[n], available slots) of each part that the converter may truncate."""
     if part is not None:
         return [("target", source.lengths[:, 1], converter.max_piece(part))]
     return [
@@ -133,7 +134,7 @@ def _rooms(converter: Converter, source: OpenSource, part: Pretraining | None) -
 def check_sources(
     opened: Sequence[OpenSource], converter: Converter, pretraining: Pretraining | None, *, pack: bool
 ) -> None:
-    """Raises `ConfigError`: vocabularies differ, or the pretraining transform is missing, useless or impossible."""
+    """Raises `ConfigError` if vocabularies differ, or the pretraining transform is missing, unused or impossible."""
     first = opened[0].manifest
     for source in opened[1:]:
         require(
@@ -145,33 +146,33 @@ def check_sources(
     text_only = [source.manifest.task for source in opened if not source.manifest.has_inputs]
     require(
         not text_only or pretraining is not None,
-        f"task {text_only[0] if text_only else ''!r} has targets only",
+        f"task {text_only[0] if text_only else ''!r} has only targets, and no pretraining transform is set",
         where="DataPipeline.pretraining",
-        fix="Say how text becomes inputs and targets: PrefixSplit, SpanCorruption, CausalLM, DenoiserMixture.",
+        fix="Use PrefixSplit, SpanCorruption, CausalLM or DenoiserMixture.",
     )
     if pretraining is None:
         return
     require(
         bool(text_only),
-        f"{type(pretraining).__name__} is given, but every source has inputs and targets of its own",
+        f"{type(pretraining).__name__}: unused, because every source has inputs and targets",
         where="DataPipeline.pretraining",
-        fix="Leave it out.",
+        fix="Set it to None.",
     )
     require(
         not (pack and converter.encoder_length is not None and not pretraining.fixed_split),
-        f"packing needs fixed lengths, but {type(pretraining).__name__} on an encoder-decoder changes them every epoch",
+        f"pack=True: {type(pretraining).__name__} on an encoder-decoder changes the lengths every epoch",
         where="DataPipeline.pack",
-        fix="Set pack to False.",
+        fix="Set it to False.",
     )
     require(
         not pretraining.needs_sentinels or bool(opened[0].vocabulary.sentinel_ids),
-        f"the vocabulary has no sentinels <extra_id_0>, ... for {type(pretraining).__name__}",
+        f"{type(pretraining).__name__} needs sentinels <extra_id_0>, ..., and the vocabulary has none",
         where="DataPipeline.pretraining",
-        fix="Build the vocabulary with extra ids, or use PrefixSplit.",
+        fix="Use a vocabulary with extra ids, or PrefixSplit.",
     )
     require(
         converter.max_piece(pretraining) > 0,
-        "the row is too short for any text",
+        f"target_length={converter.target_length}: too short for {type(pretraining).__name__}",
         where=f"{type(converter).__name__}.target_length",
-        fix="Raise it.",
+        fix="Increase it.",
     )

@@ -1,7 +1,7 @@
-"""From examples to the one `Batch` layout of all architectures, in numpy.
+"""Converts examples to the `Batch` layout of all architectures, in NumPy.
 
-Single stream:    [BOS, inputs..., (SEP), target window..., suffix...], alone in a row or packed, right-padded with
-                  segment 0.
+Single stream:    [BOS, inputs..., (SEP), target window..., suffix...], one or several (packed) per row, padded on the
+                  right with segment 0.
 Encoder-decoder:  encoder [inputs..., EOS]; decoder [BOS, target window...].
 """
 
@@ -41,21 +41,22 @@ from diffusion_lm.data.target_window import ExactEos, TargetWindow
 class SingleStreamConverter:
     """Rows of decoder-only, prefix-LM and encoder-only models.
 
-    A row has `1 + inputs_length + target_length + suffix_length` slots, and one for a separator.
+    A row has `1 + inputs_length + target_length + suffix_length` slots, plus one for a separator.
 
     Attributes:
-      inputs_length: most conditioning tokens of an example, BOS not counted.
-      target_length: most slots of a target window. Pieces of pretraining text may use the row's slots as they like.
-      target_window: what stands behind a target.
-      too_long: what happens to an example that does not fit. "truncate_inputs" cuts conditioning on its left (BOS
-        stays) and, in training only, targets at their end; "truncate" cuts targets in evaluation too; "error" cuts
-        nothing. `DataPipeline.cuts` counts what is cut.
-      separator_id: a token that closes the conditioning of examples with inputs of their own, as DiffuSeq and
-        DiffuLLaMA's fine-tuning have it; None = the target follows the inputs at once. Never noised, never scored.
-      suffix_length: most conditioning tokens behind the target window (infilling); what is too long loses its end. 0 =
-        examples with a suffix are an error. Who sees it is a matter of the visibility: "causal" does not.
-      max_slots: most slots of a row, where that is less than its parts could take together; an example that does not
-        fit is an error. None = no such bound.
+      inputs_length: maximum number of conditioning tokens of an example, not counting BOS.
+      target_length: maximum number of slots of a target window. Chunks of pretraining text may use the whole row.
+      target_window: rule for the tokens after a target.
+      too_long: what to do with an example that does not fit. "truncate_inputs" truncates conditioning on the left (BOS
+        is kept) and, in training only, targets on the right; "truncate" also truncates targets in evaluation; "error"
+        raises. `DataPipeline.cuts` counts truncated examples.
+      separator_id: token between inputs and target, as in DiffuSeq and DiffuLLaMA's fine-tuning; None = no separator.
+        It is conditioning: never noised, never scored. Pretraining records get none.
+      suffix_length: maximum number of conditioning tokens after the target window (infilling); a longer suffix is
+        truncated on the right. With 0, an example with a suffix is an error. Under "causal" visibility the target does
+        not attend to the suffix.
+      max_slots: upper bound on the row length, if it is to be below the sum of the parts. An example that does not fit
+        is an error. None = no bound.
     """
 
     inputs_length: int
@@ -71,7 +72,7 @@ class SingleStreamConverter:
 
     @property
     def row_length(self) -> int:
-        """T = 1 + inputs_length + target_length + suffix_length, and 1 with a separator; at most `max_slots`."""
+        """T = 1 + inputs_length + target_length + suffix_length, plus 1 with a separator; at most `max_slots`."""
         slots = 1 + self.inputs_length + len(self._separator) + self.target_length + self.suffix_length
         return slots if self.max_slots is None else min(slots, self.max_slots)
 
@@ -90,7 +91,7 @@ class SingleStreamConverter:
         return np.array([self.row_length], np.int64)
 
     def costs(self, lengths: np.ndarray, pretraining: Pretraining | None) -> np.ndarray:
-        """Returns i64[n, 1], slots with BOS and the window, for i32[n, 3] tokens of inputs, targets and suffix."""
+        """Returns i64[n, 1], slots per example including BOS, for lengths i32[n, 3] of inputs, targets and suffix."""
         lengths = lengths.astype(np.int64)
         if pretraining is None:
             inputs = np.minimum(lengths[:, 0], self.inputs_length) + len(self._separator)
@@ -100,7 +101,7 @@ class SingleStreamConverter:
         return (1 + inputs + pretraining.target_window.slots(targets, self.row_length))[:, None]
 
     def max_piece(self, pretraining: Pretraining) -> int:
-        """Returns the longest piece whose inputs and targets fit the row together."""
+        """Returns the length of the longest chunk whose inputs and targets together fit the row."""
         pieces = np.arange(1, self.row_length)
         inputs, targets = pretraining.lengths(pieces)
         slots = pretraining.target_window.slots(targets, 2 * self.row_length)
@@ -122,7 +123,7 @@ class SingleStreamConverter:
         return checked(batch, specials)
 
     def prompts(self, examples: Sequence[Example], specials: SpecialTokens) -> Batch:
-        """Returns [BOS, inputs, (SEP), PAD ..., suffix] rows; the window starts right behind the conditioning."""
+        """Returns rows [BOS, inputs, (SEP), PAD ..., suffix], with PAD in the target window."""
         batch = empty_batch(len(examples), self.row_length, specials)
         for b, example in enumerate(examples):
             inputs, suffix = self._closed(left_cut(self, example)), suffix_of(self, example)
@@ -136,7 +137,7 @@ class SingleStreamConverter:
         return abstract_batch(batch_size, self.row_length, None, specials)
 
     def _closed(self, inputs: np.ndarray) -> np.ndarray:
-        """Returns the conditioning with the separator behind it."""
+        """Returns the conditioning followed by the separator."""
         return np.concatenate([inputs, np.array(self._separator, np.int32)])
 
 
@@ -145,9 +146,9 @@ class EncoderDecoderConverter:
     """Rows of encoder-decoders: `inputs_length + 1` encoder slots and `1 + target_length` decoder slots; no suffix.
 
     Attributes:
-      inputs_length: most conditioning tokens of an example, EOS not counted.
-      target_length: most slots of a target window, BOS not counted.
-      target_window: what stands behind a target.
+      inputs_length: maximum number of conditioning tokens of an example, not counting EOS.
+      target_length: maximum number of slots of a target window, not counting BOS.
+      target_window: rule for the tokens after a target.
       too_long: as for `SingleStreamConverter`.
     """
 
@@ -161,7 +162,7 @@ class EncoderDecoderConverter:
 
     @property
     def suffix_length(self) -> int:
-        """0: there is no room behind the target."""
+        """0: the decoder has no slots after the target."""
         return 0
 
     @property
@@ -180,7 +181,7 @@ class EncoderDecoderConverter:
         return np.array([self.row_length, self.inputs_length + 1], np.int64)
 
     def costs(self, lengths: np.ndarray, pretraining: Pretraining | None) -> np.ndarray:
-        """Returns i64[n, 2], decoder and encoder slots, for i32[n, 3] tokens of inputs, targets and suffix."""
+        """Returns i64[n, 2], decoder and encoder slots, for lengths i32[n, 3] of inputs, targets and suffix."""
         lengths = lengths.astype(np.int64)
         inputs, targets, window = lengths[:, 0], lengths[:, 1], self.target_window
         if pretraining is not None:
@@ -190,7 +191,7 @@ class EncoderDecoderConverter:
         return np.stack([1 + window.slots(targets, self.target_length), encoder], axis=1)
 
     def max_piece(self, pretraining: Pretraining) -> int:
-        """Returns the longest piece whose inputs fit the encoder and whose targets fit the decoder."""
+        """Returns the length of the longest chunk whose inputs fit the encoder and whose targets fit the decoder."""
         pieces = np.arange(1, self.inputs_length + self.target_length + 1)
         inputs, targets = pretraining.widest(pieces)
         slots = pretraining.target_window.slots(targets, 2 * len(pieces) + 1)
@@ -213,7 +214,7 @@ class EncoderDecoderConverter:
         return checked(dataclasses.replace(batch, encoder=encoder), specials)
 
     def prompts(self, examples: Sequence[Example], specials: SpecialTokens) -> Batch:
-        """Returns decoder rows [BOS, PAD ...] beside the encoder's rows [inputs, EOS]."""
+        """Returns decoder rows [BOS, PAD ...] and encoder rows [inputs, EOS]."""
         batch = empty_batch(len(examples), self.row_length, specials)
         encoder = empty_encoder(len(examples), self.inputs_length + 1, specials)
         nothing = np.zeros(0, np.int32)
@@ -229,31 +230,31 @@ class EncoderDecoderConverter:
 
 
 def with_encoder(converter: Converter, encoder: bool) -> Converter:
-    """Returns the converter of the layout with or without an encoder: same lengths, same window, same policy.
+    """Returns a converter for networks with or without an encoder, with the same lengths, window and `too_long`.
 
     Raises:
-      ConfigError: the converter has a suffix, a separator or a limit of the row, none of which an encoder-decoder has.
+      ConfigError: the converter has a suffix, a separator or `max_slots`, which an encoder-decoder does not support.
     """
     if (converter.encoder_length is not None) == encoder:
         return converter
     separator, limit = getattr(converter, "separator_id", None), getattr(converter, "max_slots", None)
     require(
         separator is None,
-        f"separator_id = {separator}: the inputs of an encoder-decoder are a stream of their own, closed by EOS",
+        f"separator_id={separator}: an encoder-decoder has a separate input stream, so it takes no separator",
         where="SingleStreamConverter.separator_id",
-        fix="Set it to None where one pipeline serves a network with an encoder, or give that network its own data.",
+        fix="Set it to None, or give the network with an encoder its own pipeline.",
     )
     require(
         limit is None,
-        f"max_slots = {limit}: inputs and target of an encoder-decoder do not share a row",
+        f"max_slots={limit}: inputs and targets of an encoder-decoder do not share a row",
         where="SingleStreamConverter.max_slots",
         fix="Set it to None and limit inputs_length and target_length.",
     )
     require(
         converter.suffix_length == 0,
-        "an encoder-decoder has no room for text behind the target",
+        f"suffix_length={converter.suffix_length}: an encoder-decoder does not support text after the target",
         where="SingleStreamConverter.suffix_length",
-        fix="Fill gaps with a network without an encoder.",
+        fix="Use a network without an encoder for infilling.",
     )
     layout = EncoderDecoderConverter if encoder else SingleStreamConverter
     return layout(converter.inputs_length, converter.target_length, converter.target_window, converter.too_long)

@@ -1,7 +1,7 @@
-"""Counted randomness on the host, in numpy: the twin of `core/rng.py` for what is drawn before a batch exists.
+"""Counter-based random numbers on the host, in NumPy: `core/rng.py` for draws made before a batch exists.
 
-Every draw is a hash of what it is for (splitmix64, Steele et al. 2014), so it does not depend on call order, on the
-number of hosts, or on the version of numpy.
+Every draw is a hash (splitmix64, Steele et al. 2014) of its key, so it does not depend on call order, on the number of
+hosts, or on the version of NumPy.
 """
 
 import zlib
@@ -20,7 +20,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def key(stream: str, *numbers: int) -> np.ndarray:
-    """Returns the u64[1] key of a named stream and any non-negative numbers: seed, epoch, example id."""
+    """Returns the key, u64[1], of a named stream and any integers, such as seed, epoch and example id."""
     state = mix(np.array([zlib.crc32(stream.encode())], np.uint64))
     for number in numbers:
         state = mix(state ^ mix(np.array([number % 2**64], np.uint64)))
@@ -28,21 +28,22 @@ def key(stream: str, *numbers: int) -> np.ndarray:
 
 
 def uniform(key_: np.ndarray, count: int) -> np.ndarray:
-    """Returns f64[count] uniforms in [0, 1) under a key of `key`."""
+    """Returns f64[count], uniform in [0, 1), for a key from `key`."""
     bits = mix(key_ ^ mix(np.arange(count, dtype=np.uint64)))
+    # A float64 has 53 significant bits.
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permute(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Returns where a permutation of range(size) sends each index, without ever holding the permutation.
+    """Applies a pseudo-random permutation of range(size) to each index, without storing the permutation.
 
-    A Feistel network over the smallest even number of bits that holds `size`, walked until the value is back in range
-    (at most four steps on average).
+    A Feistel network over the smallest even number of bits that holds `size - 1`. It is applied again until the value
+    is in range (cycle walking), at most four times on average.
 
     Args:
       indices: i64[n], each in [0, size).
       size: length of the permuted range.
-      keys: u64[n], one permutation each (u64[1] for the same one throughout).
+      keys: u64[n], the key of each index's permutation, or u64[1] for one permutation.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)

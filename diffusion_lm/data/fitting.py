@@ -1,4 +1,4 @@
-"""What a converter gets, what is asked of one, and how an example is made to fit its row."""
+"""The interface of converters, and the truncation of examples to the length of a row."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from diffusion_lm.core.checks import check_choice, check_count
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
@@ -17,14 +18,14 @@ TOO_LONG = ("truncate_inputs", "truncate", "error")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """What a converter lays out: a record, after the pretraining transform where there is one.
+    """Input of a converter: a record, after the pretraining transform if there is one.
 
     Attributes:
-      inputs: i32[...].
-      targets: i32[...].
+      inputs: i32[inputs_length].
+      targets: i32[targets_length].
       example_id: u32.
-      window: the pretraining transform's rule for what stands behind the targets; None = the converter's rule.
-      suffix: i32[...], conditioning behind the target.
+      window: target window of the pretraining transform; None = the converter's.
+      suffix: i32[suffix_length], conditioning after the target.
     """
 
     inputs: np.ndarray
@@ -35,41 +36,41 @@ class Example:
 
 
 class Converter(Protocol):
-    """What the pipeline, the trainer and `explain` ask of a converter; `data/converters.py` has all there are."""
+    """Interface of converters; `data/converters.py` has the implementations."""
 
     @property
     def inputs_length(self) -> int:
-        """Most conditioning tokens of an example."""
+        """Maximum number of conditioning tokens of an example."""
         ...
 
     @property
     def target_length(self) -> int:
-        """Most slots of a target window."""
+        """Maximum number of slots of a target window."""
         ...
 
     @property
     def suffix_length(self) -> int:
-        """Most conditioning tokens behind a target window."""
+        """Maximum number of conditioning tokens after a target window."""
         ...
 
     @property
     def target_window(self) -> TargetWindow:
-        """What stands behind a target."""
+        """Rule for the tokens after a target."""
         ...
 
     @property
     def too_long(self) -> str:
-        """What happens to an example that does not fit: one of `TOO_LONG`."""
+        """What to do with an example that does not fit: one of `TOO_LONG`."""
         ...
 
     @property
     def row_length(self) -> int:
-        """T, slots of the main stream."""
+        """T, length of the main stream."""
         ...
 
     @property
     def encoder_length(self) -> int | None:
-        """S, slots of the encoder's stream, or None where there is no encoder."""
+        """S, length of the encoder stream; None without an encoder."""
         ...
 
     @property
@@ -78,61 +79,59 @@ class Converter(Protocol):
         ...
 
     def costs(self, lengths: np.ndarray, pretraining: Pretraining | None) -> np.ndarray:
-        """Returns i64[n, streams], the slots taken by examples of i32[n, 3] tokens of inputs, targets and suffix."""
+        """Returns i64[n, streams], slots per example, for lengths i32[n, 3] of inputs, targets and suffix."""
         ...
 
     def max_piece(self, pretraining: Pretraining) -> int:
-        """Returns the longest piece of text that fits a row however `pretraining` splits it."""
+        """Returns the length of the longest chunk of text that fits a row for every split by `pretraining`."""
         ...
 
     def batch(self, rows: Sequence[Sequence[Example]], specials: SpecialTokens, *, training: bool) -> Batch:
-        """Returns the batch of `rows`, each the examples that share a row."""
+        """Returns the batch; `rows[b]` are the examples packed into row b."""
         ...
 
     def prompts(self, examples: Sequence[Example], specials: SpecialTokens) -> Batch:
-        """Returns prompts: the conditioning, then PAD in every slot that a sampler is to fill."""
+        """Returns prompts: the conditioning, then PAD in every slot to be generated."""
         ...
 
     def abstract_batch(self, batch_size: int, specials: SpecialTokens) -> Batch:
-        """Returns the shapes and dtypes of a batch, without any data."""
+        """Returns the shapes and dtypes of a batch without reading data."""
         ...
 
 
 def check_fields(converter: Converter) -> None:
-    """Raises `ConfigError` for lengths that make no row."""
+    """Raises `ConfigError` for invalid lengths or an invalid `too_long`."""
     name = type(converter).__name__
     for field, least in (("inputs_length", 0), ("target_length", 1), ("suffix_length", 0)):
-        value = getattr(converter, field)
-        require(value >= least, f"{field} = {value} is too small", where=f"{name}.{field}", fix=f"Use >= {least}.")
-    require(
-        converter.too_long in TOO_LONG,
-        f"too_long = {converter.too_long!r} is no policy",
-        where=f"{name}.too_long",
-        fix=f"Use one of {', '.join(TOO_LONG)}.",
-    )
+        check_count(getattr(converter, field), f"{name}.{field}", minimum=least)
+    check_choice(converter.too_long, TOO_LONG, f"{name}.too_long")
     slots = getattr(converter, "max_slots", None)
-    require(slots is None or slots > 1, f"max_slots = {slots}", where=f"{name}.max_slots", fix="Use >= 2, or None.")
+    if slots is not None:
+        check_count(slots, f"{name}.max_slots", "Use 2 or more, or None.", minimum=2)
     window = getattr(converter.target_window, "window", None)
     require(
         window is None or window <= converter.target_length,
-        f"the target window of {window} slots is longer than target_length = {converter.target_length}",
+        f"window={window}: must be <= target_length={converter.target_length}",
         where=f"{name}.target_window",
-        fix="Make the window shorter or target_length larger.",
+        fix="Decrease the window or increase target_length.",
     )
 
 
 def longest(pieces: np.ndarray, fits: np.ndarray) -> int:
-    """Returns the longest piece that fits. Lengths grow with the piece, so everything shorter fits too."""
+    """Returns the largest of the chunk lengths `pieces` with `fits`; 0 if there is none.
+
+    Slots grow with the chunk length, so every shorter chunk fits as well.
+    """
     return int(pieces[fits].max(initial=0))
 
 
 def prompt_slots(converter: Converter, example: Example) -> int:
-    """Returns how many slots of an example a sampler is to fill."""
+    """Returns the number of slots that a sampler fills for an example."""
     return converter.target_window.prompt_slots(converter.target_length, len(example.targets))
 
 
 def left_cut(converter: Converter, example: Example) -> np.ndarray:
-    """Returns the conditioning, cut on its left where it is too long and may be cut."""
+    """Returns the inputs, truncated on the left to `inputs_length`; raises if `too_long` is "error"."""
     if len(example.inputs) <= converter.inputs_length:
         return example.inputs
     if converter.too_long == "error":
@@ -143,13 +142,13 @@ def left_cut(converter: Converter, example: Example) -> np.ndarray:
 
 
 def cut_tokens(converter: Converter, inputs: int, suffix: int = 0) -> dict[str, int]:
-    """Returns how many of a prompt's tokens do not fit, by part ("inputs", "suffix"); parts that fit are left out."""
+    """Returns the number of tokens of a prompt that do not fit, for each of "inputs" and "suffix" that is too long."""
     over = {"inputs": inputs - converter.inputs_length, "suffix": suffix - converter.suffix_length}
     return {part: count for part, count in over.items() if count > 0}
 
 
 def suffix_of(converter: Converter, example: Example) -> np.ndarray:
-    """Returns the conditioning behind the target, cut at its end where it is too long and may be cut."""
+    """Returns the suffix, truncated on the right to `suffix_length`; raises if it must not be truncated."""
     length, room = len(example.suffix), converter.suffix_length
     if length > room and (converter.too_long == "error" or room == 0):
         raise too_long_error(converter, "suffix", length, room, example.example_id)
@@ -157,7 +156,7 @@ def suffix_of(converter: Converter, example: Example) -> np.ndarray:
 
 
 def check_slots(converter: Converter, slots: int, example_id: int) -> None:
-    """Raises `ConfigError` where an example needs more slots than its row has."""
+    """Raises `ConfigError` if an example needs more slots than its row has."""
     if slots > converter.row_length:
         raise too_long_error(converter, "example", slots, converter.row_length, example_id)
 
@@ -165,8 +164,16 @@ def check_slots(converter: Converter, slots: int, example_id: int) -> None:
 def parts_of(
     converter: Converter, example: Example, specials: SpecialTokens, *, training: bool, shared_row: bool
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Returns the conditioning that is kept, and the window's tokens and weights."""
-    if example.window is not None:  # a piece of text that was already cut to what the row holds
+    """Returns the inputs i32[n] and the target window: tokens i32[w] and loss weights f32[w].
+
+    Args:
+      converter: provides lengths and policy.
+      example: the example to lay out.
+      specials: the special tokens of the vocabulary.
+      training: whether "truncate_inputs" also truncates targets.
+      shared_row: whether inputs and targets share a row.
+    """
+    if example.window is not None:  # a chunk of pretraining text, which already has the right length
         room = converter.row_length - 1 - (len(example.inputs) if shared_row else 0)
         return example.inputs, example.window.fill(example.targets, specials, room)
     room = converter.target_window.room(converter.target_length)
@@ -181,12 +188,15 @@ def parts_of(
 def too_long_error(
     converter: Converter, part: str, length: int, room: int, example_id: int | None = None
 ) -> ConfigError:
-    """Returns the error about an example that does not fit and may not be cut."""
+    """Returns the error for an example that does not fit and must not be truncated."""
     which = "" if example_id is None else f" of example {example_id}"
+    subject = f"the {part}{which}"
+    if part == "example":
+        subject = "an example" if example_id is None else f"example {example_id}"
     fields = {"conditioning": "inputs_length", "suffix": "suffix_length", "example": "max_slots"}
     field = fields.get(part, "target_length")
     return ConfigError(
-        f"the {part}{which} has {length} tokens, the row has room for {room}",
+        f"{subject} has {length} tokens, but the row has room for {room}",
         where=f"{type(converter).__name__}.{field}",
-        fix=f"Raise {field}" + (", or set too_long to 'truncate'." if room and part != "example" else "."),
+        fix=f"Increase {field}" + (", or set too_long to 'truncate'." if room and part != "example" else "."),
     )

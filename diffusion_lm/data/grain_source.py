@@ -6,17 +6,20 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.files import is_bucket
 from diffusion_lm.data.bucket import local_copy
-from diffusion_lm.data.materialise import MAX_LOSSY, materialise, materialise_command
+from diffusion_lm.data.materialise import MAX_LOSSY, TASK_MODULES, materialise, materialise_command
 from diffusion_lm.data.schema import Manifest, Record
 from diffusion_lm.data.store import LENGTHS, MANIFEST, read_manifest, split_folder
 from diffusion_lm.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from grain.sources import ArrayRecordDataSource
 
 TOKEN_COUNTS = "token_counts.npy"
 _COUNTED_AT_ONCE = 4096
@@ -24,14 +27,15 @@ _COUNTED_AT_ONCE = 4096
 
 @dataclasses.dataclass(frozen=True)
 class GrainSource:
-    """One materialised split of one task. Nothing is read before it is asked for.
+    """One materialised split of one task. Files are opened on first use.
 
     Attributes:
       task: name of the SeqIO task.
       split: name of its split.
-      root: where datasets live; None = `store.default_root()`.
-      chunk_length: the length into which `materialise` cuts documents; None = whatever was materialised.
-      max_lossy: share of the targets that the vocabulary may fail to write when the split is materialised.
+      root: root directory of datasets; None = `store.default_root()`.
+      chunk_length: longest chunk, in tokens, that `materialise` splits documents into; None accepts existing data of
+        any chunk length.
+      max_lossy: fraction of targets that the vocabulary may fail to encode when the split is materialised.
     """
 
     task: str
@@ -41,13 +45,13 @@ class GrainSource:
     max_lossy: float = dataclasses.field(default=MAX_LOSSY, compare=False)
 
     def __post_init__(self):
-        require(bool(self.task), "no task is named", where="GrainSource.task", fix="Name a task, e.g. 'wmt14_en_fr'.")
+        require(bool(self.task), "no task given", where="GrainSource.task", fix="Name a task, e.g. 'wmt14_en_fr'.")
         if self.root is not None:
             object.__setattr__(self, "root", str(self.root))
 
     @property
     def folder(self) -> Path:
-        """The folder of the split."""
+        """The directory of the split."""
         return split_folder(self.task, self.split, self.root)
 
     @property
@@ -55,19 +59,28 @@ class GrainSource:
         """The command line that materialises the split."""
         return materialise_command(self.task, self.split, self.root, self.chunk_length, self.max_lossy)
 
-    def materialise(self, **options: Any) -> Manifest:
-        """Materialises the split where it is missing (needs TensorFlow then); `options` as for `materialise`."""
-        return materialise(self.task, self.split, self.root, **{**self._options, **options})
+    def materialise(
+        self, *, modules: Sequence[str] = TASK_MODULES, limit: int | None = None, max_lossy: float | None = None
+    ) -> Manifest:
+        """Materialises the split if it is missing, which needs TensorFlow. Arguments as for `materialise.materialise`.
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"chunk_length": self.chunk_length, "max_lossy": self.max_lossy}
+        `max_lossy` overrides the field of the same name.
+        """
+        return materialise(
+            self.task,
+            self.split,
+            self.root,
+            chunk_length=self.chunk_length,
+            limit=limit,
+            max_lossy=self.max_lossy if max_lossy is None else max_lossy,
+            modules=modules,
+        )
 
     def open(self) -> "OpenSource":
         """Returns the open dataset.
 
         Raises:
-          ConfigError: it is not materialised, not readable, or was materialised with another chunk_length.
+          ConfigError: it is not materialised, cannot be read, or was materialised with another chunk_length.
         """
         path = self.folder / MANIFEST
         if not path.is_file():
@@ -80,9 +93,9 @@ class GrainSource:
         source = _open(folder, (folder / MANIFEST).stat().st_mtime_ns)
         require(
             self.chunk_length in (None, source.manifest.chunk_length),
-            f"{self.folder} was cut into pieces of {source.manifest.chunk_length} tokens, not {self.chunk_length}",
+            f"chunk_length={self.chunk_length}: {self.folder} was written with {source.manifest.chunk_length}",
             where="GrainSource.chunk_length",
-            fix=f"Delete the folder and run: {self.command}",
+            fix=f"Delete the directory and run: {self.command}",
         )
         return source
 
@@ -112,22 +125,22 @@ class OpenSource:
     """The files of one materialised split.
 
     Attributes:
-      folder: where they are.
-      manifest: what they are.
-      lengths: i32[count, 3], tokens of inputs, targets and suffix.
+      folder: their directory.
+      manifest: the contents of manifest.json.
+      lengths: i32[count, 3], lengths of inputs, targets and suffix in tokens.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest = self._read_manifest()
         lengths: np.ndarray = np.load(folder / LENGTHS)
-        # Files from before suffixes have two columns.
+        # Files written before suffixes existed have two columns.
         self.lengths = np.pad(lengths, ((0, 0), (0, 1))) if lengths.shape[1:] == (2,) else lengths
         require(
             self.lengths.shape == (self.manifest.count, 3)
             and all((folder / shard).is_file() for shard in self.manifest.shards),
-            f"the files of {folder} do not match its manifest of {self.manifest.count} records",
-            fix="Delete the folder and materialise the task again.",
+            f"{folder}: files do not match the manifest of {self.manifest.count} records",
+            fix="Delete the directory and materialise the task again.",
         )
 
     def _read_manifest(self) -> Manifest:
@@ -137,36 +150,36 @@ class OpenSource:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary stored beside the records."""
+        """The vocabulary stored next to the records."""
         require(
             bool(self.manifest.vocabulary),
             f"{self.folder} was written without a vocabulary",
-            fix="Give write_records the vocabulary.",
+            fix="Pass `vocabulary` to write_records.",
         )
         path = self.folder / self.manifest.vocabulary
         vocabulary = Vocabulary(path.read_bytes() if path.is_file() else b"")
         require(
             vocabulary.sha256 == self.manifest.vocabulary_sha256,
-            f"the vocabulary file of {self.folder} is not the one that its manifest names",
-            fix="Delete the folder and materialise the task again.",
+            f"{path}: SHA-256 differs from the one in the manifest",
+            fix="Delete the directory and materialise the task again.",
         )
         return vocabulary
 
     @functools.cached_property
-    def _reader(self) -> Any:
+    def _reader(self) -> "ArrayRecordDataSource":
         from grain.sources import ArrayRecordDataSource
 
         reader = ArrayRecordDataSource([str(self.folder / shard) for shard in self.manifest.shards])
         require(
             len(reader) == self.manifest.count,
-            f"{self.folder} holds {len(reader)} records, its manifest says {self.manifest.count}",
-            fix="Delete the folder and materialise the task again.",
+            f"{self.folder} has {len(reader)} records, but its manifest says {self.manifest.count}",
+            fix="Delete the directory and materialise the task again.",
         )
         return reader
 
     @functools.cached_property
     def token_counts(self) -> np.ndarray:
-        """i64[vocabulary], how often each token occurs in the records; counted once, kept beside the records."""
+        """i64[V], how often each token occurs in the records; counted once, then stored next to the records."""
         path, size = self.folder / TOKEN_COUNTS, self.manifest.specials.vocab_size
         if path.is_file():
             return np.load(path)
@@ -175,7 +188,7 @@ class OpenSource:
             records = self.records(range(start, min(start + _COUNTED_AT_ONCE, self.manifest.count)))
             tokens = np.concatenate([part for one in records for part in (one.inputs, one.targets, one.suffix)])
             counts += np.bincount(tokens, minlength=size)
-        with contextlib.suppress(OSError):  # data that others own are counted by every process
+        with contextlib.suppress(OSError):  # a read-only directory: every process counts for itself
             temporary = path.with_name(f".{TOKEN_COUNTS}.{os.getpid()}.npy")
             np.save(temporary, counts)
             os.replace(temporary, path)
@@ -188,6 +201,6 @@ class OpenSource:
 
 @functools.lru_cache(maxsize=64)
 def _open(folder: Path, modified_ns: int) -> OpenSource:
-    """One open dataset per folder and process; a dataset written anew is opened anew."""
+    """Opens a dataset once per process; `modified_ns` is part of the cache key, so rewritten data are opened again."""
     del modified_ns
     return OpenSource(folder)

@@ -1,7 +1,7 @@
-"""The data of a run: a mixture of sources, a converter, and a position. The position is a batch number, nothing else.
+"""The data pipeline of a run: a mixture of sources and a converter.
 
-Batch `i` is a pure function of (pipeline, i, batch size): it does not depend on the number of hosts, each of which
-reads its own slice of the rows, nor on which batches were read before. Resuming needs no state but the number.
+Batch `i` is a pure function of (pipeline, i, batch size). It does not depend on the batches read before, nor on the
+number of hosts, each of which reads its own slice of the rows. So the batch number is the only state to save.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from diffusion_lm.core.checks import check_positive
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch
@@ -35,19 +36,19 @@ _READ_AT_ONCE = 4096
 
 @dataclasses.dataclass(frozen=True)
 class DataPipeline:
-    """Batches for training and evaluation. Opens its files when it is first asked for anything that stands in them.
+    """Batches for training and evaluation. Files are opened on first use.
 
     Attributes:
-      sources: what is mixed; all must share one vocabulary.
-      converter: lays examples out.
-      weights: share of each source in the rows of the mixture; None = together they are one dataset, of which every
-        example comes once an epoch.
-      seed: root of the order and of the pretraining splits.
+      sources: the sources to mix; all must have the same vocabulary.
+      converter: lays out examples in rows.
+      weights: weight of each source in the mixture, in rows. None = the sources are concatenated, and every example
+        occurs once per epoch.
+      seed: seed of the order and of the pretraining splits.
       shuffle: False = stored order; True = a new global order every epoch.
-      pack: several examples share a row where they fit. Rows hold examples of one source.
-      pretraining: makes inputs and targets from the records of sources that have targets only.
-      vocabulary_map: which tokens of the sources' vocabulary the network knows (`vocabulary_map.UsedTokens`); batches,
-        `vocabulary` and `specials` then have the ids of that part, and what is cut is UNK. None = all of them.
+      pack: whether examples of one source share a row if they fit.
+      pretraining: splits records of sources without inputs into inputs and targets.
+      vocabulary_map: the subset of the vocabulary that the network has (`vocabulary_map.UsedTokens`). Batches,
+        `vocabulary` and `specials` then use the ids of the subset, and all other tokens become UNK. None = all tokens.
     """
 
     sources: tuple[GrainSource, ...]
@@ -62,7 +63,12 @@ class DataPipeline:
     def __post_init__(self):
         sources = (self.sources,) if isinstance(self.sources, GrainSource) else tuple(self.sources)
         object.__setattr__(self, "sources", sources)
-        require(bool(sources), "no source is named", where="DataPipeline.sources", fix="Name at least one.")
+        require(
+            bool(sources),
+            "sources=(): must not be empty",
+            where="DataPipeline.sources",
+            fix="Give one or more.",
+        )
         if self.weights is not None:
             weights = tuple(float(weight) for weight in self.weights)
             object.__setattr__(self, "weights", weights)
@@ -70,16 +76,16 @@ class DataPipeline:
                 len(weights) == len(sources),
                 f"{len(weights)} weights for {len(sources)} sources",
                 where="DataPipeline.weights",
-                fix="Give one weight a source.",
+                fix="Give one weight per source.",
             )
             require(
                 all(weight * PERIOD >= sum(weights) > 0 for weight in weights),
-                f"weights {weights} give a source less than 1 row in {PERIOD}",
+                f"weights={weights}: every weight must be at least 1/{PERIOD} of their sum",
                 where="DataPipeline.weights",
-                fix="Give every source a positive share, or leave it out.",
+                fix="Increase the weight, or remove the source.",
             )
 
-    # What trainers, evaluations and `explain` ask about.
+    # Properties.
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
@@ -88,12 +94,12 @@ class DataPipeline:
 
     @property
     def vocabulary(self) -> Vocabulary | PrunedVocabulary:
-        """The vocabulary that all sources share, or the part of it that the vocabulary map keeps."""
+        """The vocabulary of the batches: that of the sources, or its subset under `vocabulary_map`."""
         return self.pruned or self._open[0].vocabulary
 
     @property
     def full_vocabulary(self) -> Vocabulary:
-        """The vocabulary of the sources, whatever part of it the vocabulary map keeps."""
+        """The vocabulary of the sources, regardless of `vocabulary_map`."""
         return self._open[0].vocabulary
 
     @property
@@ -103,12 +109,12 @@ class DataPipeline:
 
     @functools.cached_property
     def pruned(self) -> PrunedVocabulary | None:
-        """What the vocabulary map keeps; None without a map."""
+        """The subset of the vocabulary under `vocabulary_map`; None without a map."""
         return None if self.vocabulary_map is None else self.vocabulary_map.prune(self._open[0].vocabulary)
 
     @functools.cached_property
     def unknown(self) -> tuple[tuple[int, int], ...]:
-        """(tokens that the vocabulary map turns into UNK, all tokens) of each source."""
+        """For each source: (number of tokens that `vocabulary_map` maps to UNK, number of all tokens)."""
         if self.pruned is None:
             return tuple((0, int(source.lengths.sum(dtype=np.int64))) for source in self._open)
         cut = self.pruned.outside(np.arange(self.pruned.full.size))
@@ -117,7 +123,7 @@ class DataPipeline:
 
     @property
     def vocabulary_note(self) -> str | None:
-        """What the vocabulary cannot write of the data, and what the vocabulary map does to them; None for nothing."""
+        """What the vocabulary cannot encode and what `vocabulary_map` maps to UNK, for reports; None if nothing."""
         lossy = [
             sentence
             for manifest in self.manifests
@@ -136,27 +142,27 @@ class DataPipeline:
 
     @property
     def row_length(self) -> int:
-        """T, slots of the main stream."""
+        """T, length of the main stream."""
         return self.converter.row_length
 
     @property
     def encoder_length(self) -> int | None:
-        """S, slots of the encoder's stream; None without an encoder."""
+        """S, length of the encoder stream; None without an encoder."""
         return self.converter.encoder_length
 
     @property
     def epoch_rows(self) -> int:
-        """Rows of one epoch: every row of every source once."""
+        """Number of rows of all sources."""
         return sum(plan.rows for plan in self._plans)
 
     def cuts(self, use: Use, limit: int | None = None) -> tuple[Cut, ...]:
-        """Returns what the rows do not hold whole of the examples that are used, for each source and part.
+        """Returns the truncated parts of the examples, one `Cut` for each source and part with at least one.
 
-        Counted from the length index, without reading a record; nothing is returned for what fits.
+        Counted from the stored lengths, without reading records.
 
         Args:
-          use: what the batches are for. Training looks at all examples, whatever number of steps reads of them.
-          limit: examples of an evaluation, from the start of the stored order; None = all.
+          use: what the batches are used for.
+          limit: number of examples to count, from the start of the stored order; None = all.
         """
         sources, indices = self._stored(limit)
         found: list[Cut] = []
@@ -166,30 +172,30 @@ class DataPipeline:
         return tuple(found)
 
     def abstract_batch(self, batch_size: int) -> Batch:
-        """Returns the shapes and dtypes of a batch; works before the data is written."""
+        """Returns the shapes and dtypes of a batch; works before the data are materialised."""
         try:
             specials = self.specials
         except ConfigError:
-            # `plan` and `bench` need shapes before the data is written. The ids do not matter there.
+            # `plan` and `bench` need shapes before the data are materialised. The ids do not matter there.
             specials = SpecialTokens(vocab_size=2**31 - 1, bos_id=2, mask_id=4)
         batch = self.converter.abstract_batch(batch_size, specials)
         return batch.replace(strata=jax.ShapeDtypeStruct(batch.tokens.shape, np.float32))
 
     def with_encoder(self, encoder: bool) -> "DataPipeline":
-        """Returns the same examples, laid out for networks with or without an encoder; lengths stay as they are."""
+        """Returns the same pipeline with a converter for networks with or without an encoder; lengths are kept."""
         converter = with_encoder(self.converter, encoder)
         return self if converter is self.converter else dataclasses.replace(self, converter=converter)
 
     # Training.
 
     def batch(self, index: int, batch_size: int, *, process_index: int = 0, process_count: int = 1) -> Batch:
-        """Returns this process's rows of global batch `index` as numpy arrays.
+        """Returns this process's rows of global batch `index` as NumPy arrays.
 
         Args:
-          index: number of the batch, from 0; there is no last one.
-          batch_size: rows of the global batch.
-          process_index: which contiguous slice of the rows, of `process_count` equal ones.
-          process_count: number of slices.
+          index: number of the batch, from 0 without an upper bound.
+          batch_size: number of rows of the global batch.
+          process_index: number of this process, which reads the contiguous slice of this number.
+          process_count: number of processes and of equal slices.
         """
         start, count = _slice(batch_size, process_index, process_count)
         sources, numbers, epochs = self._order.places(index * batch_size + start + np.arange(count))
@@ -210,7 +216,7 @@ class DataPipeline:
         process_count: int = 1,
         prefetch: int = 2,
     ) -> BatchIterator:
-        """Returns an endless iterator from global batch `position` on; a thread makes `prefetch` batches ahead."""
+        """Returns an endless iterator from global batch `position` on; a thread prefetches `prefetch` batches."""
         self.check()
         _slice(batch_size, process_index, process_count)
 
@@ -219,14 +225,14 @@ class DataPipeline:
 
         return BatchIterator(read, position, prefetch)
 
-    # Evaluation: stored order, one example a row, nothing packed.
+    # Evaluation: stored order, one example per row.
 
     def eval_batches(
         self, batch_size: int, limit: int | None = None, *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[tuple[Batch, list[Record]]]:
-        """Yields teacher-forced batches of the first `limit` examples, with their records.
+        """Yields batches with targets of the first `limit` examples, and their records.
 
-        The last batch is filled with copies of its last example whose loss weights are 0; they have no record.
+        The last batch is filled up with copies of its last example; these have loss weight 0 and no record.
         """
         for examples, records in self._evaluation(batch_size, limit, process_index, process_count):
             batch = self.converter.batch([[example] for example in examples], self.specials, training=False)
@@ -238,7 +244,7 @@ class DataPipeline:
     ) -> Iterator[tuple[Batch, list[Record]]]:
         """Yields prompts of the first `limit` examples, with PAD in the target window, and their records.
 
-        The last batch is filled with copies of its last example; they have no record.
+        The last batch is filled up with copies of its last example, which have no record.
         """
         for examples, records in self._evaluation(batch_size, limit, process_index, process_count):
             yield self.converter.prompts(examples, self.specials), records
@@ -251,17 +257,17 @@ class DataPipeline:
             yield from itertools.chain.from_iterable(self._read(sources[part], list(indices[part, None])))
 
     def check(self, *, evaluation: bool = False) -> None:
-        """Opens everything and raises `ConfigError` for whatever would fail later.
+        """Opens all sources and raises `ConfigError` for anything that would fail later.
 
-        A source is missing or unreadable, vocabularies differ, the pretraining transform is missing or has no use,
-        sentinels are missing, packing cannot be planned, or an example does not fit and may not be cut (with
-        `evaluation`, targets may not be cut unless `too_long` says so).
+        That is: a source is missing or unreadable, vocabularies differ, the pretraining transform is missing or unused,
+        sentinels are missing, packing is impossible, or an example does not fit and must not be truncated (with
+        `evaluation`, targets are truncated only under `too_long = "truncate"`).
         """
         for source, part in zip(self._open, self._parts, strict=True):
             check_lengths(self.converter, source, part, evaluation=evaluation)
         assert self._order.sizes
 
-    # Inside.
+    # Implementation.
 
     @functools.cached_property
     def _open(self) -> tuple[OpenSource, ...]:
@@ -280,7 +286,7 @@ class DataPipeline:
 
     @functools.cached_property
     def _parts(self) -> tuple[Pretraining | None, ...]:
-        """The transform of each source: None for those with inputs of their own."""
+        """The pretraining transform of each source; None for sources with inputs."""
         return tuple(None if source.manifest.has_inputs else self.pretraining for source in self._open)
 
     @functools.cached_property
@@ -302,7 +308,7 @@ class DataPipeline:
         return Order(tuple(plan.rows for plan in self._plans), self.weights, self.seed, self.shuffle)
 
     def _read(self, sources: np.ndarray, members: Sequence[np.ndarray]) -> list[list[Record]]:
-        """Returns the records of each row, of source `sources[row]`, with one read per source: reads are not free."""
+        """Returns the records `members[row]` of source `sources[row]` for each row, with one read per source."""
         rows: list[list[Record]] = [[] for _ in members]
         for source in np.unique(sources):
             here = np.flatnonzero(sources == source).tolist()
@@ -313,7 +319,7 @@ class DataPipeline:
         return rows
 
     def _pruned_record(self, record: Record) -> Record:
-        """Returns a record under the ids of the vocabulary map."""
+        """Returns the record with the ids of the vocabulary map."""
         assert self.pruned is not None
         inputs, targets, suffix = map(self.pruned.to_pruned, (record.inputs, record.targets, record.suffix))
         return dataclasses.replace(record, inputs=inputs, targets=targets, suffix=suffix)
@@ -330,20 +336,20 @@ class DataPipeline:
     def _evaluation(
         self, batch_size: int, limit: int | None, process_index: int, process_count: int
     ) -> Iterator[tuple[Sequence[Example], list[Record]]]:
-        """Yields the examples of each batch, filled up, and the records of those that are no filler."""
+        """Yields the examples of each batch, filled up to its size, and the records of those that are not fillers."""
         first, count = _slice(batch_size, process_index, process_count)
         every_source, every_index = self._stored(limit)
         total = len(every_source)
         for start in range(0, total, batch_size):
             wanted = np.arange(start + first, start + first + count)
-            filled = np.minimum(wanted, total - 1)
+            filled = np.minimum(wanted, total - 1)  # repeats the last example
             sources, indices = every_source[filled], every_index[filled]
             records = list(itertools.chain.from_iterable(self._read(sources, list(indices[:, None]))))
             examples = [self._example(record, int(s), epoch=0) for s, record in zip(sources, records, strict=True)]
             yield examples, records[: int((wanted < total).sum())]
 
     def _stored(self, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Returns source and index, i64[n] each, of the first `limit` examples in stored order."""
+        """Returns (source, index), i64[n] each, of the first `limit` examples in stored order."""
         stored = Order(tuple(source.manifest.count for source in self._open), None, self.seed, shuffle=False)
         total = sum(stored.sizes) if limit is None else min(limit, sum(stored.sizes))
         sources, indices, _ = stored.places(np.arange(total))
@@ -352,10 +358,10 @@ class DataPipeline:
 
 def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
     """Returns the first row and the number of rows of one process."""
-    require(batch_size > 0, f"batch_size = {batch_size} is not positive", where="batch_size", fix="Use 1 or more.")
+    check_positive(batch_size, "batch_size", "Use 1 or more.")
     require(
         batch_size % process_count == 0,
-        f"batch_size = {batch_size} does not divide by {process_count} processes",
+        f"batch_size={batch_size}: must be a multiple of the {process_count} processes",
         where="batch_size",
         fix="Use a multiple of the number of processes.",
     )

@@ -1,4 +1,4 @@
-"""From a SeqIO task to a folder that Grain reads without TensorFlow (SeqIO's own caching needs apache-beam)."""
+"""Writes a SeqIO task to files that Grain reads without TensorFlow (SeqIO's own caching needs apache-beam)."""
 
 import dataclasses
 import hashlib
@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion_lm.core.checks import check_probability
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.data.round_trip import Losses
 from diffusion_lm.data.schema import Manifest
@@ -21,7 +22,7 @@ from diffusion_lm.data.store import (
 from diffusion_lm.data.vocabulary import MASK_VARIABLE, VOCABULARY_VARIABLE, VocabularyNotNamed
 
 MAX_LOSSY = 0.01
-"""Share of the targets that a vocabulary may fail to write: rare characters of large data sets, not the task itself."""
+"""Default fraction of targets that a vocabulary may fail to encode, for rare characters in large data sets."""
 
 _FIX_FINISHED = "Choose another root (--root, GrainSource.root), or delete the directory to write it again."
 
@@ -51,30 +52,35 @@ def materialise(
     modules: Sequence[str] = TASK_MODULES,
     records_per_shard: int = RECORDS_PER_SHARD,
 ) -> Manifest:
-    """Writes one split of a SeqIO task to `ROOT/<task>/<split>/` and returns its manifest; returns at once when done.
+    """Writes one split of a SeqIO task to `ROOT/<task>/<split>/` and returns its manifest. A finished split is kept.
 
-    Atomic: the folder appears under its name only when complete. Resumable: a killed writer goes on after its last
-    complete shard. Deterministic: records stand in the task's own order and their ids follow from it.
+    Atomic: the directory appears only when it is complete. Resumable: a killed writer resumes after its last complete
+    shard. Deterministic: records keep the order of the task, and their ids follow from it.
 
     Args:
       task: name of a SeqIO task.
       split: name of one of its splits.
-      root: where datasets live; default `default_root()`.
-      chunk_length: longest piece, in tokens, into which documents of a task without inputs are cut; None = whole.
-      limit: write only the first so many records; None = all.
-      max_lossy: share of the targets that the vocabulary may fail to write whole (`round_trip.unwritten`), 1 = all;
-        what it fails to write is counted in the manifest.
-      modules: imported first, because they register tasks.
+      root: root directory of datasets; default `default_root()`.
+      chunk_length: longest chunk, in tokens, that documents of a task without inputs are split into; None = whole.
+      limit: number of records to write, from the start; None = all.
+      max_lossy: fraction of targets in [0, 1] that the vocabulary may fail to encode (`round_trip.unwritten`); the
+        manifest counts them.
+      modules: modules that register tasks; imported first.
       records_per_shard: records in each ArrayRecord file.
 
     Raises:
-      ConfigError: unknown task or split; the folder holds a dataset made with other options; a token of the data is
-        MASK or lies outside the vocabulary; more targets are lossy than may be; or chunk_length is given for a task
-        with inputs.
+      ConfigError: unknown task or split; the directory has a dataset written with other options or another vocabulary;
+        a token of the data is MASK or outside the vocabulary; too many targets are lossy; or chunk_length is given for
+        a task with inputs.
     """
     for name, value in (("chunk_length", chunk_length), ("limit", limit)):
-        require(value is None or value > 0, f"{name} = {value} is not positive", fix="Leave it out or give 1 or more.")
-    require(0 <= max_lossy <= 1, f"max_lossy = {max_lossy}", where="GrainSource.max_lossy", fix="Use a share, 0 to 1.")
+        require(
+            value is None or value > 0,
+            f"{name}={value}: must be >= 1",
+            where=f"--{name}",
+            fix="Use 1 or more, or omit it.",
+        )
+    check_probability(max_lossy, "GrainSource.max_lossy")
     folder = split_folder(task, split, root)
     done = _finished(folder, chunk_length, limit)
     if done is not None:
@@ -86,8 +92,9 @@ def materialise(
     vocabulary = seqio_source.task_vocabulary(seqio_task)
     require(
         chunk_length is None or "inputs" not in seqio_task.output_features,
-        f"chunk_length = {chunk_length} was given for task {task!r}, which has inputs",
-        fix="Only documents of pretraining tasks are cut; leave chunk_length out.",
+        f"chunk_length={chunk_length}: task {task!r} has inputs, so its examples cannot be split into chunks",
+        where="GrainSource.chunk_length",
+        fix="Omit chunk_length.",
     )
     manifest = Manifest(
         task=task,
@@ -99,7 +106,7 @@ def materialise(
         modules=tuple(modules),
         code_sha256=code_digest(modules),
     )
-    losses = Losses(vocabulary, name=f"{task}/{split}", most=max_lossy)
+    losses = Losses(vocabulary, name=f"{task}/{split}", max_share=max_lossy)
     records = seqio_source.task_records(
         seqio_task, split, vocabulary=vocabulary, chunk_length=chunk_length, losses=losses
     )
@@ -118,7 +125,7 @@ def materialise(
             finish=finish,
         )
     except ConfigError:
-        # Another program may have finished the same split while this one waited for its lock.
+        # Another process may have finished the same split while this one waited for the lock.
         done = _finished(folder, chunk_length, limit)
         if done is None:
             raise
@@ -133,16 +140,16 @@ def materialise_command(
     chunk_length: int | None = None,
     max_lossy: float = MAX_LOSSY,
 ) -> str:
-    """Returns the command line that makes the dataset; errors about a missing one quote it."""
+    """Returns the command line that writes the dataset; errors about missing data quote it."""
     command = f"diffusion-lm materialise --task {task} --split {split} --root {root or default_root()}"
     command += f" --chunk_length {chunk_length}" if chunk_length else ""
     return command + (f" --max_lossy {max_lossy:g}" if max_lossy != MAX_LOSSY else "")
 
 
 def code_digest(modules: Sequence[str]) -> str:
-    """Returns a hash of the source files of `modules` and of their neighbours in a package, "" where one is gone.
+    """Returns a hash of the source files of `modules` and of all files in their packages; "" if one is missing.
 
-    Runs none of them (only the packages' `__init__`).
+    Imports none of them, only the `__init__` of their packages.
     """
     files: set[Path] = set()
     for module in modules:
@@ -160,13 +167,13 @@ def code_digest(modules: Sequence[str]) -> str:
 
 
 def is_stale(manifest: Manifest) -> bool:
-    """Says whether the code that registers the task has changed since its data were written; False where unknown."""
+    """Returns whether the code that registers the task has changed since its data were written; False if unknown."""
     code = code_digest(manifest.modules)
     return bool(manifest.code_sha256 and code) and manifest.code_sha256 != code
 
 
 def _finished(folder: Path, chunk_length: int | None, limit: int | None) -> Manifest | None:
-    """Returns the manifest of a finished split; raises `ConfigError` where it was made with other options."""
+    """Returns the manifest of a finished split; raises `ConfigError` if it was written with other options."""
     manifest = read_manifest(folder)
     if manifest is None:
         return None

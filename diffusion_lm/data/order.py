@@ -1,6 +1,6 @@
-"""Which row of which source stands at a global position: arithmetic, so any position is found at once.
+"""Maps a global position to a source and a row by arithmetic, so that any position is found in constant time.
 
-Nothing here knows of hosts or batch sizes, and nothing is remembered between calls.
+The mapping has no state and does not depend on hosts or batch sizes.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 from diffusion_lm.data import counted
 
 PERIOD = 10_000
-"""Positions after which a weighted mixture repeats its pattern of sources: weights are exact to 1 / PERIOD."""
+"""Number of positions after which a weighted mixture repeats its pattern of sources; weights are exact to 1/PERIOD."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +19,10 @@ class Order:
     """The order of a mixture.
 
     Attributes:
-      sizes: rows of each source.
-      weights: share of each source in the rows, or None: all sources together are one dataset, each row once an epoch.
-      seed: root of the shuffles.
+      sizes: number of rows of each source.
+      weights: weight of each source in the mixture. None = the sources are concatenated, and every row occurs once per
+        epoch.
+      seed: seed of the shuffles.
       shuffle: False = stored order.
     """
 
@@ -31,7 +32,7 @@ class Order:
     shuffle: bool
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns (source, row, epoch), i64[n] each, of the global positions i64[n]."""
+        """Returns (source, row, epoch), i64[n] each, for global positions i64[n]."""
         positions = np.asarray(positions, np.int64)
         if self.weights is None:
             total = sum(self.sizes)
@@ -43,6 +44,7 @@ class Order:
         pattern, ranks, counts = _pattern(self.weights)
         slots = positions % PERIOD
         sources = pattern[slots]
+        # How many rows of its source precede each position.
         taken = positions // PERIOD * counts[sources] + ranks[slots]
         sizes = np.asarray(self.sizes, np.int64)[sources]
         epochs, rows = taken // sizes, taken % sizes
@@ -63,7 +65,7 @@ class Order:
 def _pattern(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the source of each slot of a period, its rank among the slots of that source, and slots per source.
 
-    Smooth weighted round robin: after any number of slots each source is within one slot or so of its share.
+    Smooth weighted round robin: after any number of slots, each source is within about one slot of its share.
     """
     shares = np.asarray(weights, np.float64) / sum(weights)
     credit = np.zeros_like(shares)

@@ -1,20 +1,20 @@
-"""Which examples share a row."""
+"""Assigns examples to rows (packing)."""
 
 import dataclasses
 
 import numpy as np
 
 OPEN_ROWS = 64
-"""Rows that are filled at once; enough that hardly a slot is lost, few enough that planning stays cheap."""
+"""Number of rows that are filled at the same time: enough to waste few slots, few enough to keep planning cheap."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackingPlan:
-    """Rows of examples, every example in exactly one row.
+    """An assignment of every example to exactly one row.
 
     Attributes:
-      members: i64[examples], example numbers, those of one row side by side.
-      starts: i64[rows + 1], row r holds `members[starts[r]:starts[r + 1]]`.
+      members: i64[examples], example numbers, grouped by row.
+      starts: i64[rows + 1]; row r contains `members[starts[r]:starts[r + 1]]`.
     """
 
     members: np.ndarray
@@ -22,7 +22,7 @@ class PackingPlan:
 
     @classmethod
     def single(cls, count: int) -> "PackingPlan":
-        """Returns the plan without packing: one example a row."""
+        """Returns the plan without packing: one example per row."""
         return cls(np.arange(count), np.arange(count + 1))
 
     @property
@@ -36,15 +36,15 @@ class PackingPlan:
 
 
 def pack(costs: np.ndarray, capacity: np.ndarray, order: np.ndarray) -> PackingPlan:
-    """Returns a greedy first-fit plan.
+    """Returns a plan made by greedy first fit over `OPEN_ROWS` open rows.
 
     Args:
-      costs: i64[examples, streams], slots that each example takes in each stream (decoder; encoder where there is one).
-      capacity: i64[streams], slots of a row; no cost may exceed it.
-      order: i64[examples], the order in which examples are placed. A shuffled one keeps rows mixed.
+      costs: i64[examples, streams], slots per example in each stream (main stream; encoder if there is one).
+      capacity: i64[streams], slots per row; no cost may exceed it.
+      order: i64[examples], the order in which examples are placed. A shuffled order mixes the rows.
 
-    The plan does not change between epochs, so that a position finds its row without replaying earlier epochs: epochs
-    reshuffle the rows. Packed neighbours do not see each other, they only share a place in the batch.
+    The plan is the same in every epoch, so that a position determines its row without replaying earlier epochs. Epochs
+    shuffle the rows. Examples packed together do not attend to each other.
     """
     assert (costs <= capacity).all(), "an example is larger than a row"
     free = np.zeros((OPEN_ROWS, len(capacity)), np.int64)
@@ -55,6 +55,7 @@ def pack(costs: np.ndarray, capacity: np.ndarray, order: np.ndarray) -> PackingP
         cost = costs[example]
         slot = int((free >= cost).all(axis=1).argmax())
         if row_of_slot[slot] < 0 or not (free[slot] >= cost).all():
+            # No open row has enough room: replace the fullest one with a new row.
             slot = int(free.min(axis=1).argmin())
             free[slot] = capacity
             row_of_slot[slot] = rows

@@ -1,4 +1,4 @@
-"""Batches made ahead in a background thread."""
+"""Prefetches batches in a background thread."""
 
 import queue
 import threading
@@ -8,14 +8,20 @@ from diffusion_lm.core.types import Batch
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches from a position on, made ahead in a background thread. Close it, or use it as a context manager.
+    """Iterates over batches from a position on, prefetching in a background thread. Close it, or use `with`.
 
     Attributes:
-      position: number of the batch that `next` returns, counted from the start of the run: all that a checkpoint saves.
+      position: number of the batch that `next` returns, counted from the start of the run; the only state to save.
     """
 
     def __init__(self, read: Callable[[int], Batch], position: int = 0, prefetch: int = 2):
-        """`read(index)` makes batch `index`; with `prefetch` 0 it is called by `next` itself."""
+        """Starts the thread.
+
+        Args:
+          read: returns batch `index`.
+          position: number of the first batch.
+          prefetch: number of batches to prefetch; 0 = no thread, `next` calls `read`.
+        """
         self.position = position
         self._read = read
         self._stop = threading.Event()
@@ -37,7 +43,7 @@ class BatchIterator(Iterator[Batch]):
         return item
 
     def close(self) -> None:
-        """Stops the background thread and drops what it made ahead."""
+        """Stops the background thread and drops prefetched batches."""
         self._stop.set()
         while not self._ready.empty():
             self._ready.get_nowait()
@@ -56,6 +62,7 @@ class BatchIterator(Iterator[Batch]):
                 item: Batch | BaseException = self._read(index)
             except BaseException as error:
                 item = error
+            # A timeout, so that the thread ends after `close` even if nobody takes the batch.
             while not self._stop.is_set():
                 try:
                     self._ready.put(item, timeout=0.1)

@@ -1,6 +1,7 @@
-"""From a piece of text to (inputs, targets), in numpy: prefix LM, span corruption, UL2's mixture, language modelling.
+"""Splits chunks of text into (inputs, targets), in NumPy: causal LM, prefix LM, span corruption, UL2's mixture.
 
-A transform is keyed by (seed, epoch, example id): every epoch splits a text anew, and a resumed run splits it alike.
+Random splits are keyed by (seed, epoch, example id). Every epoch splits a chunk differently, and a resumed run repeats
+the same splits.
 """
 
 import dataclasses
@@ -8,17 +9,18 @@ from typing import Protocol
 
 import numpy as np
 
+from diffusion_lm.core.checks import check_choice, check_probability
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.data import counted
 from diffusion_lm.data.target_window import ExactEos, ExactTokens, TargetWindow
 
 
 class Pretraining(Protocol):
-    """A transform of pretraining records, which have targets only.
+    """A transform of pretraining records, which have only targets. A `piece` is one such record (a chunk of text).
 
     Attributes:
-      needs_sentinels: whether it needs a vocabulary with sentinels.
-      fixed_split: whether the lengths of inputs and targets follow from the length of the piece alone.
+      needs_sentinels: whether the vocabulary must have sentinels.
+      fixed_split: whether the lengths of inputs and targets are a function of the length of the piece.
     """
 
     needs_sentinels: bool
@@ -26,30 +28,30 @@ class Pretraining(Protocol):
 
     @property
     def target_window(self) -> TargetWindow:
-        """What stands behind the targets; it replaces the converter's rule, because the piece itself fills the row."""
+        """The window of the targets; it replaces the converter's, because a piece fills the row."""
         ...
 
     def lengths(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens of inputs and targets for pieces of i64[n] tokens.
+        """Returns the lengths of inputs and targets, i64[n] each, for pieces of i64[n] tokens.
 
-        Without `fixed_split` only their sum counts, and it is the largest one.
+        Without `fixed_split`, only their sum is meaningful; it is the maximum over all splits.
         """
         ...
 
     def widest(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the most tokens that inputs and that targets may get, each by itself."""
+        """Returns the maximum length of inputs and that of targets, i64[n] each, over all splits."""
         ...
 
     def split(
         self, piece: np.ndarray, key: np.ndarray, *, eos_id: int, sentinel_ids: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns inputs and targets, i32[...] each, of a piece i32[n] under a key of `counted.key`."""
+        """Returns inputs and targets of a piece i32[n], for a key from `counted.key`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM:
-    """Everything is target: language modelling from BOS on."""
+    """Language modelling: the whole piece is the target, conditioned on BOS."""
 
     needs_sentinels = False
     fixed_split = True
@@ -60,7 +62,7 @@ class CausalLM:
         return ExactTokens()
 
     def lengths(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns no inputs, and targets as long as the pieces."""
+        """Returns zeros and the lengths of the pieces."""
         return np.zeros_like(piece_lengths), piece_lengths
 
     def widest(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +79,7 @@ class CausalLM:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixSplit:
-    """Prefix LM (T5, `random_prefix_noise_mask`): inputs up to a point uniform over 1..n-1, then targets."""
+    """Prefix LM (T5, `random_prefix_noise_mask`): the split point is uniform over 1..n-1."""
 
     needs_sentinels = False
     fixed_split = False
@@ -88,18 +90,18 @@ class PrefixSplit:
         return ExactTokens()
 
     def lengths(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns lengths with the right sum; where the split falls differs from epoch to epoch."""
+        """Returns lengths with the right sum; the split point differs between epochs."""
         return np.zeros_like(piece_lengths), piece_lengths
 
     def widest(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns all tokens but one for either side; a piece of one token is a target."""
+        """Returns all tokens but one for each side; a piece of one token is all target."""
         most = np.maximum(piece_lengths - 1, 0)
         return most, np.maximum(most, np.minimum(piece_lengths, 1))
 
     def split(
         self, piece: np.ndarray, key: np.ndarray, *, eos_id: int, sentinel_ids: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the two parts of the piece; neither is empty when the piece has two tokens."""
+        """Returns the two parts of the piece; neither is empty if the piece has at least two tokens."""
         del eos_id, sentinel_ids
         point = 1 + int(counted.uniform(key, 1)[0] * (len(piece) - 1)) if len(piece) > 1 else 0
         return piece[:point], piece[point:]
@@ -107,15 +109,16 @@ class PrefixSplit:
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption:
-    """Span corruption as T5's code does it: spans of the text are replaced by sentinels and become the target.
+    """Span corruption as in T5's code: spans of the text are replaced by sentinels and become the target.
 
-    Counts are exact: round(density n) noise tokens in round(noise / mean) spans, both kinds of span by random
-    segmentation, a text span first. Targets are sentinel, span, sentinel, span, ..., EOS, without a last sentinel
-    (512 tokens of inputs with EOS come from pieces of 568 and make 114 target tokens with EOS).
+    Counts are exact: round(density n) noise tokens in round(noise / mean) spans. Noise spans and text spans alternate,
+    a text span first; the lengths of both are random segmentations. Targets are sentinel, span, sentinel, span, ...,
+    EOS, without a final sentinel. For example, a piece of 568 tokens gives 512 input tokens and 114 target tokens, EOS
+    included in both.
 
     Attributes:
-      noise_density: part of the tokens that is removed.
-      mean_span_length: mean length of a removed span.
+      noise_density: fraction of tokens to remove.
+      mean_span_length: mean length of a removed span, in tokens.
     """
 
     noise_density: float = 0.15
@@ -127,13 +130,13 @@ class SpanCorruption:
     def __post_init__(self):
         require(
             0 < self.noise_density < 1,
-            f"noise_density = {self.noise_density} is not between 0 and 1",
+            f"noise_density={self.noise_density}: must be in (0, 1)",
             where="SpanCorruption.noise_density",
             fix="T5 uses 0.15.",
         )
         require(
             self.mean_span_length >= 1,
-            f"mean_span_length = {self.mean_span_length} is below 1",
+            f"mean_span_length={self.mean_span_length}: must be >= 1",
             where="SpanCorruption.mean_span_length",
             fix="T5 uses 3.0.",
         )
@@ -144,16 +147,17 @@ class SpanCorruption:
         return ExactEos()
 
     def counts(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the noise tokens and the noise spans of pieces of i64[n] tokens."""
+        """Returns the number of noise tokens and of noise spans, i64[n] each, for pieces of i64[n] tokens."""
         lengths = np.asarray(piece_lengths, np.int64)
         noise = np.clip(np.round(lengths * self.noise_density).astype(np.int64), 1, np.maximum(lengths - 1, 1))
         spans = np.maximum(np.round(noise / self.mean_span_length).astype(np.int64), 1)
+        # Every noise span and every text span has at least one token.
         spans = np.minimum(spans, np.minimum(noise, lengths - noise))
         short = lengths < 2
         return np.where(short, 0, noise), np.where(short, 0, spans)
 
     def lengths(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the exact lengths, without EOS."""
+        """Returns the exact lengths, not counting EOS."""
         noise, spans = self.counts(piece_lengths)
         return piece_lengths - noise + spans, noise + spans
 
@@ -164,7 +168,7 @@ class SpanCorruption:
     def split(
         self, piece: np.ndarray, key: np.ndarray, *, eos_id: int, sentinel_ids: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the text with sentinels for spans, and the spans; an EOS at the end of the piece is left out."""
+        """Returns the text with sentinels in place of spans, and the spans; a final EOS of the piece is dropped."""
         if len(piece) and piece[-1] == eos_id:
             piece = piece[:-1]
         noise, spans = (int(count) for count in self.counts(np.asarray(len(piece))))
@@ -172,9 +176,9 @@ class SpanCorruption:
             return piece, piece[:0]
         if spans > len(sentinel_ids):
             raise ConfigError(
-                f"a piece of {len(piece)} tokens has {spans} noise spans, the vocabulary {len(sentinel_ids)} sentinels",
-                where="SpanCorruption",
-                fix="Materialise with a shorter chunk_length, or raise mean_span_length.",
+                f"a chunk of {len(piece)} tokens has {spans} noise spans, but there are {len(sentinel_ids)} sentinels",
+                where="SpanCorruption.mean_span_length",
+                fix="Increase it, or materialise with a smaller chunk_length.",
             )
         draws = counted.uniform(key, len(piece))
         noise_lengths = _segments(noise, spans, draws[: noise - 1])
@@ -192,14 +196,15 @@ class SpanCorruption:
 
 @dataclasses.dataclass(frozen=True)
 class RandomLength:
-    """Cuts a share of the pieces to a length uniform in 1..n, then does what `part` does (LLaDA, arXiv 2502.09992).
+    """Truncates a share of the pieces to a length uniform in 1..n, then applies `part` (LLaDA, arXiv 2502.09992).
 
-    LLaDA sets 1 % of its pretraining rows to a random length, so that the network meets short texts too. The released
-    code cuts a whole batch at a time; here each piece has its own draw, new in every epoch. What is cut off is lost.
+    LLaDA sets 1 % of its pretraining rows to a random length, so that the network also sees short texts. The released
+    code truncates a whole batch at a time; here each piece is drawn separately in every epoch. The rest of a truncated
+    piece is dropped.
 
     Attributes:
-      part: the transform of the piece that is left.
-      share: probability with which a piece is cut.
+      part: transform of the remaining piece.
+      share: probability of truncating a piece.
     """
 
     part: Pretraining = CausalLM()
@@ -208,21 +213,16 @@ class RandomLength:
     fixed_split = False
 
     def __post_init__(self):
-        require(
-            0 <= self.share <= 1,
-            f"share = {self.share} is not a probability",
-            where="RandomLength.share",
-            fix="LLaDA uses 0.01.",
-        )
+        check_probability(self.share, "RandomLength.share", fix="LLaDA uses 0.01.")
 
     @property
     def needs_sentinels(self) -> bool:
-        """Whether `part` does."""
+        """Whether `part` needs sentinels."""
         return self.part.needs_sentinels
 
     @property
     def target_window(self) -> TargetWindow:
-        """That of `part`."""
+        """The window of `part`."""
         return self.part.target_window
 
     def lengths(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -236,8 +236,8 @@ class RandomLength:
     def split(
         self, piece: np.ndarray, key: np.ndarray, *, eos_id: int, sentinel_ids: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what `part` makes of the piece or of its beginning."""
-        # A key of its own: `part` draws from the given one, and its split must not depend on whether a piece is cut.
+        """Returns the split of the piece, or of its beginning, by `part`."""
+        # Uses a key different from that of `part`, so that the split is independent of the truncation.
         chosen, length = counted.uniform(counted.key("random_length", int(key[0])), 2)
         if chosen < self.share:
             piece = piece[: 1 + int(length * len(piece))]
@@ -249,20 +249,20 @@ MODES = ("R", "S", "X")
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserMixture:
-    """UL2's mixture of denoisers (arXiv 2205.05131, section 3.1): each piece is split by one of the parts.
+    """UL2's mixture of denoisers (arXiv 2205.05131, section 3.1): each piece is split by one randomly chosen part.
 
     Regular denoising ("R": short spans, 15 %), sequential ("S": prefix LM) and extreme ("X": long spans or half of the
-    text). The inputs open with the token of the part's mode: the last sentinel of the vocabulary for "R", the last but
-    one for "S", the one before that for "X"; the release writes the strings [NLU], [S2S] and [NLG] there. Every target
-    ends with EOS.
+    text). The inputs begin with a mode token: the last sentinel of the vocabulary for "R", the second to last for "S",
+    the third to last for "X". The released models use the strings [NLU], [S2S] and [NLG] instead. Every target ends
+    with EOS.
 
     The defaults are the seven denoisers of the paper (Table 1), at 40 % R, 40 % X and 20 % S (section 4.5). S splits at
-    a uniform point, as T5's prefix LM and published code do; the paper's table has a quarter of the text as target.
+    a uniform point, as T5's prefix LM and published code do; in the paper's table a quarter of the text is the target.
 
     Attributes:
       parts: the denoisers.
-      shares: the probability of each, up to a common factor.
-      modes: "R", "S" or "X" for each, whose token it gets.
+      shares: probability of each, up to a common factor.
+      modes: mode token of each: "R", "S" or "X".
     """
 
     parts: tuple[Pretraining, ...] = (
@@ -285,50 +285,45 @@ class DenoiserMixture:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         require(
             len(self.parts) == len(self.shares) == len(self.modes),
-            f"{len(self.parts)} parts, {len(self.shares)} shares and {len(self.modes)} modes do not make a mixture",
+            f"{len(self.parts)} parts, {len(self.shares)} shares, {len(self.modes)} modes: must be equally many",
             where="DenoiserMixture.parts",
-            fix="Give every part one share and one mode.",
+            fix="Give one share and one mode per part.",
         )
         require(
             all(share >= 0 for share in self.shares) and sum(self.shares) > 0,
-            f"shares = {self.shares}: no part can be drawn, or one has a negative share",
+            f"shares={self.shares}: must be >= 0 with a positive sum",
             where="DenoiserMixture.shares",
-            fix="Give shares >= 0 with a positive sum.",
+            fix="Give one probability per part, up to a common factor.",
         )
         for mode in self.modes:
-            require(
-                mode in MODES,
-                f"there is no mode {mode!r}",
-                where="DenoiserMixture.modes",
-                fix=f"Choose one of {', '.join(MODES)}.",
-            )
+            check_choice(mode, MODES, "DenoiserMixture.modes")
 
     @property
     def target_window(self) -> TargetWindow:
-        """The targets, then EOS, whatever the part."""
+        """The targets, then EOS, for every part."""
         return ExactEos()
 
     def lengths(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns those of the part that needs most, mode token included."""
+        """Returns the lengths of the part with the largest sum, including the mode token."""
         inputs, targets = (np.stack(side) for side in zip(*self._of_parts("lengths", piece_lengths), strict=True))
         most = np.argmax(inputs + targets, axis=0)[None]
         inputs, targets = (np.take_along_axis(side, most, axis=0)[0] for side in (inputs, targets))
         return inputs + 1, targets
 
     def widest(self, piece_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the most tokens of either side over the parts, mode token included."""
+        """Returns the maximum length of each side over the parts, including the mode token."""
         inputs, targets = zip(*self._of_parts("widest", piece_lengths), strict=True)
         return np.max(inputs, axis=0) + 1, np.max(targets, axis=0)
 
     def split(
         self, piece: np.ndarray, key: np.ndarray, *, eos_id: int, sentinel_ids: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the mode's token and what the drawn part makes of the piece, without an EOS at its end."""
+        """Returns [mode token, inputs] and targets of a randomly chosen part; a final EOS of the piece is dropped."""
         require(
             len(sentinel_ids) > len(MODES),
-            f"{len(sentinel_ids)} sentinels leave none for spans after {len(MODES)} mode tokens",
+            f"{len(sentinel_ids)} sentinels in the vocabulary: need more than {len(MODES)}, one for each mode",
             where="DenoiserMixture",
-            fix="Build the vocabulary with more extra ids.",
+            fix="Use a vocabulary with more extra ids.",
         )
         if len(piece) and piece[-1] == eos_id:
             piece = piece[:-1]
@@ -345,6 +340,6 @@ class DenoiserMixture:
 
 
 def _segments(items: int, segments: int, draws: np.ndarray) -> np.ndarray:
-    """Returns i64[segments] positive lengths that sum to `items`, uniform over all ways; `draws` is f64[items - 1]."""
+    """Returns i64[segments], positive and with sum `items`, uniform over all such; `draws` is f64[items - 1]."""
     cuts = np.sort(np.argsort(draws)[: segments - 1]) + 1
     return np.diff(np.concatenate([[0], cuts, [items]]))

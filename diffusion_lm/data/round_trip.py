@@ -1,40 +1,40 @@
-"""What a vocabulary cannot write: characters of a text that are not in decode(encode(text)).
+"""Finds what a vocabulary cannot encode: characters of a text that are missing from decode(encode(text)).
 
-A vocabulary without bytes turns a character that it lacks into UNK, or drops it; models with T5's normalisation turn
-line breaks into spaces. A target that is stored so can never be generated right, and nothing later shows why.
+A vocabulary without byte fallback maps unknown characters to UNK or drops them, and T5's normalisation maps line breaks
+to spaces. A model can never generate such a target correctly, and no later metric shows why.
 
-What a tokenizer's own normalisation changes (case, compatibility characters, repeated spaces) is no loss. Line breaks,
-tabs and the indentation of lines are, since code and lists mean something else without them.
+Changes made by the normalisation of the tokenizer (case, compatibility characters, repeated spaces) do not count as
+losses. Line breaks, tabs and indentation do, because code and lists depend on them.
 """
 
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.data.schema import LossSummary
 from diffusion_lm.data.vocabulary import Vocabulary
 
 EARLY = 1000
-"""Targets after which a vocabulary that fails is refused, so that a large data set is not read to its end first."""
+"""Number of targets after which `Losses` checks for the first time, before a large data set has been read."""
 
 _LISTED = 12
 _NAMES = {"\n": "newline", "\t": "tab"}
 
 
 def unwritten(vocabulary: Vocabulary, text: str, tokens: Sequence[int] | None = None) -> Counter[str]:
-    """Returns how many of each character are lost; "indentation" counts lines, "unknown" unnamed UNK tokens.
+    """Returns how often each character is lost. "indentation" counts lines, "unknown" counts other UNK tokens.
 
     Args:
-      vocabulary: writes the text.
-      text: what should come back.
-      tokens: `text` as it was encoded, where that is known; saves encoding it again.
+      vocabulary: the vocabulary to check.
+      text: the original text.
+      tokens: the encoded `text`, if known; saves encoding it again.
     """
     wanted = text.strip()
     if tokens is not None and vocabulary.decode(tokens).strip() == wanted:
         return Counter()
     tokens = vocabulary.encode(text)
-    # UNK is spelt " ⁇ " by some libraries and left out by others: without it only real characters are compared.
+    # Some libraries decode UNK to " ⁇ " and others drop it, so it is removed before the comparison.
     decoded = vocabulary.decode([token for token in tokens if token != vocabulary.unk_id]).strip()
     if decoded == wanted:
         return Counter()
@@ -58,7 +58,7 @@ def _indent(line: str) -> int:
 
 
 def characters(lost: Mapping[str, int]) -> str:
-    """Returns lost characters for a sentence, the most frequent first: `newline 3, '{' 1`."""
+    """Formats lost characters for messages, the most frequent first: `newline 3, '{' 1`."""
     ordered = sorted(lost.items(), key=lambda item: -item[1])
     shown = [f"{_NAMES.get(one, one if len(one) > 1 else repr(one))} {count:,}" for one, count in ordered[:_LISTED]]
     return ", ".join(shown) + (f" and {len(ordered) - _LISTED} others" if len(ordered) > _LISTED else "")
@@ -74,29 +74,29 @@ class _Part:
 
     def sentence(self, part: str, name: str) -> str:
         return (
-            f"the vocabulary cannot write {self.count:,} of {self.of:,} {part}{name} whole: "
+            f"the vocabulary cannot encode all characters of {self.count:,} of {self.of:,} {part}{name}: "
             f"{characters(self.characters)}; first in {self.first}"
         )
 
 
 class Losses:
-    """Counts what a vocabulary loses of a data set while it is written.
+    """Counts the texts of a data set that a vocabulary cannot encode, while the data set is written.
 
     Args:
-      vocabulary: writes the texts.
-      name: "TASK/SPLIT".
-      most: share of the targets that may be lossy.
+      vocabulary: the vocabulary to check.
+      name: "TASK/SPLIT", for messages.
+      max_share: fraction of targets that may be lossy.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, name: str, most: float):
-        self._vocabulary, self._name, self._most = vocabulary, name, most
+    def __init__(self, vocabulary: Vocabulary, *, name: str, max_share: float):
+        self._vocabulary, self._name, self._max_share = vocabulary, name, max_share
         self._parts: dict[str, _Part] = {}
 
     def add(self, part: str, number: int, text: str, tokens: Sequence[int] | None = None) -> None:
-        """Looks at "inputs", "targets" or "suffixes" of example `number`.
+        """Counts one text, the part "inputs", "targets" or "suffixes" of example `number`.
 
         Raises:
-          ConfigError: the first `EARLY` targets are lossy beyond the share.
+          ConfigError: too many of the first `EARLY` targets are lossy.
         """
         found = self._parts.setdefault(part, _Part())
         lost = unwritten(self._vocabulary, text, tokens)
@@ -111,17 +111,17 @@ class Losses:
             self.check()
 
     def check(self) -> None:
-        """Raises `ConfigError` where more of the targets are lossy than may be."""
+        """Raises `ConfigError` if more than `max_share` of the targets are lossy."""
         found = self._parts.get("targets", _Part())
-        if found.count > self._most * found.of:
+        if found.count > self._max_share * found.of:
             raise ConfigError(
                 found.sentence("targets", f" of {self._name}"),
-                where=f"GrainSource.max_lossy = {self._most:g}, --max_lossy",
-                fix="Use a vocabulary that writes them, or allow a larger share (1 = all).",
+                where=f"GrainSource.max_lossy={self._max_share:g}, --max_lossy",
+                fix="Use a vocabulary that can encode them, or increase max_lossy (1 = allow all).",
             )
 
-    def summary(self) -> dict[str, Any]:
-        """Returns what the manifest keeps: for each part with a loss its count, of how many, and the characters."""
+    def summary(self) -> dict[str, LossSummary]:
+        """Returns the losses of each part that has any, for `Manifest.unwritten`."""
         return {
             part: {
                 "count": found.count,
@@ -135,17 +135,18 @@ class Losses:
 
     @property
     def empty_targets(self) -> int:
-        """Targets without text: questions without an answer."""
+        """Number of targets without text, such as unanswerable questions."""
         return self._parts.get("targets", _Part()).empty
 
     def sentences(self) -> list[str]:
-        """Returns a sentence for each part with a loss."""
+        """Returns one message for each part with losses."""
         return loss_sentences(self._name, self.summary())
 
 
-def loss_sentences(name: str, summary: Mapping[str, Any]) -> list[str]:
-    """Returns a sentence for each part of a summary that a manifest keeps."""
-    return [
-        f"{name}: {_Part(**{**found, 'characters': Counter(found['characters'])}).sentence(part, '')}"
-        for part, found in summary.items()
-    ]
+def loss_sentences(name: str, summary: Mapping[str, LossSummary]) -> list[str]:
+    """Returns one message for each part of `Manifest.unwritten`; `name` is "TASK/SPLIT"."""
+    parts = {
+        part: _Part(count=one["count"], of=one["of"], characters=Counter(one["characters"]), first=one["first"])
+        for part, one in summary.items()
+    }
+    return [f"{name}: {lossy.sentence(part, '')}" for part, lossy in parts.items()]

@@ -1,17 +1,18 @@
-"""Writing examples into the arrays of a batch: what the converters share."""
+"""Writes examples to the arrays of a batch; shared by the converters."""
 
 from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from diffusion_lm.core.special import SpecialTokens
 from diffusion_lm.core.types import Batch, EncoderInputs
 from diffusion_lm.data.store import check_tokens
 
 
-def _full(shape: tuple[int, int], value: int, dtype: Any) -> Any:
-    """A numpy array where the types say jax.Array: batches cross to the device as they are."""
+def _full(shape: tuple[int, int], value: int, dtype: DTypeLike) -> Any:
+    """Returns a NumPy array. Typed `Any`, because the fields of `Batch` are declared as `jax.Array`."""
     return np.full(shape, value, dtype)
 
 
@@ -51,16 +52,16 @@ def write_example(
     weights: np.ndarray,
     suffix: np.ndarray,
 ) -> int:
-    """Writes [BOS, inputs, window, suffix] at slot `start` of row `b`; returns the slot behind it."""
+    """Writes [BOS, inputs, window, suffix] from slot `start` of row `b` on; returns the next free slot."""
     first = start + 1 + len(inputs)
-    behind = first + len(tokens)
-    end = behind + len(suffix)
+    window_end = first + len(tokens)
+    end = window_end + len(suffix)
     batch.tokens[b, start] = bos_id
     batch.tokens[b, start + 1 : first] = inputs
-    batch.tokens[b, first:behind] = tokens
-    batch.tokens[b, behind:end] = suffix
-    batch.target_mask[b, first:behind] = True
-    batch.loss_weights[b, first:behind] = weights
+    batch.tokens[b, first:window_end] = tokens
+    batch.tokens[b, window_end:end] = suffix
+    batch.target_mask[b, first:window_end] = True
+    batch.loss_weights[b, first:window_end] = weights
     batch.segment_ids[b, start:end] = segment
     batch.positions[b, start:end] = np.arange(end - start)
     batch.example_ids[b, start:end] = example_id
@@ -70,7 +71,7 @@ def write_example(
 def write_inputs(
     encoder: EncoderInputs, b: int, start: int, segment: int, inputs: np.ndarray, specials: SpecialTokens
 ) -> int:
-    """Writes [inputs, EOS] at slot `start` of row `b`; returns the slot behind it."""
+    """Writes [inputs, EOS] from slot `start` of row `b` on; returns the next free slot."""
     end = start + len(inputs) + 1
     encoder.tokens[b, start : end - 1] = inputs
     encoder.tokens[b, end - 1] = specials.eos_id
@@ -82,24 +83,24 @@ def write_inputs(
 def write_prompt(
     batch: Batch, b: int, example_id: int, specials: SpecialTokens, inputs: np.ndarray, window: int, suffix: np.ndarray
 ) -> None:
-    """Writes [BOS, inputs, PAD ..., suffix] into row `b`; nothing is scored."""
+    """Writes [BOS, inputs, PAD ..., suffix] to row `b`, with loss weight 0 everywhere."""
     filler, unscored = np.full(window, specials.pad_id, np.int32), np.zeros(window, np.float32)
     write_example(batch, b, 0, 1, example_id, specials.bos_id, inputs, filler, unscored, suffix)
 
 
 def checked(batch: Batch, specials: SpecialTokens) -> Batch:
-    """Returns the batch; raises `ConfigError` for MASK or an id outside the vocabulary in it (trap T35)."""
+    """Returns the batch; raises `ConfigError` if it contains MASK or an id outside the vocabulary (trap T35)."""
     check_tokens(np.asarray(batch.tokens), specials, "a batch")
     if batch.encoder is not None:
         check_tokens(np.asarray(batch.encoder.tokens), specials, "a batch")
     return batch
 
 
-def strata(segment_ids: Any, first_row: int, batch_size: int) -> Any:
-    """Returns `Batch.strata` for rows `first_row`, ... of a global batch of `batch_size` rows.
+def strata(segment_ids: jax.Array, first_row: int, batch_size: int) -> Any:
+    """Returns `Batch.strata`, f32[B,T], for rows `first_row`, ... of a global batch of `batch_size` rows.
 
-    The examples of one number inside their rows are spread evenly over [0, 1); those that share a row are set apart by
-    the golden ratio, which keeps any number of them spread.
+    The k-th examples of all rows are spread evenly over [0, 1). Successive examples of a packed row are offset by the
+    golden ratio, so that any number of them stays spread out.
     """
     rows = (first_row + np.arange(len(segment_ids), dtype=np.float64)[:, None]) / batch_size
     places = rows + (np.maximum(segment_ids, 1) - 1) * ((5**0.5 - 1) / 2)
@@ -109,7 +110,7 @@ def strata(segment_ids: Any, first_row: int, batch_size: int) -> Any:
 def abstract_batch(batch_size: int, length: int, encoder_length: int | None, specials: SpecialTokens) -> Batch:
     """Returns the shapes and dtypes of a batch."""
 
-    def shaped(dtype: Any, width: int = length) -> Any:
+    def shaped(dtype: DTypeLike, width: int = length) -> Any:
         return jax.ShapeDtypeStruct((batch_size, width), dtype)
 
     encoder = None

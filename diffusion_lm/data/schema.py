@@ -1,9 +1,9 @@
-"""What a materialised dataset consists of: records, and one manifest that says how to read them."""
+"""The two formats of a materialised dataset: records of tokens, and one manifest per split."""
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import msgpack
 import numpy as np
@@ -12,22 +12,22 @@ from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.core.special import SpecialTokens
 
 FORMAT_VERSION = 1
-"""Raised when a reader of the old version would misread files of the new one."""
+"""Incremented when a reader of the previous version would misread new files."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """One example as it is stored: tokens without BOS, EOS and padding, which are the converters' business.
+    """One stored example: tokens without BOS, EOS and padding, which the converters add.
 
     Attributes:
       inputs: i32[inputs_length], the conditioning; empty for pretraining records.
-      targets: i32[targets_length]. The last piece of a pretraining document ends with EOS, because there the end is
-        part of the text.
+      targets: i32[targets_length]. The last chunk of a pretraining document ends with EOS, because the end of a
+        document is part of its text.
       example_id: u32, stable id of the example: `example_number(f"{task}/{split}/{index}")`.
       inputs_text: the text of `inputs` before tokenisation.
       targets_text: the text of `targets` before tokenisation.
-      reference: what the task's metrics compare a prediction with; any JSON value.
-      suffix: i32[suffix_length], conditioning that stands behind the target: the target fills a gap.
+      reference: what the task's metrics compare a prediction with; a JSON value.
+      suffix: i32[suffix_length], conditioning after the target (infilling); usually empty.
     """
 
     inputs: np.ndarray
@@ -50,7 +50,7 @@ class Record:
         return self.example_id
 
     def encode(self) -> bytes:
-        """Returns the record as msgpack bytes; tokens are little-endian i32. A suffix is written where there is one."""
+        """Returns the record as msgpack bytes; tokens are little-endian i32, and an empty suffix is left out."""
         return msgpack.packb(
             (
                 self.inputs.astype("<i4").tobytes(),
@@ -65,7 +65,7 @@ class Record:
 
     @classmethod
     def decode(cls, data: bytes) -> "Record":
-        """Returns the record of `encode`'s bytes. Sequences inside `reference` come back as lists, as in JSON."""
+        """Inverse of `encode`. Sequences inside `reference` become lists, as in JSON."""
         inputs, targets, example_id, inputs_text, targets_text, reference, *rest = msgpack.unpackb(data)
         return cls(
             np.frombuffer(inputs, "<i4"),
@@ -78,35 +78,52 @@ class Record:
         )
 
 
+class LossSummary(TypedDict):
+    """Texts of one part (inputs, targets, suffixes) that the vocabulary cannot encode without loss.
+
+    Attributes:
+      count: number of lossy texts.
+      of: number of texts.
+      characters: how often each of the most frequent lost characters occurs.
+      first: number and beginning of the first lossy text, for messages.
+    """
+
+    count: int
+    of: int
+    characters: Mapping[str, int]
+    first: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """`manifest.json` of one split of one task.
+
+    `empty_targets`, `unwritten`, `modules` and `code_sha256` describe how the data were made, not what they are.
+    Comparisons of manifests and of run cards ignore them.
 
     Attributes:
       task: name of the SeqIO task.
       split: name of its split.
       specials: the special tokens of the vocabulary.
       count: number of records.
-      vocabulary: file name of the vocabulary (`Vocabulary.model`) beside the manifest; empty where none was stored.
-      vocabulary_sha256: hash of that file (or any name of the vocabulary where none was stored); sources are mixed
-        only when these agree.
+      vocabulary: file name of the vocabulary (`Vocabulary.model`) next to the manifest; empty if none is stored.
+      vocabulary_sha256: hash of that file (or any name of the vocabulary if none is stored); only sources with equal
+        hashes can be mixed.
       metrics: the task's metric functions as import paths, `"module:function"`.
       has_inputs: False for pretraining records, which have targets only.
       max_inputs_length: longest `inputs`, in tokens.
       max_targets_length: longest `targets`, in tokens.
       max_suffix_length: longest `suffix`, in tokens.
       target_tokens: sum of the lengths of all `targets`.
-      chunk_length: longest piece into which documents were cut, or None where they were left whole.
-      limit: the number of records asked for, or None for all.
-      empty_targets: number of targets without text, such as those of questions without an answer.
-      unwritten: what the vocabulary could not write, by part (`round_trip.Losses.summary`); empty where it wrote all,
-        and in data from before it was counted.
+      chunk_length: longest chunk, in tokens, that documents were split into; None if they were left whole.
+      limit: the number of records that was requested, or None for all.
+      empty_targets: number of targets without text, such as those of unanswerable questions.
+      unwritten: texts that the vocabulary cannot encode, by part (`round_trip.Losses.summary`); empty if there are
+        none, and in data written before they were counted.
       shards: file names of the ArrayRecord shards, in order.
       modules: the modules that were imported to register the task.
-      code_sha256: hash of their code (`materialise.code_digest`), by which stale data are told. How the data came to be
-        is no part of what they are: manifests and run cards are compared without these two, and without what only
-        describes the records (`empty_targets`, `unwritten`).
-      format_version: version of this layout.
+      code_sha256: hash of their code (`materialise.code_digest`), used to detect stale data.
+      format_version: `FORMAT_VERSION` of the writer.
     """
 
     task: str
@@ -124,7 +141,7 @@ class Manifest:
     chunk_length: int | None = None
     limit: int | None = None
     empty_targets: int = dataclasses.field(default=0, compare=False)
-    unwritten: Mapping[str, object] = dataclasses.field(default_factory=dict, compare=False)
+    unwritten: Mapping[str, LossSummary] = dataclasses.field(default_factory=dict, compare=False)
     shards: tuple[str, ...] = ()
     modules: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     code_sha256: str = dataclasses.field(default="", compare=False)
@@ -141,19 +158,21 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str = "manifest.json") -> "Manifest":
-        """Returns the manifest of `to_json`'s text.
+        """Inverse of `to_json`; `where` names the file in errors.
 
         Raises:
-          ConfigError: the text is no manifest, or one of another format version.
+          ConfigError: the text is not a manifest, or has another format version.
         """
-        again = "Delete the folder and materialise the task again."
+        again = "Delete the directory and materialise the task again."
         try:
             fields: Mapping[str, Any] = json.loads(text)
             version = fields["format_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError("the manifest of a dataset is unreadable", where=where, fix=again) from error
+            raise ConfigError("cannot read the manifest of a dataset", where=where, fix=again) from error
         if version != FORMAT_VERSION:
             raise ConfigError(
-                f"the dataset has format version {version}, this program reads {FORMAT_VERSION}", where=where, fix=again
+                f"format_version={version}: must be {FORMAT_VERSION}",
+                where=where,
+                fix=again,
             )
         return cls(**{**fields, "specials": SpecialTokens(**fields["specials"])})

@@ -1,4 +1,4 @@
-"""Reading SeqIO tasks: needs TensorFlow, so that it is imported only to materialise."""
+"""Reads SeqIO tasks. Needs TensorFlow, so only `materialise` imports this module."""
 
 import importlib
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from diffusion_lm.data.seqio_vocabulary import LazyVocabulary
 from diffusion_lm.data.vocabulary import Vocabulary
 
 _BATCH = 512
-"""Examples that TensorFlow hands over at a time."""
+"""Number of examples converted from TensorFlow to NumPy at a time."""
 
 
 def get_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
-    """Returns a registered SeqIO task, after importing the `modules` that register tasks.
+    """Imports `modules`, which register tasks, and returns the SeqIO task `name`.
 
     Raises:
       ConfigError: a module cannot be imported, or no task has that name.
@@ -29,19 +29,21 @@ def get_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"cannot import {module!r}, which should register tasks ({error})", fix="Install it or mend its name."
+                f"cannot import {module!r}, which should register tasks: {error}",
+                where="--module",
+                fix="Install it or correct its name.",
             ) from error
     if name not in seqio.TaskRegistry.names():
         imported = ", ".join(modules) or "none"
         raise ConfigError(
-            f"no task is called {name!r}{near_names(name, seqio.TaskRegistry.names())}",
-            fix=f"Name the module that registers it with --module (imported: {imported}).",
+            f"unknown task {name!r}{near_names(name, seqio.TaskRegistry.names())}",
+            fix=f"Pass the module that registers it with --module (imported: {imported}).",
         )
     return seqio.TaskRegistry.get(name)
 
 
 def task_vocabulary(task: seqio.Task) -> Vocabulary:
-    """Returns the vocabulary of a task's targets, which its inputs must share; SeqIO's extra ids are kept."""
+    """Returns the vocabulary of a task's inputs and targets, including the extra ids of SeqIO."""
     targets = task.output_features["targets"].vocabulary
     inputs = task.output_features.get("inputs", task.output_features["targets"]).vocabulary
     if inputs == targets:
@@ -50,8 +52,8 @@ def task_vocabulary(task: seqio.Task) -> Vocabulary:
         if isinstance(targets, seqio.SentencePieceVocabulary):
             return Vocabulary(targets.sp_model)
     raise ConfigError(
-        f"task {task.name!r} must use one vocabulary for its inputs and targets, whose files are known",
-        fix="Give both features the same LazyVocabulary or seqio.SentencePieceVocabulary.",
+        f"task {task.name!r} must use one LazyVocabulary or seqio.SentencePieceVocabulary for its inputs and targets",
+        fix="Pass the same vocabulary object to both features.",
     )
 
 
@@ -63,7 +65,7 @@ def metric_paths(task: seqio.Task) -> tuple[str, ...]:
         if not name.isidentifier():
             raise ConfigError(
                 f"metric {metric!r} of task {task.name!r} cannot be imported by name",
-                fix="Use a plain function of a module: no lambda, no partial, no method.",
+                fix="Use a module-level function, not a lambda, partial or method.",
             )
         paths.append(f"{metric.__module__}:{name}")
     return tuple(paths)
@@ -79,21 +81,21 @@ def task_records(
 ) -> Iterator[Record]:
     """Yields the records of one split in the task's own order, unshuffled.
 
-    An EOS that the task's preprocessors appended is removed; converters put it back where it belongs. Targets of tasks
-    without inputs are documents: each one ends with EOS and is cut into pieces of at most `chunk_length` tokens. A
-    feature `suffix` is the text after the target. `losses` counts what the vocabulary cannot write of the texts
-    that the task keeps with its tokens (`*_pretokenized`).
+    An EOS appended by the task's preprocessors is removed, because the converters add it. Targets of tasks without
+    inputs are documents: each ends with EOS and is split into chunks of at most `chunk_length` tokens. A feature
+    `suffix` is the text after the target. `losses` counts the characters that the vocabulary cannot encode, in the
+    texts that the task keeps next to its tokens (`*_pretokenized`).
 
     Raises:
-      ConfigError: the task has no such split, its preprocessors make no feature `targets`, or `losses` refuses them.
+      ConfigError: the task has no such split or no feature `targets`, or `losses` finds too many lossy targets.
     """
     if split not in task.splits:
         raise ConfigError(
             f"task {task.name!r} has no split {split!r}{near_names(split, task.splits)}",
-            fix=f"Its splits are {', '.join(task.splits)}.",
+            fix=f"Use one of {', '.join(task.splits)}.",
         )
     if "targets" not in task.output_features:
-        raise ConfigError(f"task {task.name!r} makes no `targets`", fix="Name its output features inputs and targets.")
+        raise ConfigError(f"task {task.name!r} has no feature `targets`", fix="Name its features inputs and targets.")
     has_inputs = "inputs" in task.output_features
     eos_id = vocabulary.specials.eos_id
     index = 0
@@ -132,10 +134,10 @@ def task_records(
 
 
 def _examples(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Yields the examples of a `tf.data.Dataset` as NumPy values, as its own iterator does, in two thirds of the time.
+    """Yields the examples of a `tf.data.Dataset` as NumPy values, in two thirds of the time of `as_numpy_iterator`.
 
-    TensorFlow takes about as long to hand over one example as a batch of them. What cannot be batched without padding
-    (features of unknown or higher rank) is handed over one by one.
+    TensorFlow takes about as long to convert one example as a batch, so ragged batches are converted and split here.
+    Features of unknown or higher rank cannot be batched without padding; they are converted one by one.
     """
     ranks = [getattr(getattr(spec, "shape", None), "rank", None) for spec in dataset.element_spec.values()]
     if any(rank is None or rank > 1 for rank in ranks):
@@ -155,12 +157,12 @@ def _without_eos(tokens: np.ndarray, eos_id: int) -> np.ndarray:
 
 
 def _text(text: Any, tokens: np.ndarray, vocabulary: Vocabulary) -> str:
-    """The text that the task kept beside the tokens, or else the tokens decoded."""
+    """Returns the text that the task kept next to the tokens, or else the decoded tokens."""
     return _json(text) if isinstance(text, bytes | str) else vocabulary.decode(tokens)
 
 
 def _json(value: Any) -> Any:
-    """Turns what a postprocessor returned (bytes, arrays, tuples) into JSON values."""
+    """Converts the output of a postprocessor (bytes, arrays, tuples) to JSON values."""
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     if isinstance(value, np.ndarray | np.generic):

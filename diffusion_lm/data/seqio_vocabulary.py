@@ -1,4 +1,4 @@
-"""Our vocabularies as SeqIO's: what a task's features name. Needs TensorFlow."""
+"""A SeqIO vocabulary for the features of a task, backed by `Vocabulary`. Needs TensorFlow."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -11,12 +11,12 @@ from diffusion_lm.data.vocabulary import Vocabulary
 
 
 class LazyVocabulary(seqio.Vocabulary):
-    """A vocabulary that is located, or trained, when a task first uses it, never when the task is registered.
+    """Loads a vocabulary when a task first uses it, not when the task is registered.
 
-    Two of them are equal when they are loaded by the same function.
+    Two objects are equal if they have the same `load` function.
 
     Args:
-      load: returns the vocabulary; called once.
+      load: finds or trains the vocabulary; called once.
     """
 
     def __init__(self, load: Callable[[], Vocabulary]):
@@ -25,27 +25,27 @@ class LazyVocabulary(seqio.Vocabulary):
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary; this is where it is loaded."""
+        """The vocabulary, loaded on first access."""
         return self._load()
 
     @property
     def bos_id(self) -> int:
-        """Id that opens a stream."""
+        """Id of BOS."""
         return self.vocabulary.specials.bos_id
 
     @property
     def eos_id(self) -> int:
-        """Id that ends a text."""
+        """Id of EOS."""
         return self.vocabulary.specials.eos_id
 
     @property
     def pad_id(self) -> int:
-        """Id of the filler; not always 0, as SeqIO's own vocabularies have it."""
+        """Id of PAD; unlike in SeqIO's own vocabularies it need not be 0."""
         return self.vocabulary.specials.pad_id
 
     @property
     def unk_id(self) -> int | None:
-        """Id of what cannot be spelt; None where everything can."""
+        """Id of UNK; None if every text can be encoded."""
         return self.vocabulary.unk_id
 
     @property
@@ -59,10 +59,10 @@ class LazyVocabulary(seqio.Vocabulary):
         return self.vocabulary.decode(ids)
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        """Returns the i32[n] ids of one text; bytes that are no UTF-8 are read as U+FFFD."""
+        """Returns the ids i32[n] of one text; bytes that are not UTF-8 are read as U+FFFD."""
 
         def encode(text: bytes | np.ndarray) -> np.ndarray:
-            plain = np.asarray(text, object).item()  # bytes inside of a graph, an array of no dimensions outside
+            plain = np.asarray(text, object).item()  # bytes in graph mode, a 0-d array in eager mode
             return np.asarray(self.vocabulary.encode(plain.decode("utf-8", errors="replace")), np.int32)
 
         tokens = tf.numpy_function(encode, [s], tf.int32, stateful=False)
@@ -70,7 +70,7 @@ class LazyVocabulary(seqio.Vocabulary):
         return tokens
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        """Returns the texts of ids [..., n], a string tensor [...]."""
+        """Returns a string tensor [...] for ids [..., n]."""
 
         def decode(rows: np.ndarray) -> np.ndarray:
             texts = [self.vocabulary.decode(row).encode() for row in rows.reshape(-1, rows.shape[-1])]

@@ -1,7 +1,7 @@
-"""The folder of one materialised split: `ROOT/<task>/<split>/` with manifest.json, lengths.npy and ArrayRecord shards.
+"""The directory of one materialised split: `ROOT/<task>/<split>/` with manifest.json, lengths.npy, ArrayRecord shards.
 
-A split appears under its name only when it is complete. It is written to `<split>.partial` beside it, shard by shard,
-and a writer that was killed goes on after its last complete shard.
+A split is written shard by shard to `<split>.partial` and renamed when it is complete. A writer that was killed resumes
+after its last complete shard.
 """
 
 import dataclasses
@@ -31,33 +31,33 @@ PathLike = str | os.PathLike[str]
 
 
 def default_root() -> Path:
-    """Returns where datasets live: `$DIFFUSION_LM_CACHE/data`, or `~/.cache/diffusion_lm/data`."""
+    """Returns the default root of datasets: `$DIFFUSION_LM_CACHE/data`, or `~/.cache/diffusion_lm/data`."""
     cache = os.environ.get("DIFFUSION_LM_CACHE")
     return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "diffusion_lm") / "data"
 
 
 def split_folder(task: str, split: str, root: PathLike | None = None) -> Path:
-    """Returns the folder of one split of one task under `root` (default `default_root()`)."""
+    """Returns the directory of one split of one task under `root` (default `default_root()`)."""
     return (as_path(root) if root else default_root()) / task / split
 
 
 def read_manifest(folder: PathLike) -> Manifest | None:
-    """Returns the manifest of a materialised split, or None where the folder holds none."""
+    """Returns the manifest of a materialised split, or None if the directory has none."""
     path = as_path(folder) / MANIFEST
     return Manifest.from_json(read_text(path), where=str(path)) if path.is_file() else None
 
 
 def check_tokens(tokens: np.ndarray, specials: SpecialTokens, name: str) -> None:
-    """Raises `ConfigError` where `tokens` holds MASK or an id outside the vocabulary (trap T35)."""
+    """Raises `ConfigError` if `tokens` contains MASK or an id outside the vocabulary (trap T35)."""
     if specials.mask_id is not None and (tokens == specials.mask_id).any():
         raise ConfigError(
-            f"{name} contains the MASK token {specials.mask_id} as data: masked diffusion could not tell it from noise",
-            fix="Remove the mask symbol from the text in the task's preprocessors, or give the vocabulary another one.",
+            f"{name} contains the MASK token {specials.mask_id} as data, so it cannot be distinguished from noise",
+            fix="Remove the mask symbol in the task's preprocessors, or use a vocabulary with another MASK.",
         )
     if tokens.size and not (int(tokens.min()) >= 0 and int(tokens.max()) < specials.vocab_size):
         raise ConfigError(
             f"{name} contains a token outside the vocabulary of {specials.vocab_size} tokens",
-            fix="Materialise the task again with the vocabulary that the manifest names.",
+            fix="Materialise the task again with the vocabulary that its manifest names.",
         )
 
 
@@ -70,46 +70,44 @@ def write_records(
     records_per_shard: int = RECORDS_PER_SHARD,
     finish: Callable[[Manifest], Manifest] | None = None,
 ) -> Manifest:
-    """Writes one split into the folder `path` and returns its manifest with counts, lengths and shards filled in.
+    """Writes one split to the directory `path` and returns its manifest with counts, lengths and shards filled in.
 
     Args:
-      path: folder of the split, as `split_folder` names it; it must not hold a manifest yet.
-      records: the records in order. After an interruption the same iterable in the same order must be given again.
-      manifest: task, split, specials, metrics and options; what depends on the records is computed here.
-      vocabulary: stored beside the records when given; its specials must be the manifest's.
+      path: directory of the split, from `split_folder`; it must not have a manifest yet.
+      records: the records in order. To resume, pass the same records in the same order again.
+      manifest: task, split, specials, metrics and options; the fields that depend on the records are filled in here.
+      vocabulary: stored next to the records; its special tokens must equal those of the manifest.
       records_per_shard: records in each ArrayRecord file.
-      finish: completes the manifest when all records are written, or raises: then no folder appears.
+      finish: completes the manifest after the last record; if it raises, the split is not created.
 
     Raises:
-      ConfigError: the folder is already complete, a record holds MASK or an id outside the vocabulary, or there is no
-        record at all.
+      ConfigError: the directory is already complete, a record contains MASK or an id outside the vocabulary, or there
+        are no records.
     """
     require(
         not is_bucket(path),
-        f"datasets are not written straight into a bucket ({path})",
+        f"{path}: datasets cannot be written directly to a bucket",
         where="root",
-        fix="Write it to a folder and copy that: gcloud storage cp --recursive FOLDER gs://BUCKET/...",
+        fix="Write to a local directory and copy it: gcloud storage cp --recursive DIR gs://BUCKET/...",
     )
     folder = Path(path)
     if vocabulary is not None:
         require(
             vocabulary.specials == manifest.specials,
-            f"the manifest of {manifest.task!r} names special tokens that its vocabulary does not have",
-            fix="Use Vocabulary.specials.",
+            f"the special tokens in the manifest of {manifest.task!r} are not those of its vocabulary",
+            fix="Pass Vocabulary.specials.",
         )
         manifest = dataclasses.replace(manifest, vocabulary=VOCABULARY, vocabulary_sha256=vocabulary.sha256)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.with_name(folder.name + ".lock")):
-        require(
-            not (folder / MANIFEST).exists(), f"the folder {folder} already holds a dataset", fix="Delete it first."
-        )
+        require(not (folder / MANIFEST).exists(), f"{folder} already contains a dataset", fix="Delete it first.")
         partial = folder.with_name(folder.name + ".partial")
         _open_partial(partial, manifest, records_per_shard)
         lengths, shards = _write_shards(partial, records, manifest, records_per_shard)
         require(
             len(lengths) > 0,
             f"split {manifest.split!r} of task {manifest.task!r} has no records",
-            fix="Check the task's source and its preprocessors.",
+            fix="Check the source and the preprocessors of the task.",
         )
         np.save(partial / LENGTHS, lengths)
         if vocabulary is not None:
@@ -136,7 +134,7 @@ def write_records(
 
 
 def _open_partial(partial: Path, manifest: Manifest, records_per_shard: int) -> None:
-    """Makes `partial` a folder that holds complete shards of this very dataset, or nothing."""
+    """Creates `partial`, or keeps its complete shards if they were written for the same manifest."""
     progress = json.dumps([json.loads(manifest.to_json()), records_per_shard], allow_nan=False)
     path = partial / "progress.json"
     if not (path.is_file() and path.read_text() == progress):
@@ -148,7 +146,7 @@ def _open_partial(partial: Path, manifest: Manifest, records_per_shard: int) -> 
 def _write_shards(
     partial: Path, records: Iterable[Record], manifest: Manifest, records_per_shard: int
 ) -> tuple[np.ndarray, list[str]]:
-    """Writes what is missing; returns i32[count, 3] lengths of inputs, targets and suffix, and the shards' names."""
+    """Writes the missing shards; returns i32[count, 3] lengths of inputs, targets and suffix, and the shard names."""
     from array_record.python import array_record_module
 
     lengths: list[np.ndarray] = []
@@ -157,6 +155,7 @@ def _write_shards(
     while True:
         name = f"records-{len(shards):05d}.array_record"
         sidecar = partial / f"{name}.lengths.npy"
+        # The sidecar is written after its shard is closed, so its presence means that the shard is complete.
         if sidecar.is_file():
             done = np.load(sidecar)
             for _ in itertools.islice(remaining, len(done)):
@@ -187,7 +186,7 @@ def _write_shards(
 
 @contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
-    """Holds a file lock, so that two programs that want the same split write it once; a killed holder lets go."""
+    """Holds a file lock, so that concurrent processes write a split once; the kernel frees it if the holder dies."""
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -1,6 +1,7 @@
-"""How a model learns where a target ends: what stands behind the target's tokens, and whether it is scored.
+"""Target windows: which tokens follow a target, and whether they are noised and scored.
 
-Whichever filler is noised and scored is the length model (papers: arXiv 2401.17181 for `PadFilled`).
+A filler that is noised and scored teaches the model where targets end, so it is the length model (`PadFilled`: arXiv
+2401.17181). Comparison of the windows: docs/length.md.
 """
 
 import dataclasses
@@ -8,43 +9,44 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from diffusion_lm.core.checks import check_non_negative
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.special import SpecialTokens
 
 
 class TargetWindow(Protocol):
-    """A rule that turns the tokens of a target into the slots that a model generates (`docs/length.md`)."""
+    """Maps the tokens of a target to the slots that a model generates."""
 
     @property
     def filler(self) -> str | None:
-        """What fills the window after a target and is scored, "pad" or "eos"; None where nothing is."""
+        """The scored filler after a target, "pad" or "eos"; None if there is none."""
         ...
 
     @property
     def oracle(self) -> str | None:
-        """What prompts give away of the reference ("length"), or None; every result of such prompts says so."""
+        """What prompts reveal of the reference ("length"), or None. Results on such prompts are labelled with it."""
         ...
 
     def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
-        """Returns how many slots targets of `lengths` (i64[n], tokens) take when at most `capacity` are there."""
+        """Returns i64[n], the slots of targets of `lengths` tokens (i64[n]) in a window of at most `capacity`."""
         ...
 
     def room(self, capacity: int) -> int:
-        """Returns the longest target, in tokens, that `capacity` slots hold whole."""
+        """Returns the length, in tokens, of the longest target that fits `capacity` slots."""
         ...
 
     def fill(self, targets: np.ndarray, specials: SpecialTokens, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens i32[w] and loss weights f32[w]; targets that do not fit are cut at their end, EOS first."""
+        """Returns tokens i32[w] and loss weights f32[w]; a target that does not fit is truncated on the right."""
         ...
 
     def prompt_slots(self, capacity: int, length: int) -> int:
-        """Returns how many slots a sampler fills; only an oracle looks at the reference's `length` in tokens."""
+        """Returns the number of slots that a sampler fills; only an oracle uses `length`, that of the reference."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactTokens:
-    """The target's own tokens and nothing else: pieces of documents, which do not end where the row does."""
+    """Only the tokens of the target: for chunks of documents, which need not end with the row."""
 
     filler: ClassVar[str | None] = None
     oracle: ClassVar[str | None] = None
@@ -71,21 +73,21 @@ class ExactTokens:
 
 @dataclasses.dataclass(frozen=True)
 class ExactEos:
-    """The target, then EOS, all scored; nothing behind it. The window of autoregressive models."""
+    """The target, then EOS, all scored. The window of autoregressive models."""
 
     filler: ClassVar[str | None] = None
     oracle: ClassVar[str | None] = None
 
     def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
-        """Returns the lengths with EOS, at most `capacity`."""
+        """Returns the lengths including EOS, at most `capacity`."""
         return np.minimum(lengths + 1, capacity)
 
     def room(self, capacity: int) -> int:
-        """Returns `capacity` less the slot of EOS."""
+        """Returns `capacity` minus one slot for EOS."""
         return capacity - 1
 
     def fill(self, targets: np.ndarray, specials: SpecialTokens, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the target and EOS, all scored; a target that is cut loses its EOS, because it does not end there."""
+        """Returns the target and EOS, all scored; a truncated target gets no EOS, because it does not end there."""
         tokens = np.append(targets, np.int32(specials.eos_id))[:capacity]
         return tokens, np.ones(len(tokens), np.float32)
 
@@ -100,7 +102,7 @@ class PadFilled:
     """The target, EOS, then PAD to the end of the window, all noised and scored: AR2Diff, arXiv 2401.17181.
 
     Attributes:
-      window: slots of the window; None = the converter's `target_length`.
+      window: number of slots; None = the converter's `target_length`.
     """
 
     window: int | None = None
@@ -110,21 +112,21 @@ class PadFilled:
     def __post_init__(self):
         require(
             self.window is None or self.window > 0,
-            f"window = {self.window} is not positive",
+            f"window={self.window}: must be > 0",
             where=f"{type(self).__name__}.window",
             fix="Give the number of slots, or None for the converter's target_length.",
         )
 
     def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
-        """Returns the window's size for every target."""
+        """Returns the size of the window for every target."""
         return np.full_like(lengths, self._size(capacity))
 
     def room(self, capacity: int) -> int:
-        """Returns the window's size less the slot of EOS."""
+        """Returns the size of the window minus one slot for EOS."""
         return self._size(capacity) - 1
 
     def fill(self, targets: np.ndarray, specials: SpecialTokens, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the window's tokens, all scored, the filler included."""
+        """Returns the tokens of the whole window, all scored, including the filler."""
         window = self._size(capacity)
         tokens = np.full(window, self._filler(specials), np.int32)
         kept = np.append(targets, np.int32(specials.eos_id))[:window]
@@ -132,7 +134,7 @@ class PadFilled:
         return tokens, np.ones(window, np.float32)
 
     def prompt_slots(self, capacity: int, length: int) -> int:
-        """Returns the window's size."""
+        """Returns the size of the window."""
         del length
         return self._size(capacity)
 
@@ -147,8 +149,8 @@ class PadFilled:
 class EosFilled(PadFilled):
     """The target, EOS to the end of the window, all noised and scored: LLaDA (arXiv 2502.09992), Dream (2508.15487).
 
-    The first EOS ends the text; those behind it are filler, which reports per real token leave out. A model that is
-    trained so prefers short texts, since EOS is the surest token of a window (trap T32): decode in blocks, or with
+    The first EOS ends the text; later ones are filler, which metrics per real token exclude. Models trained this way
+    tend to short outputs, because EOS is the most confident token of a window (trap T32). Decode in blocks, or with
     `MaskedSampler.end = "defer"`.
     """
 
@@ -160,14 +162,14 @@ class EosFilled(PadFilled):
 
 @dataclasses.dataclass(frozen=True)
 class OracleLength:
-    """The target's own length, in training and for the sampler too: what a perfect length model would give.
+    """The length of the reference, in training and in prompts: an upper bound for length models.
 
-    Rows are those of `ExactEos`, or of `ExactTokens` where nothing closes the target. Prompts have as many slots as
-    their reference has, so they cannot be made without one, and results carry the words "oracle length".
+    Rows are those of `ExactEos`, or of `ExactTokens` with `closing = False`. Prompts have as many slots as the
+    reference, so they need one, and results are labelled "oracle length".
 
     Attributes:
-      closing: EOS stands behind the target, and the window has a slot for it.
-      extra: slots of a prompt beyond those; DiffuLLaMA's (arXiv 2410.17891) TriviaQA gives ten.
+      closing: whether EOS follows the target and has a slot in the window.
+      extra: additional slots of prompts; DiffuLLaMA (arXiv 2410.17891) uses 10 for TriviaQA.
     """
 
     closing: bool = True
@@ -176,30 +178,30 @@ class OracleLength:
     oracle: ClassVar[str | None] = "length"
 
     def __post_init__(self):
-        require(self.extra >= 0, f"extra = {self.extra}", where="OracleLength.extra", fix="Use 0 or more.")
+        check_non_negative(self.extra, "OracleLength.extra")
 
     @property
     def _exact(self) -> TargetWindow:
         return ExactEos() if self.closing else ExactTokens()
 
     def slots(self, lengths: np.ndarray, capacity: int) -> np.ndarray:
-        """Returns the lengths with EOS, at most `capacity`."""
+        """Returns the lengths, including EOS if `closing`, at most `capacity`."""
         return self._exact.slots(lengths, capacity)
 
     def room(self, capacity: int) -> int:
-        """Returns `capacity` less the slot of EOS."""
+        """Returns `capacity`, minus one slot for EOS if `closing`."""
         return self._exact.room(capacity)
 
     def fill(self, targets: np.ndarray, specials: SpecialTokens, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the target and EOS, all scored."""
+        """Returns the target, with EOS if `closing`, all scored."""
         return self._exact.fill(targets, specials, capacity)
 
     def prompt_slots(self, capacity: int, length: int) -> int:
-        """Returns the slots of a target of `length` tokens; raises `ConfigError` where there is no reference."""
+        """Returns the slots of a target of `length` tokens; raises `ConfigError` without a reference."""
         require(
             length > 0,
-            "an oracle's window needs the reference, and a prompt has none",
-            where="OracleLength",
-            fix="Decode a split of a task, or another target window (docs/length.md).",
+            "OracleLength needs the length of a reference, and the prompt has none",
+            where="DataPipeline.converter",
+            fix="Decode a split of a task, or use another target window (docs/length.md).",
         )
         return min(length + int(self.closing) + self.extra, capacity)

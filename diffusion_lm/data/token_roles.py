@@ -1,4 +1,4 @@
-"""Which tokens of a vocabulary open, end, fill and mask a text: found in its files, or added behind its ids."""
+"""Assigns the roles BOS, EOS, PAD, UNK and MASK to tokens of a vocabulary; adds tokens for missing roles."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,19 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "unk": ("<unk>", "[UNK]"),
     "mask": ("<mask>", "[MASK]", "<|mask|>", "<|mdm_mask|>"),
 }
-"""How special tokens are spelt where no file says which token has which role."""
+"""Common spellings of special tokens, used if no file assigns a role."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What one special token is.
+    """One special token of a vocabulary.
 
     Attributes:
       name: one of `ROLES`.
       token: its id.
       piece: its spelling.
-      how: "found" in the tokenizer's files, "added" behind their ids, or "reused": a token that is there for something
-        else serves.
+      how: "found" in the tokenizer's files, "added" after their ids, or "reused": a token with another purpose takes
+        the role.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Role:
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyReport:
-    """What a vocabulary consists of, for people.
+    """Summary of a vocabulary, for messages.
 
     Attributes:
       kind: the algorithm ("SentencePiece", "BPE", "WordPiece", "Unigram").
-      size: number of tokens, those added included.
-      base_size: number of tokens of the tokenizer's own files: rows that a checkpoint has trained.
-      roles: the special tokens, in the order of `ROLES`; a role that nothing has is left out.
+      size: number of tokens, including added ones.
+      base_size: number of tokens in the tokenizer's files: the trained embedding rows of its checkpoint.
+      roles: the special tokens, in the order of `ROLES`; unassigned roles are left out.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class VocabularyReport:
     roles: tuple[Role, ...]
 
     def names(self, how: str) -> tuple[str, ...]:
-        """Returns the roles that were "found", "added" or "reused"."""
+        """Returns the names of the roles that were "found", "added" or "reused"."""
         return tuple(role.name for role in self.roles if role.how == how)
 
     def __str__(self) -> str:
@@ -65,12 +65,12 @@ class VocabularyReport:
 
 
 def native_roles(model: TokenModel) -> dict[str, tuple[int, str]]:
-    """Returns `{role: (id, how)}` of a model that nothing is added to: PAD may be UNK, and BOS be PAD (T5)."""
+    """Returns `{role: (id, how)}` of a model without added tokens. PAD may reuse UNK, and BOS may reuse PAD (T5)."""
     roles = {name: (token, "found") for name, token in model.roles.items()}
     require(
         "eos" in roles,
         "the vocabulary has no end-of-sequence token",
-        fix="Train it with an eos_id, or load it with Vocabulary.load, which adds one.",
+        fix="Train it with an eos_id, or use Vocabulary.load, which adds one.",
     )
     if "pad" not in roles:
         roles["pad"] = (roles["unk"][0], "reused")
@@ -87,35 +87,36 @@ def assign_roles(
     decoder_start: int | None = None,
     mask: str | int | None = None,
 ) -> tuple[tuple[str, ...], dict[str, tuple[int, str]]]:
-    """Gives every role that diffusion needs to a token; what is missing is added behind the ids there are.
+    """Assigns every role that diffusion needs to a token; tokens for missing roles are added after the existing ids.
 
-    PAD and MASK must be tokens of their own: a PAD that is also EOS could not be told from the end of a text. BOS may
-    be another one: the decoder's start token, else a PAD that is there (T5), else EOS (GPT-2).
+    PAD and MASK must be separate tokens: a PAD equal to EOS could not be distinguished from the end of a text. BOS may
+    reuse another token: the decoder's start token, else an existing PAD (T5), else EOS (GPT-2).
 
     Args:
-      model: the tokeniser.
-      candidates: names (spellings or ids) of each role in the files, best first.
-      added: spellings of the tokens that stand behind the model's already; "" is an id that nothing has.
-      decoder_start: id that opens the stream of a decoder, where the files say so.
-      mask: a token (its spelling, a text of one token, or its id) that serves as MASK, as DiffuGPT's 10541
-        (arXiv 2410.17891); None = find one or add one.
+      model: the tokenizer.
+      candidates: spellings or ids of each role in the files, best first.
+      added: spellings of tokens already added after those of the model; "" is an unused id.
+      decoder_start: id of the decoder's start token, if the files give one.
+      mask: a token to use as MASK (its spelling, a text that encodes to it, or its id), such as DiffuGPT's 10541
+        (arXiv 2410.17891); None = find or add one.
 
     Returns:
-      `added` with what was added, and `{role: (id, "found" | "added" | "reused")}`.
+      `added` including new tokens, and `{role: (id, "found" | "added" | "reused")}`.
 
     Raises:
-      ConfigError: `mask` is no token, or one with another role.
+      ConfigError: `mask` is not a token, or has another role.
     """
-    behind = list(added)
+    extra = list(added)
 
     def find(name: str | int) -> int | None:
         if isinstance(name, int):
-            return name if 0 <= name < model.size + len(behind) else None
-        return model.size + behind.index(name) if name and name in behind else model.find(name)
+            return name if 0 <= name < model.size + len(extra) else None
+        return model.size + extra.index(name) if name and name in extra else model.find(name)
 
     def first(role: str, taken: Sequence[int] = ()) -> int | None:
         known = [find(name) for name in candidates.get(role, ())]
         known.append(model.roles.get(role))
+        # A common spelling counts only if the token is special: "<s>" may also be ordinary text.
         spelt = [find(name) for name in SPELLINGS[role]]
         known += [token for token in spelt if token is not None and (token >= model.size or model.is_special(token))]
         return next((token for token in known if token is not None and token not in taken), None)
@@ -123,8 +124,8 @@ def assign_roles(
     def add(role: str) -> tuple[int, str]:
         named = [name for name in candidates.get(role, ()) if isinstance(name, str)]
         spellings = (*named, *SPELLINGS[role], *(f"<{role}_{number}>" for number in range(1000)))
-        behind.append(next(name for name in spellings if find(name) is None))
-        return model.size + len(behind) - 1, "added"
+        extra.append(next(name for name in spellings if find(name) is None))
+        return model.size + len(extra) - 1, "added"
 
     def found_or_added(role: str, taken: Sequence[int] = ()) -> tuple[int, str]:
         token = first(role, taken)
@@ -149,7 +150,7 @@ def assign_roles(
         roles["bos"] = (decoder_start, "reused")
     else:
         roles["bos"] = (roles["pad" if roles["pad"][1] == "found" else "eos"][0], "reused")
-    return tuple(behind), roles
+    return tuple(extra), roles
 
 
 def _named_mask(model: TokenModel, name: str | int, token: int | None, others: Sequence[int]) -> int:
@@ -158,14 +159,14 @@ def _named_mask(model: TokenModel, name: str | int, token: int | None, others: S
         token = tokens[0] if len(tokens) == 1 else None
     if token is None:
         raise ConfigError(
-            f"{name!r} is no token of the vocabulary, so that it cannot be its MASK",
+            f"mask={name!r}: not a token of the vocabulary",
             where="mask",
-            fix=f"Give an id below {model.size} or the spelling of one token, or leave it out to have one added.",
+            fix=f"Give an id below {model.size} or the spelling of one token, or omit it to add a MASK token.",
         )
     require(
         token not in others,
-        f"token {token} cannot be MASK: it is BOS, EOS, PAD or UNK already",
+        f"mask={name!r}: token {token} is already BOS, EOS, PAD or UNK",
         where="mask",
-        fix="Name an ordinary token, or leave it out to have one added.",
+        fix="Give an ordinary token, or omit it to add a MASK token.",
     )
     return token

@@ -1,4 +1,4 @@
-"""What turns text into ids and back: a SentencePiece model, or a model of the `tokenizers` library."""
+"""Encodes and decodes text: a SentencePiece model, or a model of the `tokenizers` library."""
 
 import functools
 import json
@@ -9,12 +9,12 @@ from diffusion_lm.core.errors import ConfigError, require
 
 
 class TokenModel(Protocol):
-    """A tokeniser without roles: it knows which tokens there are, not which of them ends a text.
+    """A tokenizer without special-token logic.
 
     Attributes:
-      kind: name of the algorithm, for reports.
+      kind: name of the algorithm, for messages.
       size: one more than the largest id.
-      roles: ids of the special tokens that the model itself names, by `bos`, `eos`, `pad`, `unk` and `mask`.
+      roles: ids of the special tokens that the model itself declares, by `bos`, `eos`, `pad`, `unk` and `mask`.
     """
 
     kind: str
@@ -22,55 +22,55 @@ class TokenModel(Protocol):
     roles: Mapping[str, int]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, nothing added in front or behind."""
+        """Returns the ids of `text`, without BOS and EOS."""
 
     def decode(self, tokens: list[int]) -> str:
-        """Returns the text of ids below `size`; special tokens are dropped, incomplete characters become U+FFFD."""
+        """Returns the text of ids below `size`; special tokens are dropped, incomplete UTF-8 becomes U+FFFD."""
 
     def normalise(self, text: str) -> str:
-        """Returns `text` as the model changes it before it splits it; spaces may be written as U+2581."""
+        """Returns the normalised `text` that the model splits into tokens."""
 
     def find(self, piece: str) -> int | None:
-        """Returns the id of a token as the model spells it, or None."""
+        """Returns the id of the token spelled `piece`, or None."""
 
     def spelling(self, token: int) -> str:
-        """Returns a token as the model spells it, `""` where there is none of that id."""
+        """Returns the model's spelling of a token, "" for an unused id."""
 
     def piece(self, token: int) -> str:
-        """Returns a token as SentencePiece would spell it: `"▁"` for a space, all else as it is read."""
+        """Returns the SentencePiece spelling of a token: its text, with `"▁"` for a space."""
 
     def inner(self, piece: str) -> str:
-        """Returns how the model spells `piece` where it goes on with a word."""
+        """Returns the model's spelling of `piece` inside a word."""
 
     def is_special(self, token: int) -> bool:
-        """Whether a token is more than text by the model's own account."""
+        """Returns whether the model declares a token as special, that is, not ordinary text."""
 
 
 class SentencePieceModel:
     """A serialised SentencePiece model.
 
     Args:
-      proto: its bytes.
-      fairseq: number the pieces as XLM-R does: `<s> <pad> </s> <unk>`, then SentencePiece's pieces from its fourth on,
-        then `<mask>` (Conneau et al., arXiv 1911.02116, by way of fairseq's dictionaries).
+      proto: the serialised model.
+      fairseq: use the ids of XLM-R (Conneau et al., arXiv 1911.02116): `<s> <pad> </s> <unk>`, then the pieces of the
+        model from its fourth on, then `<mask>`.
     """
 
     def __init__(self, proto: bytes, *, fairseq: bool = False):
         import sentencepiece
 
-        sentencepiece.set_min_log_level(1)  # it reports every load on stderr
+        sentencepiece.set_min_log_level(1)  # otherwise it logs every load to stderr
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
             raise ConfigError(
-                "the vocabulary file is no SentencePiece model", fix="Train one, or name another file."
+                "the vocabulary file is not a SentencePiece model", fix="Give a SentencePiece .model file."
             ) from error
         processor = self._processor
         pieces = processor.get_piece_size()
         own: dict[str, int | None] = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
         own |= {"unk": processor.unk_id(), "mask": self._native("<mask>")}
         self.kind = "SentencePiece"
-        self._order: list[Any] | None = None  # an id of SentencePiece, or a spelling that it does not know
+        self._order: list[Any] | None = None  # per id: an id of SentencePiece, or the spelling of a token that it lacks
         self.roles: Mapping[str, int] = {role: token for role, token in own.items() if token is not None and token >= 0}
         if fairseq:
             self._order = [own["bos"], "<pad>", own["eos"], own["unk"], *range(3, pieces), "<mask>"]
@@ -84,7 +84,7 @@ class SentencePieceModel:
         return tokens if self._order is None else [self._ids[token] for token in tokens]
 
     def decode(self, tokens: list[int]) -> str:
-        """See `TokenModel.decode`; UNK is written as SentencePiece does."""
+        """See `TokenModel.decode`; UNK becomes " ⁇ "."""
         if self._order is not None:
             tokens = [native for native in map(self._order.__getitem__, tokens) if isinstance(native, int)]
         return self._processor.decode(tokens)
@@ -112,7 +112,7 @@ class SentencePieceModel:
         return piece
 
     def is_special(self, token: int) -> bool:
-        """See `TokenModel.is_special`; the library does not tell symbols of the user's from pieces of text."""
+        """Returns True: the library does not distinguish user-defined symbols from ordinary pieces."""
         return True
 
     def _native(self, piece: str) -> int | None:
@@ -121,20 +121,20 @@ class SentencePieceModel:
 
 
 class TokenizersModel:
-    """A tokeniser of the `tokenizers` library.
+    """A tokenizer of the `tokenizers` library.
 
     Args:
-      content: the object in its `tokenizer.json`. What it adds around a text, cuts and pads is left out, and text that
-        spells a special token stays text.
+      content: the object in `tokenizer.json`. Its template, truncation and padding are ignored, and text that spells a
+        special token is encoded as ordinary text.
     """
 
     def __init__(self, content: Mapping[str, Any]):
         import tokenizers
 
-        wrong = dict(where="tokenizer.json", fix="Give the file that its model was published with.")
+        wrong = dict(where="tokenizer.json", fix="Use the file that was published with the model.")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content, allow_nan=False))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises the class Exception itself
             raise ConfigError(f"the tokenizers library cannot read the vocabulary: {error}", **wrong) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -143,7 +143,7 @@ class TokenizersModel:
         for token in added:
             require(
                 self._tokenizer.token_to_id(token["content"]) == token["id"],
-                f"token {token['content']!r} cannot have the id {token['id']}: the ids in between are not taken",
+                f"token {token['content']!r} cannot have the id {token['id']}, because smaller ids are unused",
                 **wrong,
             )
         self._added = {token["id"]: token["content"] for token in added}
@@ -180,7 +180,7 @@ class TokenizersModel:
         return self._tokenizer.id_to_token(token) or ""
 
     def piece(self, token: int) -> str:
-        """See `TokenModel.piece`; a byte that is no character of its own is U+FFFD."""
+        """See `TokenModel.piece`; a byte that is not a whole character becomes U+FFFD."""
         spelling = self.spelling(token)
         if token in self._added or not spelling:
             return spelling
@@ -202,9 +202,9 @@ class TokenizersModel:
 
 
 def spelled_out(model: TokenModel, token: int, forbidden: Collection[int]) -> list[int]:
-    """Returns the fewest tokens that read like `token`, none of them in `forbidden`.
+    """Returns the shortest sequence of tokens with the text of `token`, without tokens in `forbidden`.
 
-    A letter that no token spells becomes its bytes, or else UNK.
+    A character without a token becomes byte tokens, or else UNK.
     """
     spelling = model.spelling(token)
 
@@ -219,6 +219,7 @@ def spelled_out(model: TokenModel, token: int, forbidden: Collection[int]) -> li
         unknown = model.roles.get("unk")
         return [] if unknown is None or unknown in forbidden else [unknown]
 
+    # shortest[i] is the best segmentation of spelling[i:], computed from the end.
     shortest: dict[int, list[int]] = {len(spelling): []}
     for start in reversed(range(len(spelling))):
         ways = []
@@ -233,7 +234,7 @@ def spelled_out(model: TokenModel, token: int, forbidden: Collection[int]) -> li
 
 @functools.cache
 def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for the letters from U+0100 on."""
+    """Returns the byte of each letter in GPT-2's alphabet: printable Latin-1, then U+0100 onwards for other bytes."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

@@ -33,34 +33,34 @@ class VocabularyNotNamed(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A tokeniser and the special tokens found in it or added to it.
+    """A tokenizer and its special tokens, which were found in its files or added.
 
-    Text never becomes a special token, however it is spelt, except for UNK.
+    Text is never encoded to a special token other than UNK, even if it spells one.
 
     Attributes:
-      model: the whole vocabulary as bytes: a serialised SentencePiece model (sentinels that SeqIO appended included),
-        or the JSON text that `load` makes of other tokenizer files. Two vocabularies are equal when these are.
+      model: the whole vocabulary as bytes: a serialised SentencePiece model (including sentinels appended by SeqIO), or
+        the JSON that `load` makes from other tokenizer files. Vocabularies with equal bytes are equal.
     """
 
     model: bytes = dataclasses.field(repr=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mask: str | int | None = None) -> "Vocabulary":
-        """Returns the vocabulary of a file or folder, with all the special tokens that diffusion needs.
+        """Returns the vocabulary of a file or folder, with all special tokens that diffusion needs.
 
         A folder holds tokenizer.json, or sentencepiece.bpe.model, tokenizer.model or spiece.model, or vocab.json with
-        merges.txt, or vocab.txt; tokenizer_config.json, special_tokens_map.json, added_tokens.json, config.json and
-        generation_config.json beside them say which token is which. EOS, PAD and MASK that are not there are added
-        behind the ids (see `report`); a SentencePiece model that lacks nothing stays the bytes that it is.
+        merges.txt, or vocab.txt. Roles of tokens come from tokenizer_config.json, special_tokens_map.json,
+        added_tokens.json, config.json and generation_config.json in the same folder. Missing EOS, PAD and MASK tokens
+        are added after the existing ids (see `report`). A complete SentencePiece model is kept byte for byte.
 
         Args:
           path: one of these files, a folder of them, any SentencePiece `.model`, or a file with the bytes of another
             `Vocabulary.model`.
-          mask: a token that becomes MASK although it is another: its id, its spelling, or a text of one token. Text
-            that would give it is spelt with shorter tokens.
+          mask: an ordinary token to use as MASK: its id, its spelling, or a text that encodes to it. Text that contains
+            it is then encoded with shorter tokens.
 
         Raises:
-          ConfigError: there is no tokeniser, or not enough of it, or `mask` is no token of it.
+          ConfigError: there is no tokenizer, its files are incomplete, or `mask` is not one of its tokens.
         """
         try:
             return cls._load(Path(path), mask)
@@ -68,11 +68,11 @@ class Vocabulary:
             if error.where == "mask" or os.fspath(path) in str(error):
                 raise
             raise ConfigError(error.what, where=os.fspath(path), fix=error.fix) from error
-        # The files are a stranger's, and what the readers raise about damaged ones is of every kind: `tokenizers` has
-        # the class Exception alone, SentencePiece RuntimeError, and values of another type give TypeError.
+        # Damaged files raise all kinds of exceptions: `tokenizers` raises the class Exception itself, SentencePiece
+        # RuntimeError, and values of unexpected types TypeError.
         except Exception as error:
             raise ConfigError(
-                f"the vocabulary {os.fspath(path)!r} is damaged: {_first_line(error)}",
+                f"cannot read the vocabulary {os.fspath(path)!r}: {_first_line(error)}",
                 fix="Download its files again.",
             ) from error
 
@@ -83,9 +83,9 @@ class Vocabulary:
         if stored is not None and stored.model.startswith(_PREFIX):
             require(
                 mask is None or stored._opened.roles["mask"] == (mask, "reused"),
-                f"the vocabulary {str(path)!r} has its MASK already",
+                f"mask={mask!r}: the vocabulary {path} already has another MASK token",
                 where="mask",
-                fix="Load the tokenizer files that it was made of.",
+                fix="Load the tokenizer files that it was made from.",
             )
             return stored
         files = read_files(folder, names, lambda content: _open_content(content).size)
@@ -111,9 +111,9 @@ class Vocabulary:
             return _Opened(model, (), native_roles(model))
         try:
             content = json.loads(self.model)
-            require(content["format"] == _FORMAT, f"the vocabulary has the format {content['format']!r}")
+            require(content["format"] == _FORMAT, f"unknown vocabulary format {content['format']!r}")
         except (ValueError, KeyError) as error:
-            raise ConfigError("the vocabulary file is unreadable", fix="Make it again with Vocabulary.load.") from error
+            raise ConfigError("cannot parse the vocabulary file", fix="Write it again with Vocabulary.load.") from error
         if "sentencepiece" in content:
             content["sentencepiece"] = base64.b64decode(content["sentencepiece"])
         roles = {name: (token, how) for name, (token, how) in content["roles"].items()}
@@ -121,7 +121,7 @@ class Vocabulary:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of the model: what "the same vocabulary" means everywhere."""
+        """SHA-256 of `model`, which identifies the vocabulary."""
         return hashlib.sha256(self.model).hexdigest()
 
     @property
@@ -134,30 +134,30 @@ class Vocabulary:
 
     @functools.cached_property
     def specials(self) -> SpecialTokens:
-        """The special tokens. One without BOS opens streams with PAD (T5) or EOS (GPT-2)."""
+        """The special tokens. Without a BOS token, `bos_id` is PAD (T5) or EOS (GPT-2)."""
         ids = {f"{name}_id": token for name, (token, _) in self._opened.roles.items() if name != "unk"}
         return SpecialTokens(vocab_size=self.size, **ids)  # type: ignore[arg-type]
 
     @property
     def unk_id(self) -> int | None:
-        """The token of what cannot be spelt; None where everything can."""
+        """Id of UNK; None if every text can be encoded."""
         return self._opened.roles["unk"][0] if "unk" in self._opened.roles else None
 
     @functools.cached_property
     def report(self) -> VocabularyReport:
-        """What the vocabulary consists of, and where its special tokens come from."""
+        """Summary: size, algorithm, and where the special tokens come from."""
         roles = self._opened.roles
         listed = tuple(
             Role(name, roles[name][0], self._spelling(roles[name][0]), roles[name][1])
             for name in ROLES
             if name in roles
         )
-        ours = sum(how == "added" for _, how in roles.values())
-        return VocabularyReport(self._opened.model.kind, self.size, self.size - ours, listed)
+        added = sum(how == "added" for _, how in roles.values())
+        return VocabularyReport(self._opened.model.kind, self.size, self.size - added, listed)
 
     @functools.cached_property
     def sentinel_ids(self) -> tuple[int, ...]:
-        """Ids of `<extra_id_0>`, `<extra_id_1>`, ... for span corruption; empty where the model has none."""
+        """Ids of `<extra_id_0>`, `<extra_id_1>`, ... for span corruption; empty if there are none."""
         found = {}
         for token in range(self.size):
             match = _SENTINEL.fullmatch(self._spelling(token))
@@ -188,11 +188,11 @@ class Vocabulary:
         return [self.decode(row) for row in rows]
 
     def normalise(self, text: str) -> str:
-        """Returns `text` as the tokenizer changes it before it splits it: case, compatibility characters, spaces."""
+        """Returns the normalised text that the tokenizer splits: case, compatibility characters, spaces."""
         return self._opened.model.normalise(text)
 
     def piece(self, token: int) -> str:
-        """Returns one token as SentencePiece would spell it (`"▁the"`); PAD and ids outside of it are empty."""
+        """Returns the SentencePiece spelling of a token (`"▁the"`); "" for PAD and ids outside the vocabulary."""
         if token == self.specials.pad_id or not 0 <= token < self.size:
             return ""
         model = self._opened.model
@@ -204,7 +204,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _reserved(self) -> frozenset[int]:
-        """What text must not become. Where UNK stands for PAD, text that cannot be spelt does become it."""
+        """Ids that text must not be encoded to: all special tokens but UNK (and PAD if UNK is used as PAD)."""
         roles = {name: token for name, (token, _) in self._opened.roles.items()}
         unknown = roles.pop("unk", None)
         return frozenset(token for name, token in roles.items() if name != "pad" or token != unknown)
@@ -223,7 +223,7 @@ def requested_mask() -> str | int | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A tokeniser in memory, the tokens behind its ids, and `{role: (id, how)}`."""
+    """A loaded tokenizer, the spellings of tokens added after its ids, and `{role: (id, how)}`."""
 
     model: TokenModel
     added: tuple[str, ...]

@@ -1,8 +1,8 @@
-"""A vocabulary cut to the tokens that data use: smaller embeddings and softmax for fine-tuning on one task.
+"""Vocabulary pruning: keeps only the tokens of one task, for a smaller embedding and softmax in fine-tuning.
 
-Source: arXiv 2308.12219, which prunes XLM-R's 250,000 tokens to those of the training set. The data on disk keep the
-ids of the full vocabulary; `DataPipeline.vocabulary_map` maps them when a batch is made, and everything behind it
-(special tokens, encoding, decoding) speaks the new ids. `architectures.surgery` moves the parameters' rows.
+Source: arXiv 2308.12219, which prunes XLM-R's 250,000 tokens to those of the training set. Materialised data keep the
+ids of the full vocabulary. `DataPipeline.vocabulary_map` maps them when it makes a batch, and everything after that
+(special tokens, encoding, decoding) uses the new ids. `architectures.surgery` prunes the parameters.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -21,15 +21,29 @@ from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.vocabulary import Vocabulary
 
 FILE = "vocabulary_map.json"
-"""Where a run folder keeps the ids that its network knows."""
+"""File in a run directory with the kept ids."""
+
+
+class StoredIds(TypedDict):
+    """Contents of `vocabulary_map.json`.
+
+    Attributes:
+      full_sha256: hash of the full vocabulary.
+      full_size: number of its tokens.
+      kept: the full id of each new id.
+    """
+
+    full_sha256: str
+    full_size: int
+    kept: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class PrunedVocabulary:
-    """Part of a vocabulary under new ids; has all that `Vocabulary` offers to batches and texts.
+    """A subset of a vocabulary with new ids and the interface of `Vocabulary`.
 
     Attributes:
-      full: the vocabulary that it is part of.
+      full: the full vocabulary.
       kept: the full id of each new id.
     """
 
@@ -40,25 +54,27 @@ class PrunedVocabulary:
         missing = sorted(set(always_kept(self.full)) - set(self.kept))
         require(
             not missing and len(set(self.kept)) == len(self.kept),
-            f"a pruned vocabulary must hold every special token once; it lacks {missing[:5]}",
-            fix="Make it with vocabulary_map.UsedTokens.",
+            f"kept: must contain every special token exactly once; missing ids: {missing[:5]}",
+            where="PrunedVocabulary.kept",
+            fix="Use vocabulary_map.UsedTokens.",
         )
         require(
             all(0 <= token < self.full.size for token in self.kept),
-            f"the vocabulary of {self.full.size} tokens has no token {max(self.kept)}",
-            fix="Use the map with the vocabulary that it was made of.",
+            f"kept: token {max(self.kept)} is not in the vocabulary of {self.full.size} tokens",
+            where="PrunedVocabulary.kept",
+            fix="Use the map with the vocabulary that it was made from.",
         )
 
     @functools.cached_property
     def _new(self) -> np.ndarray:
-        """i32[full size], the new id of each full one, -1 where it was cut."""
+        """i32[full.size], the new id of each full id, -1 for pruned tokens."""
         table = np.full(self.full.size, -1, np.int32)
         table[np.asarray(self.kept)] = np.arange(len(self.kept), dtype=np.int32)
         return table
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of the full vocabulary and the kept ids."""
+        """SHA-256 of the full vocabulary and the kept ids."""
         return hashlib.sha256(f"{self.full.sha256} {self.kept}".encode()).hexdigest()
 
     @property
@@ -71,7 +87,7 @@ class PrunedVocabulary:
 
     @functools.cached_property
     def specials(self) -> SpecialTokens:
-        """The special tokens under their new ids."""
+        """The special tokens, with new ids."""
         full = self.full.specials
         return SpecialTokens(
             vocab_size=self.size,
@@ -84,29 +100,29 @@ class PrunedVocabulary:
 
     @property
     def unk_id(self) -> int:
-        """The token that stands for every cut one."""
+        """New id of UNK, which replaces every pruned token."""
         return int(self._new[_unk_id(self.full)])
 
     @property
     def sentinel_ids(self) -> tuple[int, ...]:
-        """The sentinels of span corruption, all of which are kept."""
+        """New ids of the sentinels of span corruption, which are always kept."""
         return tuple(int(self._new[token]) for token in self.full.sentinel_ids)
 
     def outside(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns bool[...]: which tokens, given by full ids, were cut."""
+        """Returns bool[...], True for full ids that were pruned."""
         return self._new[np.asarray(tokens, np.int32)] < 0
 
     def to_pruned(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns i32[...] new ids of full ones; UNK for what was cut."""
+        """Maps full ids to new ids, i32[...]; pruned tokens become UNK."""
         new = self._new[np.asarray(tokens, np.int32)]
         return np.where(new < 0, np.int32(self.unk_id), new)
 
     def to_full(self, tokens: Iterable[int]) -> list[int]:
-        """Returns the full ids of new ones; ids past the vocabulary (padding rows) are left out."""
+        """Maps new ids to full ids; ids beyond the vocabulary (padding rows) are dropped."""
         return [self.kept[token] for token in map(int, tokens) if 0 <= token < self.size]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of `text`, without BOS and EOS; UNK for what was cut."""
+        """Returns the new ids of `text`, without BOS and EOS; pruned tokens become UNK."""
         return self.to_pruned(self.full.encode(text)).tolist()
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -118,36 +134,35 @@ class PrunedVocabulary:
         return [self.decode(row) for row in rows]
 
     def piece(self, token: int) -> str:
-        """Returns one token as the vocabulary spells it."""
+        """Returns the SentencePiece spelling of a token, as `Vocabulary.piece`."""
         return self.full.piece(self.kept[token]) if 0 <= token < self.size else ""
 
     def save(self, folder: Path) -> None:
         """Writes the kept ids to `folder`/vocabulary_map.json."""
-        content = {"full_sha256": self.full.sha256, "full_size": self.full.size, "kept": list(self.kept)}
+        content: StoredIds = {"full_sha256": self.full.sha256, "full_size": self.full.size, "kept": list(self.kept)}
         write_json(folder / FILE, content)
 
 
 class VocabularyMap(Protocol):
-    """A rule that says which tokens of a vocabulary are kept."""
+    """Chooses the tokens of a vocabulary to keep."""
 
     def prune(self, full: Vocabulary) -> PrunedVocabulary:
-        """Returns the part of `full` that is kept."""
+        """Returns the kept subset of `full`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class UsedTokens:
-    """Keeps the tokens that occur in the named splits, and the special tokens.
+    """Keeps the special tokens and all tokens that occur in the given splits.
 
-    Special tokens come first, in the order of their ids, then all others in theirs. So MASK has an id that does not
-    depend on the data: 4 in XLM-R's vocabulary (BOS 0, PAD 1, EOS 2, UNK 3), 4 in that of the embedded tasks.
+    Special tokens come first, then all others, both in the order of their full ids. So the new id of MASK does not
+    depend on the data: 4 for XLM-R's vocabulary (BOS 0, PAD 1, EOS 2, UNK 3) and for that of the embedded tasks.
 
     Attributes:
-      sources: the splits that are looked through, usually those that are trained on. What occurs elsewhere only
-        becomes UNK (`DataPipeline.unknown` counts it).
-      size: number of tokens to keep, so that a network can be configured before its data are there: tokens that are
-        not used fill it up, in the order of their ids (the frequent ones first, as tokenisers are trained). None keeps
-        the used tokens alone.
+      sources: the splits to count tokens in, usually the training data. Tokens that occur only elsewhere become UNK
+        (`DataPipeline.unknown` counts them).
+      size: number of tokens to keep, so that a network can be configured before its data are materialised. Unused
+        tokens fill it up in the order of their ids (most tokenizers sort by frequency). None keeps only used tokens.
     """
 
     sources: tuple[GrainSource, ...]
@@ -156,14 +171,16 @@ class UsedTokens:
     def __post_init__(self):
         sources = (self.sources,) if isinstance(self.sources, GrainSource) else tuple(self.sources)
         object.__setattr__(self, "sources", sources)
-        require(bool(sources), "no split is named", where="UsedTokens.sources", fix="Name those that are trained on.")
+        require(
+            bool(sources), "sources=(): must not be empty", where="UsedTokens.sources", fix="Give the training data."
+        )
 
     def prune(self, full: Vocabulary) -> PrunedVocabulary:
-        """Returns the part of `full` that is kept; reads every named split the first time.
+        """Returns the kept subset of `full`. The first call reads all records of the splits.
 
         Raises:
           ConfigError: a split is missing or has another vocabulary, the vocabulary has no UNK, or `size` is too small
-            or more than there are.
+            or too large.
         """
         counts = np.zeros(full.size, np.int64)
         for source in self.sources:
@@ -171,7 +188,7 @@ class UsedTokens:
                 source.vocabulary.sha256 == full.sha256,
                 f"task {source.task!r} was materialised with another vocabulary than the data of the run",
                 where="UsedTokens.sources",
-                fix="Name splits of the run's own vocabulary.",
+                fix="Use splits that have the vocabulary of the run.",
             )
             counts += source.open().token_counts
         first = always_kept(full)
@@ -180,7 +197,7 @@ class UsedTokens:
             used = len(first) + len(rest)
             require(
                 used <= self.size <= full.size,
-                f"the data use {used} tokens of {full.size} (specials included), not {self.size}",
+                f"size={self.size}: the data use {used} of {full.size} tokens, including special tokens",
                 where="UsedTokens.size",
                 fix=f"Set it to {used} or more (at most {full.size}), and VOCAB_SIZE to the same.",
             )
@@ -191,35 +208,35 @@ class UsedTokens:
 
 @dataclasses.dataclass(frozen=True)
 class StoredMap:
-    """The map that another run was trained with: decodes or goes on from it where its training data are not at hand.
+    """The map of another run, for decoding or training from its checkpoint without its training data.
 
     Attributes:
-      folder: the run folder.
+      folder: the run directory.
     """
 
     folder: str
 
     def prune(self, full: Vocabulary) -> PrunedVocabulary:
-        """Returns the part of `full` that the run keeps; raises `ConfigError` where there is no map, or another's."""
+        """Returns the subset of the run; raises `ConfigError` without a map, or for one of another vocabulary."""
         stored = read_map(self.folder)
         require(
             stored is not None,
             f"{self.folder} has no {FILE}",
             where="StoredMap.folder",
-            fix="Name the folder of a run with a vocabulary map.",
+            fix="Give the directory of a run with a vocabulary map.",
         )
         assert stored is not None
         require(
             stored["full_sha256"] == full.sha256,
-            f"the map of {self.folder} belongs to another vocabulary",
+            f"the vocabulary map of {self.folder} was made from another vocabulary than the data",
             where="StoredMap.folder",
-            fix="Use data of the vocabulary that the run was trained with.",
+            fix="Use data with the vocabulary that the run was trained with.",
         )
         return PrunedVocabulary(full, tuple(stored["kept"]))
 
 
-def read_map(folder: str | Path) -> dict[str, Any] | None:
-    """Returns `{"full_sha256", "full_size", "kept"}` of a run (or one of its checkpoints), None where it has no map."""
+def read_map(folder: str | Path) -> StoredIds | None:
+    """Returns the vocabulary map of a run directory or of one of its checkpoints, None if it has none."""
     path = as_path(folder)
     for place in (path, path.parent, path.parent.parent):
         if (place / FILE).is_file():
@@ -230,7 +247,7 @@ def read_map(folder: str | Path) -> dict[str, Any] | None:
 
 
 def always_kept(full: Vocabulary) -> np.ndarray:
-    """Returns i64[n], the special tokens of a vocabulary in the order of their ids, then its sentinels."""
+    """Returns i64[n], the full ids of the special tokens in ascending order, then of the sentinels."""
     specials = full.specials
     ids = {specials.pad_id, specials.eos_id, specials.bos_id, specials.mask_id, _unk_id(full)} - {None}
     return np.array([*sorted(ids), *sorted(set(full.sentinel_ids) - ids)], np.int64)  # type: ignore[type-var]
@@ -240,8 +257,8 @@ def _unk_id(full: Vocabulary) -> int:
     token = full.unk_id
     if token is None:
         raise ConfigError(
-            "the vocabulary has no UNK, which cut tokens need",
+            "the vocabulary has no UNK token, which replaces pruned tokens",
             where="DataPipeline.vocabulary_map",
-            fix="Leave the map out, or use a vocabulary with an unknown token.",
+            fix="Set it to None, or use a vocabulary with an UNK token.",
         )
     return token

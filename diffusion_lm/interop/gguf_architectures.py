@@ -1,7 +1,7 @@
 """Translates GGUF architectures to Hugging Face: names of tensors, order of rows, metadata to config.json.
 
 llama.cpp's converter changes the weights of the Hugging Face checkpoint in three ways, which are undone here. It
-permutes the rows of LLaMA's queries and keys so that the two entries that RoPE rotates are neighbours, it adds 1 to
+permutes the rows of LLaMA's queries and keys so that the two entries that RoPE rotates are adjacent, it adds 1 to
 Gemma's norm weights, and it transposes GPT-2's matrices.
 """
 

@@ -41,8 +41,8 @@ class Weighting(Protocol):
 class Flat:
     """Every target token counts one at every noise level, corrupted or not (AR2Diff).
 
-    Scoring intact tokens too is what makes the model say which tokens are noise (trap T17). The result is no likelihood
-    bound: uniform-noise models of the SUNDAE family have none.
+    Scoring intact tokens too is what makes the model say which tokens are noise (trap T17). The result is not a
+    likelihood bound: uniform-noise models of the SUNDAE family have none.
     """
 
     @property

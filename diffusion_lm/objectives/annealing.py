@@ -39,7 +39,7 @@ class MaskAnnealing:
     """Opens a causal mask step by step, as the released code of DiffuGPT does (arXiv 2410.17891).
 
     In step s a query sees what stands before it and, each with probability r = min(1, (s + 1) / steps), the other keys
-    that the objective's visibility allows: causal OR (visibility AND Bernoulli(r)), drawn anew in each step. At r = 0
+    that the objective's visibility allows: causal OR (visibility AND Bernoulli(r)), drawn again in each step. At r = 0
     this is an autoregressive model's attention, at r = 1 the objective's visibility, exactly.
 
     The draw is one matrix a step for all layers, heads, passes and examples, read at the positions of query and key
@@ -48,7 +48,7 @@ class MaskAnnealing:
     A comparison's adaptation stage opens the mask from its own beginning, however long the stage before it was.
 
     Attributes:
-      steps: from this step on the mask is open. DiffuGPT: 10,000; 1 in its fine-tuning, which is no annealing.
+      steps: from this step on the mask is open. DiffuGPT: 10,000; 1 in its fine-tuning, which is not annealing.
       per_example: a matrix for each example instead of one for all.
     """
 

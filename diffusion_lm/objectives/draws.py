@@ -22,7 +22,7 @@ def shifted(uniform: jax.Array, offset: jax.Array | float) -> jax.Array:
 def spread(numbers: jax.Array) -> jax.Array:
     """Returns f32 offsets in [0, 1) for i32 numbers, such that any run of them is spread evenly over the interval.
 
-    The order is not that of the numbers, so neighbours have distant offsets, and their count need not be known.
+    Consecutive numbers have distant offsets, so any prefix covers the interval and their count need not be known.
     """
     scrambled = numbers.astype(jnp.uint32) * jnp.uint32(_GOLDEN)
     return (scrambled >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)

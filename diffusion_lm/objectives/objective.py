@@ -20,7 +20,7 @@ class Needs:
     Attributes:
       visibility: name of the attention visibility that it trains under.
       passes: forward passes of the network per training step.
-      frozen_passes: how many of them have no backward pass.
+      frozen_passes: number of these passes without a backward pass.
       mask_token: whether the vocabulary must have a MASK token.
       one_example_per_row: whether rows must not be packed.
       self_conditioning: whether the network must be able to read its own previous prediction.

@@ -47,7 +47,7 @@ class TokenSchedules:
     are predicted from each other's masks; examples of a packed row do not touch.
 
     Attributes:
-      time: at which t an example is trained. Below `time.low` the bound goes on with a model that knows the schedules
+      time: at which t an example is trained. Below `time.low` the bound continues with a model that knows the schedules
         alone: at time low, a masked token is j with probability proportional to low^(w_j). The term is exact, and
         without it the schedules would learn to hide their cost there.
       alignment: which hidden state predicts which token.

@@ -39,7 +39,7 @@ class CanvasSampler:
 
     Attributes:
       process: the noise process; the canvas starts as a draw of z_1.
-      update: which slots take their draw in a step, and which take fresh noise (`samplers.uniform`, `samplers.hybrid`,
+      update: which slots are sampled in a step, and which take fresh noise (`samplers.uniform`, `samplers.hybrid`,
         `samplers.ratios`, `samplers.unmasking`).
       steps: denoising steps per window, distributed over its canvases; None = one per target token.
       canvas: tokens per canvas; canvases are decoded from left to right. 0 = the window is one canvas.

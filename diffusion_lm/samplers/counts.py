@@ -1,4 +1,4 @@
-"""How many slots take their draw in a denoising step: the step schedules of rules that rank slots."""
+"""How many slots are sampled in a denoising step: the step schedules of rules that rank slots."""
 
 import dataclasses
 from typing import Protocol
@@ -19,7 +19,7 @@ class Count(Protocol):
     """A step schedule. In a masked sampler the last step of a block unmasks what is left, whatever the count says."""
 
     def slots(self, view: View) -> jax.Array:
-        """Returns i32[R,1], the number of slots of each row that take their draw in this step; never negative."""
+        """Returns i32[R,1], the number of slots of each row that are sampled in this step; never negative."""
         ...
 
 

@@ -2,7 +2,7 @@
 
     while a row has blocks left:
         network(canvas)  ->  draws at the open slots
-        rule(view)       ->  which slots take their draw, which are renoised
+        rule(view)       ->  which slots are sampled, which are renoised
         canvas           <-  draws, noise
         each row         ->  next step of its block, next block, or done
 
@@ -204,7 +204,7 @@ class Loop(abc.ABC, Generic[Settings]):
 
     @abc.abstractmethod
     def open_slots(self, active: jax.Array, canvas: jax.Array) -> jax.Array:
-        """Returns bool[R,T], the active slots that may take their draw."""
+        """Returns bool[R,T], the active slots that may be sampled."""
 
     @abc.abstractmethod
     def apply(self, decision: Decision, view: View, state: State) -> jax.Array:

@@ -43,7 +43,7 @@ class MaskedSampler:
 
     Attributes:
       process: the noise process; its schedule is that of `unmasking.Ancestral` and of the score rules.
-      unmask: which MASK slots take their draw in a step, and which tokens are remasked (`samplers.unmasking`,
+      unmask: which MASK slots are sampled in a step, and which tokens are remasked (`samplers.unmasking`,
         `samplers.routing`, `samplers.ratios`, `samplers.token_ancestral`).
       steps: denoising steps per window, distributed over its blocks; None = one per target token.
       blocks: decodes the window block by block, from left to right; None = the window is one block.
@@ -236,7 +236,7 @@ class MaskedLoop(Loop[MaskedSampler]):
         return _open_only(view, ~self.denoiser.rows.special.is_end(view.stats.sample))
 
     def _with_last_step(self, view: View, decision: Decision | None) -> Decision:
-        """Returns the decision, and in the last step of a block that all MASK slots take their draw."""
+        """Returns the decision, and in the last step of a block that all MASK slots are sampled."""
         assert decision is not None
         masked = self.open_slots(view.active, view.canvas)
         remask = None if decision.renoise is None else decision.renoise & ~view.is_last

@@ -1,4 +1,4 @@
-"""What a sampling algorithm is: a rule that decides, in each step, which slots take their draw and which are renoised.
+"""What a sampling algorithm is: a rule that decides, in each step, which slots are sampled and which are renoised.
 
 `MaskedRule`s work on canvases with MASK (`masked.MaskedSampler`), `CanvasRule`s on canvases of ordinary tokens
 (`canvas.CanvasSampler`), `SlotRule`s on both. A rule is a frozen dataclass; what it remembers from step to step is its
@@ -26,7 +26,7 @@ class Rule:
         the argmax (`BoundModel.token_stats`).
       reads_logits: whether the rule needs more of the logits than `summaries`; then `View.logit_values` is what
         `from_logits` makes of them.
-      ignores_logits: whether the rule decides without the network; then only the slots that take their draw are
+      ignores_logits: whether the rule decides without the network; then only the slots that are sampled are
         computed and drawn (trap T03). Such a rule has no state.
       output: what the network's outputs mean, one of `noise.contract.OUTPUTS`.
       draws_tokens: whether the rule is not defined at temperature 0.

@@ -1,4 +1,4 @@
-"""Unmasking rules: which of the open slots take their draw in a step."""
+"""Unmasking rules: which of the open slots are sampled in a step."""
 
 import dataclasses
 from typing import Literal
@@ -19,7 +19,7 @@ TINY = 1e-30
 
 @dataclasses.dataclass(frozen=True)
 class AllSlots(SlotRule):
-    """Every open slot takes its draw: all target tokens in each step of AR2Diff (arXiv 2401.17181)."""
+    """Every open slot is sampled: all target tokens in each step of AR2Diff (arXiv 2401.17181)."""
 
     def decide(self, view: View) -> Decision:
         """Samples every open slot."""
@@ -82,7 +82,7 @@ class Ancestral(MaskedRule):
 
 @dataclasses.dataclass(frozen=True)
 class Ranked(SlotRule):
-    """The `count` highest-ranked open slots take their draw.
+    """The `count` highest-ranked open slots are sampled.
 
     Attributes:
       rank: "confidence", the probability of the draw; "margin", the probability of the most likely token minus that of
@@ -129,7 +129,7 @@ class Threshold(SlotRule):
 
     Attributes:
       threshold: 0.9 in Fast-dLLM, 0.85 in SDAR, 0.95 in LLaDA 2.
-      at_least: slots per step that take their draw in any case, 1 or more; `counts.Even()` is SDAR's dynamic variant.
+      at_least: slots per step that are sampled in any case, 1 or more; `counts.Even()` is SDAR's dynamic variant.
     """
 
     threshold: float = 0.9

@@ -15,7 +15,7 @@ class View(flax.struct.PyTreeNode):
     Attributes:
       canvas: i32[R,T], the input of the step.
       active: bool[R,T], the target slots of each row's current block; no others may change.
-      open: bool[R,T], the active slots that may take their draw: those with MASK in a masked sampler, all in a canvas
+      open: bool[R,T], the active slots that may be sampled: those with MASK in a masked sampler, all in a canvas
         sampler.
       step: i32[R], number of steps done in the current block.
       steps: i32[R], number of steps of the block.
@@ -97,7 +97,7 @@ class Decision:
     """What a step does to the canvas; slots in neither set keep their token.
 
     Attributes:
-      sample: bool[R,T], slots that take their draw: they are unmasked, or resampled.
+      sample: bool[R,T], slots that are sampled: they are unmasked, or resampled.
       renoise: bool[R,T], active slots that turn back into noise: they are remasked, or take a fresh noise token. None
         if the rule never renoises.
     """
@@ -109,7 +109,7 @@ class Decision:
 def slot_order(key: jax.Array, among: jax.Array) -> jax.Array:
     """Returns i32[R,T], the slots of each row with those `among` first, by descending `key`, leftmost first in a tie.
 
-    Membership is a sort key of its own and not -inf in `key`: a row with fewer candidates than asked for would
+    Membership is a sort key of its own and not -inf in `key`: a row with fewer candidates than requested would
     otherwise reach into the slots that are not candidates (trap T46).
     """
     return jnp.lexsort((-key, ~among), axis=-1).astype(jnp.int32)

@@ -235,7 +235,7 @@ def _write_llama(spec: TransformerSpec) -> dict[str, Any]:
 
 
 def _read_mistral(config: CheckpointConfig) -> SpecFields:
-    # An absent key is the default of transformers' class, null is no window.
+    # An absent key is the default of transformers' class, null means no window.
     window, layers = config.get_or_null("sliding_window", 4096), config.need("num_hidden_layers")
     windows = layer_windows(config, layers, window)
     if windows.get("window") != window or windows.get("window_layers") is not None:

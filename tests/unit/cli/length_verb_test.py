@@ -148,7 +148,7 @@ def test_an_oracle_is_named_in_every_result(folder, capsys):
     assert result["conditions"]["oracle"] == "length"
     (folder / "prompts.txt").write_text("one\n")
     assert main(["decode", "--workdir", "base", *files, "--input", "prompts.txt"]) == 2
-    assert "an oracle's window needs the reference" in capsys.readouterr().err
+    assert "OracleLength needs the length of a reference" in capsys.readouterr().err
 
 
 def test_packed_rows_are_an_error(capsys):

@@ -241,7 +241,7 @@ SHORT = ("--gin.SingleStreamConverter.inputs_length=2", "--gin.SingleStreamConve
 
 def test_every_verb_reports_truncation(folder, capsys):
     """Prompts of three or more tokens with a length of two; targets of two tokens and EOS with a length of two."""
-    prompts = "toy/train: 16 of 16 prompts cut at the left to 2 tokens (SingleStreamConverter.inputs_length)"
+    prompts = "toy/train: 16 of 16 prompts truncated on the left to 2 tokens (SingleStreamConverter.inputs_length)"
     assert main(["train", "--gin_file", "run.gin", "--workdir", "short", *SHORT, "--json", "short.json"]) == 0
     assert f"training  {prompts}" in capsys.readouterr().err
     found = json.loads((folder / "short.json").read_text())["cuts"]
@@ -254,7 +254,7 @@ def test_every_verb_reports_truncation(folder, capsys):
         assert main([*verb, "--gin_file", "run.gin", *SHORT]) == 0
         assert prompts in capsys.readouterr().out
 
-    decoded = "toy/validation: 4 of 4 prompts cut at the left to 2 tokens (SingleStreamConverter.inputs_length)"
+    decoded = "toy/validation: 4 of 4 prompts truncated on the left to 2 tokens (SingleStreamConverter.inputs_length)"
     only = ["--only", "decode/toy", "--json", "evaluated.json"]
     assert main(["evaluate", "--workdir", "short", *only]) == 0
     captured = capsys.readouterr()
@@ -290,7 +290,10 @@ def test_every_verb_reports_what_the_vocabulary_cannot_encode(folder, capsys, mo
     manifest_file = folder / "data" / "toy" / "train" / "manifest.json"
     before = manifest_file.read_text()
     lost = {"count": 3, "of": 16, "characters": {"\n": 4, "{": 1}, "first": "example 2: '{'"}
-    sentence = "toy/train: the vocabulary cannot write 3 of 16 targets whole: newline 4, '{' 1; first in example 2: '{'"
+    sentence = (
+        "toy/train: the vocabulary cannot encode all characters of 3 of 16 targets: newline 4, '{' 1; "
+        "first in example 2: '{'"
+    )
     try:
         manifest_file.write_text(json.dumps(json.loads(before) | {"unwritten": {"targets": lost}}))
         assert main(["explain", "--gin_file", "run.gin", "--no_config"]) == 0

@@ -100,7 +100,7 @@ def test_long_targets_are_cut_in_training_only(kind):
     long = [[example([], [20, 21, 22])]]
     batch = kind(0, 3).batch(long, SPECIALS, training=True)
     assert batch.tokens.tolist() == [[2, 20, 21, 22]]  # without EOS: the target does not end there
-    with pytest.raises(ConfigError, match=r"target of example 7 has 3 tokens, the row has room for 2"):
+    with pytest.raises(ConfigError, match=r"target of example 7 has 3 tokens, but the row has room for 2"):
         kind(0, 3).batch(long, SPECIALS, training=False)
     assert kind(0, 3, too_long="truncate").batch(long, SPECIALS, training=False).tokens.tolist() == [[2, 20, 21, 22]]
     with pytest.raises(ConfigError, match="Raise target_length"):
@@ -183,7 +183,7 @@ def test_only_an_oracle_shows_a_references_length(make):
         assert prompts.target_mask.sum(axis=1).tolist() == sizes
         assert (prompts.tokens[prompts.target_mask] == SPECIALS.pad_id).all()
         assert window.oracle == "length"
-        with pytest.raises(ConfigError, match="needs the reference"):
+        with pytest.raises(ConfigError, match="needs the length of a reference"):
             make(3, 5, window).prompts([example([10], [])], SPECIALS)
     for window in (ExactEos(), ExactTokens(), PadFilled(), EosFilled()):
         prompts = make(3, 5, window).prompts([*examples, example([10], [])], SPECIALS)

@@ -22,8 +22,8 @@ def texts(cuts):
 def test_training_says_what_is_cut_and_where(make_source):
     pipeline = DataPipeline((make_source("qa", LENGTHS),), CONVERTER)
     assert texts(pipeline.cuts("training")) == [
-        "qa/train: 3 of 6 prompts cut at the left to 5 tokens (SingleStreamConverter.inputs_length)",
-        "qa/train: 3 of 6 targets cut at the right to 7 tokens and EOS (SingleStreamConverter.target_length)",
+        "qa/train: 3 of 6 prompts truncated on the left to 5 tokens (SingleStreamConverter.inputs_length)",
+        "qa/train: 3 of 6 targets truncated on the right to 7 tokens and EOS (SingleStreamConverter.target_length)",
     ]
     assert pipeline.cuts("training")[0].longest == 9
     wide = dataclasses.replace(pipeline, converter=SingleStreamConverter(9, 31))
@@ -74,7 +74,7 @@ def test_scoring_cuts_targets_only_where_it_may(make_source):
 def test_texts_and_suffixes_have_their_own_words(make_source):
     text = DataPipeline((make_source("text", [(0, 30), (0, 5)]),), CONVERTER, pretraining=CausalLM())
     (line,) = texts(text.cuts("training"))
-    assert line.startswith("text/train: 1 of 2 texts cut at the right to 13 tokens")
+    assert line.startswith("text/train: 1 of 2 texts truncated on the right to 13 tokens")
 
 
 def test_a_policy_of_error_leaves_nothing_to_report(make_source):

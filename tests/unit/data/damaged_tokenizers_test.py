@@ -55,7 +55,7 @@ def test_configuration_files_of_another_shape(file, content, tmp_path):
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(ConfigError) as caught:
         Vocabulary.load(tmp_path)
-    assert "is damaged" in str(caught.value)
+    assert "cannot read the vocabulary" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

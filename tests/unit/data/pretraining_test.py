@@ -80,7 +80,7 @@ def test_span_corruption_differs_by_epoch_and_leaves_the_end_of_the_document_out
 
 
 def test_too_few_sentinels_is_an_error():
-    with pytest.raises(ConfigError, match="5 noise spans, the vocabulary 4 sentinels"):
+    with pytest.raises(ConfigError, match="5 noise spans, but there are 4 sentinels"):
         split(SpanCorruption(), piece_of(100), sentinels=SENTINELS[:4])
 
 
@@ -164,11 +164,11 @@ def test_ul2_restores_the_text_and_ends_every_target_with_eos():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: RandomLength(share=1.5), "share = 1.5"),
-        (lambda: DenoiserMixture(shares=(1.0,)), "7 parts, 1 shares and 7 modes"),
-        (lambda: DenoiserMixture(parts=(CausalLM(),), shares=(0.0,), modes=("R",)), "no part"),
+        (lambda: RandomLength(share=1.5), "share=1.5"),
+        (lambda: DenoiserMixture(shares=(1.0,)), "7 parts, 1 shares, 7 modes"),
+        (lambda: DenoiserMixture(parts=(CausalLM(),), shares=(0.0,), modes=("R",)), "with a positive sum"),
         (lambda: DenoiserMixture(parts=(CausalLM(),), shares=(1.0,), modes=("Q",)), "'Q'"),
-        (lambda: split(DenoiserMixture(), piece_of(20), sentinels=SENTINELS[:2]), "mode tokens"),
+        (lambda: split(DenoiserMixture(), piece_of(20), sentinels=SENTINELS[:2]), "one for each mode"),
     ],
 )
 def test_impossible_pretraining_is_an_error(build, message):

@@ -77,25 +77,25 @@ def test_collapsed_indentation_is_a_loss(train_vocabulary):
 
 
 def test_losses_are_counted_and_refused_beyond_the_share():
-    losses = Losses(t5_like(), name="mbpp/train", most=0.01)
+    losses = Losses(t5_like(), name="mbpp/train", max_share=0.01)
     for number in range(3):
         losses.add("targets", number, CODE if number == 1 else "def f(x): return x")
         losses.add("inputs", number, "{the}")
     with pytest.raises(ConfigError) as error:
         losses.check()
     assert str(error.value) == (
-        "the vocabulary cannot write 1 of 3 targets of mbpp/train whole: '{' 1, 'é' 1, '}' 1, newline 1; "
-        "first in example 1: 'def f(x):\\n    return {x: 'é'}' (GrainSource.max_lossy = 0.01, --max_lossy). "
-        "Use a vocabulary that writes them, or allow a larger share (1 = all)."
+        "the vocabulary cannot encode all characters of 1 of 3 targets of mbpp/train: '{' 1, 'é' 1, '}' 1, newline 1; "
+        "first in example 1: 'def f(x):\\n    return {x: 'é'}' (GrainSource.max_lossy=0.01, --max_lossy). "
+        "Use a vocabulary that can encode them, or increase max_lossy (1 = allow all)."
     )
     assert losses.summary()["targets"]["count"] == 1
     assert losses.summary()["inputs"]["characters"] == {"{": 3, "}": 3}
-    assert losses.sentences()[0].startswith("mbpp/train: the vocabulary cannot write 3 of 3 inputs whole")
-    Losses(t5_like(), name="x", most=0.0).check()
+    assert losses.sentences()[0].startswith("mbpp/train: the vocabulary cannot encode all characters of 3 of 3 inputs")
+    Losses(t5_like(), name="x", max_share=0.0).check()
 
 
 def test_a_hopeless_vocabulary_is_refused_early():
-    losses = Losses(t5_like(), name="c4/train", most=0.01)
+    losses = Losses(t5_like(), name="c4/train", max_share=0.01)
     for number in range(999):
         losses.add("targets", number, "{}")
     with pytest.raises(ConfigError, match=r"1,000 of 1,000 targets of c4/train"):

@@ -84,14 +84,14 @@ def test_files_that_do_not_match_the_manifest_are_refused(tmp_path):
     folder = split_folder("t", "train", tmp_path)
     write_records(folder, records(5), MANIFEST)
     np.save(folder / "lengths.npy", np.zeros((4, 2), np.int32))
-    with pytest.raises(ConfigError, match="do not match its manifest of 5 records"):
+    with pytest.raises(ConfigError, match="files do not match the manifest of 5 records"):
         GrainSource("t", root=tmp_path).open()
 
 
 def test_finished_folder_is_not_overwritten(tmp_path):
     folder = split_folder("t", "train", tmp_path)
     write_records(folder, records(5), MANIFEST)
-    with pytest.raises(ConfigError, match="already holds a dataset"):
+    with pytest.raises(ConfigError, match="already contains a dataset"):
         write_records(folder, records(6), MANIFEST)
 
 

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_cut_at_its_far_end_or_refused():
     one = example([10, 11, 12, 13], [20], [30, 31, 32, 33])
     assert GAP.prompts([one], SPECIALS).tokens[0, :8].tolist() == [2, 11, 12, 13, 0, 30, 31, 32]
     strict = dataclasses.replace(GAP, too_long="error")
-    with pytest.raises(ConfigError, match="suffix of example 7 has 4 tokens, the row has room for 3"):
+    with pytest.raises(ConfigError, match="suffix of example 7 has 4 tokens, but the row has room for 3"):
         strict.prompts([example([10], [20], [30, 31, 32, 33])], SPECIALS)
     for converter in (SingleStreamConverter(3, 4), EncoderDecoderConverter(3, 4)):
         for lay in (converter.prompts, lambda found, s, c=converter: c.batch([found], s, training=True)):
@@ -85,7 +85,7 @@ def test_a_row_may_be_shorter_than_its_parts_together():
     assert converter.row_length == converter.abstract_batch(2, SPECIALS).tokens.shape[1] == 6
     for fits in (example([10, 11, 12], [20], [30]), example([], [20, 21], [30, 31, 32])):
         assert converter.prompts([fits], SPECIALS).segment_ids.sum() == 6
-    with pytest.raises(ConfigError, match="example of example 7 has 7 tokens, the row has room for 6") as error:
+    with pytest.raises(ConfigError, match="example 7 has 7 tokens, but the row has room for 6") as error:
         converter.prompts([example([10, 11, 12], [20, 21], [30])], SPECIALS)
     assert "max_slots" in str(error.value)
     with pytest.raises(ConfigError, match="room for 6"):
@@ -110,11 +110,11 @@ def test_records_keep_their_suffix_and_old_files_have_none(tmp_path):
     assert batch.tokens[2, :6].tolist() == [2, 0, 31, 32, 33, 0]
     assert [(cut.part, cut.count, cut.side) for cut in pipeline.cuts("prompts")] == [("suffixes", 1, "right")]
     assert DataPipeline((source,), SingleStreamConverter(3, 4), shuffle=False).cuts("prompts") == ()
-    with pytest.raises(ConfigError, match="suffix has 4 tokens, the row has room for 0"):
+    with pytest.raises(ConfigError, match="suffix has 4 tokens, but the row has room for 0"):
         DataPipeline((source,), SingleStreamConverter(3, 4), shuffle=False).check()
 
     short = DataPipeline((source,), SingleStreamConverter(3, 4, suffix_length=4, max_slots=6), shuffle=False)
-    with pytest.raises(ConfigError, match="example has 7 tokens, the row has room for 6"):
+    with pytest.raises(ConfigError, match="example has 7 tokens, but the row has room for 6"):
         short.check()
 
     lengths = np.load(folder / LENGTHS)

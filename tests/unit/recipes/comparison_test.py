@@ -157,9 +157,9 @@ def test_what_windows_cut_is_in_results_table_report_and_log(comparison, undistu
     texts = {cut["used_by"]: cut["text"] for cut in result.results["cuts"] if cut["part"] == "prompts"}
     field = "tokens (SingleStreamConverter.inputs_length)"
     assert texts == {
-        "stage short": f"repeat/train: 40 of 40 prompts cut at the left to 4 {field}",
-        "task repeat": f"repeat/test: 2 of 2 prompts cut at the left to 4 {field}",
-        "bound repeat": f"repeat/test: 4 of 4 prompts cut at the left to 4 {field}",
+        "stage short": f"repeat/train: 40 of 40 prompts truncated on the left to 4 {field}",
+        "task repeat": f"repeat/test: 2 of 2 prompts truncated on the left to 4 {field}",
+        "bound repeat": f"repeat/test: 4 of 4 prompts truncated on the left to 4 {field}",
     }
     for used_by, text in texts.items():
         assert f"warning: {text}: {used_by}" in lines
