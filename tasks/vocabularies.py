@@ -14,8 +14,8 @@ from pathlib import Path
 
 from diffusion_lm.core.errors import ConfigError
 from diffusion_lm.data.seqio_vocabulary import LazyVocabulary
-from diffusion_lm.data.vocabulary import Vocabulary
-from diffusion_lm_tasks.local_files import data_folder, local_file
+from diffusion_lm.data.vocabulary import VOCABULARY_VARIABLE, Vocabulary, VocabularyNotNamed, requested_mask
+from diffusion_lm_tasks.local_files import local_file
 
 SENTINELS = 32
 """`<extra_id_0>` to `<extra_id_31>`, for span corruption of pieces of up to about 600 tokens."""
@@ -129,25 +129,24 @@ def mixed_path() -> str:
     folder, whatever `Vocabulary.load` takes; it must be able to write newlines and braces), else
     `tokenizers/mix_en_fr_code_16384.model` of the data folder.
     """
-    named = os.environ.get("DIFFUSION_LM_VOCABULARY", "")
+    named = os.environ.get(VOCABULARY_VARIABLE, "")
     if named:
         if "://" not in named and not Path(named).exists():
             raise ConfigError(
                 f"no vocabulary at {named}",
-                where="DIFFUSION_LM_VOCABULARY",
+                where=VOCABULARY_VARIABLE,
                 fix="Give a .model file, or a folder with a tokenizer.",
             )
         return named
     try:
-        data_folder()
+        return str(local_file("tokenizers/mix_en_fr_code_16384.model"))
     except ConfigError as error:
-        raise ConfigError(
-            "the tasks on real data need a vocabulary",
-            where="DIFFUSION_LM_VOCABULARY",
+        raise VocabularyNotNamed(
+            f"the tasks on real data need a vocabulary: {error.what}",
+            where=VOCABULARY_VARIABLE,
             fix="Set it to a SentencePiece model or a folder with a tokenizer, or DIFFUSION_LM_DATA to a data folder "
             "that has one in tokenizers/.",
         ) from error
-    return str(local_file("tokenizers/mix_en_fr_code_16384.model"))
 
 
 def _load_embedded() -> Vocabulary:
@@ -155,12 +154,9 @@ def _load_embedded() -> Vocabulary:
 
 
 def _load_mixed() -> Vocabulary:
-    """`$DIFFUSION_LM_MASK_TOKEN` is an id, or the spelling of a token, that is reused as MASK."""
-    mask = os.environ.get("DIFFUSION_LM_MASK_TOKEN") or None
-    number = int(mask) if mask and mask.isdigit() else None
     path = mixed_path()
     with fetched(path) if "://" in path else contextlib.nullcontext(path) as local:
-        return Vocabulary.load(local, mask=mask if number is None else number)
+        return Vocabulary.load(local, mask=requested_mask())
 
 
 @contextlib.contextmanager

@@ -152,9 +152,20 @@ class BoundModel:
         blocks = layers_apart(self.params["blocks"])
         return dataclasses.replace(self, params={**self.params, "blocks": blocks})
 
-    def encode(self, inputs: EncoderInputs, *, dropout_keys: jax.Array | None = None) -> EncoderState:
-        """Encodes the source once, for several forward passes of the decoder."""
-        return self.architecture.encode(self.params, inputs, dropout_keys=dropout_keys, constrain=self.constrain)
+    def encode(
+        self, inputs: EncoderInputs, *, dropout_keys: jax.Array | None = None, project: bool = True
+    ) -> EncoderState:
+        """Encodes the source once, for several forward passes of the decoder.
+
+        Args:
+          inputs: the source.
+          dropout_keys: key[B] of the dropout, or None.
+          project: compute the cross-attention keys and values of all layers too, as decoding wants it; in training they
+            would be stored until the backward pass.
+        """
+        return self.architecture.encode(
+            self.params, inputs, dropout_keys=dropout_keys, constrain=self.constrain, project=project
+        )
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Returns an empty cache for `length` slots."""

@@ -3,6 +3,7 @@
 Name tasks with --task, or pass a recipe with --gin_file to write all data that it reads."""
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -46,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs the verb; returns one dict per split."""
     from diffusion_lm.data.grain_source import GrainSource
-    from diffusion_lm.data.materialise import TASK_MODULES
+    from diffusion_lm.data.materialise import TASK_MODULES, is_stale
     from diffusion_lm.data.round_trip import loss_sentences
-    from diffusion_lm.data.store import MANIFEST
+    from diffusion_lm.data.store import read_manifest
 
     root = None
     sources = [
@@ -78,9 +79,12 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for number, source in enumerate(sources, 1):
         progress(f"{number}/{len(sources)}  {source.task}/{source.split} -> {source.folder}")
         try:
-            # TensorFlow is slow to import and may not be installed, so import it only to write a new split.
-            if not (source.folder / MANIFEST).is_file():
+            # Writing a split needs SeqIO. For an existing one it only serves to check the vocabulary.
+            finished = read_manifest(source.folder)
+            if finished is None or importlib.util.find_spec("seqio") is not None:
                 import_quietly("seqio")
+            if finished is not None and is_stale(finished):
+                progress(_stale_warning(source))
             manifest = source.materialise(**options)
         except ModuleNotFoundError as error:
             raise _missing_package(error.name, source) from error
@@ -134,10 +138,36 @@ def _missing_package(package: str | None, source: "GrainSource") -> ConfigError:
     )
 
 
+def _stale_warning(source: "GrainSource") -> str:
+    return (
+        f"warning: the code of task {source.task!r} has changed since {source.folder} was written; "
+        "delete that directory to write it again"
+    )
+
+
+def _requested_vocabulary() -> str | None:
+    """Returns the SHA-256 of the vocabulary that `$DIFFUSION_LM_VOCABULARY` names: None if unset, "" if unreadable.
+
+    A vocabulary in a bucket counts as unreadable here: only the child process has TensorFlow to read it.
+    """
+    from diffusion_lm.data.vocabulary import VOCABULARY_VARIABLE, Vocabulary, requested_mask
+
+    path = os.environ.get(VOCABULARY_VARIABLE)
+    if not path:
+        return None
+    try:
+        return Vocabulary.load(path, mask=requested_mask()).sha256
+    except ConfigError:
+        return ""
+
+
 def ensure(root: object, arguments: argparse.Namespace) -> None:
     """Materialises the missing data sets of the configured object `root`, so that `train` and `compare` need no set-up.
 
-    Existing data sets are kept. If the code of their task has changed since they were written, a warning is printed.
+    Existing data sets are kept. If the code of their task has changed since they were written, a warning is printed. If
+    their vocabulary is not the one that `$DIFFUSION_LM_VOCABULARY` names and their task reads that variable, the
+    command fails.
+
     The work runs in a child process, because TensorFlow would reserve GPU memory that training needs. The output of the
     child goes to stderr.
 
@@ -149,19 +179,24 @@ def ensure(root: object, arguments: argparse.Namespace) -> None:
     from diffusion_lm.data.materialise import is_stale
     from diffusion_lm.data.store import read_manifest
 
-    missing = []
+    # The vocabulary named in the environment may differ from that of the data because the task uses its own. Only the
+    # registered task can tell, and only the child process imports SeqIO.
+    requested = _requested_vocabulary()
+    missing, unverified = [], []
     for source in find_all(root, GrainSource):
         manifest = read_manifest(source.folder)
         if manifest is None:
             missing.append(source)
         elif is_stale(manifest):
-            progress(
-                f"warning: the code of task {source.task!r} has changed since {source.folder} was written; "
-                "delete that directory to write it again"
-            )
-    if not missing:
+            progress(_stale_warning(source))
+        if manifest is not None and requested not in (None, manifest.vocabulary_sha256):
+            unverified.append(source)
+    if not missing and not unverified:
         return
-    progress(f"materialising {len(missing)} missing data sets")
+    if missing:
+        progress(f"materialising {len(missing)} missing data sets")
+    else:
+        progress(f"checking the vocabulary of {len(unverified)} data sets")
     flags = [("--gin_file", arguments.gin_file), ("--gin_search_path", arguments.gin_search_path)]
     flags.append(("--module", arguments.module))
     command = [sys.executable, "-m", "diffusion_lm.cli.main", "materialise"]

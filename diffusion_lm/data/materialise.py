@@ -18,9 +18,12 @@ from diffusion_lm.data.store import (
     split_folder,
     write_records,
 )
+from diffusion_lm.data.vocabulary import MASK_VARIABLE, VOCABULARY_VARIABLE, VocabularyNotNamed
 
 MAX_LOSSY = 0.01
 """Share of the targets that a vocabulary may fail to write: rare characters of large data sets, not the task itself."""
+
+_FIX_FINISHED = "Choose another root (--root, GrainSource.root), or delete the directory to write it again."
 
 TASK_MODULES = (
     "diffusion_lm_tasks.embedded",
@@ -75,6 +78,7 @@ def materialise(
     folder = split_folder(task, split, root)
     done = _finished(folder, chunk_length, limit)
     if done is not None:
+        _check_vocabulary(done, folder, modules)
         return done
     from diffusion_lm.data import seqio_source
 
@@ -118,6 +122,7 @@ def materialise(
         done = _finished(folder, chunk_length, limit)
         if done is None:
             raise
+        _check_vocabulary(done, folder, modules)
         return done
 
 
@@ -160,7 +165,7 @@ def is_stale(manifest: Manifest) -> bool:
     return bool(manifest.code_sha256 and code) and manifest.code_sha256 != code
 
 
-def _finished(folder, chunk_length: int | None, limit: int | None) -> Manifest | None:
+def _finished(folder: Path, chunk_length: int | None, limit: int | None) -> Manifest | None:
     """Returns the manifest of a finished split; raises `ConfigError` where it was made with other options."""
     manifest = read_manifest(folder)
     if manifest is None:
@@ -169,7 +174,35 @@ def _finished(folder, chunk_length: int | None, limit: int | None) -> Manifest |
         found = getattr(manifest, name)
         require(
             found == wanted,
-            f"{folder} was materialised with {name} = {found}, not {wanted}",
-            fix="Delete the folder or choose another root.",
+            f"{folder} was written with {name}={found}, but {name}={wanted} was requested",
+            where=f"--{name}",
+            fix=_FIX_FINISHED,
         )
     return manifest
+
+
+def _check_vocabulary(manifest: Manifest, folder: Path, modules: Sequence[str]) -> None:
+    """Raises `ConfigError` if the task of a finished split now uses another vocabulary than the split was written with.
+
+    Does nothing where the task's vocabulary cannot be known: SeqIO is not installed, no module registers the task, or
+    nothing names a vocabulary. A machine that only trains needs none of them.
+    """
+    if not manifest.vocabulary or importlib.util.find_spec("seqio") is None:
+        return
+    from diffusion_lm.data import seqio_source
+
+    try:
+        task = seqio_source.get_task(manifest.task, modules)
+    except ConfigError:
+        return
+    try:
+        vocabulary = seqio_source.task_vocabulary(task)
+    except VocabularyNotNamed:
+        return
+    require(
+        vocabulary.sha256 == manifest.vocabulary_sha256,
+        f"{folder} was written with another vocabulary than task {manifest.task!r} uses now "
+        f"({manifest.specials.vocab_size} and {vocabulary.size} tokens)",
+        where=f"{VOCABULARY_VARIABLE} or {MASK_VARIABLE}, if the task reads them",
+        fix=f"{_FIX_FINISHED} To keep using it, set {VOCABULARY_VARIABLE}={folder / manifest.vocabulary}.",
+    )

@@ -17,9 +17,18 @@ from diffusion_lm.data.token_roles import ROLES, Role, VocabularyReport, assign_
 from diffusion_lm.data.tokenizer_files import find_layout, read_files
 from diffusion_lm.data.tokenizer_models import SentencePieceModel, TokenizersModel, TokenModel, spelled_out
 
+VOCABULARY_VARIABLE = "DIFFUSION_LM_VOCABULARY"
+"""Environment variable: path of the vocabulary of tasks on real data."""
+MASK_VARIABLE = "DIFFUSION_LM_MASK_TOKEN"
+"""Environment variable: id or spelling of the token of that vocabulary to use as MASK."""
+
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 _FORMAT = "diffusion_lm vocabulary 1"
 _PREFIX = b'{"format": "diffusion_lm vocabulary'
+
+
+class VocabularyNotNamed(ConfigError):
+    """Nothing says which vocabulary a task uses. New data cannot be written; finished data can still be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +213,12 @@ class Vocabulary:
     def _spelled_out(self) -> dict[int, list[int]]:
         model = self._opened.model
         return {token: spelled_out(model, token, self._reserved) for token in self._reserved if token < model.size}
+
+
+def requested_mask() -> str | int | None:
+    """Returns `$DIFFUSION_LM_MASK_TOKEN`: an id, the spelling of a token, or None if it is not set."""
+    mask = os.environ.get(MASK_VARIABLE) or None
+    return int(mask) if mask and mask.isdigit() else mask
 
 
 @dataclasses.dataclass(frozen=True)

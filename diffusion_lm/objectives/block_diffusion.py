@@ -212,17 +212,20 @@ class BlockDiffusion:
         Metrics: `nll_per_real_token`, the weighted diffusion loss per real token; with `next_token` also
         `autoregressive_nll_per_real_token`.
         """
+        # The size may be traced: it changes with the step, and one program serves all phases.
         size = self.block_size if self.growth is None else self.growth.at(keys.step)
         blocks = blocks_of(batch, size, self.first_block)
         maskable = self.maskable(batch, blocks)
         rate_BT = self.block_rates(keys, batch, blocks)
         if self.rates.half_life is not None:
             rate_BT = later_rates(rate_BT, maskable, blocks, self.rates.half_life * size)
+        # The tokens masked at one rate are among those masked at a higher one.
         uniform = keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
         masked = (uniform < rate_BT) & maskable
         forward = self.passes(model, batch, blocks, keys, train)
         losses = self.token_losses(model, batch, blocks, masked, self._weight(rate_BT), forward)
         if self.complementary:
+            # The second canvas masks exactly the tokens that the first one shows.
             rest = maskable & ~masked
             other = self.token_losses(model, batch, blocks, rest, self._weight(1.0 - rate_BT), forward, 1)
             # Every token is noise in one of the two passes, and seeds are scored in both.
@@ -268,6 +271,7 @@ class BlockDiffusion:
     ) -> tuple[jax.Array, jax.Array]:
         """Returns bool[B,T] masks of exactly k of n tokens per block and their weights n/k; `uniform_BT` chooses k."""
         maskable = self.maskable(batch, blocks)
+        # k = ceil(n (1 - u)) with u in [0, 1) is uniform in 1..n.
         total = sum_by_run(maskable.astype(jnp.float32), blocks.runs)
         count = jnp.clip(jnp.ceil((1.0 - uniform_BT) * total), 1.0, jnp.maximum(total, 1.0))
         choice = keys.token_uniform(CHOICE_STREAM, batch.example_ids, batch.positions)
@@ -291,7 +295,9 @@ class BlockDiffusion:
             example_ids=_twice(batch.example_ids),
             strata=None,
         )
+        # A noisy block attends to itself and to the clean copies of earlier blocks.
         visibility = two_streams(blocks.ids, causal_noisy=self.causal_noisy, causal_clean=self.causal_clean)
+        # Complementary masks are two passes in training; `bound` runs one pass per draw.
         number = 2 if self.complementary and train else 1
         return ForwardPasses(model, doubled, keys, visibility=visibility, train=train, passes=number)
 
@@ -321,6 +327,7 @@ class BlockDiffusion:
         # in the same way (`nn.named_masks.noise_share`).
         total = sum_by_run(batch.target_mask.astype(jnp.float32), blocks.runs)
         share = sum_by_run(masked_BT.astype(jnp.float32), blocks.runs) / jnp.maximum(total, 1.0)
+        # [noisy ; clean] in one row: both copies have the same positions and differ by visibility.
         noisy = jnp.where(masked_BT, mask_id, batch.tokens)
         hidden = forward(jnp.concatenate([noisy, batch.tokens], axis=1), number, rate=_twice(share))
 
@@ -328,8 +335,10 @@ class BlockDiffusion:
         seeds = batch.target_mask & blocks.is_start if self._has_seeds else jnp.zeros_like(scored)
         # Under the shift, the first token of a block is predicted by the clean copy.
         by_clean = blocks.is_start if self._shifted else jnp.zeros_like(scored)
+        # Logits are computed only where a loss is.
         wanted_noisy = scored & masked_BT & ~by_clean
         wanted_clean = scored & ((masked_BT & by_clean) | seeds | (self.next_token is not None))
+        # The clean copy always predicts the next token, whatever the noisy copy predicts.
         left, right = self.alignment, Shifted()
         nll = model.nll(
             hidden,
@@ -339,6 +348,7 @@ class BlockDiffusion:
         )
         by_noisy, clean = left.to_tokens(nll[:, :length]), right.to_tokens(nll[:, length:])
         predicted = jnp.where(by_clean, clean, by_noisy)
+        # A seed is a next token and has the weight 1.
         diffusion = jnp.where(masked_BT, predicted * weights_BT, 0.0) + jnp.where(seeds, clean, 0.0)
         return TokenLosses(diffusion, jnp.zeros_like(clean) if self.next_token is None else clean)
 
@@ -351,6 +361,7 @@ class BlockDiffusion:
         added = self.next_token
         if added is not None:
             metrics["autoregressive_nll_per_real_token"] = weighted_mean(losses.autoregressive, real)
+        # The bound of the diffusion model does not contain the autoregressive loss.
         if evaluating or added is None:
             return LossTerms(diffusion, weight, metrics)
         scale = added.weight * (_balance(batch, losses) if added.balanced else 1.0)
@@ -381,6 +392,7 @@ def _balance(batch: Batch, losses: TokenLosses) -> jax.Array:
     def per_example(values: jax.Array) -> jax.Array:
         return sum_by_run(jax.lax.stop_gradient(values) * batch.loss_weights, batch.segment_ids)
 
+    # Examples without a next-token loss keep a scale of 0 instead of 0/0.
     below = per_example(losses.autoregressive)
     return jnp.where(below > 0, per_example(losses.diffusion) / jnp.where(below > 0, below, 1.0), 0.0)
 

@@ -40,6 +40,7 @@ def blocks_of(batch: Batch, size: int | jax.Array, first_block: str) -> BlockLay
         # Positions count up from 0 inside an example, so an example begins `position` slots to the left of a token.
         before = jnp.cumsum(batch.target_mask, axis=1) - batch.target_mask
         opening = jnp.arange(batch.tokens.shape[1]) - batch.positions
+        # The rank of a target token inside its own example, in a row that may hold several.
         rank = before - jnp.take_along_axis(before, opening, axis=1)
         ids = jnp.where(batch.target_mask, rank // size, -1)
 
@@ -47,6 +48,7 @@ def blocks_of(batch: Batch, size: int | jax.Array, first_block: str) -> BlockLay
         first = jnp.ones_like(values[:, :1], bool)
         return jnp.concatenate([first, values[:, 1:] != values[:, :-1]], axis=1)
 
+    # Two examples side by side may end and start with the same block number.
     is_start = changes(ids) | changes(batch.segment_ids)
     return BlockLayout(ids, is_start, jnp.cumsum(is_start, axis=1) - 1)
 
@@ -68,6 +70,7 @@ def smallest_in_block(
     With independent uniforms every subset of that size is equally likely.
     """
     slots = jnp.broadcast_to(jnp.arange(uniform_BT.shape[1]), uniform_BT.shape)
+    # 2 is above every uniform: tokens that cannot be masked sort last in their block.
     uniform_BT = jnp.where(maskable_BT, uniform_BT, 2.0)
     order = jnp.lexsort((uniform_BT, blocks.runs), axis=1)
     # Blocks lie side by side and keep their place in the order, so a rank is a distance to the block's first slot.
@@ -95,10 +98,12 @@ def later_rates(
     """
     slots = jnp.arange(rate_BT.shape[1])
     place = slots - jax.lax.cummax(jnp.where(blocks.is_start, slots, 0), axis=1)
+    # The expected number of masked tokens, which bisection matches.
     wanted = sum_by_run(jnp.where(maskable_BT, rate_BT, 0.0), blocks.runs)
     log_w = jnp.log(2.0) / half_life * (1.0 - rate_BT) * place
 
     def rates(log_c):
+        # expm1 keeps small rates; beyond exp(5) the rate is 1 in float32 anyway.
         return -jnp.expm1(-jnp.exp(jnp.minimum(log_c + log_w, 5.0)))
 
     def halve(_, ends):

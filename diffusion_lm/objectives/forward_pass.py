@@ -43,7 +43,9 @@ class ForwardPasses:
         self._visibility = visibility
         self._encoder: EncoderInputs | EncoderState | None = batch.encoder
         if batch.encoder is not None and passes > 1:
-            self._encoder = model.encode(batch.encoder, dropout_keys=self._dropout_keys("encoder"))
+            # Each layer projects its keys and values in each pass. Projecting them here would keep those of all layers
+            # until the backward pass.
+            self._encoder = model.encode(batch.encoder, dropout_keys=self._dropout_keys("encoder"), project=False)
 
     def __call__(
         self,

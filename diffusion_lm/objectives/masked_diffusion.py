@@ -157,11 +157,13 @@ class MaskedDiffusion:
 
     def _evaluated(self) -> "MaskedDiffusion":
         """Returns the objective whose mean loss `bound` estimates."""
+        # Decoding sees the final mask and reads predictions in every step, so the bound does too.
         same = dataclasses.replace(
             self, annealing=None, self_conditioning=float(self.self_conditioning > 0), auxiliary=0.0
         )
         if not self._has_bound:
             return same
+        # Exact counts have less variance than independent masks and no empty masks.
         return dataclasses.replace(
             same,
             process=Absorbing(choice=ExactCount()),
@@ -173,6 +175,7 @@ class MaskedDiffusion:
     def passes(self, model: BoundModel, batch: Batch, keys: StreamKeys, train: bool, views: int = 1) -> ForwardPasses:
         """Returns the forward passes of a loss over `views` canvases of the batch."""
         visibility = annealed_visibility(self.annealing, self.visibility, batch, keys)
+        # One encoder run for all canvases.
         number = views * self.needs().passes
         return ForwardPasses(model, batch, keys, visibility=visibility, train=train, passes=number)
 
@@ -213,12 +216,15 @@ class MaskedDiffusion:
             hidden,
             batch,
             self.alignment,
+            # The second loss needs the intact tokens too; without it their logits are not computed.
             scored if self.auxiliary else wanted,
             forbidden=forbidden_ids(self.process, batch.special),
             label_smoothing=self.label_smoothing if train else 0.0,
         )
+        # Weights at unwanted tokens may be large: at high alpha 1/(1 - alpha) has no upper limit.
         loss_sum = weighted_sum(loss, jnp.where(wanted, weights_BT, 0.0))
 
+        # The metrics estimate the bound whatever weights the training has.
         bound_weights = self._bound_weights(t_BT, noisy, batch) if masks_only else jnp.ones_like(t_BT)
         metrics = {
             "nll_per_token": weighted_mean(nll * bound_weights, batch.loss_weights),
@@ -244,6 +250,7 @@ class MaskedDiffusion:
         rate = 1.0 - self.process.alpha(t_BT)
         if not self.self_conditioning:
             return forward(noisy.tokens, first_pass, rate=rate)
+        # The first pass only provides an input; the gradient flows through the second.
         before = forward(noisy.tokens, first_pass, rate=rate, has_gradient=False)
         prediction = predicted_embedding(
             model,

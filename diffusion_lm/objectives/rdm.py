@@ -78,6 +78,7 @@ class Rdm:
 
         Metrics: those of `MaskedDiffusion`.
         """
+        # Drawn before EOS is removed: times do not depend on the target.
         t_BT = self.time.draw(keys, batch.example_ids, strata=batch.strata)
         batch = without_eos(batch)
         canvas = self._canvas
@@ -87,6 +88,7 @@ class Rdm:
             canvas.terms(noisy, times_BT, forward, model, batch, keys, train=train, first_pass=number)
             for number, (times_BT, noisy) in enumerate(views)
         )
+        # Both canvases have the same weight, so the mean of the sums is the mean of the losses.
         return jax.tree.map(lambda a, b: 0.5 * (a + b), first, second)
 
     def bound(self, model: BoundModel, batch: Batch, keys: StreamKeys) -> LossTerms:

@@ -54,6 +54,7 @@ def score_entropy(log_scores_btV, tokens, noisy, level: Marginal, mask_id: int |
     vocab_size = log_scores_btV.shape[-1]
     ids = jnp.arange(vocab_size)
     elsewhere = ids != noisy[..., None]
+    # z was drawn from q_t, so q_t(z | x) > 0 up to rounding.
     q_z = jnp.maximum(marginal_at(tokens, noisy, level, mask_id, vocab_size), 1e-30)
     noise_btV = noise_at(ids, mask_id, level.mask[..., None], level.uniform[..., None], vocab_size)
     a_btV = (jnp.where(ids == tokens[..., None], level.signal[..., None], 0.0) + noise_btV) / q_z[..., None]
@@ -61,6 +62,7 @@ def score_entropy(log_scores_btV, tokens, noisy, level: Marginal, mask_id: int |
     # Tokens that are not noise have a rate of 0 under MASK noise: their scores must not overflow into 0 x infinity.
     rate = noise_at(noisy, mask_id, level.mask_rate, level.uniform_rate, vocab_size)
     scores = jnp.where(elsewhere & (rate > 0)[..., None], log_scores_btV, 0.0)
+    # The slot's own token has the ratio 1 by definition and no term.
     entropy = jnp.where(elsewhere, jnp.exp(scores) - a_btV * scores + constant_btV, 0.0)
     return jnp.where(rate > 0, rate * jnp.sum(entropy, axis=-1), 0.0)
 
@@ -68,6 +70,7 @@ def score_entropy(log_scores_btV, tokens, noisy, level: Marginal, mask_id: int |
 def prior_divergence(level: Marginal, vocab_size: int) -> jax.Array:
     """Returns KL(q_1(. | x) || uniform), the part of the bound that belongs to the signal left at the end."""
     alpha = level.signal
+    # V q_1 - 1 at x and at all other tokens; log1p keeps the digits of a small alpha.
     at_x, elsewhere = alpha * (vocab_size - 1.0), -alpha
     total = (1.0 + at_x) * jnp.log1p(at_x) + (vocab_size - 1.0) * (1.0 + elsewhere) * jnp.log1p(elsewhere)
     return total / vocab_size
@@ -147,6 +150,7 @@ class ScoreEntropy:
         uniform = keys.example_uniform(TIME_STREAM, batch.example_ids)
 
         def one(offset: jax.Array, draw_keys: StreamKeys) -> LossTerms:
+            # More times at small t, where rare noise has large weights; `factor` is one over their density.
             t_BT, factor = bound_times(uniform, offset)
             return evaluated._at(t_BT, model, batch, draw_keys, train=False, factor=factor, constant=prior)
 
@@ -162,6 +166,7 @@ class ScoreEntropy:
             level = self.process.marginal(t)
             scores = logits
             if self.scale_by_sigma:
+                # The scale is known from the noise level, so the network need not learn it.
                 rest = level.mask + level.uniform
                 scale = jnp.log(level.signal) - jnp.log(jnp.maximum(rest, 1e-30))
                 scores = logits + (scale - jnp.log(noise_tokens(mask_id, logits.shape[-1])))[..., None]

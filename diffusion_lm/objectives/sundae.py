@@ -121,18 +121,22 @@ class Sundae:
         canvas = self.process.corrupt(keys, batch, t_BT, vocab_size=model.spec.vocab_size).tokens
         rate = 1.0 - self.process.alpha(t_BT)
         visibility = annealed_visibility(self.annealing, self.visibility, batch, keys)
+        # One object for all passes, so that an encoder runs once.
         forward = ForwardPasses(model, batch, keys, visibility=visibility, train=train, passes=self.needs().passes)
         forbidden = forbidden_ids(self.process, batch.special)
         real, scored = is_real(batch), batch.loss_weights != 0
+        # Smoothing would bias the losses that are reported in evaluation.
         smoothing = self.label_smoothing if train else 0.0
 
         first_pass, prediction = 0, None
         if self.self_conditioning:
+            # As in decoding, the prediction is an input: nothing is differentiated through it.
             hidden = forward(canvas, rate=rate, has_gradient=False)
             noisy = is_noise(self.process, canvas, batch.target_mask, batch.special)
             prediction = predicted_embedding(
                 model, hidden, self.alignment, batch, noisy, keys, self.self_conditioning, forbidden=forbidden
             )
+            # The scored pass has dropout of its own.
             first_pass = 1
 
         losses: list[jax.Array] = []
@@ -142,14 +146,17 @@ class Sundae:
             nll, loss = cross_entropy(
                 model, hidden, batch, self.alignment, scored, forbidden=forbidden, label_smoothing=smoothing
             )
+            # All tokens of the target are scored, intact ones too: the model learns which of them to keep.
             losses.append(weighted_sum(loss, batch.loss_weights))
             prefix = "unrolled_" if number else ""
             metrics[f"{prefix}nll_per_token"] = weighted_mean(nll, batch.loss_weights)
             metrics[f"{prefix}nll_per_real_token"] = weighted_mean(nll, real)
+            # After the last pass there is nothing to predict for.
             if number < self.unrolls:
                 # The next pass reads the prediction in place of the target; the conditioning stays clean.
                 canvas = self._predict(model, hidden, batch, keys, number)
                 metrics["prediction_accuracy"] = weighted_mean((canvas == batch.tokens).astype(jnp.float32), real)
+        # The losses of the passes are summed over one weight, as in the paper: L1 + L2 is not halved.
         weight = jnp.sum(batch.loss_weights, dtype=jnp.float32)
         return LossTerms(jnp.sum(jnp.stack(losses)), weight, metrics)
 
@@ -157,8 +164,10 @@ class Sundae:
         """Returns i32[B,T], the batch with its target replaced by the prediction; no gradient flows through."""
         token_keys = None
         if self.unroll_temperature > 0:
+            # The draws happen at the slots that predict, so the keys move there with them.
             token_keys = self.alignment.to_slots(keys.per_token(f"unroll/{number}", batch.example_ids, batch.positions))
         stats = model.token_stats(
+            # Sampling is not differentiable; for the next pass its result is data.
             jax.lax.stop_gradient(hidden),
             where=self.alignment.to_slots(batch.target_mask),
             keys_BT=token_keys,

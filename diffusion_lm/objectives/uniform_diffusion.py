@@ -77,6 +77,7 @@ def divergence(log_p_btV, tokens, noisy, level: Marginal, mask_id: int | None) -
         log_p = jnp.take_along_axis(log_p_btV, token[..., None], axis=-1)[..., 0]
         noise = noise_at(token, mask_id, level.mask, level.uniform, vocab_size)
         q = jnp.where(token == tokens, alpha + noise, noise)
+        # q is 0 where the noise cannot produce the token.
         positive = jnp.maximum(q, jnp.finfo(jnp.float32).tiny)
         u = alpha * (jnp.exp(log_p) - (token == tokens)) / positive
         # Near -1, 1 + u has lost its digits: the logarithm of the predicted share itself has them.
@@ -84,10 +85,12 @@ def divergence(log_p_btV, tokens, noisy, level: Marginal, mask_id: int | None) -
         log_share = jnp.logaddexp(jnp.log(jnp.maximum(alpha, tiny)) + log_p, jnp.log(jnp.maximum(noise, tiny)))
         return q, u, jnp.where(u > -0.5, -jnp.log1p(jnp.maximum(u, -0.5)), jnp.log(positive) - log_share)
 
+    # Only the clean and the noisy token have signal in q; all others are pure noise and follow in closed form below.
     q_x, u_x, log_ratio_x = excess(tokens)
     _, _, log_ratio_z = excess(noisy)
     noise_btV = noise_at(ids, mask_id, level.mask[..., None], level.uniform[..., None], vocab_size)
     share_btV = alpha[..., None] * jnp.exp(log_p_btV)
+    # For j != x: q log(q / q_theta) + q_theta - q = alpha p_j - n_j log(1 + alpha p_j / n_j).
     ratio_btV = share_btV / jnp.maximum(noise_btV, 1e-30)
     elsewhere = share_btV - jnp.where(
         noise_btV > 0, noise_btV * jnp.log1p(jnp.where(noise_btV > 0, ratio_btV, 0.0)), 0.0
@@ -175,6 +178,7 @@ class Dynamic:
 
     def weigh(self, tokens, noisy, t, process, mask_id, vocab_size) -> jax.Array:
         """Returns the weights; see `IntegrandWeight`."""
+        # The SNR has no finite value at the ends.
         t = jnp.clip(t, 1e-6, 1.0 - 1e-6)
         intact = process.scale / vocab_size * (t / (1.0 - t)) ** (0.5 * process.gamma)
         weight = jnp.where(noisy == mask_id, 2.0, jnp.where(noisy == tokens, intact, 1.0))
@@ -281,6 +285,7 @@ class UniformDiffusion:
         mask_id = mask_id_of(self.process, batch.special)
 
         def fn(logits: jax.Array, tokens: jax.Array, noisy: jax.Array, t: jax.Array) -> jax.Array:
+            # Inside the chunk: no array [B,T,V] of probabilities exists.
             log_p = jax.nn.log_softmax(logits, axis=-1)
             second: jax.Array | float = 0.0
             if self.auxiliary:
@@ -289,6 +294,7 @@ class UniformDiffusion:
                 return second + self.steps * self._step_divergence(log_p, tokens, noisy, t, mask_id)
             apart = divergence(log_p, tokens, noisy, self.process.marginal(t), mask_id)
             weight = self.weighting.weigh(tokens, noisy, t, self.process, mask_id, logits.shape[-1])
+            # e^x - 1 - x is at least 0 and exact near 0, where the difference of large terms would not be.
             return second + weight * (apart.kl + jnp.expm1(apart.log_ratio) - apart.log_ratio)
 
         hidden = forward(noisy_BT, rate=1.0 - self.process.marginal(t_BT).signal)
@@ -309,6 +315,7 @@ class UniformDiffusion:
     ) -> LossTerms:
         """Returns the terms at times f32[B,T]; `factor` is one over the density of the times."""
         if self.steps is not None:
+            # Times of the grid 1/T .. 1, each equally likely.
             t_BT = jnp.clip(jnp.ceil(t_BT * self.steps), 1, self.steps) / self.steps
         noisy_BT = self.process.corrupt(keys, batch, t_BT, vocab_size=model.spec.vocab_size).tokens
         forward = ForwardPasses(model, batch, keys, visibility=self.visibility, train=train)
@@ -324,6 +331,7 @@ class UniformDiffusion:
         """
         assert self.steps is not None
         vocab_size = log_p.shape[-1]
+        # The first step of the grid ends at exactly 0, which t - 1/T misses by rounding.
         s = jnp.where(t * self.steps > 1.5, t - 1.0 / self.steps, 0.0)
         now, before = self.process.marginal(t), self.process.marginal(s)
         apart_now = divergence(log_p, tokens, noisy, now, mask_id)
@@ -334,5 +342,6 @@ class UniformDiffusion:
         )
         q_now = jnp.maximum(marginal_at(tokens, noisy, now, mask_id, vocab_size), 1e-30)
         q_before = marginal_at(tokens, noisy, before, mask_id, vocab_size)
+        # 0 log 0 = 0: where the token cannot have been z before, it did not stay.
         stayed = jnp.where(q_before > 0, ratio * q_before * apart_before.log_ratio, 0.0)
         return (stayed + added * apart_before.kl) / q_now - apart_now.log_ratio

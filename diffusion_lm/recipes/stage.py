@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from diffusion_lm.core.errors import ConfigError, require
 from diffusion_lm.training.run import TrainRun
@@ -47,6 +47,17 @@ class Stage:
         """Number of token slots in this stage's training: steps x batch size x slots of both streams, with padding."""
         slots = self.run.data.row_length + (self.run.data.encoder_length or 0)
         return self.run.steps * self.run.batch_size * slots
+
+
+def per_task(arm: str, runs: Mapping[str, TrainRun], initial: Stage | str | None = None) -> dict[str, Stage]:
+    """Returns one fine-tuning stage per task for `Arm.stage`, all from the same initial parameters.
+
+    Args:
+      arm: name of the arm; the stages are called `tune_TASK_ARM`.
+      runs: the training run of each task.
+      initial: see `Stage.initial`.
+    """
+    return {task: Stage(f"tune_{task}_{arm}", run, initial) for task, run in runs.items()}
 
 
 def stage_graph(finals: Iterable[Stage]) -> tuple[Stage, ...]:

@@ -79,6 +79,7 @@ class AutoregressiveSampler:
             calls=jnp.ones((), jnp.int32),
             cache=cache,
         )
+        # The prefill predicts the first token, so the loop starts at the second.
         state = self._append(model, prompt, window, keys, state, hidden)
 
         def step(state: _State) -> _State:
@@ -105,6 +106,7 @@ class AutoregressiveSampler:
         row_ids = prompt.row_ids[:, None]
         token_keys = None
         if self.decoding.temperature > 0:
+            # Keyed by token number and not by slot: the draw does not depend on the length of the prompt.
             token_keys = keys.per_token("sampler/token", row_ids, jnp.broadcast_to(state.count, row_ids.shape))
         stats = model.token_stats(
             hidden,
@@ -122,6 +124,7 @@ class AutoregressiveSampler:
             canvas=state.canvas.at[jnp.arange(slots.shape[0]), slots].set(token, mode="drop"),
             count=count,
             done=state.done | special.is_end(token) | (count >= window.sizes),
+            # EOS is part of the generated sequence and of its probability.
             scores=state.scores + jnp.where(state.done, 0.0, stats.sample_log_prob[:, 0]),
         )
 

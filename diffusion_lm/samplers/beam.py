@@ -143,6 +143,7 @@ class BeamSearch:
         B, K, V = log_probs_BKV.shape
         # Each live hypothesis has E ends (every EOS, and PAD), so at least K of the (1 + E) K best do not end.
         most = (1 + len(special.end_ids)) * K
+        # One ranking over all continuations of all live hypotheses of a prompt.
         totals = (state.live_log_prob[:, :, None] + log_probs_BKV).reshape(B, K * V)
         log_prob, index = jax.lax.top_k(totals, min(most, K * V))
         parent, token = index // V, index % V
@@ -153,6 +154,7 @@ class BeamSearch:
         count = state.count + 1
         full = (count >= window.sizes)[:, None]
         ended = special.is_end(token) | full
+        # Only ends among the K best continuations finish, as in the definition of the search.
         counts = ended & (log_prob > NEVER / 2) & (jnp.arange(ended.shape[1]) < K)
 
         scores = jnp.where(counts, log_prob / self._penalty(count), NEVER)
@@ -161,6 +163,7 @@ class BeamSearch:
         finished_score, kept = jax.lax.top_k(all_scores, K)
         finished = jnp.take_along_axis(all_finished, kept[:, :, None], axis=1)
 
+        # Live hypotheses are compared without penalty: all have the same length.
         live_log_prob, alive = jax.lax.top_k(jnp.where(ended, NEVER, log_prob), K)
         live = jnp.take_along_axis(grown, alive[:, :, None], axis=1)
         parent = jnp.take_along_axis(parent, alive, axis=1)
@@ -169,6 +172,7 @@ class BeamSearch:
         reachable = live_log_prob[:, 0] / self._penalty(window.sizes)
         decided = (reachable <= finished_score[:, 0]) | (finished_score[:, -1] > NEVER / 2)
         row = state.done[:, None]
+        # The cache follows its hypothesis; rows that are done keep theirs.
         rows = (jnp.arange(B)[:, None] * K + jnp.where(row, jnp.arange(K), parent)).reshape(-1)
         return state.replace(
             count=count,

@@ -73,6 +73,7 @@ class RowBlocks:
             opens = target_mask & (before % size == 0)
         else:
             block_start = jnp.arange(target_mask.shape[1]) // size * size
+            # The first target slot of each block of the row: no target slot lies before it in the block.
             opens = target_mask & (before == before[:, block_start])
         number = jnp.where(target_mask, jnp.cumsum(opens, axis=1, dtype=jnp.int32) - 1, -1)
         return cls(number, number.max(axis=1) + 1, size, total_steps)
@@ -94,6 +95,7 @@ class RowBlocks:
         """
         if self.total_steps is None:
             return jnp.maximum(jnp.sum(self.active(block), axis=1, dtype=jnp.int32), 1)
+        # Block b has floor((b + 1) T / n) - floor(b T / n) steps, which sum to T over the n blocks.
         counts = jnp.maximum(self.counts, 1)
         return jnp.maximum(
             (block + 1) * self.total_steps // counts - block * self.total_steps // counts,

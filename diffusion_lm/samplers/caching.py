@@ -141,6 +141,7 @@ class CachedPass:
           used: bool[R,T], the slots that hold an example.
           alignment: which hidden state predicts which token.
         """
+        # The first step of a block runs the whole row: the tokens of the block before have changed since.
         fresh = jnp.any(active, axis=1) & (state.block != block)
         # The state that predicts the block's first token may be one slot before the block.
         needed = active | alignment.to_slots(active)
@@ -165,6 +166,7 @@ class CachedPass:
         Returns:
           The hidden states as [R',T,D], 0 where no slot was run, with the cache that now holds the slots of the pass.
         """
+        # With guidance both passes run the same slots.
         wanted = jnp.tile(self.wanted, (tokens.shape[0] // self.wanted.shape[0], 1))
         length, count = tokens.shape[1], jnp.sum(wanted, axis=1, dtype=jnp.int32)
         # Wanted slots first, in their order.
@@ -190,6 +192,7 @@ class CachedPass:
                     cache=cache,
                 )
                 values = hidden.values_BTD
+                # Back to one state per slot, so that the rest of the loop does not know about the cache.
                 whole = jnp.zeros((*tokens.shape, values.shape[-1]), values.dtype)
                 return dataclasses.replace(hidden, values_BTD=whole.at[rows, at].set(values, mode="drop"))
 

@@ -160,6 +160,7 @@ class CanvasLoop(Loop[CanvasSampler]):
 
     def _input_scores(self, canvas: jax.Array, view: View) -> jax.Array:
         """Returns f32[R], minus the mean cross-entropy of the step's input under the step's output."""
+        # The whole window, since every step reads all of it.
         scored = target_mask = self.denoiser.rows.target_mask
         if self.sampler.score_over == "real":
             real = target_mask & ~is_filler(canvas, target_mask, self.denoiser.rows.special)

@@ -95,6 +95,7 @@ class Denoiser:
             if blank is not None:
                 assert blank.encoder is not None
                 inputs = _concatenated(inputs, blank.encoder)
+                # The second half of the rows reads the blank source.
                 indices = jnp.concatenate([indices, indices + prompt.tokens.shape[0]])
             encoder = model.encode(inputs).take_rows(indices)
         return cls(
@@ -145,6 +146,7 @@ class Denoiser:
           cached: the slots to run if a cache holds the others; None runs all.
         """
         rows, tokens = self.rows, canvas
+        # None for networks without a time input.
         time = time_input(self.model.spec, rate, rows.target_mask)
         if self.blank is not None:
             tokens = jnp.concatenate([canvas, jnp.where(rows.target_mask, canvas, self.blank)])

@@ -84,6 +84,7 @@ class LengthBeam:
         place = jnp.cumsum(rows.target_mask, axis=1) - 1
         window = rows.target_mask & (place < lengths)
         closing = rows.target_mask & (place == lengths) & self.closing
+        # What is left of the window becomes padding: the network must not see the space after the text.
         candidates = rows.replace(
             tokens=jnp.where(closing, prompt.special.eos_id, rows.tokens),
             target_mask=window,
@@ -91,6 +92,7 @@ class LengthBeam:
         )
         sampler = dataclasses.replace(self.sampler, keep_trace=self.keep_trace)
         decoded = sampler.generate(model, candidates, keys)
+        # Impossible lengths are decoded too, because shapes are static, and never win.
         best = best_candidate(jnp.where(possible_BK.reshape(-1), decoded.scores, -jnp.inf), B)
         tokens = jnp.where(window | closing, jnp.where(closing, prompt.special.eos_id, decoded.tokens), rows.tokens)[
             best
@@ -112,6 +114,7 @@ class LengthBeam:
             return jnp.maximum(room_B1, 0), room_B1 > 0
         logits_BC = length_logits(model, prompt, self.visibility)
         number = jnp.arange(logits_BC.shape[1])
+        # A text of length 0 would have the mean of no token, the best score of all.
         fits = (number > 0) & (number <= room_B1)
         beam = min(self.beam, logits_BC.shape[1])
         found_BK, lengths_BK = jax.lax.top_k(jnp.where(fits, logits_BC, -jnp.inf), beam)

@@ -177,6 +177,7 @@ class Loop(abc.ABC, Generic[Settings]):
         canvas = self.apply(decision, view, state)
         end = self.ending(decision, view, state, canvas, moving)
 
+        # Rows that wait take no step: neither their counters nor their draws advance.
         moved = moving[:, 0]
         block_ends = end.block_ends & moved
         block = jnp.minimum(jnp.where(block_ends, state.block + 1, state.block), self.blocks.counts)
@@ -187,9 +188,11 @@ class Loop(abc.ABC, Generic[Settings]):
             trace = jnp.where(later, end.canvas[None], state.trace)
         return State(
             canvas=end.canvas,
+            # A row is done when its block number is the number of its blocks.
             block=jnp.where(end.row_ends, self.blocks.counts, block),
             step=jnp.where(block_ends, 0, state.step + moved),
             total_steps=state.total_steps + moved,
+            # Of tokens that were sampled in this step; all others keep theirs from when they were sampled.
             log_prob=jnp.where(decision.sample, view.stats.sample_log_prob, state.log_prob),
             scores=end.scores,
             calls=state.calls + 1,
@@ -277,6 +280,7 @@ class Loop(abc.ABC, Generic[Settings]):
             # The first step of a block has no previous prediction, and clean tokens are no longer predicted.
             read = noisy & (view.step > 0)[:, None]
             prediction = jnp.where(read[:, :, None, None], prediction, 0)
+        # Only slots that the pass runs can read a prediction and give a new one.
         cached, cache = self.cached_pass(view, state), state.cache
         if cached is not None:
             noisy &= self.sampler.alignment.to_tokens(cached.wanted)
@@ -324,6 +328,7 @@ class Loop(abc.ABC, Generic[Settings]):
         one_time = not self.blocks.size or named_blocks(sampler.visibility) is not None
         if mask_id is not None and (rate is None or not one_time):
             return noise_share(view.canvas == mask_id, target_mask, sampler.visibility)
+        # Without MASK the canvas does not show the noise: later blocks are noise, earlier ones are finished.
         later_blocks = self.blocks.number > state.block[:, None]
         return jnp.where(view.active, view.times()[0] if rate is None else rate, later_blocks.astype(jnp.float32))
 
@@ -351,6 +356,12 @@ def check_rule(sampler: DenoisingSettings, name: str) -> None:
         "leave one of the two passes without a token",
         where=f"{where}.guidance",
         fix="Use Decoding.top_k = 0 and top_p = 1.0, or guidance = 0.0.",
+    )
+    require(
+        sampler.guidance == 0 or not rule.reads_logits,
+        f"guidance={sampler.guidance}: {type(rule).__name__} reads the logits of one pass, and guidance mixes two",
+        where=f"{where}.guidance",
+        fix="Use guidance = 0.0.",
     )
     require(
         sampler.decoding.temperature > 0 or not rule.draws_tokens,
@@ -410,6 +421,7 @@ def denoise(
         feeds_back=model.spec.self_conditioning and sampler.self_conditioning is not False,
     )
 
+    # Keyed by call, so that renoised slots get fresh noise in every step.
     def noise(call: jax.Array) -> jax.Array:
         root = jax.random.fold_in(jax.random.fold_in(keys.root, stream_number("sampler/noise")), call)
         return start_canvases(sampler.process, keys.replace(root=root), prompt, C, vocab_size=vocab_size)
@@ -424,6 +436,7 @@ def denoise(
         rule_keys=candidate_keys(keys, "sampler/rule", prompt, C),
         noise=noise,
     )
+    # Every row has counters of its own, so rows do not depend on their batch.
     zeros = jnp.zeros(B * C, jnp.int32)
     final = loop.run(
         State(
@@ -441,6 +454,7 @@ def denoise(
         )
     )
     scores = score(loop, final)
+    # The scores of candidates are compared within each prompt only.
     best = best_candidate(scores, B)
     tokens = cut_at_end(final.canvas[best], prompt.target_mask, special)
     return Decoded(

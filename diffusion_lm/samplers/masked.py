@@ -254,9 +254,11 @@ class MaskedLoop(Loop[MaskedSampler]):
         sampler, rows = self.sampler, self.denoiser.rows
         target_mask, special = rows.target_mask, rows.special
         block_ends, row_ends = view.is_last[:, 0], jnp.zeros(canvas.shape[0], bool)
+        # A rule that remasks needs all its steps, even if no slot is MASK now.
         if not sampler.unmask.remasks:
             block_ends |= ~jnp.any(self.open_slots(view.active, canvas), axis=1)
         if sampler.end == "stop":
+            # Slots after the end need no token; they become PAD, so that no MASK is left.
             row_ends = has_finished_text(canvas, target_mask, special.mask, special)
             unneeded = target_mask & (canvas == special.mask)
             canvas = jnp.where(row_ends[:, None] & unneeded, special.pad_id, canvas)

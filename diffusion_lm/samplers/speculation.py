@@ -118,6 +118,7 @@ class SelfSpeculation:
             trace=jnp.broadcast_to(canvas, (T, B, T)) if self.keep_trace else None,
         )
         cycle = _Cycle(self, model, prompt, window, keys, encoder)
+        # Every cycle starts from a newest token, and the prefill generates the first one.
         first = cycle.stats(hidden, jnp.zeros((B, 1), jnp.int32))
         state = cycle.written(state, first.sample, first.sample_log_prob, jnp.ones(B, jnp.int32))
         step = cycle.strided if self.strided else cycle.draft_and_verify
@@ -157,6 +158,7 @@ class _Cycle:
         state = state.replace(cache=cache)
         hidden, cache = self._run(proposed.sample, state.count, state, None)
         verified = self.stats(hidden, numbers + 1)
+        # Token i + 1 of the draft is checked against the prediction after token i.
         accepted = _leading(proposed.sample[:, 1:] == verified.sample[:, :-1])
         state = state.replace(cache=cache, calls=state.calls + 2)
         return self.written(
@@ -172,6 +174,7 @@ class _Cycle:
         drafts = jnp.where(state.drafted, K - 1, 0)
         places = jnp.arange(2 * K - 1)
         padded = jnp.pad(state.drafts, ((0, 0), (0, K)), constant_values=self.prompt.special.mask)
+        # Rows without drafts run MASK there, so that all rows have the same shape.
         following = jnp.where(places < drafts[:, None], padded, self.prompt.special.mask)
         hidden, cache = self._run(
             jnp.concatenate([self._newest(state), following], axis=1), state.count - 1, state, drafts
@@ -184,6 +187,7 @@ class _Cycle:
             _states(hidden, jnp.concatenate([jnp.broadcast_to(jnp.arange(K), (B, K)), states], axis=1)),
             jnp.concatenate([numbers, further], axis=1),
         )
+        # Places after a row's drafts hold MASK and verify nothing.
         hits = (state.drafts == stats.sample[:, : K - 1]) & (jnp.arange(K - 1) < drafts[:, None])
         accepted = _leading(hits)
         state = state.replace(
@@ -212,9 +216,11 @@ class _Cycle:
         length = state.canvas.shape[1]
         places = jnp.arange(tokens.shape[1])[None]
         is_end = self.prompt.special.is_end(tokens)
+        # Exclusive: the end itself is generated, what follows it is not.
         after_end = jnp.cumsum(is_end, axis=1) - is_end > 0
         fits = state.count[:, None] + places < window.sizes[:, None]
         stays = (places < valid[:, None]) & fits & ~after_end & ~state.done[:, None]
+        # Tokens that are not generated go to slot T, which is dropped.
         slots = jnp.where(stays, (window.starts + state.count)[:, None] + places, length)
         canvas = state.canvas.at[jnp.arange(slots.shape[0])[:, None], slots].set(tokens, mode="drop")
         count = state.count + jnp.sum(stays, axis=1, dtype=jnp.int32)

@@ -48,6 +48,7 @@ def settled(
     Returns:
       bool[B], which does not depend on other rows.
     """
+    # Per row: the result must not depend on the other rows of the batch.
     unchanged = jnp.all((canvas == proposed) | ~target_mask, axis=1)
     if temperature == 0:
         return unchanged

@@ -74,6 +74,7 @@ class Ancestral(MaskedRule):
             return Decision(view.open & (uniform < (alpha_s - alpha_t) / jnp.maximum(1.0 - alpha_t, TINY)))
         # Above this limit no reverse process has the marginals of the schedule (ReMDM, equation 4).
         limit = jnp.minimum((1.0 - alpha_s) / jnp.maximum(alpha_t, TINY), 1.0)
+        # Rates of a rule of its own may exceed the limit.
         sigma = jnp.minimum(self.remasking.rate(view, t, limit), limit)
         reveal = (alpha_s - (1.0 - sigma) * alpha_t) / jnp.maximum(1.0 - alpha_t, TINY)
         return Decision(view.open & (uniform < reveal), view.active & ~view.open & (uniform < sigma))

@@ -122,3 +122,17 @@ def test_the_paper_scores_the_best_checkpoint_on_squad_and_mbpp(recipe):
 @pytest.mark.parametrize("recipe", ["quickstart.gin", "local_data.gin"])
 def test_recipes_at_laptop_scale_score_the_last_checkpoint(recipe):
     assert not any(stage.run.checkpoint.best for stage in build(recipe).stages)
+
+
+def test_arms_of_the_quickstart_are_the_graph_of_the_paper():
+    """Per task, AR2Diff_N is fine-tuned from the adapted AR model, and all diffusion arms share one run."""
+    arms = {arm.name: arm for arm in build("quickstart.gin").arms}
+    before = {
+        "ar": "pretrain_ar", "diffusion": "pretrain_diffusion", "ar2diff_0": "pretrain_ar",
+        "ar2diff_small": "adapt_small", "ar2diff_large": "adapt_large",
+    }  # fmt: skip
+    for name, initial in before.items():
+        for task in ("translation", "code", "qa"):
+            stage = arms[name].stage_for(task)
+            assert (stage.name, stage.initial.name) == (f"tune_{task}_{name}", initial)
+            assert (stage.run == arms["diffusion"].stage_for(task).run) == (name != "ar")

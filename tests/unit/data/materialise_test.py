@@ -16,7 +16,7 @@ from diffusion_lm.data.iterator import DataPipeline
 from diffusion_lm.data.materialise import code_digest, is_stale, materialise
 from diffusion_lm.data.pretraining import PrefixSplit
 from diffusion_lm.data.schema import Manifest
-from diffusion_lm.data.vocabulary import Vocabulary
+from diffusion_lm.data.vocabulary import Vocabulary, VocabularyNotNamed
 
 pytestmark = pytest.mark.tensorflow
 seqio = pytest.importorskip("seqio")
@@ -149,10 +149,44 @@ def test_a_second_time_does_nothing_and_other_options_are_refused(vocabulary, tm
     add_task("pairs_task", vocabulary)
     first = materialise("pairs_task", "validation", tmp_path, modules=(), limit=2)
     assert first.count == 2
+    assert materialise("pairs_task", "validation", tmp_path, modules=(), limit=2) == first
     seqio.TaskRegistry.remove("pairs_task")
     assert materialise("pairs_task", "validation", tmp_path, modules=(), limit=2) == first
-    with pytest.raises(ConfigError, match="was materialised with limit = 2, not None"):
+    with pytest.raises(ConfigError, match="written with limit=2, but limit=None was requested"):
         materialise("pairs_task", "validation", tmp_path, modules=())
+
+
+def test_a_finished_split_with_another_vocabulary_is_an_error_and_stays_as_it_is(tmp_path):
+    first = Vocabulary.load(folders.gpt2_folder(tmp_path / "first"))
+    second = Vocabulary.load(tmp_path / "first", mask=300)
+    add_task("pairs_task", LazyVocabulary(lambda: first), append_eos=False)
+    materialise("pairs_task", "train", tmp_path / "data", modules=())
+    before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    add_task("pairs_task", LazyVocabulary(lambda: second), append_eos=False)
+    with pytest.raises(ConfigError, match="written with another vocabulary than task 'pairs_task' uses now") as caught:
+        materialise("pairs_task", "train", tmp_path / "data", modules=())
+    assert str(tmp_path / "data" / "pairs_task" / "train") in str(caught.value)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    assert materialise("pairs_task", "train", tmp_path / "elsewhere", modules=()).vocabulary_sha256 == second.sha256
+
+
+def test_a_finished_split_is_kept_if_nothing_names_a_vocabulary(tmp_path):
+    """A machine with the materialised data needs neither the raw data nor the tokenizer."""
+    first = Vocabulary.load(folders.gpt2_folder(tmp_path / "first"))
+    add_task("pairs_task", LazyVocabulary(lambda: first), append_eos=False)
+    written = materialise("pairs_task", "train", tmp_path / "data", modules=())
+
+    def unknown():
+        raise VocabularyNotNamed("the tasks on real data need a vocabulary")
+
+    def broken():
+        raise ConfigError("no vocabulary at nowhere")
+
+    add_task("pairs_task", LazyVocabulary(unknown), append_eos=False)
+    assert materialise("pairs_task", "train", tmp_path / "data", modules=()) == written
+    add_task("pairs_task", LazyVocabulary(broken), append_eos=False)
+    with pytest.raises(ConfigError, match="no vocabulary at nowhere"):
+        materialise("pairs_task", "train", tmp_path / "data", modules=())
 
 
 def test_documents_are_cut_into_pieces_that_restore_them(vocabulary, tmp_path):

@@ -1,5 +1,6 @@
 """The registered SeqIO tasks: embedded, local and TFDS (mocked); no network."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,7 +17,10 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 import tokenizer_folders as folders
 
+from diffusion_lm.cli.main import main
+from diffusion_lm.cli.materialise import ensure
 from diffusion_lm.core.errors import ConfigError
+from diffusion_lm.data.grain_source import GrainSource
 from diffusion_lm.data.vocabulary import Vocabulary
 from diffusion_lm_tasks import (
     code_synthesis,
@@ -295,6 +299,50 @@ def test_a_mask_token_of_the_environment_is_reused(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="no vocabulary at"):
         vocabularies.mixed_path()
+
+
+@pytest.mark.usefixtures("mixed")
+def test_data_of_another_vocabulary_than_the_environment_names_are_an_error(tmp_path, monkeypatch, capsys):
+    """`materialise` exits with code 2 and touches nothing; `train` starts no run on such data."""
+    monkeypatch.chdir(tmp_path)
+    command = ["materialise", "--task", "local_text", "--root", "data"]
+
+    def use(vocabulary):
+        monkeypatch.setenv("DIFFUSION_LM_VOCABULARY", str(vocabulary))
+        monkeypatch.delitem(vars(pretraining.VOCABULARY), "vocabulary", raising=False)  # a process of its own
+
+    use(folders.gpt2_folder(tmp_path / "first"))
+    assert main(command) == 0, capsys.readouterr().err
+    before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    use("data/local_text/train/vocabulary.model")
+    assert main(command) == 0, capsys.readouterr().err
+
+    use(folders.gpt2_folder(tmp_path / "second", ("<|endoftext|>", "<|other|>")))
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "data/local_text/train was written with another vocabulary than task 'local_text' uses now" in error
+    assert "DIFFUSION_LM_VOCABULARY" in error
+    assert before == {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+
+    # `train` and `compare` leave it to a child process: only a registered task knows which vocabulary it uses.
+    source = GrainSource("local_text", root="data")
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 2)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    arguments = argparse.Namespace(gin_file=["run.gin"], gin_search_path=[], module=[], gin=[])
+    with pytest.raises(SystemExit, match="2"):
+        ensure(source, arguments)
+    assert commands[0][3:] == ["materialise", "--gin_file", "run.gin"]
+    for vocabulary in ("data/local_text/train/vocabulary.model", ""):  # the same one; none is named
+        use(vocabulary)
+        ensure(source, arguments)
+    assert len(commands) == 1
 
 
 def test_a_vocabulary_in_a_bucket_is_fetched(tmp_path):
