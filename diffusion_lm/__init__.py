@@ -4,4 +4,4 @@ Importing this package loads neither TensorFlow, SeqIO nor gin; its packages are
 (`docs/architecture.md`).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: floors, foreign imports, switches, file lengths, the gin folder."""
+"""The rules of CONTRIBUTING.md that a machine can check: layers, foreign imports, file lengths, the gin folder."""
 
 import ast
 import functools
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "diffusion_lm"
-FLOORS = {
+LAYERS = {
     "core": 0,
     "nn": 1,
     "noise": 1,
@@ -29,7 +29,7 @@ FLOORS = {
     "cli": 6,
 }
 # Rooms of these floors do not import each other; those of floor 5 may (recipes use training and evaluation).
-SEPARATE_FLOORS = (1, 3)
+SEPARATE_LAYERS = (1, 3)
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = sorted(
     path for folder in ("diffusion_lm", "tasks", "tests", "launch") for path in (ROOT / folder).rglob("*.py")
@@ -55,21 +55,21 @@ def _imports(path: pathlib.Path) -> set[str]:
 def _room(name: str) -> str | None:
     """`diffusion_lm.nn.masks.Causal` -> `nn`; None for what is not on a floor."""
     parts = name.split(".")
-    return parts[1] if parts[0] == "diffusion_lm" and len(parts) > 1 and parts[1] in FLOORS else None
+    return parts[1] if parts[0] == "diffusion_lm" and len(parts) > 1 and parts[1] in LAYERS else None
 
 
 def _violation(importer: str, imported: str) -> str | None:
-    below, above = FLOORS[importer], FLOORS[imported]
+    below, above = LAYERS[importer], LAYERS[imported]
     if above > below:
         return f"floor {below} imports floor {above}"
-    if above == below and importer != imported and below in SEPARATE_FLOORS:
+    if above == below and importer != imported and below in SEPARATE_LAYERS:
         return "siblings of this floor do not import each other"
     return None
 
 
 def test_every_folder_is_on_a_floor():
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert folders <= set(FLOORS), f"give {folders - set(FLOORS)} a floor in {__file__}"
+    assert folders <= set(LAYERS), f"give {folders - set(LAYERS)} a layer in {__file__}"
 
 
 def test_violations_are_seen():
@@ -111,7 +111,7 @@ CONFINED |= {"torch", "transformers", "huggingface_hub"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_gin_and_tensorflow_stay_in_their_rooms(path):
+def test_gin_and_tensorflow_stay_in_their_packages(path):
     found = {name.split(".")[0] for name in _imports(path)} & CONFINED
     assert found <= _may_import(path)
 
@@ -124,10 +124,10 @@ def test_tasks_import_data_and_metrics_only(path):
 
 
 @functools.cache
-def _class_names(*rooms: str) -> set[str]:
+def _class_names(*packages: str) -> set[str]:
     return {
         node.name
-        for room in rooms
+        for package in packages
         for path in (PACKAGE / room).rglob("*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef)
@@ -194,7 +194,7 @@ def test_harmless_comparisons_are_let_through(source):
     assert not _switches(source, {"Denoising"})
 
 
-ABOVE = [path for path in MODULES if FLOORS.get(path.relative_to(PACKAGE).parts[0], -1) >= 4]
+ABOVE = [path for path in MODULES if LAYERS.get(path.relative_to(PACKAGE).parts[0], -1) >= 4]
 
 
 @pytest.mark.parametrize("path", ABOVE, ids=_name)
@@ -226,7 +226,7 @@ def test_nothing_that_is_written_as_json_can_hold_nan(path):
     assert not _loose_json(path.read_text())
 
 
-def test_files_are_small_rooms():
+def test_files_are_small():
     lengths = {_name(path): len(path.read_text().splitlines()) for path in ALL_CODE}
     assert not {name: length for name, length in lengths.items() if length > 500}, "over 500 lines a file is two files"
     long = {name: length for name, length in lengths.items() if length > 300}

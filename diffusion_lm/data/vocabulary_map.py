@@ -51,7 +51,7 @@ class PrunedVocabulary:
     kept: tuple[int, ...] = dataclasses.field(repr=False)
 
     def __post_init__(self):
-        missing = sorted(set(always_kept(self.full)) - set(self.kept))
+        missing = sorted(map(int, set(always_kept(self.full)) - set(self.kept)))
         require(
             not missing and len(set(self.kept)) == len(self.kept),
             f"kept: must contain every special token exactly once; missing ids: {missing[:5]}",

@@ -487,8 +487,7 @@ def test_a_sampler_of_another_noise_process_is_an_error_and_recorded_with_force(
     # The vocabulary of this run has no MASK, so forcing does not help.
     assert main([*masked, "--force"]) == 2
     assert "error: the vocabulary of the data has no MASK token" in capsys.readouterr().err
-    canvas = [*masked[:-1], "gin/samplers/sundae.gin", "--force"]
-    assert main(canvas) == 0
+    assert main([*masked[:-1], "gin/samplers/sundae.gin", "--force"]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert any("uniform noise" in one for one in line["unlike_training"])
     prefix = ["evaluate", "--workdir", "run", "--only", "decode/toy", "--gin.AutoregressiveSampler.visibility='prefix'"]
