@@ -128,7 +128,7 @@ def _class_names(*packages: str) -> set[str]:
     return {
         node.name
         for package in packages
-        for path in (PACKAGE / room).rglob("*.py")
+        for path in (PACKAGE / package).rglob("*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef)
     }
