@@ -171,7 +171,7 @@ def test_what_is_no_tokenizer_is_one_sentence(tmp_path):
     (tmp_path / "text.model").write_text("plain text")
     with pytest.raises(ConfigError, match="not a SentencePiece model"):
         Vocabulary.load(tmp_path / "text.model")
-    with pytest.raises(ConfigError, match="is unreadable"):
+    with pytest.raises(ConfigError, match="cannot parse the vocabulary file"):
         _ = Vocabulary(b'{"format": "diffusion_lm vocabulary 99"}').size
 
 
