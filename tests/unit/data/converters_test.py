@@ -103,7 +103,7 @@ def test_long_targets_are_cut_in_training_only(kind):
     with pytest.raises(ConfigError, match=r"target of example 7 has 3 tokens, but the row has room for 2"):
         kind(0, 3).batch(long, SPECIALS, training=False)
     assert kind(0, 3, too_long="truncate").batch(long, SPECIALS, training=False).tokens.tolist() == [[2, 20, 21, 22]]
-    with pytest.raises(ConfigError, match="Raise target_length"):
+    with pytest.raises(ConfigError, match="Increase target_length"):
         kind(0, 3, too_long="error").batch(long, SPECIALS, training=True)
 
 

@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_cut_at_its_far_end_or_refused():
             with pytest.raises(ConfigError, match="room for 0") as error:
                 lay([example([10], [20], [30])], SPECIALS)
             assert "suffix_length" in str(error.value)
-    with pytest.raises(ConfigError, match="no room for text behind the target"):
+    with pytest.raises(ConfigError, match="does not support text after the target"):
         with_encoder(GAP, encoder=True)
 
 
