@@ -1,7 +1,7 @@
-"""What a real token of a target is: one definition for losses, bounds, scores, lengths and reports.
+"""Real tokens of a target: one definition for losses, bounds, scores, lengths and reports.
 
-A scored window may hold more than the text: PAD to its end (AR2Diff), or EOS to its end (LLaDA, Dream). That filler is
-how the model learns length; it costs nats, and it is not text. The end of the text itself, its first EOS, is real.
+A scored target window may contain filler after the text: PAD (AR2Diff) or EOS (LLaDA, Dream) up to its end. The model
+learns length from it, and it has a loss, but it is not text. The first EOS, which ends the text, is a real token.
 """
 
 import jax
@@ -12,15 +12,15 @@ from diffusion_lm.core.types import Batch
 
 
 def filler(tokens: jax.Array, target_mask: jax.Array, pad_id: int, eos_id: int) -> jax.Array:
-    """Returns bool[B,T], the target tokens that only fill a window: PAD, and each EOS right after another.
+    """Returns bool[B,T], the filler among the target tokens: PAD, and each EOS directly after another EOS.
 
-    An EOS that separates two documents of one target is preceded by text, so it is real, as is the text after it.
+    An EOS that separates two documents of one target follows text, so it is real, as is the text after it.
 
     Args:
       tokens: i32[B,T].
       target_mask: bool[B,T]; the first slot of every packed example is conditioning, as in `Batch`.
-      pad_id: PAD.
-      eos_id: EOS.
+      pad_id: id of PAD.
+      eos_id: id of EOS.
     """
     ends = target_mask & (tokens == eos_id)
     after_end = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
@@ -28,10 +28,10 @@ def filler(tokens: jax.Array, target_mask: jax.Array, pad_id: int, eos_id: int) 
 
 
 def real_tokens(batch: Batch, pad_id: int, eos_id: int) -> jax.Array:
-    """Returns bool[B,T], the scored target tokens that are not filler: what models of every window have in common.
+    """Returns bool[B,T], the scored target tokens that are not filler.
 
-    A diffusion model that learns length by scored filler has an easy loss on it; only the loss per *real* token can be
-    compared with that of an autoregressive model.
+    A diffusion model that learns length from scored filler has an easy loss on it. Only the loss per *real* token can
+    be compared with that of an autoregressive model.
     """
     unreal = filler(batch.tokens, batch.target_mask, pad_id, eos_id)
     return batch.target_mask & (batch.loss_weights > 0) & ~unreal
@@ -43,7 +43,7 @@ def text_tokens(tokens: jax.Array, target_mask: jax.Array, pad_id: int, eos_id: 
 
 
 def is_filler(tokens: jax.Array, target_mask: jax.Array, special: SpecialTokens) -> jax.Array:
-    """Returns bool[B,T], the target tokens that only fill a window: PAD, and each EOS right after another EOS.
+    """Returns bool[B,T], the filler among the target tokens: PAD, and each EOS directly after another EOS.
 
     An EOS that separates two documents of one target follows text, so it is real, as is the text after it.
 

@@ -6,7 +6,6 @@ Every `Batch` carries the special tokens of its data, so objectives, samplers an
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 
@@ -77,13 +76,13 @@ class SpecialTokens:
         """Returns a bool array in the shape of `tokens`, True at every EOS and PAD."""
         return self.is_eos(tokens) | (tokens == self.pad_id)
 
-    def check(self, part: Any) -> None:
-        """Checks that an objective or sampler, and all that it is made of, means these tokens by its ids.
+    def check(self, part: object) -> None:
+        """Checks that the ids configured in an objective or sampler, and in its nested dataclasses, are these tokens.
 
-        Its fields `pad_id`, `eos_id` and `mask_id` are looked at; None means none.
+        It compares the fields `pad_id`, `eos_id` and `mask_id`; None is not compared.
 
         Raises:
-          ConfigError: one of them is another token here: the part would take it for text, or text for it.
+          ConfigError: an id differs, so the object would treat a special token as text, or text as a special token.
         """
         wrong = []
         for holder in _dataclasses(part):
@@ -94,14 +93,14 @@ class SpecialTokens:
         if wrong:
             wrong = list(dict.fromkeys(wrong))
             raise ConfigError(
-                f"{wrong[0][0]} is {wrong[0][1]}, and the vocabulary of the data has {wrong[0][2]}",
+                f"{wrong[0][0]}={wrong[0][1]}: the vocabulary of the data has {wrong[0][2]}",
                 where=type(part).__name__,
                 fix=f"Bind {', '.join(f'{name} = {token}' for name, _, token in wrong)}.",
             )
 
 
-def _dataclasses(value: Any) -> Iterator[Any]:
-    """Yields every dataclass instance in `value`, itself included."""
+def _dataclasses(value: object) -> Iterator[object]:
+    """Yields every dataclass instance in `value`, including itself."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield value
         value = [getattr(value, field.name) for field in dataclasses.fields(value)]
