@@ -14,7 +14,7 @@ CHOICE_STREAM = "noise/choice"
 
 
 class Choice(Protocol):
-    """Chooses tokens to replace. For a fixed key, the chosen tokens at one rate are a subset of those at a higher one."""
+    """Chooses tokens to replace. For a fixed key, the tokens chosen at one rate are chosen at every higher rate too."""
 
     def choose(self, keys: StreamKeys, batch: Batch, rate_BT: jax.Array) -> jax.Array:
         """Returns bool[B,T], the target tokens to replace, each with marginal probability `rate_BT`, f32[B,T]."""

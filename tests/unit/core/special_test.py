@@ -21,7 +21,7 @@ class Part:
 
 
 def test_ids_of_other_tokens_are_refused_with_the_bindings_to_set():
-    with pytest.raises(ConfigError, match=r"Part.pad_id is 0, .* 50257") as caught:
+    with pytest.raises(ConfigError, match=r"Part.pad_id=0: .* 50257") as caught:
         GPT2.check(Part(parts=({"a": Corruption(4)}, Corruption(4), Corruption())))
     assert "Bind Part.pad_id = 50257, Part.eos_id = 50256, Corruption.mask_id = 50258." in str(caught.value)
 
