@@ -144,7 +144,7 @@ FAMILIES: tuple[Family, ...] = (
 _EXAMPLES: dict[str, tuple[Any, ...]] = {"number": _NUMBERS, "list": _LISTS, "string": _STRINGS}
 
 
-def tests_of(family: Family, name: str, j: Any, k: Any) -> list[str]:
+def tests_of(family: Family, name: str, j: int | str | None, k: int | str | None) -> list[str]:
     """Returns the hidden asserts, which check type and value for every example argument of the family's kind.
 
     Arguments include numbers and lists around `k`, so that `>` and `>=` differ.

@@ -23,7 +23,7 @@ class SpecialTokens:
       eos_id: ends a target; the one that the data writes.
       bos_id: the conditioning token at the start of every stream, from which the first target token is predicted.
         T5 vocabularies have none and start the decoder with `pad_id`.
-      mask_id: the absorbing token of masked diffusion; None where the vocabulary has none.
+      mask_id: the absorbing token of masked diffusion; None if the vocabulary has none.
       other_eos_ids: further ids that end a target when a model generates them, such as a chat template's end of turn.
     """
 
