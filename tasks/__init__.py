@@ -1,1 +1,1 @@
-"""SeqIO tasks; each module registers its own when it is imported. The package itself imports nothing."""
+"""SeqIO tasks. Importing a module of this package registers its tasks; the package itself imports nothing."""

@@ -1,7 +1,7 @@
-"""Facts of Unicode CLDR through the Babel package: names in English and French, currencies, languages, units, dates.
+"""Facts from Unicode CLDR through the Babel package: names in English and French, currencies, languages, units, dates.
 
-Everything here is looked up, nothing is hand-translated: a French string is right as far as CLDR is. No-break spaces
-are folded to plain ones, and apostrophes to the ASCII one, so that both languages share one tokenisation.
+All French strings come from CLDR; none is translated by hand. No-break spaces and typographic apostrophes are replaced
+by ASCII ones, so that both languages share one tokenisation.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from babel import Locale, dates, languages, lists, numbers, units
 from babel.core import get_global
 from num2words import num2words
 
-# ISO 3166 codes of the countries that facts are told about: one word or a short phrase in both languages.
+# ISO 3166 codes of the countries to use: their names are one word or a short phrase in both languages.
 # fmt: off
 _COUNTRIES = (
     "AR", "AU", "BR", "CA", "CL", "CN", "CO", "CU", "DE", "DK", "EG", "ES", "FI", "FR", "GB", "GE", "GR", "HU",
@@ -31,11 +31,11 @@ UNITS = {
     "temperature": ("temperature-celsius", "temperature-fahrenheit"),
     "power": ("power-watt", "power-kilowatt"),
 }
-"""CLDR units by the quantity that they measure."""
+"""CLDR units by measured quantity."""
 
 
 def plain(text: str) -> str:
-    """Folds the spaces and apostrophes of CLDR's typography to ASCII."""
+    """Replaces typographic spaces, apostrophes and dashes by ASCII ones."""
     return text.replace("\u00a0", " ").replace("\u202f", " ").replace("\u2019", "'").replace("\u2013", "-")
 
 
@@ -46,14 +46,14 @@ def _locale(language: str) -> Locale:
 
 @dataclasses.dataclass(frozen=True)
 class Country:
-    """A country and what CLDR says about it.
+    """A country with its facts from CLDR.
 
     Attributes:
       code: ISO 3166 code.
       english, french: its names.
       currency: ISO 4217 code of its only current currency.
       language: code of its first official (or de facto official) language.
-      city: the city that names its time zone, in English; empty where it has several zones.
+      city: the city that names its time zone, in English; empty if it has several time zones.
     """
 
     code: str
@@ -88,7 +88,7 @@ def countries() -> tuple[Country, ...]:
 
 @functools.cache
 def currency_name(code: str, language: str, count: int | None = None) -> str:
-    """Returns the name of a currency inside a sentence: 'Japanese yen', 'yens japonais' (plural rule of `count`)."""
+    """Returns the name of a currency in the plural form for `count`: 'Japanese yen', 'yens japonais'."""
     return plain(numbers.get_currency_name(code, count=2 if count is None else count, locale=language))
 
 
@@ -103,7 +103,7 @@ def language_name(code: str, language: str) -> str:
 
 
 def script_name(language_code: str) -> str:
-    """Returns the English name of the script that a language is usually written in, by CLDR's likely subtags."""
+    """Returns the English name of the usual script of a language, from CLDR's likely subtags; "" if unknown."""
     likely = get_global("likely_subtags").get(language_code, "")
     scripts = [part for part in likely.split("_") if len(part) == 4]
     return plain(_locale("en").scripts[scripts[0]]) if scripts else ""
@@ -116,7 +116,7 @@ def amount(value: int, unit: str, language: str) -> str:
 
 
 def unit_words(value: int, unit: str, language: str) -> str:
-    """Returns an amount whose number is spelt out: 'fifteen kilometers', 'quinze kilomètres'."""
+    """Returns an amount with the number in words: 'fifteen kilometers', 'quinze kilomètres'."""
     return amount(value, unit, language).replace(str(value), number_words(value, language), 1)
 
 

@@ -1,17 +1,17 @@
-r"""Gaps to fill as DiffuGPT and DiffuLLaMA are evaluated (arXiv 2410.17891, section 4.1, and its released code).
+r"""Cloze and infilling tasks of DiffuGPT and DiffuLLaMA (arXiv 2410.17891, section 4.1, and its released code).
 
-| task | before the gap | the gap | behind it | examples | metric |
+| task | before the gap | the gap | after the gap | examples | metric |
 |---|---|---|---|---|---|
 | `lambada` | a passage | its last word | | 5,153 | exact match |
 | `triviaqa` | `Question: QUESTION?\nAnswer: ` | the longest alias, in tokens | | first 2,000 | contains an alias |
 | `rocstories_infilling` | two sentences | the third of five | two sentences | first 1,000 | ROUGE-1/2/L |
 | `humaneval_infilling` | prompt, lines | a line | other lines | those up to 1,000 tokens of 1,033 | pass@1 |
-| `humaneval_lines` | the same, made of HumanEval's own file | | | | |
+| `humaneval_lines` | the same, made from HumanEval's own file | | | | |
 
-The parts are encoded apart and nothing is put between them, as in the code; LAMBADA's word has the space that continues
-its passage under the tokenizer at hand. The question mark of TriviaQA's prompt is the code's, behind the question's
-own. How long the gap is, the protocol gives away (`target_window.OracleLength(closing=False)`, with `extra=10` for
-TriviaQA). An autoregressive model sees what stands before the gap only.
+As in the released code, the parts are encoded separately and joined without a separator. LAMBADA's word begins with a
+space if the tokenizer needs one to continue the passage. The prompt of TriviaQA adds a question mark to that of the
+question, as the released code does. The protocol reveals the length of the gap (`target_window.OracleLength(closing=
+False)`, with `extra=10` for TriviaQA). An autoregressive model only sees the text before the gap.
 """
 
 import csv
@@ -32,17 +32,17 @@ Encode = Callable[[str], Sequence[int]]
 
 
 def continuation(encode: Encode, passage: str, word: str) -> str:
-    """Returns `word` with the space before it, or without where the tokenizer puts one before every text.
+    """Returns `word`, with a leading space unless the tokenizer adds one to every text.
 
-    So that the tokens of the passage and of the word are those of both together (GPT-2's BPE needs the space, LLaMA's
-    SentencePiece must not have it); with the space where neither does it.
+    The tokens of passage and word should be those of both together: GPT-2's BPE needs the space, LLaMA's SentencePiece
+    must not have it. If neither form gives these tokens, the space is kept.
     """
     whole = [*encode(f"{passage} {word}")]
     return word if [*encode(passage), *encode(word)] == whole else f" {word}"
 
 
 def read_lambada(split: str) -> Iterator[dict[str, str]]:
-    """Yields the passages of `evaluation/lambada_test_plain_text.txt`, one a line, and their last words."""
+    """Yields the passages of `evaluation/lambada_test_plain_text.txt`, one per line, and their last words."""
     del split
     with local_files.open_text("evaluation/lambada_test_plain_text.txt") as file:
         for line in file:
@@ -67,7 +67,7 @@ def read_triviaqa(split: str) -> Iterator[dict[str, str]]:
 
 
 def read_rocstories(split: str) -> Iterator[dict[str, str]]:
-    """Yields stories of `evaluation/cloze_test_val__spring2016.csv`, each with its right ending, without sentence 3."""
+    """Yields stories of `evaluation/cloze_test_val__spring2016.csv` with their right ending; sentence 3 is the gap."""
     del split
     with local_files.open_text("evaluation/cloze_test_val__spring2016.csv") as file:
         for row in itertools.islice(csv.DictReader(file), STORIES):
@@ -81,16 +81,16 @@ def read_rocstories(split: str) -> Iterator[dict[str, str]]:
 
 
 def read_humaneval_infilling(split: str) -> Iterator[dict[str, str]]:
-    """Yields the gaps of `evaluation/HumanEval-SingleLineInfilling.jsonl`, as released with arXiv 2207.14255."""
+    """Yields the examples of `evaluation/HumanEval-SingleLineInfilling.jsonl`, as released with arXiv 2207.14255."""
     del split
     for row in local_files.json_lines("evaluation/HumanEval-SingleLineInfilling.jsonl"):
         yield from _code_gap(row, row["prompt"], row["canonical_solution"], row["suffix"])
 
 
 def read_humaneval_lines(split: str) -> Iterator[dict[str, str]]:
-    """Yields every line of HumanEval's solutions (`code_eval/HumanEval.jsonl`) that is not blank, as a gap.
+    """Yields one example per non-blank line of HumanEval's solutions (`code_eval/HumanEval.jsonl`), which is the gap.
 
-    There are 1,033, as many as in the released benchmark. Its newline stays behind the gap.
+    There are 1,033, as in the released benchmark. The newline of the line comes after the gap.
     """
     del split
     for row in local_files.json_lines("code_eval/HumanEval.jsonl"):
@@ -101,16 +101,16 @@ def read_humaneval_lines(split: str) -> Iterator[dict[str, str]]:
                 yield from _code_gap(row, before, line, "".join(f"\n{one}" for one in lines[number + 1 :]))
 
 
-def _code_gap(row: dict[str, Any], before: str, gap: str, behind: str) -> Iterator[dict[str, str]]:
-    """Yields the example, unless it is longer than the protocol takes."""
-    if sum(len(VOCABULARY.encode(text)) for text in (before, gap, behind)) <= HUMANEVAL_TOKENS:
+def _code_gap(row: dict[str, Any], before: str, gap: str, after: str) -> Iterator[dict[str, str]]:
+    """Yields the example, unless it is longer than `HUMANEVAL_TOKENS`."""
+    if sum(len(VOCABULARY.encode(text)) for text in (before, gap, after)) <= HUMANEVAL_TOKENS:
         tests = [row["test"], f"check({row['entry_point']})"]
-        reference = {"before": before, "after": behind, "tests": tests}
-        yield {"inputs": before, "targets": gap, "suffix": behind, "reference": json.dumps(reference)}
+        reference = {"before": before, "after": after, "tests": tests}
+        yield {"inputs": before, "targets": gap, "suffix": after, "reference": json.dumps(reference)}
 
 
 def checked(read: preprocessors.Reader) -> preprocessors.Reader:
-    """Returns the reader; a row without the fields it needs is an error that says which file to look at."""
+    """Wraps a reader so that a row without a required field raises a `ConfigError`."""
 
     def checked_read(split: str) -> Iterator[Any]:
         rows = iter(read(split))
@@ -121,8 +121,8 @@ def checked(read: preprocessors.Reader) -> preprocessors.Reader:
                 return
             except (KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"example {number} of {getattr(read, '__name__', 'the task')[5:]} lacks {error}",
-                    fix="docs/data.md says what the files of `evaluation/` hold.",
+                    f"example {number} of {getattr(read, '__name__', 'the task')[5:]}: bad field: {error}",
+                    fix="Use the file format described in docs/data.md.",
                 ) from error
             yield row
 

@@ -1,7 +1,7 @@
 r"""Code synthesis on real data: MBPP through TFDS and from a local file, and docstring-to-function pairs.
 
-Prompt of MBPP (its README): task, the three visible asserts, `[BEGIN]`; the target is the solution, ended by EOS where
-the README writes `[DONE]`. Line ends are Unix. The metric is pass@k over the same asserts, after `test_setup_code`.
+Prompt of MBPP (its README): task, the three visible asserts, `[BEGIN]`. The target is the solution, followed by EOS in
+place of the README's `[DONE]`. Line ends are Unix. The metric is pass@k over the same asserts, after `test_setup_code`.
 Splits: task ids 601-974 train, 511-600 validation, 11-510 test.
 """
 
@@ -24,7 +24,7 @@ _SPLITS = ("train", "validation", "test")
 
 
 def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Makes prompt and solution, and keeps `test_setup_code` and `test_list` for the metric."""
+    """Makes `inputs` and `targets`, and keeps `test_setup_code` and `test_list` for the metric."""
 
     def convert(example):
         tests = preprocessors.unix_newlines(example["test_list"])
@@ -42,7 +42,7 @@ def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def hidden_tests_reference(text: str, example=None, is_target: bool = False):
-    """Returns `{"setup": ..., "tests": [...]}` of a target, the text of a prediction."""
+    """Postprocessor: returns `{"setup": ..., "tests": [...]}` for a target, the text itself for a prediction."""
     if not is_target:
         return text
     return {"setup": example["setup"].decode(), "tests": [test.decode() for test in example["tests"]]}
@@ -63,14 +63,14 @@ def read_local_mbpp(split: str) -> Iterator[dict[str, str]]:
 
 
 def _tests(row: Mapping[str, Any]) -> list[str]:
-    """Returns the tests of a row of MBPP; one text is one test, and none is an error: any program would pass."""
+    """Returns the tests of a row of MBPP. A string is one test. No tests are an error: any program would pass."""
     tests = row["test_list"]
     tests = [tests] if isinstance(tests, str) else tests
     if not isinstance(tests, list) or not all(isinstance(test, str) and test.strip() for test in tests) or not tests:
         raise ConfigError(
-            f"task_id {row['task_id']} of code_eval/mbpp.jsonl has test_list = {tests!r}, which is not a list of tests",
+            f"code_eval/mbpp.jsonl, task_id {row['task_id']}: test_list={tests!r} must be a non-empty list of tests",
             where="local_mbpp",
-            fix="Give at least one test, or remove the line.",
+            fix="Correct or remove the line.",
         )
     return tests
 

@@ -1,16 +1,16 @@
-r"""Multiple choice as DiffuGPT and DiffuLLaMA are evaluated (arXiv 2410.17891, section 4.1, and its released code).
+r"""Multiple-choice tasks of DiffuGPT and DiffuLLaMA (arXiv 2410.17891, section 4.1, and its released code).
 
 | task | conditioning | a choice |
 |---|---|---|
 | `hellaswag` | `ACTIVITY: CTX_A Ctx_b`, cleaned | an ending, cleaned |
-| `winogrande` | the sentence up to the blank | the option, and what follows the blank as a piece of its own |
+| `winogrande` | the sentence up to the blank | two parts: the option, and the text after the blank |
 | `siqa` | `Question: CONTEXT QUESTION\nAnswer: ` | an answer |
 | `piqa` | `Question: GOAL\nAnswer: ` | a space and a solution |
 
-Texts are joined as the code joins them: prompt and choice are encoded apart, no space is added where it adds none
-(WinoGrande's option and rest) and none is taken away where it leaves two (PIQA). All are validation splits in JSON
-lines with the fields of the Hugging Face data sets. The code answers with the choice of the lowest mean loss per token:
-`acc_tokens` under `gin/scoring/diffullama_grid.gin`. lm-evaluation-harness has prompts of its own.
+Texts are joined as in the released code: prompt and choice are encoded separately, without a space between WinoGrande's
+option and rest, and with two spaces in PIQA. All tasks read validation splits in JSON lines, with the fields of the
+Hugging Face data sets. The released code answers with the choice of the lowest mean loss per token: `acc_tokens` under
+`gin/scoring/diffullama_grid.gin`. lm-evaluation-harness uses different prompts.
 """
 
 import json
@@ -26,7 +26,7 @@ Question = tuple[str, list[Any], int]
 
 
 def clean_hellaswag(text: str) -> str:
-    """Returns a text of HellaSwag without WikiHow's marks: ` [title]` ends a sentence, other brackets go."""
+    """Returns a text of HellaSwag without WikiHow's markup: ` [title]` becomes ". ", other brackets are removed."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -39,8 +39,8 @@ def hellaswag(row: Row) -> Question:
 
 def winogrande(row: Row) -> Question:
     """Returns conditioning, choices and answer of `sentence`, with a `_`, `option1`, `option2`, `answer` (1 or 2)."""
-    before, _, behind = row["sentence"].partition("_")
-    return before, [[row[f"option{number}"], behind.strip()] for number in (1, 2)], int(row["answer"]) - 1
+    before, _, after = row["sentence"].partition("_")
+    return before, [[row[f"option{number}"], after.strip()] for number in (1, 2)], int(row["answer"]) - 1
 
 
 def siqa(row: Row) -> Question:
@@ -63,14 +63,14 @@ def reader(name: str, question: Callable[[Row], Question]) -> preprocessors.Read
         for number, row in enumerate(local_files.json_lines(file), 1):
             try:
                 prompt, choices, answer = question(row)
-                # A text is a sequence of its letters, and a negative index counts from the end: neither is a question.
+                # A string would be indexed by letter, and a negative index would count from the end.
                 if not all(isinstance(value, list) for value in (row.get("endings", []), choices)) or answer < 0:
                     raise ValueError("the choices are not a list, or the answer is not one of them")
                 right = choices[answer]
             except (KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
                 raise ConfigError(
-                    f"{file}, line {number}, is no row of {name}: {error!r}",
-                    fix=f"Its fields are those that docs/data.md names for {name}.",
+                    f"{file}, line {number}: not a row of {name}: {error!r}",
+                    fix=f"Use the fields that docs/data.md lists for {name}.",
                 ) from error
             yield {
                 "inputs": prompt,

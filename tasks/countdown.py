@@ -1,10 +1,10 @@
-"""Countdown: reach a number by plain arithmetic from others, each used once (Stream of Search, arXiv 2404.03683).
+"""Countdown: reach a goal by arithmetic from given numbers, each used once (Stream of Search, arXiv 2404.03683).
 
-    inputs  86,28,13,31,96                                four numbers, then the one to reach
-    targets 86+28=114,31-13=18,114-18=96                  three steps; a step may use what earlier ones gave
+    inputs  86,28,13,31,96                                four numbers, then the goal
+    targets 86+28=114,31-13=18,114-18=96                  three steps; a step may use results of earlier ones
 
-Generated from the end that is sought: random steps over four random numbers give the goal, so every problem has a
-solution. Numbers are 1 to 99 and goals 10 to 100; results are whole and positive, at most 9,999.
+The goal is the result of random steps over four random numbers, so every problem has a solution. Numbers are 1 to 99
+and goals 10 to 100. All results are positive integers of at most 9,999.
 """
 
 import functools
@@ -14,14 +14,14 @@ import random
 from diffusion_lm_tasks.splits import Example, deal
 
 SIZES = {"train": 500_000, "validation": 1_000, "test": 1_000}
-"""As many training problems as the paper of the search streams has."""
+"""Number of examples per split; the number of training problems is that of arXiv 2404.03683."""
 
 NUMBERS = 4
 _LARGEST = 9_999
 
 
 def make(draw: random.Random) -> Example:
-    """Returns a problem with its solution; its split follows from the set of its numbers alone."""
+    """Draws a problem with its solution; the set of its numbers determines the split."""
     while True:
         numbers = [draw.randint(1, 99) for _ in range(NUMBERS)]
         steps, pool = [], list(numbers)
@@ -43,7 +43,7 @@ def make(draw: random.Random) -> Example:
 
 
 def _step(a: int, b: int, operator: str) -> tuple[str, int] | None:
-    """Returns a step as text and its result, or None where that is not whole, not positive, or too large."""
+    """Returns a step as text and its result; None if the result is not a positive integer or too large."""
     if operator == "/" and a % b:
         return None
     result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]

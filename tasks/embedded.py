@@ -1,9 +1,12 @@
-"""The embedded default: tasks on real facts and text that every installation has; they need no network.
+"""The embedded tasks: generated from facts and text of every installation, so that they need no network.
 
-`embedded_translation` (En-Fr from CLDR), `embedded_qa` (extractive questions over CLDR facts), `embedded_code`
-(functions with hidden tests) and `embedded_pretraining` (Python's documentation and sources, and lines of the other
-three's training splits); `embedded_choices` gives the held-out questions of `embedded_qa` four answers to choose from.
-Importing this module registers them; data and vocabulary are made on first use.
+- `embedded_translation`: English to French, from CLDR.
+- `embedded_qa`: extractive questions over CLDR facts.
+- `embedded_choices`: multiple choice, the held-out questions of `embedded_qa` with four answers each.
+- `embedded_code`: functions with hidden tests.
+- `embedded_pretraining`: Python's documentation and sources, and lines of the other training splits.
+
+Importing this module registers them; data and vocabulary are generated on first use.
 """
 
 from diffusion_lm.evaluation import metrics

@@ -1,7 +1,7 @@
-"""Four possible answers for the held-out questions of `embedded_qa`, all of the kind that is asked for.
+"""Multiple choice: the held-out questions of `embedded_qa`, with four answers of the kind that the question asks for.
 
-Where the passage's other fact is of the same kind, its answer is among the wrong ones, so that "what stands in the
-passage" is no rule to win by. Inputs and targets are those of `embedded_qa`; nothing here is trained on.
+If the other fact of the passage is of the same kind, its answer is one of the wrong choices. So choosing any answer
+that occurs in the passage does not suffice. Inputs and targets are those of `embedded_qa`. There is no training split.
 """
 
 import functools
@@ -17,7 +17,7 @@ CHOICES = 4
 
 
 def kind(question: str) -> str:
-    """Returns what a question asks for: its words before the name, and whether "French name" is of a currency."""
+    """Returns the kind of a question: its words before the name, with "/currency" for the French name of a currency."""
     opening, of, name = question.removesuffix("?").partition(" of ")
     if not of:  # "Which weekday is ...", "In which script is ...", "What is the number ..."
         opening, name = " ".join(question.split()[: 4 if question.startswith("What") else 2]), ""
@@ -49,7 +49,7 @@ def _choose(example: Example, answers: dict[str, list[str]]) -> Example:
     question, passage = _split(example)
     rng = random.Random(f"embedded_choices/{example.inputs}")
     others = [text for text in answers[kind(question)] if text != example.targets]
-    # Facts end in their answer; what stands around it keeps "Oman" from being found in "Roman".
+    # Facts end with their answer. Matching the space and period around it keeps "Oman" from matching "Roman".
     near = [text for text in others if any(end in f"{passage} " for end in (f" {text}. ", f" {text} script. "))]
     rest = [text for text in others if text not in near]
     wrong = [*near, *rng.sample(rest, CHOICES)][: CHOICES - 1]

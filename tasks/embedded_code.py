@@ -1,9 +1,8 @@
 """Function synthesis: a description in English, a short Python function, hidden unit tests.
 
 Each family is a description, an expression and a reference behaviour; constants, function name and argument name vary.
-The tests come from running the family's own Python function on fixed arguments, never from the solution's text, and the
-split is decided by what the function computes (family and constants): a held-out problem is a function that training
-never asks for under any name.
+The expected values of the tests come from the reference behaviour on fixed arguments, not from the solution. The split
+depends on what the function computes (family and constants), so training contains no held-out function under any name.
 """
 
 import dataclasses
@@ -27,14 +26,14 @@ _LETTERS = "abcdehilmnoprst"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Functions that differ by their constants.
+    """A family of functions that differ in their constants.
 
     Attributes:
       kind: type of the argument: "number", "list" or "string".
       description: what the function returns; `{a}` is the argument, `{j}` and `{k}` the constants.
-      expression: the reference solution with the same fields.
+      expression: the reference solution, with the same placeholders.
       behaviour: `(argument, j, k) -> value`, written independently of the expression.
-      j, k: draws of the constants; None where the family has none.
+      j, k: possible values of the constants; None if the family does not use one.
     """
 
     kind: str
@@ -145,17 +144,17 @@ FAMILIES: tuple[Family, ...] = (
 _EXAMPLES: dict[str, tuple[Any, ...]] = {"number": _NUMBERS, "list": _LISTS, "string": _STRINGS}
 
 
-def tests_of(family: Family, name: str, j: Any, k: Any) -> list[str]:
-    """Returns the hidden asserts: type and value on every example argument of the family's kind.
+def tests_of(family: Family, name: str, j: int | str | None, k: int | str | None) -> list[str]:
+    """Returns the hidden asserts, which check type and value for every example argument of the family's kind.
 
-    The lists and numbers around `k` are among the arguments, so that `>` and `>=` differ.
+    Arguments include numbers and lists around `k`, so that `>` and `>=` differ.
     """
     arguments = list(_EXAMPLES[family.kind])
     if isinstance(k, int):
         arguments += {"number": [k, k + 1], "list": [[k, k + 1, k - 1, 2 * k]], "string": ["x" * k]}[family.kind]
     elif k is not None:
         arguments += [k, f"x{k}", f"{k}x", f"{k}{j}{k}"]
-    # `repr` tells True from 1 and 2 from 2.0, which `==` does not.
+    # Unlike `==`, `repr` distinguishes True from 1 and 2 from 2.0.
     return [f"assert repr({name}({a!r})) == {repr(family.behaviour(a, j, k))!r}" for a in arguments]
 
 
@@ -176,5 +175,5 @@ def make(rng: random.Random) -> Example:
 
 @functools.cache
 def examples() -> dict[str, tuple[Example, ...]]:
-    """Returns the examples by split; a function (family and constants) belongs to one split only."""
+    """Returns the examples by split; a function (family and constants) occurs in one split only."""
     return deal(make, SIZES, "embedded_code")

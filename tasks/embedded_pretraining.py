@@ -1,8 +1,8 @@
-"""Pretraining text and code that every Python installation has, and plain lines of the embedded tasks' training splits.
+"""Pretraining text and code from the Python installation, and lines of the embedded tasks' training splits.
 
-Prose: the language reference in `pydoc_data.topics`. Code: sources of the standard library, docstrings and comments
-included. In-domain lines: English sentences, French sentences, passages and functions, each kind in documents of its
-own, all from training examples only. A document is whole; whoever materialises the task cuts it into pieces.
+Prose: the language reference in `pydoc_data.topics`. Code: sources of the standard library, including docstrings.
+In-domain lines: English sentences, French sentences, passages and functions of training examples, in separate documents
+per kind. The task yields whole documents; `materialise --chunk_length` splits them into chunks.
 """
 
 import functools
@@ -16,7 +16,7 @@ from diffusion_lm_tasks import embedded_code, embedded_qa, embedded_translation
 from diffusion_lm_tasks.splits import split_of
 
 CODE_BYTES = 2_500_000
-"""Cap on the standard library's sources, taken in alphabetical order of a hash of their names."""
+"""Maximum size of the standard library's sources, which are taken in a pseudo-random order of their names."""
 
 _PACKAGES = ("", "asyncio", "collections", "concurrent/futures", "email", "html", "http", "importlib", "json")
 _PACKAGES += ("logging", "multiprocessing", "unittest", "urllib", "wsgiref", "xml/dom", "xml/etree", "zoneinfo")
@@ -28,7 +28,7 @@ def _topics() -> Iterator[tuple[str, str]]:
 
     for name in sorted(topics.topics):
         text = topics.topics[name].strip()
-        # Rules made of repeated punctuation teach nothing and eat tokens.
+        # Shortens horizontal rules of repeated punctuation, which waste tokens.
         yield f"topics/{name}", re.sub(r"([*=\-~^\"])\1{4,}", r"\1\1\1", text)
 
 
@@ -39,7 +39,7 @@ def _sources() -> Iterator[tuple[str, str]]:
     left = CODE_BYTES
     for name in order:
         text = (root / name).read_text(encoding="utf-8", errors="replace")
-        # Tables of code points and the like are data.
+        # Skips files that are mostly data, such as tables of code points.
         if name.startswith("_") or sum(c.isalpha() or c.isspace() for c in text) < 0.6 * len(text):
             continue
         if left <= 0:
@@ -57,7 +57,7 @@ def _documents(lines: Sequence[str], separator: str, seed: str) -> list[str]:
 
 
 def in_domain(split: str) -> dict[str, list[str]]:
-    """Returns monolingual documents made of the embedded tasks' examples of `split`, by kind."""
+    """Returns monolingual documents made from the embedded tasks' examples of `split`, by kind."""
     pairs, problems = embedded_translation.examples()[split], embedded_code.examples()[split]
     prefix = len(embedded_translation.PREFIX)
     passages = [example.inputs.split(" context: ")[1] for example in embedded_qa.examples()[split]]
@@ -80,7 +80,7 @@ def stock(split: str) -> dict[str, list[str]]:
 
 @functools.cache
 def documents(split: str) -> tuple[str, ...]:
-    """Returns all documents of `split` in a fixed mixed order."""
+    """Returns all documents of `split` in a fixed random order."""
     found = [text for group in (stock(split), in_domain(split)) for texts in group.values() for text in texts]
     random.Random(f"documents/{split}").shuffle(found)
     return tuple(found)

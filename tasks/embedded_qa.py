@@ -1,7 +1,7 @@
 """Extractive questions over passages of CLDR facts; every answer is a span of its passage.
 
-A passage states two facts, half of the time of the same kind, and the question asks for one of them. A held-out
-example is a passage and question that training never shows together; the facts themselves recur in other company.
+A passage states two facts, in half of the cases of the same kind, and the question asks for one of them. No held-out
+combination of passage and question occurs in training, but single facts do, in other combinations.
 """
 
 import datetime
@@ -16,10 +16,10 @@ from diffusion_lm_tasks.splits import Example, deal
 SIZES = {"train": 16_000, "validation": 400, "test": 400}
 
 LONGEST_PASSAGE = 84
-"""Characters; most passages are shorter, and rows as long as the longest would be mostly padding."""
+"""Maximum number of characters of a passage. Most are shorter; longer rows would be mostly padding."""
 
 Fact = tuple[str, str, str]
-"""statement, question, answer"""
+"""(statement, question, answer)."""
 
 
 def _country(rng: random.Random) -> cldr.Country:
@@ -27,7 +27,7 @@ def _country(rng: random.Random) -> cldr.Country:
 
 
 def _name(country: cldr.Country) -> str:
-    """The name inside an English sentence: 'Japan', 'the Netherlands'."""
+    """Returns the name as used in an English sentence: 'Japan', 'the Netherlands'."""
     plural = country.english.startswith("United") or country.english in ("Netherlands", "Philippines")
     return f"the {country.english}" if plural else country.english
 
@@ -76,7 +76,7 @@ def _french_currency(rng: random.Random) -> Fact:
 
 
 def _script(rng: random.Random) -> Fact:
-    # CLDR calls the script of Chinese "Simplified", which says little by itself.
+    # CLDR's name of the script of Chinese is "Simplified", which is not an informative answer.
     language = rng.choice(sorted({c.language for c in cldr.countries()} - {"zh"}))
     name, answer = cldr.language_name(language, "en"), cldr.script_name(language)
     return f"{name} is written in {answer} script.", f"In which script is {name} written?", answer
@@ -133,5 +133,5 @@ def make(rng: random.Random) -> Example:
 
 @functools.cache
 def examples() -> dict[str, tuple[Example, ...]]:
-    """Returns the examples by split; no question occurs twice over the same facts in different splits."""
+    """Returns the examples by split; no question over the same facts occurs in two splits."""
     return deal(make, SIZES, "embedded_qa")

@@ -1,7 +1,7 @@
-"""English to French, composed of CLDR names and formats so that the French is right by construction.
+"""English to French, composed from CLDR names and formats, so that the French is correct by construction.
 
-A dozen sentence frames take dates, times, amounts, prices, countries and languages. A test sentence is a combination
-that training never shows, of parts that it shows often.
+Ten sentence frames are filled with dates, times, amounts, prices, countries and languages. Test sentences are new
+combinations of parts that occur in training.
 """
 
 import datetime
@@ -36,7 +36,7 @@ _PLACES = (("shop", "Le magasin est"), ("museum", "Le musée est"), ("library", 
 
 
 def _date(rng: random.Random) -> datetime.date:
-    # The first of a month is left out: French says "1er", and CLDR's formats do not.
+    # Excludes the first of a month: French writes "1er", but CLDR's formats do not.
     return datetime.date(rng.randint(1990, 2039), rng.randint(1, 12), rng.randint(2, 28))
 
 
@@ -49,7 +49,7 @@ def _number(rng: random.Random) -> int:
 
 
 def _word_number(rng: random.Random) -> int:
-    # "un" and "une" agree with the noun, which CLDR's patterns cannot say: no number in words ends in 1.
+    # Excludes numbers that end in 1: "un" and "une" agree with the noun, which CLDR's patterns do not support.
     return rng.choice([n for n in range(2, 70) if n % 10 != 1])
 
 

@@ -1,12 +1,12 @@
-"""SQuAD v1.1: through TFDS with whole contexts, and from local files with contexts cut to a window.
+"""SQuAD v1.1: through TFDS with whole contexts, and from local files with contexts truncated to a window.
 
-Prompt as in T5: `question: ... context: ...`; the reference is the list of gold answers; the metric is the official
-F1 / exact match. The TFDS names are kept for the splits: SQuAD's dev set is `validation`, there is no public test set.
-A question without an answer, as SQuAD v2.0 has them, keeps its place: its target is empty and so are its `answers`.
+Prompt as in T5: `question: ... context: ...`. The reference is the list of gold answers; the metric is the official
+F1 / exact match. Splits have the names of TFDS: SQuAD's dev set is `validation`, and there is no public test set. A
+question without an answer (SQuAD v2.0) is kept, with an empty target and empty `answers`.
 
-Window policy of the local task (`CONTEXT_CHARACTERS`): a context that is too long is cut to a run of whole sentences.
-For training the run is placed so that the answer lies inside. For evaluation the answer is unknown, so the run is the
-one that shares most words with the question; an answer outside it counts as missed.
+Window of the local task (`CONTEXT_CHARACTERS`): a longer context is truncated to a run of whole sentences. In training
+the run contains the answer. In evaluation, where the answer is unknown, it is the run that shares the most words with
+the question; an answer outside it counts as wrong.
 """
 
 import json
@@ -23,11 +23,11 @@ from diffusion_lm_tasks import local_files, preprocessors, vocabularies
 
 CONTEXT_CHARACTERS = 1200
 SELECTION_BUCKETS = 50
-"""One article in so many of the training set is held out, to select checkpoints by."""
+"""One in this many articles of the training set is held out for checkpoint selection."""
 
 
 def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Makes the prompt, the first gold answer as target (empty where there is none), all of them as `answers`."""
+    """Makes the prompt, the first gold answer as target (empty if there is none), and all of them as `answers`."""
 
     def convert(example):
         answers = example["answers"]["text"]
@@ -41,9 +41,9 @@ def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def of_articles(held_out: bool) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
-    """Returns a preprocessor that keeps one article in `SELECTION_BUCKETS`, by its title, or all the others.
+    """Returns a preprocessor that keeps the held-out articles (one in `SELECTION_BUCKETS`) or all others.
 
-    By title, because the paragraphs and questions of an article share its facts.
+    Articles are chosen by title, because the paragraphs and questions of an article share facts.
     """
 
     def keep(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -56,7 +56,7 @@ def of_articles(held_out: bool) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
 
 
 def answers_reference(text: str, example=None, is_target: bool = False):
-    """Returns `{"answers": [...]}` of a target, the text of a prediction."""
+    """Postprocessor: returns `{"answers": [...]}` for a target, the text itself for a prediction."""
     if not is_target:
         return text
     return {"answers": [answer.decode() for answer in example["answers"]]}
@@ -67,13 +67,13 @@ def _words(text: str) -> set[str]:
 
 
 def window(context: str, question: str, span: tuple[int, int] | None, limit: int = CONTEXT_CHARACTERS) -> str:
-    """Cuts `context` to at most `limit` characters (see the module's text for the policy).
+    """Truncates `context` to at most `limit` characters (policy: see the module docstring).
 
     Args:
       context: the whole paragraph.
-      question: decides which run of sentences is kept where no span is given.
-      span: characters that must be inside, `(start, end)`; None for evaluation.
-      limit: characters of the run; a single longer sentence is cut hard.
+      question: the run of sentences with the most words of it is chosen.
+      span: character range `(start, end)` that the run must contain; None in evaluation.
+      limit: maximum number of characters; a longer sentence is truncated.
     """
     if len(context) <= limit:
         return context
@@ -111,19 +111,19 @@ def read_local(split: str) -> Iterator[dict[str, str]]:
 
 
 def _answers(qa: Mapping[str, Any]) -> list[str]:
-    """Returns the answers of a question in any form that SQuAD files have; none where it cannot be answered."""
+    """Returns the answers of a question, in any of the formats of SQuAD files; [] if it is unanswerable."""
     try:
         return metrics.possible_answers(qa["answers"])
     except ValueError as error:
         raise ConfigError(
             f"question {qa.get('id', qa.get('question'))!r} of the local SQuAD files {error}",
             where="local_squad",
-            fix="Write a list of texts; an empty one where the passage does not answer.",
+            fix="Write a list of strings; an empty list for an unanswerable question.",
         ) from error
 
 
 def _start(qa: Mapping[str, Any]) -> int:
-    """Returns where in the context the first answer begins, in characters."""
+    """Returns the character offset of the first answer in the context."""
     if "answer_starts" in qa:
         return qa["answer_starts"][0]
     answers = qa["answers"]
@@ -140,7 +140,7 @@ preprocessors.add(
     postprocess_fn=answers_reference,
     metric_fns=(metrics.squad,),
 )
-# SQuAD's dev set is what is scored; checkpoints are selected on a part of the training set that is not trained on.
+# SQuAD's dev set is the test data, so checkpoints are selected on a held-out part of the training set.
 for name, held_out in (("squad_v1_1_tuning", False), ("squad_v1_1_selection", True)):
     preprocessors.add(
         name,

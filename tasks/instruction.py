@@ -10,9 +10,9 @@ applied; `flan_2021` and the thirteen sources of Flan 2022. Evaluation:
 | `mgsm_LANGUAGE` | `instruction/mgsm_LANGUAGE.tsv` | `Answer:` | the last number |
 | `gsm8k`, `gsm8k_3shot` | TFDS `gsm8k` | `Answer:` | the last number |
 
-The paper does not print its prompts; these are ours. A shot is the same text with its answer behind it, shots and
-question are parted by an empty line. Shots come from the development (MMLU, same subject) or training split (same
-language), in stored order, so a prompt is the same in every run.
+The paper does not give its prompts; these are ours. A shot is the same text followed by its answer. Shots and question
+are separated by empty lines. Shots come from the development split (MMLU, same subject) or the training split (same
+language), in stored order, so prompts are the same in every run.
 """
 
 import json
@@ -31,7 +31,7 @@ FLAN_2022 = (
     *(f"cot_{kind}" for kind in ("zsopt", "fsopt")),
     *(f"dialog_{kind}" for kind in ("zsopt", "fsopt")),
 )
-"""Sources of Flan 2022 (arXiv 2301.13688): zero- and few-shot templates, with and without the options written out."""
+"""Sources of Flan 2022 (arXiv 2301.13688): zero- and few-shot templates, with and without answer options."""
 
 LETTERS = "ABCD"
 MGSM_LANGUAGES = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
@@ -40,19 +40,19 @@ Row = dict[str, str]
 
 
 def few_shot(shots: list[tuple[str, str]], question: str) -> str:
-    """Returns the prompt: each shot with its answer, then the question, parted by empty lines."""
+    """Returns the prompt: each shot with its answer, then the question, separated by empty lines."""
     return "\n\n".join([*(f"{prompt} {answer}" for prompt, answer in shots), question])
 
 
 def read_flan(name: str) -> preprocessors.Reader:
-    """Returns a reader of `flan/NAME.jsonl`; one in a thousand examples, by a hash of the inputs, is for validation."""
+    """Returns a reader of `flan/NAME.jsonl`; a hash of the inputs assigns one in 1,000 examples to validation."""
 
     def read(split: str) -> Iterator[Row]:
         for number, row in enumerate(local_files.json_lines(f"flan/{name}.jsonl"), 1):
             if not isinstance(row.get("inputs"), str) or not isinstance(row.get("targets"), str):
                 raise ConfigError(
-                    f"flan/{name}.jsonl, example {number}, has no texts 'inputs' and 'targets'",
-                    fix='Write {"inputs": "...", "targets": "..."} a line.',
+                    f"flan/{name}.jsonl, example {number}: 'inputs' and 'targets' must be strings",
+                    fix='Write one {"inputs": "...", "targets": "..."} per line.',
                 )
             if split_of(row["inputs"], held_out=0.001) == split:
                 yield {"inputs": row["inputs"], "targets": row["targets"]}
@@ -64,18 +64,18 @@ def mmlu_prompt(row: dict[str, Any]) -> str:
     """Returns question, four options and `Answer:` of an MMLU row (`question`, `choices`, `answer`, `subject`)."""
     if not isinstance(row["choices"], list) or len(row["choices"]) != len(LETTERS):
         raise ConfigError(
-            f"the question {row['question']!r} has choices = {row['choices']!r}",
+            f"question {row['question']!r}: choices={row['choices']!r} must be a list of four strings",
             where="instruction/mmlu_*.jsonl",
-            fix="Write a list of four texts.",
+            fix="Correct or remove the line.",
         )
     options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
     return f"Question: {row['question'].strip()}\n{options}\nAnswer:"
 
 
 def read_mmlu(shots: int) -> preprocessors.Reader:
-    """Returns a reader of MMLU; each question is preceded by the first `shots` development questions of its subject.
+    """Returns a reader of MMLU; each prompt begins with the first `shots` development questions of its subject.
 
-    References are `{"choices": letters, "answer": index, "answers": [letter]}`: multiple choice and exact match.
+    References are `{"choices": letters, "answer": index, "answers": [letter]}`, for multiple choice and exact match.
     """
 
     def read(split: str) -> Iterator[Row]:
@@ -92,7 +92,7 @@ def read_mmlu(shots: int) -> preprocessors.Reader:
     return read
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -120,7 +120,7 @@ def read_tydiqa(shots: int) -> preprocessors.Reader:
 
 
 def _language(row: dict[str, Any]) -> str:
-    """Returns the language of a GoldP row: its id begins with it (`finnish-...`)."""
+    """Returns the language of a GoldP row, the beginning of its id (`finnish-...`)."""
     return _text(row["id"]).split("-", 1)[0]
 
 
@@ -130,21 +130,23 @@ def number_prompt(question: str) -> str:
 
 
 def read_mgsm(language: str) -> preprocessors.Reader:
-    """Returns a reader of `instruction/mgsm_LANGUAGE.tsv` (arXiv 2210.03057): question TAB number."""
+    """Returns a reader of `instruction/mgsm_LANGUAGE.tsv` (arXiv 2210.03057); a line is question TAB number."""
 
     def read(split: str) -> Iterator[Row]:
         del split
         for question, answer in local_files.pairs(f"instruction/mgsm_{language}.tsv"):
             number = metrics.last_number(answer)
             if number is None:
-                raise ConfigError(f"mgsm_{language}.tsv has the answer {answer!r}", fix="Write question<TAB>number.")
+                raise ConfigError(
+                    f"mgsm_{language}.tsv: the answer {answer!r} is not a number", fix="Write question<TAB>number."
+                )
             yield {"inputs": number_prompt(question), "targets": number, "reference": json.dumps(number)}
 
     return read
 
 
 def read_gsm8k(shots: int) -> preprocessors.Reader:
-    """Returns a reader of GSM8K (arXiv 2110.14168); targets are the written solution, the reference is its number.
+    """Returns a reader of GSM8K (arXiv 2110.14168); targets are the solutions, references their final numbers.
 
     Shots are the first training problems.
     """

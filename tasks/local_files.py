@@ -1,4 +1,4 @@
-"""The local data folder: files in the formats of the public data sets, and folders as Hugging Face has them."""
+"""Reads the local data folder: files in the formats of the public data sets, and Hugging Face folders."""
 
 import gzip
 import json
@@ -17,29 +17,29 @@ def data_folder() -> Path:
     """Returns the folder named by `$DIFFUSION_LM_DATA`.
 
     Raises:
-      ConfigError: the variable is not set, or names no folder.
+      ConfigError: the variable is not set, or is not a directory.
     """
     name = os.environ.get(VARIABLE, "")
     if not name or not Path(name).is_dir():
         raise ConfigError(
-            f"the folder of local data is not {'there: ' + name if name else 'known'}",
+            f"{name}: not a directory" if name else f"{VARIABLE} is not set",
             where=VARIABLE,
-            fix=f"Set the environment variable {VARIABLE} to a folder laid out as docs/data.md describes.",
+            fix="Set this environment variable to a data folder as described in docs/data.md.",
         )
     return Path(name)
 
 
 def local_file(relative: str) -> Path:
-    """Returns the path of a file of the data folder, with or without `.gz`; ConfigError where neither is there."""
+    """Returns the path of a file in the data folder, with or without `.gz`; ConfigError if neither exists."""
     path = data_folder() / relative
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.is_file():
             return candidate
-    raise ConfigError(f"the data folder has no file {relative}", where=VARIABLE, fix=f"Put it at {path}(.gz).")
+    raise ConfigError(f"missing file {relative} in the data folder", where=VARIABLE, fix=f"Put it at {path}(.gz).")
 
 
 def open_text(relative: str) -> TextIO:
-    """Opens a text file of the data folder for reading; newlines are kept as they are."""
+    """Opens a text file of the data folder without newline translation."""
     path = local_file(relative)
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8", newline="")
@@ -55,25 +55,25 @@ def json_lines(relative: str) -> Iterator[dict[str, Any]]:
 
 
 def rows(relative: str, field: str) -> Iterator[str]:
-    """Yields one text field of every row of the files of a folder, in the order of their paths.
+    """Yields one text field of every row of all files in a directory, in the order of their paths.
 
-    Files are `.jsonl`, plain or compressed (`.gz`, `.zst`), and `.parquet`, in whatever subfolders a download made.
+    Files are `.jsonl`, plain or compressed (`.gz`, `.zst`), or `.parquet`, in any subdirectory.
 
     Raises:
-      ConfigError: the folder or its files are not there, a row has no such field, or `.zst` cannot be read.
+      ConfigError: there are no files, a row lacks the field, or `.zst` cannot be read.
     """
     folder = data_folder() / relative
     files = sorted(path for path in folder.rglob("*") if path.name.endswith((*_LINES, ".parquet")))
     if not files:
         raise ConfigError(
-            f"the data folder has no {', '.join(_LINES)} or .parquet files in {relative}",
+            f"no {', '.join(_LINES)} or .parquet files in {relative} of the data folder",
             where=VARIABLE,
             fix=f"Download the data set to {folder}.",
         )
     for path in files:
         for row in _parquet(path, field) if path.suffix == ".parquet" else _json_rows(path):
             if field not in row:
-                raise ConfigError(f"a row of {path} has no field {field!r}", where=VARIABLE, fix="Remove that file.")
+                raise ConfigError(f"{path}: a row has no field {field!r}", where=VARIABLE, fix="Remove this file.")
             yield row[field]
 
 
@@ -102,7 +102,9 @@ def _open_lines(path: Path) -> TextIO:
         import zstandard
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{path} is compressed with Zstandard", where=VARIABLE, fix="Run: pip install zstandard"
+            f"reading {path} needs the package zstandard",
+            where=VARIABLE,
+            fix="Run: pip install zstandard",
         ) from error
     return zstandard.open(path, "rt", encoding="utf-8")
 
@@ -114,6 +116,6 @@ def pairs(relative: str) -> Iterator[tuple[str, str]]:
             fields = line.rstrip("\r\n").split("\t")
             if len(fields) != 2:
                 raise ConfigError(
-                    f"{relative}, line {number}, has {len(fields)} fields", fix="Write English<TAB>French."
+                    f"{relative}, line {number}: {len(fields)} fields instead of 2", fix="Write English<TAB>French."
                 )
             yield fields[0], fields[1]

@@ -1,27 +1,27 @@
-"""Sources, preprocessors and postprocessors that the tasks share.
+"""Sources, preprocessors and postprocessors shared by the tasks.
 
-A task of this package yields `inputs`, `targets` (token ids without EOS), `inputs_pretokenized`,
-`targets_pretokenized` and, where metrics need more than the target's text, `reference`: JSON text. Pretraining tasks
-have whole documents as targets and no inputs.
+Tasks of this package yield `inputs` and `targets` (token ids without EOS), their text as `*_pretokenized` and, if
+metrics need more than the text of the target, `reference` as a JSON string. Pretraining tasks have whole documents as
+targets and no inputs.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import seqio
 import tensorflow as tf
 
 from diffusion_lm_tasks.splits import SPLITS, Example
 
-_ROWS_AT_ONCE = 64  # TensorFlow takes as long to fetch one row from Python as many
+_ROWS_AT_ONCE = 64  # fetching one row from Python takes TensorFlow as long as fetching many
 
 Reader = Callable[[str], Iterable[Mapping[str, str]]]
 
 
 def python_source(read: Reader, fields: tuple[str, ...], splits: tuple[str, ...] = SPLITS) -> seqio.FunctionDataSource:
-    """Returns a SeqIO source of the string `fields` of what `read(split)` yields; nothing is read yet."""
+    """Returns a SeqIO source with the string `fields` of the rows that `read(split)` yields; reads lazily."""
 
     def dataset_fn(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed
@@ -40,7 +40,7 @@ def python_source(read: Reader, fields: tuple[str, ...], splits: tuple[str, ...]
 def example_source(
     examples: Callable[[], Mapping[str, tuple[Example, ...]]], splits: tuple[str, ...] = SPLITS
 ) -> seqio.FunctionDataSource:
-    """Returns a source of generated examples; they are generated when a split is first read."""
+    """Returns a source of generated examples, which are generated when a split is first read."""
 
     def read(split: str):
         for example in examples()[split]:
@@ -50,7 +50,7 @@ def example_source(
 
 
 def paired_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
-    """Returns the features of a task with a prompt; converters add EOS, so the task does not."""
+    """Returns the features of a task with inputs and targets, without EOS, which the converters add."""
     feature = seqio.Feature(vocabulary=vocabulary, add_eos=False, dtype=tf.int32)
     return {"inputs": feature, "targets": feature}
 
@@ -61,7 +61,7 @@ def document_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
 
 
 def tokenize(dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]) -> tf.data.Dataset:
-    """Turns `inputs` and `targets` into ids and keeps their text as `*_pretokenized`."""
+    """Encodes the features and keeps their text as `*_pretokenized`."""
     return seqio.preprocessors.tokenize(dataset, output_features, copy_pretokenized=True)
 
 
@@ -71,21 +71,29 @@ def documents(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.map(lambda example: {"targets": example["text"]}, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def unix_newlines(text: Any) -> Any:
-    """Replaces CRLF and lone CR by LF: MBPP's solutions come with Windows line ends."""
+@overload
+def unix_newlines(text: str) -> str: ...
+
+
+@overload
+def unix_newlines(text: tf.Tensor) -> tf.Tensor: ...
+
+
+def unix_newlines(text: str | tf.Tensor) -> str | tf.Tensor:
+    """Replaces CRLF and CR by LF; MBPP's solutions have Windows line ends."""
     if isinstance(text, str):
         return text.replace("\r\n", "\n").replace("\r", "\n")
     return tf.strings.regex_replace(text, "\r\n?", "\n")
 
 
 def text_reference(text: str, example: Mapping[str, Any] | None = None, is_target: bool = False) -> str:
-    """Postprocessor of tasks whose reference is the target's text."""
+    """Postprocessor: the reference is the text of the target."""
     del example, is_target
     return text
 
 
 def json_reference(text: str, example: Mapping[str, Any] | None = None, is_target: bool = False) -> Any:
-    """Postprocessor of tasks with a `reference` feature: its JSON value for a target, the text for a prediction."""
+    """Postprocessor: the value of the JSON feature `reference` for a target, the text itself for a prediction."""
     if not is_target:
         return text
     assert example is not None
@@ -101,7 +109,7 @@ def add(
     postprocess_fn: Callable[..., Any] | None = None,
     metric_fns: Iterable[Callable[..., Any]] = (),
 ) -> None:
-    """Registers a task once; importing a module again, under any name, is no error."""
+    """Registers a task unless the name is already registered, so that a module can be imported under two names."""
     if name not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(
             name,

@@ -2,8 +2,8 @@
 
 AR2Diff (arXiv 2401.17181) pretrains on 80 % mC4 and 20 % Python code: mix `mc4_*` and `python_code` with these weights.
 DiffuGPT and DiffuLLaMA (arXiv 2410.17891) continue on FineWeb, and on SlimPajama and Starcoder (0.693584 to 0.306416):
-`fineweb`, `slimpajama` and `starcoder` read the files of these data sets as they are downloaded. Whoever materialises a
-task cuts its documents into pieces.
+`fineweb`, `slimpajama` and `starcoder` read the files of these data sets as downloaded. `materialise --chunk_length`
+splits the documents into chunks.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ assert tfds_builders  # its import registers `code_search_net_python` with TFDS
 
 MC4_LANGUAGES = ("de", "en", "es", "fr", "it", "ja", "pt", "ru", "zh")
 
-# The files of the local folder that are pretraining text; nothing here is a development or test set of another task.
+# Pretraining text in the data folder. None of these files is the development or test set of another task.
 _TEXT = ("text/c4_sample.jsonl", "text/openwebtext_1k.jsonl", "text/wikipedia_sample.jsonl")
 _CODE = "code/python_stdlib_pypi.jsonl"
 _TRANSLATION = "translation/tatoeba_train.en-fr.tsv"
 _LINES = 40
 
-# Folders of the local folder, and the field that holds the text: what Hugging Face's repositories of these names hold.
+# Directory in the data folder and name of the text field, as in the Hugging Face data set of the same name.
 _CORPORA = {
     "fineweb": ("text/fineweb", "text"),
     "slimpajama": ("text/slimpajama", "text"),
@@ -60,7 +60,7 @@ def read_all(split: str) -> Iterator[dict[str, str]]:
 
 
 def corpus_reader(name: str) -> preprocessors.Reader:
-    """Returns the reader of one of the large corpora; 1 document in 2,000 is held out for each of the other splits."""
+    """Returns a reader of a large corpus; validation and test each get 1 in 2,000 documents."""
     folder, field = _CORPORA[name]
 
     def read(split: str) -> Iterator[dict[str, str]]:

@@ -1,14 +1,14 @@
-"""Arithmetic reasoning: GSM8K with equations alone as its chain of thought, and Countdown with four numbers.
+"""Arithmetic reasoning: GSM8K with equations as its chain of thought, and Countdown with four numbers.
 
 GSM8K-symbolic (arXiv 2311.01460; the fine-tuning task of DiffuGPT, arXiv 2410.17891):
 
     inputs  the question
     targets <<16-3-4=9>> <<9*2=18>> #### 18
 
-The equations are those that GSM8K's own solutions mark; the prose around them is dropped. The metric is the number
-behind `####`. Test is GSM8K's; validation is the first 256 rows of its training file. The augmented training set of
-2311.01460 (about 385,000 chains) is read where it is put in the place of the local training file: a chain without prose
-stays what it is.
+The equations are those marked in GSM8K's solutions; the prose around them is dropped. The metric compares the number
+after `####`. The test split is that of GSM8K; validation is the first 256 rows of its training file. The augmented
+training set of 2311.01460 (about 385,000 chains) can replace the local training file; chains without prose are kept
+unchanged.
 """
 
 import itertools
@@ -29,7 +29,7 @@ _FILES = {"train": "reasoning/gsm8k_train.jsonl", "test": "reasoning/gsm8k_test.
 
 
 def symbolic_chain(solution: str) -> str | None:
-    """Returns the marked equations of a GSM8K solution and its answer; None where it marks no answer."""
+    """Returns the marked equations of a GSM8K solution and its answer; None if it has no marked answer."""
     answer = metrics.final_answer(solution)
     if answer is None:
         return None
@@ -37,7 +37,7 @@ def symbolic_chain(solution: str) -> str | None:
 
 
 def symbolic_example(question: str, solution: str) -> dict[str, str] | None:
-    """Returns the fields of one example, or None where the solution marks no answer."""
+    """Returns the fields of one example, or None if the solution has no marked answer."""
     chain = symbolic_chain(solution)
     if chain is None:
         return None
@@ -46,7 +46,7 @@ def symbolic_example(question: str, solution: str) -> dict[str, str] | None:
 
 
 def read_local_gsm8k(split: str) -> Iterator[dict[str, str]]:
-    """Yields the examples of a split of the local files, which are in GSM8K's format: `question`, `answer`."""
+    """Yields the examples of a split of the local files in GSM8K's format (`question`, `answer`)."""
     rows = local_files.json_lines(_FILES["test" if split == "test" else "train"])
     if split != "test":
         first, last = (VALIDATION_ROWS, None) if split == "train" else (0, VALIDATION_ROWS)
@@ -56,7 +56,7 @@ def read_local_gsm8k(split: str) -> Iterator[dict[str, str]]:
         if example is None:
             file = _FILES["test" if split == "test" else "train"]
             raise ConfigError(
-                f"the solution of {row['question']!r} in {file} has no answer",
+                f"{file}: the solution of {row['question']!r} has no answer",
                 where="local_gsm8k_symbolic",
                 fix=f"End it with '{metrics.ANSWER_MARK} ANSWER', or remove the line.",
             )
@@ -64,7 +64,7 @@ def read_local_gsm8k(split: str) -> Iterator[dict[str, str]]:
 
 
 def symbolic(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Makes the examples of TFDS's `question` and `answer`."""
+    """Makes the examples from the fields `question` and `answer` of TFDS."""
 
     def convert(question, answer):
         example = symbolic_example(question.numpy().decode(), answer.numpy().decode())

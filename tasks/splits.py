@@ -1,4 +1,4 @@
-"""Examples of the embedded tasks and how they are dealt to splits: by a hash of what must not leak."""
+"""Examples of generated tasks, and their assignment to splits by a hash of the content that must not leak."""
 
 import dataclasses
 import hashlib
@@ -16,9 +16,9 @@ class Example:
 
     Attributes:
       inputs: the prompt.
-      targets: what is to be generated.
-      key: what decides the split; two examples with equal keys are always in the same split.
-      reference: what metrics compare with, as JSON; empty where it is `targets` itself.
+      targets: the text to generate.
+      key: determines the split; examples with equal keys are in the same split.
+      reference: reference for the metrics, as JSON; empty if it is `targets`.
     """
 
     inputs: str
@@ -33,7 +33,7 @@ class Example:
 
 
 def split_of(key: str, held_out: float = 0.08) -> str:
-    """Returns the split of `key`: `held_out` of all keys are for validation and as many for test."""
+    """Returns the split of `key`; validation and test each get the fraction `held_out` of all keys."""
     point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2.0**64
     if point < held_out:
         return "test"
@@ -48,20 +48,20 @@ def deal(
     Args:
       make: draws one example.
       sizes: number of examples by split.
-      seed: root of the draws; example number i depends on (seed, i) only.
-      attempts: draws after which too small a space of examples is an error.
+      seed: seed of the draws; example number i depends only on (seed, i).
+      attempts: maximum number of draws.
 
     Returns:
-      The examples by split. No two of them share their inputs, and no two splits share a key.
+      The examples by split. All inputs are distinct, and no key occurs in two splits.
     """
     found: dict[str, list[Example]] = {split: [] for split in sizes}
-    seen: set[str] = set()
+    used: set[str] = set()
     for number in range(attempts):
         example = make(random.Random(f"{seed}/{number}"))
         split = split_of(example.key)
-        if example.inputs in seen or len(found[split]) >= sizes[split]:
+        if example.inputs in used or len(found[split]) >= sizes[split]:
             continue
-        seen.add(example.inputs)
+        used.add(example.inputs)
         found[split].append(example)
         if all(len(found[name]) == size for name, size in sizes.items()):
             return {name: tuple(examples) for name, examples in found.items()}

@@ -1,8 +1,8 @@
-"""Headlines of news (Gigaword, arXiv 1509.00685) through TFDS, whole and as a subset of 10,000 training examples.
+"""News headlines (Gigaword, arXiv 1509.00685) through TFDS, in full and with 10,000 training examples.
 
-Prompt: `summarize: ` and the first sentence of the article; the target is the headline; the metric is ROUGE. The subset
-for few data (Diffusion-LLM, arXiv 2308.12219, "Gigaword-10K") holds the examples with the smallest hashes: the choice
-depends on the examples alone, not on their order. It is not the paper's own, which is not published.
+Prompt: `summarize: ` and the first sentence of the article. The target is the headline; the metric is ROUGE. The
+low-resource subset (Diffusion-LLM, arXiv 2308.12219, "Gigaword-10K") consists of the examples with the smallest hashes,
+so it does not depend on their order. The subset of the paper is not published.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _DATASET = "gigaword:1.2.0"
 
 
 def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Makes `inputs` and `targets` of `document` and `summary`."""
+    """Makes `inputs` and `targets` from `document` and `summary`."""
     return dataset.map(
         lambda example: {"inputs": tf.strings.join([PREFIX, example["document"]]), "targets": example["summary"]},
         num_parallel_calls=tf.data.AUTOTUNE,
@@ -30,7 +30,7 @@ def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def subset(examples: Iterator[dict[str, str]], size: int = SUBSET) -> list[dict[str, str]]:
-    """Returns the `size` examples whose text has the smallest SHA-256, in the order of the hashes; equal ones once."""
+    """Returns the `size` distinct examples with the smallest SHA-256 of their text, in the order of the hashes."""
 
     def keyed() -> Iterator[tuple[bytes, dict[str, str]]]:
         for example in examples:
@@ -38,14 +38,14 @@ def subset(examples: Iterator[dict[str, str]], size: int = SUBSET) -> list[dict[
             yield hashlib.sha256(text.encode()).digest(), example
 
     chosen: dict[bytes, dict[str, str]] = {}
-    # Few examples occur several times; a tenth more than needed leaves enough when they have been put together.
+    # Few examples are duplicates, so 10 % more than needed leave enough after they are removed.
     for digest, example in heapq.nsmallest(size + size // 10 + 10, keyed(), key=lambda pair: pair[0]):
         chosen.setdefault(digest, example)
     return list(chosen.values())[:size]
 
 
 def read_subset(split: str) -> Iterator[dict[str, str]]:
-    """Yields the subset of the training split, and the other splits whole."""
+    """Yields the subset of the training split, or all examples of another split."""
     rows = (
         {"document": row["document"].decode(), "summary": row["summary"].decode()}
         for row in tfds_sources.rows(_DATASET, split)

@@ -1,4 +1,4 @@
-"""TFDS builders for two public sets that TFDS itself does not carry; they download on first use, as TFDS's own do."""
+"""TFDS builders for two public data sets that TFDS lacks; they download on first use."""
 
 import gzip
 import hashlib
@@ -39,7 +39,7 @@ class Mbpp(tfds.core.GeneratorBasedBuilder):
         content = epath.Path(dl_manager.download(_MBPP_URL)).read_bytes()
         found = hashlib.sha256(content).hexdigest()
         if found != _MBPP_SHA256:
-            raise ValueError(f"mbpp.jsonl has SHA-256 {found}, not {_MBPP_SHA256}: the source has changed.")
+            raise ValueError(f"mbpp.jsonl: SHA-256 {found}, expected {_MBPP_SHA256}: the published file has changed.")
         rows = [json.loads(line) for line in content.decode().splitlines() if line.strip()]
         return {
             split: self._generate_examples([row for row in rows if first <= row["task_id"] <= last])

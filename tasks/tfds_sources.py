@@ -1,4 +1,4 @@
-"""TFDS data sets as rows for readers in Python: few-shot prompts and subsets need more than one example at a time."""
+"""Rows of TFDS data sets in Python, for few-shot prompts and subsets, which need several examples at a time."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,5 +7,5 @@ import tensorflow_datasets as tfds
 
 
 def rows(name: str, split: str) -> Iterator[dict[str, Any]]:
-    """Yields the examples of a split in stored order, texts as bytes; downloads the set when it is first used."""
+    """Yields the examples of a split in stored order, with strings as bytes; downloads the data set on first use."""
     yield from tfds.as_numpy(tfds.load(name, split=split, shuffle_files=False))

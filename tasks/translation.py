@@ -1,7 +1,7 @@
 """Translation on real data: WMT14 En-Fr and En-De through TFDS, IWSLT14 De-En and En-Fr files of the local data folder.
 
-Prompt as in T5: `translate English to French: ...`; the reference is the target's side; the metric is sacrebleu's BLEU,
-with its `intl` tokenisation for WMT14 En-De, as Diffusion-LLM (arXiv 2308.12219) scores it, and 13a for all others.
+Prompt as in T5: `translate English to French: ...`. The reference is the target sentence; the metric is SacreBLEU, with
+`intl` tokenisation for WMT14 En-De as in Diffusion-LLM (arXiv 2308.12219), and 13a otherwise.
 The local WMT task trains on the older WMT test sets (2008 to 2012, discussions 2015) and Tatoeba, validates on
 newstest2013 and tests on newstest2014; Multi30k is tested on test_2016_flickr.
 """
@@ -33,7 +33,7 @@ _MULTI30K_FILES = {
 
 
 def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Makes `inputs` and `targets` of `en` and `fr`."""
+    """Makes `inputs` and `targets` from `en` and `fr`."""
     return dataset.map(
         lambda example: {"inputs": tf.strings.join([PREFIX, example["en"]]), "targets": example["fr"]},
         num_parallel_calls=tf.data.AUTOTUNE,
@@ -41,7 +41,7 @@ def prompts(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def pair_prompts(prefix: str, source: str, target: str) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
-    """Returns the preprocessor that makes `inputs` and `targets` of two languages of an example."""
+    """Returns a preprocessor that makes `inputs` and `targets` from the fields `source` and `target`."""
 
     def make(dataset: tf.data.Dataset) -> tf.data.Dataset:
         return dataset.map(
@@ -53,9 +53,9 @@ def pair_prompts(prefix: str, source: str, target: str) -> Callable[[tf.data.Dat
 
 
 def read_iwslt14(split: str) -> Iterator[dict[str, str]]:
-    """Yields the pairs of `translation/iwslt14.de-en/{train,valid,test}.{de,en}`, one sentence a line.
+    """Yields the pairs of `translation/iwslt14.de-en/{train,valid,test}.{de,en}`, one sentence per line.
 
-    These are the files of fairseq's preparation of IWSLT14 De-En (160,239 / 7,283 / 6,750 pairs) before subwords.
+    These are the files of fairseq's preparation of IWSLT14 De-En (160,239 / 7,283 / 6,750 pairs) before BPE.
 
     Raises:
       ConfigError: the two files of a split have different numbers of lines.
@@ -66,7 +66,8 @@ def read_iwslt14(split: str) -> Iterator[dict[str, str]]:
         for number, (de, en) in enumerate(itertools.zip_longest(german, english), 1):
             if de is None or en is None:
                 raise ConfigError(
-                    f"{stem}.de and {stem}.en differ in length at line {number}", fix="Give parallel files."
+                    f"{stem}.de and {stem}.en have different numbers of lines: one ends before line {number}",
+                    fix="Use parallel files.",
                 )
             yield {"de": de.strip(), "en": en.strip()}
 
@@ -74,7 +75,7 @@ def read_iwslt14(split: str) -> Iterator[dict[str, str]]:
 def local_reader(files: dict[str, tuple[str, ...]]) -> preprocessors.Reader:
     """Returns a reader of `translation/NAME.en-fr.tsv(.gz)` files.
 
-    Training pairs whose English side, in lower case, is held out are left out.
+    Training pairs with a held-out English sentence, ignoring case, are removed.
     """
 
     def read(split: str) -> Iterator[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Vocabularies of the tasks; each is found or trained when it is first used, never on import."""
+"""Vocabularies of the tasks; each is loaded or trained on first use, never on import."""
 
 import contextlib
 import functools
@@ -18,27 +18,27 @@ from diffusion_lm.data.vocabulary import VOCABULARY_VARIABLE, Vocabulary, Vocabu
 from diffusion_lm_tasks.local_files import local_file
 
 SENTINELS = 32
-"""`<extra_id_0>` to `<extra_id_31>`, for span corruption of pieces of up to about 600 tokens."""
+"""`<extra_id_0>` to `<extra_id_31>`, for span corruption of chunks of up to about 600 tokens."""
 
 EMBEDDED_SIZE = 1280
 
 
 def cache_folder() -> Path:
-    """Returns where trained vocabularies are kept: `$DIFFUSION_LM_CACHE`, else `~/.cache/diffusion_lm`."""
+    """Returns the directory of trained vocabularies: `$DIFFUSION_LM_CACHE`, else `~/.cache/diffusion_lm`."""
     return Path(os.environ.get("DIFFUSION_LM_CACHE") or Path.home() / ".cache" / "diffusion_lm")
 
 
 def train_vocabulary(texts: Iterable[str], path: str | os.PathLike[str], size: int) -> None:
-    """Trains a SentencePiece unigram model that is loss-free for text and code, and writes it atomically.
+    """Trains a SentencePiece unigram model that is lossless for text and code, and writes it atomically.
 
-    Identity normalisation, byte fallback, single digits, white space kept. Ids: 0 `<pad>`, 1 `</s>`, 2 `<s>`, 3 unk,
+    Identity normalisation, byte fallback, split digits, white space kept. Ids: 0 `<pad>`, 1 `</s>`, 2 `<s>`, 3 `<unk>`,
     4 `<mask>`, 5 `<sep>`, then the sentinels, newline and tab. `<mask>`, `<sep>` and the sentinels are control symbols:
-    text that spells them is never turned into them. Equal texts give equal bytes (one thread).
+    text that spells them is not encoded to them. Training is deterministic (one thread).
 
     Args:
-      texts: training texts, each at most about 4,000 characters (longer ones are skipped by the trainer).
-      path: the `.model` file.
-      size: number of tokens, 256 bytes and the special tokens included.
+      texts: training texts of at most about 4,000 characters each (the trainer skips longer ones).
+      path: the `.model` file to write.
+      size: number of tokens, including 256 bytes and the special tokens.
     """
     import sentencepiece
 
@@ -79,7 +79,7 @@ def train_vocabulary(texts: Iterable[str], path: str | os.PathLike[str], size: i
 
 
 def embedded_texts() -> list[str]:
-    """Returns the fixed sample of the embedded tasks' training texts that their vocabulary is trained on."""
+    """Returns the training texts of the embedded vocabulary, a fixed sample of the embedded tasks' training data."""
     from diffusion_lm_tasks import embedded_code, embedded_pretraining, embedded_qa, embedded_translation
 
     texts = []
@@ -95,10 +95,10 @@ def embedded_texts() -> list[str]:
 
 @functools.cache
 def embedded_model() -> str:
-    """Returns the path of the embedded vocabulary's model, training it (ten seconds) where the cache has none.
+    """Returns the path of the embedded vocabulary's model; trains it (ten seconds) if it is not cached.
 
-    The file's name carries a hash of everything that it is a function of: the Python version (whose library it is
-    trained on), Babel's CLDR, num2words, SentencePiece and the generators themselves.
+    The file name contains a hash of everything that the model depends on: the versions of Python (whose library it is
+    trained on), Babel (CLDR), num2words and SentencePiece, and the source code of the generators.
     """
     identity = hashlib.sha256(f"{sys.version_info[:3]} {EMBEDDED_SIZE}".encode())
     for package in ("babel", "num2words", "sentencepiece"):
@@ -118,24 +118,23 @@ def embedded_vocabulary() -> LazyVocabulary:
 
 
 def mixed_vocabulary() -> LazyVocabulary:
-    """Returns the vocabulary of the tasks on real data (see `mixed_path`)."""
+    """Returns the vocabulary of the tasks on real data, from `mixed_path`."""
     return LazyVocabulary(_load_mixed)
 
 
 def mixed_path() -> str:
-    """Returns where the vocabulary of real data is.
+    """Returns the path of the vocabulary of the tasks on real data.
 
-    It is `$DIFFUSION_LM_VOCABULARY` where that is set (a SentencePiece model or the tokenizer files of a Hugging Face
-    folder, whatever `Vocabulary.load` takes; it must be able to write newlines and braces), else
-    `tokenizers/mix_en_fr_code_16384.model` of the data folder.
+    That is `$DIFFUSION_LM_VOCABULARY` if set (any argument of `Vocabulary.load`; it must be able to encode newlines and
+    braces), else `tokenizers/mix_en_fr_code_16384.model` in the data folder.
     """
     named = os.environ.get(VOCABULARY_VARIABLE, "")
     if named:
         if "://" not in named and not Path(named).exists():
             raise ConfigError(
-                f"no vocabulary at {named}",
+                f"{named}: no such file or directory",
                 where=VOCABULARY_VARIABLE,
-                fix="Give a .model file, or a folder with a tokenizer.",
+                fix="Set it to a .model file or to a folder with a tokenizer.",
             )
         return named
     try:
@@ -144,8 +143,8 @@ def mixed_path() -> str:
         raise VocabularyNotNamed(
             f"the tasks on real data need a vocabulary: {error.what}",
             where=VOCABULARY_VARIABLE,
-            fix="Set it to a SentencePiece model or a folder with a tokenizer, or DIFFUSION_LM_DATA to a data folder "
-            "that has one in tokenizers/.",
+            fix="Set it to a SentencePiece model or to a folder with a tokenizer, or set DIFFUSION_LM_DATA to a data "
+            "folder with a vocabulary in tokenizers/.",
         ) from error
 
 
@@ -161,7 +160,7 @@ def _load_mixed() -> Vocabulary:
 
 @contextlib.contextmanager
 def fetched(path: str) -> Iterator[str]:
-    """Yields a local copy of a file or folder in a bucket, of whose folder only the small files are copied."""
+    """Yields a local copy of a tokenizer file or folder in a bucket; of a folder, only tokenizer files are copied."""
     from tensorflow.io import gfile
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """Makes training batches of random tokens with the shapes of a run, so that a step can be timed without data."""
 
-from typing import Any
+from typing import Any, cast
 
+import jax
 import numpy as np
 
 from diffusion_lm.core.special import SpecialTokens
@@ -34,7 +35,7 @@ def synthetic_batch(run: TrainRun, number: int = 0) -> Batch:
         example_ids=example_ids[:, None].repeat(length, axis=1),
         special=shapes.special,
         encoder=encoder,
-        strata=strata(segments, 0, rows),
+        strata=cast(jax.Array, strata(segments, 0, rows)),
     )
 
 

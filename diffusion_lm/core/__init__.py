@@ -1,1 +1,1 @@
-"""Floor 0: the types, keys, special tokens and errors that every other floor speaks."""
+"""Layer 0: types, random keys, special tokens and errors that all other layers use."""

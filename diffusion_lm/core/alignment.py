@@ -1,4 +1,4 @@
-"""Which hidden state predicts which token: the one difference in how AR and diffusion models read their output."""
+"""Alignment: which hidden state predicts which token. It differs between AR and diffusion models."""
 
 import dataclasses
 from typing import Protocol
@@ -14,11 +14,11 @@ class Alignment(Protocol):
 
     @property
     def back(self) -> int:
-        """How many slots before its token the predicting state is: 0 or 1."""
+        """Number of slots by which the predicting hidden state precedes its token: 0 or 1."""
         ...
 
     def slot_of(self, tokens: jax.Array) -> jax.Array:
-        """Returns the slots whose hidden states predict the tokens at these slots."""
+        """Maps slots of tokens to the slots whose hidden states predict them; any shape."""
         ...
 
     def to_slots(self, values: jax.Array) -> jax.Array:
@@ -37,7 +37,7 @@ class SamePosition:
     back = 0
 
     def slot_of(self, tokens: jax.Array) -> jax.Array:
-        """Returns the slots whose hidden states predict the tokens at these slots."""
+        """Returns `tokens`."""
         return tokens
 
     def to_slots(self, values: jax.Array) -> jax.Array:
@@ -53,15 +53,14 @@ class SamePosition:
 class Shifted:
     """The hidden state at slot i - 1 predicts token i (autoregressive models; DiffuLLaMA, arXiv 2410.17891).
 
-    Only [B,T] values are shifted, never hidden states. Slot T - 1 receives the value of token 0, which is a
-    conditioning token (every example starts with one), so what wraps around is never scored and never sampled. The same
-    holds at the boundary of packed examples.
+    Only [B,T] values are shifted, never hidden states. The shift wraps around: slot T - 1 gets the value of token 0.
+    This is a conditioning token, as is the first token of every packed example, so it is never scored or sampled.
     """
 
     back = 1
 
     def slot_of(self, tokens: jax.Array) -> jax.Array:
-        """Returns the slots before; the first token is conditioning and is never predicted."""
+        """Returns `tokens - 1`, at least 0: the first token is conditioning and is never predicted."""
         return jnp.maximum(tokens - 1, 0)
 
     def to_slots(self, values: jax.Array) -> jax.Array:

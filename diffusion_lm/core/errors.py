@@ -1,16 +1,16 @@
-"""Errors for users: each says what is wrong, where it was said, and what to do about it, in one sentence."""
+"""Errors for users: what is wrong, where it was configured, and what to do about it."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """A wrong input. The command line prints it as one line and exits with code 2 (`--debug` shows the traceback).
+    """Invalid input. The command line prints it as one line and exits with code 2 (`--debug` shows the traceback).
 
     Attributes:
-      exit_code: of the command line; other than 2 where the same input may do another time.
-      what: what is wrong, with the offending value.
-      where: the gin parameter, flag or file that said so; may be empty where `what` already names it.
+      exit_code: exit code of the command line; subclasses use another one if the same input may work later.
+      what: what is wrong, with the invalid value.
+      where: the gin parameter, flag or file; may be empty if `what` names it.
       fix: what to do about it.
     """
 
@@ -24,12 +24,12 @@ class ConfigError(ValueError):
 
 
 def near_names(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """Returns `"; did you mean a, b?"` for the known names closest to `name`, or an empty string."""
+    """Returns `"; did you mean a, b?"` for the `limit` known names most similar to `name`, or ""."""
     close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def require(condition: bool, what: str, *, where: str = "", fix: str = "") -> None:
-    """Raises `ConfigError` unless `condition` holds; for the `__post_init__` of configured dataclasses."""
+    """Raises `ConfigError` unless `condition` is true; for `__post_init__` of configured dataclasses."""
     if not condition:
         raise ConfigError(what, where=where, fix=fix)

@@ -1,7 +1,7 @@
-"""Files in folders and in buckets: every path that a user names becomes one here, and here they are written.
+"""Reads and writes files on local disks and in buckets; `as_path` converts every path that a user gives.
 
-A file is either whole or not there: written beside its place, synced, then renamed. An object of a bucket is so by
-itself; buckets are reached through `etils.epath`, which Orbax uses too.
+Writes are atomic: a local file is written to a temporary name, synced and renamed. Objects of a bucket are atomic by
+themselves; they are accessed through `etils.epath`, as in Orbax.
 """
 
 import json
@@ -18,18 +18,18 @@ _SECONDS_BETWEEN_UPLOADS = 30.0
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
-    """True for a place in a bucket (`gs://...`), False for one in a file system."""
+    """Returns whether a path is in a bucket (`gs://...` or `s3://...`)."""
     return os.fspath(path).startswith(_BUCKETS)
 
 
 def as_path(path: str | os.PathLike) -> Path:
-    """Returns what a user named as a path: `~` resolved, and `gs://...` as a path into that bucket.
+    """Converts a user's path to a `Path`: expands `~`, and returns an `epath.Path` for `gs://...`.
 
-    `pathlib.Path("gs://bucket/run")` is a local folder `gs:`. What this returns for a bucket behaves like a `Path`
-    (`/`, `exists`, `is_file`, `iterdir`, `glob`, `read_text`, `mkdir`), though it is none by type.
+    `pathlib.Path("gs://bucket/run")` would be a local directory `gs:`. An `epath.Path` has the methods of `Path` (`/`,
+    `exists`, `is_file`, `iterdir`, `glob`, `read_text`, `mkdir`), although it is not a subclass.
     """
     if isinstance(path, PurePath) and not isinstance(path, Path):
-        return cast(Path, path)  # a path into a bucket already
+        return cast(Path, path)  # already an epath.Path
     if is_bucket(path):
         from etils import epath
 
@@ -38,18 +38,18 @@ def as_path(path: str | os.PathLike) -> Path:
 
 
 def absolute(path: str | os.PathLike) -> Path:
-    """Returns `as_path(path)` from the root of its file system or bucket on."""
+    """Returns `as_path(path)` as an absolute path."""
     place = as_path(path)
     return place if is_bucket(place) else place.absolute()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` to `path` atomically, creating the folder; a crash leaves the old file or the new one."""
+    """Writes `text` to `path` atomically, creating its directory; a crash leaves the old file or the new one."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Writes `data` to `path` atomically, creating the folder; a crash leaves the old file or the new one."""
+    """Writes `data` to `path` atomically, creating its directory; a crash leaves the old file or the new one."""
     path = as_path(path)
     if is_bucket(path):
         path.write_bytes(data)
@@ -69,7 +69,7 @@ def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
 
 
 def remove_folder(path: str | os.PathLike) -> None:
-    """Removes a folder and all that is in it."""
+    """Removes a directory and its contents."""
     path = as_path(path)
     if is_bucket(path):
         cast(Any, path).rmtree()
@@ -77,21 +77,21 @@ def remove_folder(path: str | os.PathLike) -> None:
         shutil.rmtree(path)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as JSON with sorted keys, atomically: equal values give equal bytes."""
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Writes `value` as JSON with sorted keys, atomically. Equal values give equal bytes."""
     write_text(path, json_text(value, indent=1, sort_keys=True) + "\n")
 
 
-def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Returns `value` as JSON, in which NaN and infinite numbers are null.
+def json_text(value: object, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Returns `value` as JSON, with null for NaN and infinite numbers.
 
-    JSON has no literals for them; Python's `NaN` and `Infinity` are refused by other parsers. A result such as a
-    perplexity beyond the floats must not end an evaluation, so it is written as what has no number.
+    JSON has no literals for them, and other parsers reject Python's `NaN` and `Infinity`. An error instead would end an
+    evaluation whose perplexity overflows.
     """
     return json.dumps(_finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -107,14 +107,14 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 class GrowingFile:
-    """A file to which whole records are added.
+    """A file to which records are appended.
 
-    A local one has each record as soon as it is written. An object of a bucket cannot grow: it is written anew every
-    half minute, less often when that takes long, and on `flush` and `close`.
+    A local file is flushed after each record. An object in a bucket cannot be appended to: it is uploaded again every
+    30 seconds (less often if an upload takes more than 1.5 seconds), and by `flush` and `close`.
 
     Args:
       path: the file.
-      start: its content so far; what is there is replaced, atomically.
+      start: initial content, which atomically replaces an existing file.
     """
 
     def __init__(self, path: str | os.PathLike, start: bytes = b""):
@@ -128,7 +128,7 @@ class GrowingFile:
             self._file = open(self._path, "ab")  # noqa: SIM115 (closed by `close`)
 
     def write(self, record: bytes) -> None:
-        """Adds a record and, in a file system, hands it over, so that a kill of this process cannot lose it."""
+        """Appends a record. In a file system it is passed to the kernel, so it survives a kill of this process."""
         if self._file is not None:
             self._file.write(record)
             self._file.flush()
@@ -139,7 +139,7 @@ class GrowingFile:
             self.flush()
 
     def flush(self) -> None:
-        """Makes sure that what was written so far would survive the loss of this machine, where there is a bucket."""
+        """Uploads all records, so that they survive the loss of this machine; no effect for local files."""
         if self._file is not None or not self._changed:
             return
         started = time.monotonic()

@@ -1,8 +1,8 @@
-"""Writes gin files: the only place where text becomes a gin statement.
+"""Writes gin files safely; all gin files written by this package come from here.
 
-A gin file is a program: an import or a reference in it runs code when it is read. Values, names and paths that come
-from outside (a stranger's config.json, the name of a folder) must therefore never be pasted into one. This writer
-takes values by type, renders them with `repr`, and parses each one back before it is written.
+A gin file is a program: its imports and references run code when it is read. Untrusted values, names and paths (from a
+downloaded config.json, the name of a directory) must therefore never be inserted as text. This writer checks values by
+type, renders them with `repr`, and parses each one back before writing it.
 """
 
 import ast
@@ -14,7 +14,7 @@ from typing import Self
 from diffusion_lm.core.errors import ConfigError
 
 PACKAGE = "diffusion_lm"
-"""Only modules of this package are imported by a file that is written here."""
+"""Written files import only modules of this package."""
 
 _IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
 _DOTTED = re.compile(rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})*")
@@ -23,10 +23,10 @@ _KEY = re.compile(rf"(?:{_IDENTIFIER}/)*{_IDENTIFIER}(?:\.{_IDENTIFIER})*")
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A reference to a class whose object is the value, `@module.Class()`.
+    """A reference to a new object of a class, `@module.Class()`.
 
     Attributes:
-      name: dotted name; its first part must be a module that the file imports.
+      name: dotted name, which begins with a module that the file imports.
     """
 
     name: str
@@ -37,7 +37,7 @@ class MacroName:
     """A reference to a macro, `%NAME`.
 
     Attributes:
-      name: of the macro.
+      name: name of the macro.
     """
 
     name: str
@@ -49,8 +49,8 @@ Value = None | bool | int | float | str | Sequence["Value"] | Mapping[str, "Valu
 class GinText:
     """The text of one gin file, built statement by statement.
 
-    Every method that adds a statement returns the object, and raises `ConfigError` where a name is not an identifier or
-    a value is not plain data.
+    Methods that add a statement return the object itself. They raise `ConfigError` if a name is not an identifier or a
+    value is not plain data.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class GinText:
         self._modules: set[str] = set()
 
     def comment(self, text: str) -> Self:
-        """Adds a comment of one line; line breaks and other unprintable characters are escaped."""
+        """Adds a one-line comment; line breaks and other unprintable characters are escaped."""
         self._lines.append(f"# {one_line(text)}")
         return self
 
@@ -68,23 +68,23 @@ class GinText:
         return self
 
     def imports(self, *modules: str) -> Self:
-        """Adds the import of modules of this package, such as "diffusion_lm.nn.rope"."""
+        """Adds imports of modules of this package, such as "diffusion_lm.nn.rope"."""
         if not self._modules:
             self._lines += ["from __gin__ import dynamic_registration", ""]
         for module in modules:
             _check(module, _DOTTED, "a module")
             package, _, name = module.rpartition(".")
             if package.partition(".")[0] != PACKAGE:
-                raise _refused(module, f"only modules of {PACKAGE} are imported")
+                raise _refused(module, f"only modules of {PACKAGE} may be imported")
             self._lines.append(f"from {package} import {name}")
             self._modules.add(name)
         return self
 
     def include(self, file: str) -> Self:
-        """Adds the include of a gin file, under its name as it is (no scope)."""
+        """Adds the include of a gin file, without a scope."""
         # gin_reader.py reads "FILE as SCOPE" as an include under a scope.
         if " as " in file:
-            raise _refused(file, "an included file must not have ' as ' in its name")
+            raise _refused(file, "the name of an included file must not contain ' as '")
         self._lines.append(f"include {literal(file)}")
         return self
 
@@ -96,7 +96,7 @@ class GinText:
         return self
 
     def block(self, name: str, values: Mapping[str, Value]) -> Self:
-        """Adds the parameters of one class, a line for each."""
+        """Adds a block with parameters of one class."""
         _check(name, _DOTTED, "a class")
         self._check_module(name)
         self._lines.append(f"{name}:")
@@ -106,7 +106,7 @@ class GinText:
         return self
 
     def text(self) -> str:
-        """Returns the file."""
+        """Returns the text of the file."""
         return "\n".join(self._lines) + "\n"
 
     def _rendered(self, value: Value) -> str:
@@ -120,21 +120,21 @@ class GinText:
         return literal(value)
 
     def _check_module(self, name: str) -> None:
-        """Raises where a dotted name begins with a module that the file does not import."""
+        """Raises `ConfigError` if a dotted name begins with a module that the file does not import."""
         module, dot, _ = name.rpartition("/")[2].partition(".")
         if dot and module not in self._modules:
             raise _refused(name, f"the file does not import {module}")
 
 
 def literal(value: Value) -> str:
-    """Returns plain data as a literal of gin, on one line.
+    """Returns plain data as a one-line gin literal.
 
     Args:
-      value: None, a bool, int, float or str, or a tuple, list or dict of them. Subclasses (numpy's numbers, say) are
-        refused: their `repr` is not a literal.
+      value: None, a bool, int, float or str, or a tuple, list or dict of them. Subclasses such as NumPy scalars are
+        rejected, because their `repr` is not a literal.
 
     Raises:
-      ConfigError: it is something else, or reading the literal gives another value (NaN, infinity).
+      ConfigError: the value is of another type, or its literal is parsed to another value (NaN, infinity).
     """
     _check_plain(value)
     text = repr(value)
@@ -143,12 +143,12 @@ def literal(value: Value) -> str:
     except (ValueError, SyntaxError):
         same = False
     if not same or "\n" in text or "\r" in text:
-        raise _refused(value, "it cannot be read back as it was")
+        raise _refused(value, "parsing its literal gives another value")
     return text
 
 
 def one_line(text: str) -> str:
-    """Returns text in which every character that is not printable (line breaks, too) is escaped."""
+    """Returns `text` with all unprintable characters escaped, including line breaks."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
@@ -166,12 +166,12 @@ def _check_plain(value: object) -> None:
 
 def _check(name: str, pattern: re.Pattern[str], what: str) -> None:
     if not isinstance(name, str) or not pattern.fullmatch(name):
-        raise _refused(name, f"it is not the name of {what}")
+        raise _refused(name, f"not a valid name of {what}")
 
 
 def _refused(value: object, why: str) -> ConfigError:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return ConfigError(
-        f"{shown} cannot be written to a gin file: {why}", fix="Correct the file or the folder that it comes from."
+        f"{shown} cannot be written to a gin file: {why}", fix="Correct the file or directory that it comes from."
     )

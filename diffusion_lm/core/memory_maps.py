@@ -1,7 +1,7 @@
 """Frees compiled programs before their memory maps run out.
 
-Each program that XLA compiles for a CPU holds memory maps, of which Linux allows a process 65,530. A process that needs
-more ends in a segmentation fault without a message, as a comparison of dozens of arms does that never frees any.
+Each program that XLA compiles for a CPU holds memory maps, and Linux allows 65,530 per process. A process that exceeds
+them ends in a segmentation fault without a message, for example a comparison of dozens of arms.
 """
 
 import gc
@@ -10,16 +10,16 @@ import pathlib
 import jax
 
 MOST_MAPS = 25_000
-"""A stage or a test file adds up to 15,000 at a time."""
+"""Number of maps above which programs are freed. A stage or a test file adds up to 15,000."""
 
 
 def free_programs(most_maps: int = MOST_MAPS) -> bool:
-    """Drops everything that this process has compiled if it holds more than `most_maps` memory maps.
+    """Frees all compiled programs of this process if it has more than `most_maps` memory maps.
 
-    Functions stay usable; they compile again when they are called. Systems without /proc have no such limit.
+    Functions compile again when they are called next. Does nothing on systems without /proc, which have no such limit.
 
     Returns:
-      Whether programs were dropped.
+      Whether programs were freed.
     """
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") <= most_maps:

@@ -1,6 +1,6 @@
-"""Counted randomness: key = f(seed, step, stream name, example id, position). Nothing random is stored anywhere.
+"""Counter-based random keys: key = f(seed, step, stream name, example id, position). There is no random state.
 
-A draw is a pure function of what it is for, so noise does not change when a run is resumed, re-sharded, split into
+A draw is a pure function of its key. So noise does not change when a run is resumed, resharded, split into
 microbatches, packed differently or moved to another number of hosts.
 """
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def stream_number(name: str) -> int:
-    """Returns a stable 31-bit number for a stream name (Python's `hash` changes between processes)."""
+    """Returns a stable 31-bit number for a stream name; Python's `hash` differs between processes."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
@@ -22,11 +22,11 @@ def example_number(name: str) -> int:
 
 
 class StreamKeys(flax.struct.PyTreeNode):
-    """The root of all randomness of one step.
+    """Derives all random keys of one training step.
 
     Attributes:
-      root: typed PRNG key of the run's seed.
-      step: i32[], the training step (or 0 for evaluation: noise is then frozen on purpose).
+      root: typed PRNG key made from the seed of the run.
+      step: i32[], the training step; 0 in evaluation, so that every evaluation uses the same noise.
     """
 
     root: jax.Array
@@ -62,7 +62,7 @@ class StreamKeys(flax.struct.PyTreeNode):
 
 
 def fold_in_each(keys: jax.Array, data: jax.Array) -> jax.Array:
-    """Folds `data[...]` into `keys` elementwise: a scalar key fans out, an array of keys must have data's shape."""
+    """Folds `data[...]` into `keys` elementwise; `keys` is a scalar key or has the shape of `data`."""
     flat = data.reshape(-1).astype(jnp.uint32)
     if keys.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, flat).reshape(data.shape)

@@ -1,4 +1,4 @@
-"""Sums and ranks inside the packed examples of a row, so that packing changes no result."""
+"""Reductions and ranks over the packed examples of a row, so that packing does not change results."""
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ def segment_max(values_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
 
 def segment_rank(values_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Returns i32[B,T], at each slot how many slots of the same segment come before it when sorted by `values`."""
+    # Sort by segment, then by value; the rank is the place in this order minus that of the segment's first slot.
     order = jnp.lexsort((values_BT, segment_ids_BT), axis=-1)
     place = jnp.argsort(order, axis=-1)
 

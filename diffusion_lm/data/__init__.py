@@ -1,1 +1,1 @@
-"""Floor 4: from tasks to batches. Only `seqio_source` needs TensorFlow, and only `materialise` imports it."""
+"""Layer 4: from SeqIO tasks to batches. Only `seqio_source` and `seqio_vocabulary` need TensorFlow."""

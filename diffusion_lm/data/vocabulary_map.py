@@ -54,7 +54,7 @@ class PrunedVocabulary:
         missing = sorted(map(int, set(always_kept(self.full)) - set(self.kept)))
         require(
             not missing and len(set(self.kept)) == len(self.kept),
-            f"kept: must contain every special token exactly once; missing ids: {missing[:5]}",
+            f"kept: must have every special token exactly once; missing ids: {[int(token) for token in missing[:5]]}",
             where="PrunedVocabulary.kept",
             fix="Use vocabulary_map.UsedTokens.",
         )

@@ -89,7 +89,7 @@ class Adapter:
         Args:
           name: name of the tensor.
           rows: the rows to return.
-          base: these rows of the base tensor; None where the tensor is replaced.
+          base: these rows of the base tensor; None if the tensor is replaced.
         """
         if name in self._replaced:
             return self._file.read(self._replaced[name], rows)
@@ -125,7 +125,7 @@ def base_is_missing(folder: Path) -> ConfigError:
 
 
 def read_adapter(folder: Path, family: Family, checkpoint: Checkpoint, *, tied: bool) -> Adapter | None:
-    """Returns the adapter of a folder, with each tensor assigned to one of the checkpoint; None where there is none.
+    """Returns the adapter of a folder, with each tensor assigned to one of the checkpoint; None if there is none.
 
     Args:
       folder: folder of the checkpoint.

@@ -24,8 +24,8 @@ class TrainedAs:
 
     Attributes:
       shifted: whether the state at slot i - 1 predicts token i, not the state at slot i.
-      block_size: tokens per block of block diffusion; None where every token attends to every other.
-      mask_id: id of MASK; None where nothing names it.
+      block_size: tokens per block of block diffusion; None if every token attends to every other.
+      mask_id: id of MASK; None if nothing names it.
       mask_from: where the id comes from: "config.json", "generation_config.json", "tokenizer", "published checkpoint",
         "objective" or "".
       objective: file of gin/objectives that trains such a model, or "".
@@ -70,7 +70,7 @@ def trained_as(family: Diffusion, config: CheckpointConfig, rows: int, other_mas
       family: what the checkpoints of the family have in common.
       config: the contents of config.json, which may give MASK and the block size.
       rows: number of rows of the vocabulary.
-      other_mask: MASK of the checkpoint's other files (None where they name none), and which file that is.
+      other_mask: MASK of the checkpoint's other files (None if they name none), and which file that is.
 
     Raises:
       ConfigError: MASK is not a token of the vocabulary, or the block size is not a number of tokens.
@@ -102,7 +102,7 @@ def trained_as(family: Diffusion, config: CheckpointConfig, rows: int, other_mas
 
 
 def of_objective(objective: Objective, special: SpecialTokens | None) -> TrainedAs | None:
-    """Returns what a network trained with this objective is; None where no sampler of masked models could decode it.
+    """Returns what a network trained with this objective is; None if no sampler of masked models could decode it.
 
     Args:
       objective: what the network was trained with. One whose outputs are not a distribution of tokens (score entropy)

@@ -175,7 +175,7 @@ def _open(path: Path) -> Any:
 
 
 def _first_cut(path: Path) -> str | None:
-    """Returns which tensor a truncated file ends in; None where it ends before the tensors or is damaged otherwise.
+    """Returns which tensor a truncated file ends in; None if it ends before the tensors or is damaged otherwise.
 
     `GGUFReader` fails with a message about array shapes, so the list of tensors is read again without their data.
     """

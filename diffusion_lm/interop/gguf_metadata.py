@@ -48,7 +48,7 @@ class Metadata:
         self._prefix = f"{values[ARCHITECTURE]}."
 
     def get(self, name: str, default: object = None) -> Any:
-        """Returns a value; `default` where the file does not have the key."""
+        """Returns a value; `default` if the file does not have the key."""
         self._read.add(name)
         value = self._values.get(self._prefix + name, default)
         if name not in _STRINGS and not all(map(_is_number, value if isinstance(value, list) else [value])):
@@ -56,7 +56,7 @@ class Metadata:
         return value
 
     def one(self, name: str, default: object = None) -> Any:
-        """Returns a number that all layers share; `default` where the file does not have the key.
+        """Returns a number that all layers share; `default` if the file does not have the key.
 
         Raises:
           ConfigError: the file lists different numbers per layer.
@@ -69,7 +69,7 @@ class Metadata:
         return value
 
     def need(self, name: str) -> Any:
-        """Returns a number above 0; raises `ConfigError` where the file does not have the key."""
+        """Returns a number above 0; raises `ConfigError` if the file does not have the key."""
         value = self.one(name)
         if value is None:
             raise ConfigError(
@@ -82,7 +82,7 @@ class Metadata:
         return value
 
     def same(self, name: str, value: object) -> None:
-        """Raises `ConfigError` where the file has another value."""
+        """Raises `ConfigError` if the file has another value."""
         if self.get(name, value) != value:
             raise self._unsupported(name, f"supported: {value!r}")
 

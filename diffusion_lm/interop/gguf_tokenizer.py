@@ -62,7 +62,7 @@ def tokenizer_files(values: JsonObject) -> tuple[dict[str, bytes], str]:
 
 
 def _role(values: JsonObject, name: str) -> int | None:
-    """Returns the id of a special token; None where the metadata name none or one outside of the vocabulary."""
+    """Returns the id of a special token; None if the metadata name none or one outside of the vocabulary."""
     token = values.get(f"tokenizer.ggml.{name}_token_id")
     return token if token is not None and 0 <= token < len(values["tokenizer.ggml.tokens"]) else None
 

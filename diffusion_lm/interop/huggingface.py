@@ -276,7 +276,7 @@ def find_specials(config: JsonObject, generation_config: JsonObject, rows: int |
 
 
 def _ids(name: str, value: object, rows: int | None, file: str) -> tuple[int, ...]:
-    """Returns the ids of one key of a file; raises `ConfigError` where they are not tokens."""
+    """Returns the ids of one key of a file; raises `ConfigError` if they are not tokens."""
     if name == "pad_token_id" and value == -1 and type(value) is int:
         return ()  # files of LLaMA 1 have -1 for "no padding token"
     many = value if isinstance(value, list) else [value]

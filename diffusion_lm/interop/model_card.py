@@ -34,7 +34,7 @@ class CardFacts:
       family: the layout that was written.
       model_type: as in config.json.
       step: step of the checkpoint.
-      card: contents of run_card.json; {} where there is none.
+      card: contents of run_card.json; {} if there is none.
       rows: rows of metrics.jsonl.
       trained: how a diffusion model was trained; None for all others.
       sampler: the sampler of the run as plain data, or None.

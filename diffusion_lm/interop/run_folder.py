@@ -33,7 +33,7 @@ MODEL_GIN, OBJECTIVE_GIN, SAMPLER_GIN = "model.gin", "objective.gin", "sampler.g
 
 
 def check_free(workdir: Path) -> None:
-    """Raises `ConfigError` where `workdir` is a bucket, or exists and is not empty."""
+    """Raises `ConfigError` if `workdir` is a bucket, or exists and is not empty."""
     require(
         not is_bucket(workdir),
         f"{workdir} is a bucket, and an import is written to a local folder",

@@ -41,7 +41,7 @@ class TensorFile(Protocol):
         """Returns the shape of a tensor."""
 
     def dtype(self, name: str) -> np.dtype | None:
-        """Returns the dtype of a tensor; None where it is not a floating-point dtype of 16 bits or more."""
+        """Returns the dtype of a tensor; None if it is not a floating-point dtype of 16 bits or more."""
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Returns rows of a tensor."""
@@ -63,7 +63,7 @@ class Edits(Protocol):
         """Returns whether the base tensor is replaced and need not be read."""
 
     def read(self, name: str, rows: slice, base: np.ndarray | None) -> np.ndarray:
-        """Returns rows of a changed tensor, given the rows of the base tensor (None where it is replaced)."""
+        """Returns rows of a changed tensor, given the rows of the base tensor (None if it is replaced)."""
 
 
 class SafeTensorFile:
@@ -93,7 +93,7 @@ class SafeTensorFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype | None:
-        """Returns the dtype of a tensor; None where it is not a floating-point dtype of 16 bits or more."""
+        """Returns the dtype of a tensor; None if it is not a floating-point dtype of 16 bits or more."""
         return _FLOATS.get(self._file.get_slice(name).get_dtype())
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
@@ -223,7 +223,7 @@ class Checkpoint:
         return shape if self.edits is None or name not in self.edits.changed else self.edits.shape(name, shape)
 
     def check_dtype(self, name: str) -> None:
-        """Raises `ConfigError` where a tensor does not hold floats of 16 bits or more, such as a quantised one."""
+        """Raises `ConfigError` if a tensor does not hold floats of 16 bits or more, such as a quantised one."""
         dtype = self._open[self.files[name]].dtype(name)
         # None needs a check of its own: numpy says np.dtype("float64") == None.
         if dtype is None or dtype not in _FLOATS.values():

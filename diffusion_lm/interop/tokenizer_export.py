@@ -181,7 +181,7 @@ def _bpe(pieces: list[Any], unknown: int) -> dict[str, Any]:
 
 
 def _check_encoding(text: str, vocabulary: Vocabulary) -> None:
-    """Raises `ConfigError` where the tokenizer encodes unlike the vocabulary, or gives a special token another id."""
+    """Raises `ConfigError` if the tokenizer encodes unlike the vocabulary, or gives a special token another id."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_str(text)

@@ -15,7 +15,7 @@ _TEMPLATE = "chat_template.jinja"
 
 
 def copied_files(folder: Path) -> tuple[Path, ...]:
-    """Returns the tokenizer files of `folder`, with the files that name special tokens; () where there is no tokenizer.
+    """Returns the tokenizer files of `folder`, with the files that name special tokens; () if there is no tokenizer.
 
     Raises:
       ConfigError: one of them is a link to a file outside of the folder.
@@ -30,7 +30,7 @@ def copied_files(folder: Path) -> tuple[Path, ...]:
 
 
 def check_inside(file: Path) -> None:
-    """Raises `ConfigError` where a file to be copied is a link to a file outside of its folder.
+    """Raises `ConfigError` if a file to be copied is a link to a file outside of its folder.
 
     Such a link could name any private file of this machine, and the copy would be published with an export. Links
     inside the cache of the Hugging Face Hub are accepted: `models--ORG--NAME/snapshots/HASH/FILE` to
@@ -51,7 +51,7 @@ def check_inside(file: Path) -> None:
 
 
 def read_vocabulary(folder: Path, mask: int | None = None) -> Vocabulary | None:
-    """Returns the tokenizer of `folder` as a `Vocabulary`; None where there is none or it is not supported.
+    """Returns the tokenizer of `folder` as a `Vocabulary`; None if there is none or it is not supported.
 
     Args:
       folder: folder of the checkpoint.

@@ -155,7 +155,9 @@ class _Unpickler(pickle.Unpickler):
             fix="Use the .safetensors files of the checkpoint. Loading this file with torch may execute code.",
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: object) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) != 5:
+            raise pickle.UnpicklingError("unknown reference")
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(count, int):
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")

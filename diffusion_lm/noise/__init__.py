@@ -1,1 +1,1 @@
-"""Floor 1: what noise is added, how much, when, and how the loss at each level is weighed."""
+"""Layer 1: noise processes, schedules, time sampling and loss weights."""

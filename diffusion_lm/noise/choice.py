@@ -1,4 +1,4 @@
-"""Which target tokens a noise process replaces."""
+"""Choice of the target tokens that a noise process replaces, at a given rate."""
 
 import dataclasses
 from typing import Literal, Protocol
@@ -14,10 +14,10 @@ CHOICE_STREAM = "noise/choice"
 
 
 class Choice(Protocol):
-    """For a given key, the tokens chosen at one rate are a subset of those chosen at any higher rate."""
+    """Chooses tokens to replace. For a fixed key, the tokens chosen at one rate are chosen at every higher rate too."""
 
     def choose(self, keys: StreamKeys, batch: Batch, rate_BT: jax.Array) -> jax.Array:
-        """Returns bool[B,T], the target tokens to replace, at the marginal probability `rate_BT`, f32[B,T]."""
+        """Returns bool[B,T], the target tokens to replace, each with marginal probability `rate_BT`, f32[B,T]."""
         ...
 
 
@@ -33,8 +33,8 @@ class Bernoulli:
     """Chooses each target token independently (SUNDAE, MDLM, LLaDA and most others).
 
     Attributes:
-      joint_tail: "eos" or "pad": the run of that filler at the end of a target is chosen as a whole or not at all, so
-        that its visible part does not reveal the length ("eos" for Dream, arXiv 2508.15487). None = no such rule.
+      joint_tail: "eos" or "pad": the run of this filler at the end of a target is chosen as a whole or not at all.
+        Otherwise its visible tokens would reveal the length ("eos" for Dream, arXiv 2508.15487). None = off.
     """
 
     joint_tail: Literal["eos", "pad"] | None = None
@@ -56,7 +56,7 @@ class ExactCount:
     """Chooses exactly ceil(rate x n) of the n target tokens of an example; all subsets of that size are equally likely.
 
     With a rate uniform in (0, 1] the count is uniform in 1..n. With the weight n / count (`weighting.InverseShare`) the
-    loss is then the order-agnostic likelihood bound, and no target is left without a masked token (traps T07, T08).
+    loss is the order-agnostic likelihood bound, and every target has a masked token (traps T07, T08).
     The rate must be the same for all tokens of an example.
     """
 

@@ -1,16 +1,17 @@
-"""Noise schedules: how much of the signal, `alpha`, is left at time t in [0, 1] (0 = clean, 1 = noise).
+"""Noise schedules alpha(t): the expected fraction of intact tokens at time t in [0, 1] (0 = clean, 1 = noise).
 
-Each schedule is given by `alpha` in the form in which its paper writes it, and by the derivative that likelihood
-weights are built from; tests hold the two together.
+Each schedule gives `alpha` in the form of its paper, and its derivative, from which likelihood weights are computed.
+Tests check that the two agree.
 """
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.checks import check_positive, check_probability
 from diffusion_lm.core.errors import require
 
 
@@ -22,13 +23,13 @@ class Schedule(Protocol):
         ...
 
     def alpha_derivative(self, t: jax.Array) -> jax.Array:
-        """Returns d alpha / d t (never positive), f32 in the shape of `t`; likelihood weights are built from it."""
+        """Returns d alpha / d t <= 0, f32 in the shape of `t`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """alpha(t) = 1 - t: the corruption rate is the time itself (AR2Diff, SUNDAE, LLaDA)."""
+    """alpha(t) = 1 - t: the corruption rate equals the time (AR2Diff, SUNDAE, LLaDA)."""
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """Returns 1 - t."""
@@ -44,7 +45,7 @@ class Cosine:
     """alpha(t) = 1 - cos(pi/2 (1 - t)): most of the time is spent at high noise (MD4, arXiv 2406.04329)."""
 
     def alpha(self, t: jax.Array) -> jax.Array:
-        """Returns 1 - cos(pi/2 (1 - t)), computed as 2 sin^2 so that small values keep their digits."""
+        """Returns 1 - cos(pi/2 (1 - t)), computed as 2 sin^2 to keep precision for small values."""
         return 2.0 * jnp.square(jnp.sin(0.25 * math.pi * (1.0 - t)))
 
     def alpha_derivative(self, t: jax.Array) -> jax.Array:
@@ -57,13 +58,13 @@ class Polynomial:
     """alpha(t) = 1 - t^exponent (MD4, arXiv 2406.04329).
 
     Attributes:
-      exponent: 1 is `Linear`; above 1 more of the time is spent at low noise.
+      exponent: 1 is `Linear`; with a larger exponent, more of the time is spent at low noise.
     """
 
     exponent: float = 2.0
 
     def __post_init__(self):
-        _positive(self, "exponent")
+        check_positive(self.exponent, "Polynomial.exponent")
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """Returns 1 - t^exponent."""
@@ -79,18 +80,13 @@ class LogLinear:
     """sigma(t) = -log(1 - (1 - eps) t), that is alpha(t) = 1 - (1 - eps) t (SEDD, arXiv 2310.16834; MDLM, 2406.07524).
 
     Attributes:
-      eps: share of intact tokens that is left at t = 1.
+      eps: expected fraction of intact tokens at t = 1.
     """
 
     eps: float = 1e-3
 
     def __post_init__(self):
-        require(
-            0 <= self.eps < 1,
-            f"eps = {self.eps} is no share below 1",
-            where="LogLinear.eps",
-            fix="The papers use 1e-3; 0 is the schedule `Linear`.",
-        )
+        check_probability(self.eps, "LogLinear.eps", "The papers use 1e-3; 0 is the schedule `Linear`.", below_one=True)
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """Returns 1 - (1 - eps) t."""
@@ -116,10 +112,10 @@ class Geometric:
     sigma_max: float = 20.0
 
     def __post_init__(self):
-        _positive(self, "sigma_min")
+        check_positive(self.sigma_min, "Geometric.sigma_min")
         require(
             self.sigma_max > self.sigma_min,
-            f"sigma_max = {self.sigma_max} is not above sigma_min = {self.sigma_min}",
+            f"sigma_max={self.sigma_max}: must be > sigma_min={self.sigma_min}",
             where="Geometric.sigma_max",
             fix="The paper uses 1e-4 and 20.",
         )
@@ -138,24 +134,15 @@ class Geometric:
         return -math.log(self.sigma_max / self.sigma_min) * sigma * jnp.exp(-sigma)
 
 
-def _positive(schedule: Any, field: str) -> None:
-    require(
-        getattr(schedule, field) > 0,
-        f"{field} = {getattr(schedule, field)} is not positive",
-        where=f"{type(schedule).__name__}.{field}",
-        fix="Give a number above 0.",
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class PowerTotal:
-    """alpha(t) = exp(-sigma_max t^power), for evaluation: from no noise at all to a total noise of `sigma_max`.
+    """alpha(t) = exp(-sigma_max t^power), for evaluation: total noise from 0 to `sigma_max`.
 
-    Score models that have no limit at infinite noise are bounded on a finite range (SEDD with uniform noise).
+    For bounds of score models on a finite range of noise, such as SEDD with uniform noise.
 
     Attributes:
       sigma_max: total noise at t = 1.
-      power: above 1, more of the time is spent at low noise.
+      power: at least 1; with a larger power, more of the time is spent at low noise.
     """
 
     sigma_max: float = 20.0

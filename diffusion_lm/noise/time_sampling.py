@@ -1,4 +1,4 @@
-"""At which noise level t each example is trained."""
+"""Samplers of the diffusion time t of each training example."""
 
 import dataclasses
 from typing import Protocol
@@ -6,6 +6,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from diffusion_lm.core.checks import check_count
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys
 
@@ -13,45 +14,44 @@ TIME_STREAM = "noise/time"
 
 
 class TimeSampler(Protocol):
-    """Draws one time per example."""
+    """Samples one time per example."""
 
     def draw(self, keys: StreamKeys, example_ids: jax.Array, *, strata: jax.Array | None = None) -> jax.Array:
-        """Returns f32 times in the shape of `example_ids` (u32[B,T]); the tokens of one example share theirs.
+        """Returns f32 times in the shape of `example_ids` (u32[B,T]); all tokens of an example get the same time.
 
-        `strata` is that of the `Batch`; only stratified samplers read it.
+        `strata` is `Batch.strata`; only stratified samplers use it.
         """
         ...
 
     def at(self, uniform: jax.Array) -> jax.Array:
-        """Returns the times that `draw` makes of uniform numbers in [0, 1): evaluation spreads these evenly."""
+        """Maps uniform numbers in [0, 1) to times, as `draw` does; evaluation passes an even grid."""
         ...
 
 
 def _uniform(keys: StreamKeys, example_ids: jax.Array, strata: jax.Array | None) -> jax.Array:
-    """Returns one uniform in [0, 1) an example: its own, or its place in the batch moved by the step's one draw.
+    """Returns one number in [0, 1) per example: an independent draw, or its stratum shifted by one draw per step.
 
-    Every example's value is uniform either way, over the steps; with strata the B values of one batch are a grid of
-    step 1/B. The draw depends on the place in the *global* batch, so microbatches and devices do not change it.
+    Each number is uniform in both cases. With strata, the B numbers of a batch are a grid with spacing 1/B. Strata are
+    places in the *global* batch, so microbatches and devices do not change them.
     """
     if strata is None:
         return keys.example_uniform(TIME_STREAM, example_ids)
-    moved = strata + jax.random.uniform(keys.key(TIME_STREAM))
-    return moved - jnp.floor(moved)
+    shifted = strata + jax.random.uniform(keys.key(TIME_STREAM))
+    return shifted - jnp.floor(shifted)
 
 
 @dataclasses.dataclass(frozen=True)
 class UniformTime:
     """t uniform in (low, high], one draw per example (AR2Diff).
 
-    The interval is open below and closed above: pure noise, the state every sampler starts from, is in the support, and
-    t = 0, at which likelihood weights diverge, is not.
+    The interval contains high = 1, pure noise, from which every sampler starts. It does not contain low = 0, where
+    likelihood weights diverge.
 
     Attributes:
       low: lower end.
       high: upper end.
-      stratified: spreads the times of a batch evenly (MDLM, MD4), which lowers the variance of the loss and nothing
-        else. Batches that do not say where in the global batch a row stands (`Batch.strata`; only those of training do)
-        get independent times of the same law.
+      stratified: spread the times of a batch evenly (MDLM, MD4), which only lowers the variance of the loss. Needs
+        `Batch.strata`, which training batches have; other batches get independent times with the same distribution.
     """
 
     low: float = 0.0
@@ -61,7 +61,7 @@ class UniformTime:
     def __post_init__(self):
         require(
             0.0 <= self.low < self.high <= 1.0,
-            f"times must satisfy 0 <= low < high <= 1, got low = {self.low}, high = {self.high}",
+            f"low={self.low}, high={self.high}: must satisfy 0 <= low < high <= 1",
             where="UniformTime",
             fix="The full range is low = 0.0, high = 1.0.",
         )
@@ -71,7 +71,7 @@ class UniformTime:
         return self.at(_uniform(keys, example_ids, strata if self.stratified else None))
 
     def at(self, uniform: jax.Array) -> jax.Array:
-        """Returns high at 0, falling to low."""
+        """Returns high - (high - low) uniform."""
         return self.high - (self.high - self.low) * uniform
 
 
@@ -88,28 +88,23 @@ class DiscreteTime:
     stratified: bool = False
 
     def __post_init__(self):
-        require(
-            self.steps >= 1,
-            f"steps = {self.steps} leaves no noise level",
-            where="DiscreteTime.steps",
-            fix="RDM uses 50, D3PM 1000.",
-        )
+        check_count(self.steps, "DiscreteTime.steps", "RDM uses 50, D3PM 1000.")
 
     def draw(self, keys: StreamKeys, example_ids: jax.Array, *, strata: jax.Array | None = None) -> jax.Array:
         """Returns f32 times in the shape of `example_ids`."""
         return self.at(_uniform(keys, example_ids, strata if self.stratified else None))
 
     def at(self, uniform: jax.Array) -> jax.Array:
-        """Returns 1/steps at 0, rising to 1."""
+        """Returns (floor(uniform steps) + 1) / steps."""
         return (jnp.floor(uniform * self.steps) + 1.0) / self.steps
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedTime:
-    """The same time for every example: masked language models, whose rate never changes (BERT, arXiv 1810.04805).
+    """The same time for every example: masked language models with a constant rate (BERT, arXiv 1810.04805).
 
     Attributes:
-      t: the time; under the linear schedule also the rate, 0.15 in BERT.
+      t: the time in (0, 1]; with the linear schedule it is the mask rate, 0.15 in BERT.
     """
 
     t: float
@@ -117,7 +112,7 @@ class FixedTime:
     def __post_init__(self):
         require(
             0.0 < self.t <= 1.0,
-            f"t = {self.t} lies outside (0, 1]",
+            f"t={self.t}: must be in (0, 1]",
             where="FixedTime.t",
             fix="BERT's rate is 0.15.",
         )
@@ -128,5 +123,5 @@ class FixedTime:
         return jnp.full(example_ids.shape, self.t, jnp.float32)
 
     def at(self, uniform: jax.Array) -> jax.Array:
-        """Returns the one time."""
+        """Returns `t` in the shape of `uniform`."""
         return jnp.full(uniform.shape, self.t, jnp.float32)

@@ -25,7 +25,7 @@ FAMILIES: tuple[Family, ...] = (
 HINT = "diffusion_lm"
 """The key of config.json that `export` adds: how a diffusion model was trained. transformers ignores it."""
 
-# Several families can have one model type. The first is taken where neither tensors nor `HINT` identify one.
+# Several families can have one model type. The first one is used if neither tensors nor `HINT` identify one.
 _BY_TYPE = {name: family for family in reversed(FAMILIES) for name in family.model_types}
 _BY_NAME = {family.name: family for family in FAMILIES}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

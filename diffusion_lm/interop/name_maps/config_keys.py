@@ -24,7 +24,7 @@ class ConfigKey:
 
     Attributes:
       name: the key.
-      type: of its value; None where the code that reads it checks the value.
+      type: of its value; None if the code that reads it checks the value.
       is_neutral: whether a value changes nothing in networks of families that do not read the key. Those families
         refuse other values. None for keys that mean nothing to other families (a size, for example), which report
         them as unread.

@@ -144,13 +144,13 @@ class CheckpointConfig:
     notes: list[str] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     def get(self, name: str, default: object = None) -> Any:
-        """Returns a value; `default` where it is absent or null."""
+        """Returns a value; `default` if it is absent or null."""
         self.read.add(name)
         value = self.values.get(name)
         return default if value is None else value
 
     def get_or_null(self, name: str, default: object) -> Any:
-        """Returns a value, None where it is null; `default` only where it is absent.
+        """Returns a value, None if it is null; `default` only if it is absent.
 
         For keys where transformers distinguishes the two: an absent key takes the default of the class, null is "off".
         """
@@ -166,7 +166,7 @@ class CheckpointConfig:
         self.notes.append(text)
 
     def need(self, name: str) -> Any:
-        """Returns a value; raises `ConfigError` where it is absent or null."""
+        """Returns a value; raises `ConfigError` if it is absent or null."""
         value = self.get(name)
         if value is None:
             raise ConfigError(f"{self.file}: the key {name!r} is missing", where=name, fix="Complete the file.")
@@ -181,7 +181,7 @@ class CheckpointConfig:
         return choices[value]  # type: ignore[index]
 
     def refuse(self, **supported: object) -> None:
-        """Raises `ConfigError` where a key has a value other than the supported one; absent and null are accepted."""
+        """Raises `ConfigError` if a key has a value other than the supported one; absent and null are accepted."""
         for name, value in supported.items():
             if self.get(name, value) != value:
                 raise self.unsupported(name, f"supported: {value!r}")
@@ -204,10 +204,10 @@ class Diffusion:
       objective: file in gin/objectives, without the suffix.
       sampler: file in gin/samplers, without the suffix.
       mask_ids: (rows of the vocabulary, id of MASK) of the published checkpoints whose files do not name MASK.
-      block_key: key of config.json that holds the block size; None where every token attends to every other.
+      block_key: key of config.json that holds the block size; None if every token attends to every other.
       block_size: of the published checkpoints whose config.json does not give it.
       sub_block: tokens that the sampler decodes at a time; None = a whole block.
-      code: repository that holds the class that config.json names; None where transformers has the class.
+      code: repository that holds the class that config.json names; None if transformers has the class.
     """
 
     shifted: bool

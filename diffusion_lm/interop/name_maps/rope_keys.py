@@ -175,7 +175,7 @@ def _original_length(config: CheckpointConfig, parameters: JsonObject) -> int:
 
 
 def _number(config: CheckpointConfig, parameters: JsonObject, name: str, default: float | None = None) -> float:
-    """Returns a number above 0; `default` where it is absent."""
+    """Returns a number above 0; `default` if it is absent."""
     value = parameters.get(name)
     if value is None and default is None:
         raise _missing(config, name)

@@ -124,7 +124,7 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
 
 
 def _activation(folder: Path) -> str | None:
-    """Returns `feed_forward_proj` from `mlp_activations` of the run's gin file; None where there is no such file."""
+    """Returns `feed_forward_proj` from `mlp_activations` of the run's gin file; None if there is no such file."""
     for file in (folder / OPERATIVE, folder.parent / OPERATIVE):
         found = _ACTIVATIONS.findall(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else []
         if not found:

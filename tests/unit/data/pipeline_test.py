@@ -238,10 +238,13 @@ def test_mistakes_are_one_sentence(make_source, tmp_path):
     cases = [
         (lambda: DataPipeline((), CONVERTER), "sources=\\(\\): must not be empty"),
         (lambda: DataPipeline((task,), CONVERTER, weights=(1, 2)), "2 weights for 1 sources"),
-        (lambda: DataPipeline((task, text), CONVERTER, weights=(1, 0)), "at least 1/10000 of their sum"),
+        (lambda: DataPipeline((task, text), CONVERTER, weights=(1, 0)), "every weight must be at least 1/10000"),
         (lambda: DataPipeline((text,), CONVERTER).check(), "'text' has only targets"),
-        (lambda: DataPipeline((task,), CONVERTER, pretraining=PrefixSplit()).check(), "PrefixSplit: unused"),
-        (lambda: DataPipeline((task,), CONVERTER).batch(0, 3, process_count=2), "must be a multiple of the 2 processes"),
+        (lambda: DataPipeline((task,), CONVERTER, pretraining=PrefixSplit()).check(), "PrefixSplit: unused, because"),
+        (
+            lambda: DataPipeline((task,), CONVERTER).batch(0, 3, process_count=2),
+            "must be a multiple of the 2 processes",
+        ),
         (lambda: DataPipeline((text,), CONVERTER, pretraining=SpanCorruption()).check(), "without a vocabulary"),
         (
             lambda: DataPipeline((text,), EncoderDecoderConverter(8, 8), pack=True, pretraining=PrefixSplit()).check(),

@@ -128,7 +128,7 @@ def test_a_mask_may_be_named_by_a_text_of_one_token(tmp_path):
         Vocabulary.load(path, mask="no such token at all")
     with pytest.raises(ConfigError, match="mask=330: not a token"):
         Vocabulary.load(path, mask=330)
-    with pytest.raises(ConfigError, match="token 0 is already BOS, EOS, PAD or UNK"):
+    with pytest.raises(ConfigError, match="token 0 is already BOS"):
         Vocabulary.load(path, mask="<|endoftext|>")
     (tmp_path / "stored").write_bytes(vocabulary.model)
     assert Vocabulary.load(tmp_path / "stored", mask=vocabulary.specials.mask_id) == vocabulary
@@ -152,7 +152,7 @@ def test_what_is_no_tokenizer_is_one_sentence(tmp_path):
     half = folders.write(tmp_path / "half", vocab={"a": 0})
     with pytest.raises(ConfigError, match="is incomplete"):
         Vocabulary.load(half / "vocab.json")
-    with pytest.raises(ConfigError, match="do not define the tokenizer of 'qwen2' completely"):
+    with pytest.raises(ConfigError, match="do not define the tokenizer of 'qwen2'"):
         Vocabulary.load(folders.gpt2_folder(tmp_path / "qwen", tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"}))
     with pytest.raises(ConfigError, match="'camembert'"):
         Vocabulary.load(folders.xlmr_folder(tmp_path / "camembert", config={"model_type": "camembert"}))
