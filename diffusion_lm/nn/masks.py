@@ -192,6 +192,7 @@ class BlindConditioning(Visibility):
     is_conditioning: jax.Array
 
     def mask_mod(self, q_idx, kv_idx, num_keys):
+        # A query of the conditioning needs a key of the conditioning; all other queries attend to every key.
         return ~_pair(self.is_conditioning).q | _pair(self.is_conditioning).kv
 
 
@@ -213,6 +214,7 @@ class Block(Visibility):
 
         def block_of(slots, starts):
             # TPU kernels have no integer division. With half a slot added, float32 is exact up to 4 million slots.
+            # -1 is the one block of all slots before `starts`.
             return jnp.maximum(jnp.floor(((slots - starts).astype(jnp.float32) + 0.5) / self.size), -1.0)
 
         return block_of(kv_idx, starts.kv) <= block_of(q_idx, starts.q)
@@ -237,6 +239,7 @@ class SlidingWindow(Visibility):
             # slots % length, without integer division (see `Block`).
             return slots - sum(jnp.where(slots >= copy * length, length, 0) for copy in range(1, self.count))
 
+        # Copies share their distances: the noisy copy of a slot is as near as the clean one.
         return jnp.abs(within_copy(q_idx) - within_copy(kv_idx)) < self.size
 
     @property

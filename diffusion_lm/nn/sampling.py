@@ -68,10 +68,12 @@ def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
     # About sqrt(V) blocks of about sqrt(V) tokens.
     size = 2 ** math.ceil(math.log2(max(V, 2)) / 2)
     blocks = -(-V // size)
+    # Relative to the maximum, so that exp cannot overflow.
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     weights = jnp.pad(weights, [(0, 0)] * (logits.ndim - 1) + [(0, blocks * size - V)])
     weights = weights.reshape(*logits.shape[:-1], blocks, size)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.reshape(-1)).reshape(*keys.shape, 2)
+    # First the block, then the token inside it: two uniforms reach tokens below the resolution of one in float32.
     block = _invert(uniforms[..., 0], weights.sum(axis=-1))
     inside = jnp.take_along_axis(weights, block[..., None, None], axis=-2)[..., 0, :]
     return (block * size + _invert(uniforms[..., 1], inside)).astype(jnp.int32)
@@ -83,5 +85,6 @@ def _invert(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     # A parallel cumulative sum is not monotonic to the last bit: a token of weight 0 could exceed the threshold that
     # its predecessor just missed. So require a positive weight too.
     candidates = (cumulative > uniform[..., None] * cumulative[..., -1:]) & (weights > 0)
+    # Rounding may leave no candidate; the most likely token is then drawn.
     first = jnp.argmax(candidates, axis=-1)
     return jnp.where(candidates.any(axis=-1), first, jnp.argmax(weights, axis=-1))
