@@ -58,9 +58,9 @@ class MaskAnnealing:
     def __post_init__(self):
         require(
             isinstance(self.steps, int) and self.steps >= 1,
-            f"steps = {self.steps} is no number of steps",
+            f"steps={self.steps}: must be an integer >= 1",
             where="MaskAnnealing.steps",
-            fix="DiffuGPT opens the mask in 10000 steps; 1 is open from the first one.",
+            fix="DiffuGPT opens the mask over 10000 steps; with 1 it is open from the first step.",
         )
 
     def rate(self, step: jax.Array) -> jax.Array:
@@ -109,15 +109,15 @@ class BlockSizes:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         require(
             len(self.sizes) == len(self.until) + 1 and all(isinstance(n, int) and n > 0 for n in self.sizes),
-            f"{len(self.sizes)} sizes {self.sizes} and {len(self.until)} steps do not make phases",
+            f"sizes={self.sizes}, until={self.until}: must be positive integers, one more size than steps",
             where="BlockSizes.sizes",
-            fix="Give whole numbers from 1 up, and one step fewer than sizes.",
+            fix="Give each phase a size, and each phase but the last one its end.",
         )
         require(
             all(isinstance(n, int) for n in self.until) and list(self.until) == sorted({0, *self.until} - {0}),
-            f"until = {self.until} are no steps that follow each other",
+            f"until={self.until}: must be strictly increasing integers > 0",
             where="BlockSizes.until",
-            fix="Give rising whole numbers above 0.",
+            fix="Give the first step of each later phase.",
         )
 
     def at(self, step: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 If a process never starts, JAX aborts all others after its timeout, with a stack trace that names none. So process 0
 first listens on the coordinator's port, which is free until JAX binds it, and the other processes connect and identify
-themselves. After the time limit, all processes that connected are told which ones did not.
+themselves. After the time limit, process 0 sends the list of missing processes to those that connected.
 
 The protocol is one line each way: `diffusion_lm NUMBER COUNT PID HOST` from a process, then `diffusion_lm go`, or
 `missing` or `wrong` with a message, from process 0. Any other line is from another program and is ignored.
