@@ -164,7 +164,7 @@ def test_what_is_no_tokenizer_is_one_sentence(tmp_path):
     (broken / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not valid JSON"):
         Vocabulary.load(broken)
-    with pytest.raises(ConfigError, match="has no tokenizer in it"):
+    with pytest.raises(ConfigError, match="contains no tokenizer"):
         Vocabulary.load(folders.write(tmp_path / "other", tokenizer={"version": "1.0"}))
     with pytest.raises(ConfigError, match="tokenizers library cannot read"):
         Vocabulary.load(folders.write(tmp_path / "wrong", tokenizer={"model": {"type": "Nothing"}}))

@@ -236,5 +236,5 @@ def test_rows_without_their_fields_are_named(files):
     with pytest.raises(ConfigError, match=r"piqa_validation.jsonl, line 1: not a row of piqa: KeyError\('sol1'\)"):
         list(commonsense.reader("piqa", commonsense.piqa)("validation"))
     (files / "evaluation/triviaqa_validation.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(ConfigError, match="example 1 of triviaqa lacks 'answer'"):
+    with pytest.raises(ConfigError, match="example 1 of triviaqa: bad field: 'answer'"):
         list(cloze.checked(cloze.read_triviaqa)("validation"))

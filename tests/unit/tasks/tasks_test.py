@@ -227,7 +227,7 @@ def test_choices_that_are_one_text_are_refused(data_folder, tmp_path, monkeypatc
     _replace(data_folder, tmp_path, monkeypatch, "evaluation/hellaswag_validation.jsonl", [row])
     with pytest.raises(ConfigError, match="line 1: not a row of hellaswag"):
         list(commonsense.reader("hellaswag", commonsense.hellaswag)("validation"))
-    with pytest.raises(ConfigError, match="has choices = 'abcd'"):
+    with pytest.raises(ConfigError, match="choices='abcd'"):
         instruction.mmlu_prompt({"question": "q", "choices": "abcd"})
 
 
