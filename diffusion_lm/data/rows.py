@@ -96,7 +96,7 @@ def checked(batch: Batch, specials: SpecialTokens) -> Batch:
     return batch
 
 
-def strata(segment_ids: jax.Array | np.ndarray, first_row: int, batch_size: int) -> np.ndarray:
+def strata(segment_ids: jax.Array | np.ndarray, first_row: int, batch_size: int) -> Any:
     """Returns `Batch.strata`, f32[B,T], for rows `first_row`, ... of a global batch of `batch_size` rows.
 
     The k-th examples of all rows are spread evenly over [0, 1). Successive examples of a packed row are offset by the

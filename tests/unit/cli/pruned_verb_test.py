@@ -133,6 +133,6 @@ def test_a_stored_map_replaces_the_training_data(folder, tmp_path, monkeypatch, 
 def test_data_with_another_vocabulary_than_the_network_are_an_error(capsys):
     flags = ["train", "--gin_file", "pruned.gin", "--workdir", "other"]
     assert main([*flags, "--gin.VOCAB_SIZE=7"]) == 2
-    assert "the data use 8 tokens of 12 (specials included), not 7" in capsys.readouterr().err
+    assert "size=7: the data use 8 of 12 tokens" in capsys.readouterr().err
     assert main([*flags, "--gin.UsedTokens.size=None", "--gin.VOCAB_SIZE=10"]) == 2
     assert "vocab_size=10: the vocabulary of the data has 8 tokens" in capsys.readouterr().err
