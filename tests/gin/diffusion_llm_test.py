@@ -8,7 +8,7 @@ from diffusion_lm.cli import config
 from diffusion_lm.cli.arguments import build_root
 from diffusion_lm.data.vocabulary_map import UsedTokens
 from diffusion_lm.interop.name_maps import family_of
-from diffusion_lm.interop.name_maps.family import Config
+from diffusion_lm.interop.name_maps.family import CheckpointConfig
 from diffusion_lm.nn.transformer import TransformerSpec
 from diffusion_lm.noise.process import MaskAndReplace
 from diffusion_lm.objectives.length_prediction import LengthPrediction
@@ -95,7 +95,7 @@ def test_sizes_take_the_released_checkpoints(size, kind, longest):
     """What `import` would make of the released config.json is the preset, but for the dtype of the computation."""
     files = ["gin/models/encoder_only.gin", f"gin/models/sizes/xlmr_{size}.gin"]
     spec = config.load(files, ["VOCAB_SIZE=250002"], macros=["MODEL"]).build_macro("MODEL").spec
-    released = Config(
+    released = CheckpointConfig(
         {
             "model_type": kind,
             "vocab_size": 250002,
