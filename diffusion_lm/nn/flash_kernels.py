@@ -54,7 +54,7 @@ class Spec(NamedTuple):
     softcap: float | None
     has_bias: bool
     leaves: tuple[Leaf, ...]
-    treedef: Any
+    treedef: jax.tree_util.PyTreeDef
 
     @property
     def leaf_operands(self) -> int:

@@ -4,7 +4,7 @@ A `Visibility` is a pytree expression that carries its own per-row arrays. `&` a
 evaluates one for given queries: all slots of a row in training, or the slots that are decoded with a cache.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -21,8 +21,8 @@ class QueryKey(NamedTuple):
       kv: the values at the keys' slots.
     """
 
-    q: Any
-    kv: Any
+    q: jax.Array | int
+    kv: jax.Array | int
 
 
 class Visibility:

@@ -73,7 +73,7 @@ class RowBlocks:
             opens = target_mask & (before % size == 0)
         else:
             block_start = jnp.arange(target_mask.shape[1]) // size * size
-            # The first target slot of each block of the row: no target slot lies before it in the block.
+            # The first target slot of each block of the row: no target slot of the block is before it.
             opens = target_mask & (before == before[:, block_start])
         number = jnp.where(target_mask, jnp.cumsum(opens, axis=1, dtype=jnp.int32) - 1, -1)
         return cls(number, number.max(axis=1) + 1, size, total_steps)

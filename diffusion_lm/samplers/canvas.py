@@ -16,12 +16,12 @@ from diffusion_lm.nn.named_masks import check_visibility
 from diffusion_lm.noise.contract import Contract
 from diffusion_lm.noise.process import Hybrid, Uniform
 from diffusion_lm.samplers.decoding import Decoding
-from diffusion_lm.samplers.loop import Ending, Loop, State, check_rule, denoise, mean_over
+from diffusion_lm.samplers.loop import Ending, Loop, State, denoise, mean_over, sampled_scores
 from diffusion_lm.samplers.rule import CanvasRule
+from diffusion_lm.samplers.settings import check_rule
 from diffusion_lm.samplers.stopping import CanvasStop, settled
 from diffusion_lm.samplers.unmasking import AllSlots
 from diffusion_lm.samplers.view import Decision, View
-from diffusion_lm.samplers.window import ends_before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class CanvasSampler:
       canvas: tokens per canvas; canvases are decoded from left to right. 0 = the window is one canvas.
       decoding: temperature, top-k, top-p and forbidden tokens.
       guidance: strength w of classifier-free guidance, logits c + w (c - u), u with the conditioning replaced by noise
-        (`denoiser.blank_conditioning`). 0 is off and costs nothing.
+        (`denoiser.blank_conditioning`). 0 is off and adds no pass.
       self_conditioning: each step reads the mean embedding that the step before predicted; as in `MaskedSampler`.
       candidates: starts per prompt; at temperature 0 they differ only by their starts.
       score_over: the score is the mean over the whole "window", or over the "real" tokens: those that are not filler in
@@ -103,8 +103,7 @@ class CanvasSampler:
 
     def generate(self, model: BoundModel, prompt: Batch, keys: StreamKeys) -> Decoded:
         """Fills the target windows; see `samplers.sampler.Sampler`."""
-        score = _sampled_scores if self.process.has_mask else _last_input_scores
-        return denoise(CanvasLoop, self, model, prompt, keys, block_size=self.canvas, score=score)
+        return denoise(CanvasLoop, self, model, prompt, keys, block_size=self.canvas, score=_scores)
 
 
 class CanvasLoop(Loop[CanvasSampler]):
@@ -169,16 +168,9 @@ class CanvasLoop(Loop[CanvasSampler]):
         return mean_over(view.stats.target_log_prob, scored)
 
 
-def _last_input_scores(loop: Loop[CanvasSampler], final: State) -> jax.Array:
-    """Returns f32[R], the scores that the last step of each row computed."""
-    del loop
-    return final.scores
-
-
-def _sampled_scores(loop: Loop[CanvasSampler], final: State) -> jax.Array:
-    """Returns f32[R], the mean log-probability that the tokens had when they were sampled."""
-    rows = loop.denoiser.rows
-    scored = rows.target_mask
-    if loop.sampler.score_over == "real":
-        scored &= ends_before(final.canvas, rows.target_mask, rows.special) == 0
-    return mean_over(final.log_prob, scored)
+def _scores(loop: Loop[CanvasSampler], final: State) -> jax.Array:
+    """Returns f32[R], see `CanvasSampler`."""
+    sampler = loop.sampler
+    if not sampler.process.has_mask:
+        return final.scores
+    return sampled_scores(loop, final, text_only=sampler.score_over == "real")

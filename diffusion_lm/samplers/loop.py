@@ -13,7 +13,7 @@ block ends. Prompts times candidates are the R rows of one batch, and the loop i
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import flax.struct
 import jax
@@ -21,76 +21,19 @@ import jax.numpy as jnp
 
 from diffusion_lm.architectures.base import BoundModel
 from diffusion_lm.architectures.exponents import token_exponents
-from diffusion_lm.core.alignment import Alignment
 from diffusion_lm.core.errors import require
 from diffusion_lm.core.rng import StreamKeys, fold_in_each, stream_number
 from diffusion_lm.core.types import Batch, Decoded, TokenStats, Trace
 from diffusion_lm.nn.named_masks import named_blocks, noise_share
-from diffusion_lm.noise.contract import PROBABILITIES
-from diffusion_lm.noise.process import NoiseProcess, is_noise, mask_id_of
+from diffusion_lm.noise.process import is_noise, mask_id_of
 from diffusion_lm.samplers.blocks import RowBlocks
 from diffusion_lm.samplers.caching import CachedPass, CacheState
 from diffusion_lm.samplers.candidates import best_candidate, candidate_keys, start_canvases
-from diffusion_lm.samplers.decoding import Decoding
 from diffusion_lm.samplers.denoiser import Denoiser, Passes, blank_conditioning
-from diffusion_lm.samplers.rule import Rule, RuleState
+from diffusion_lm.samplers.rule import RuleState
+from diffusion_lm.samplers.settings import DenoisingSettings
 from diffusion_lm.samplers.view import Decision, View
-from diffusion_lm.samplers.window import cut_at_end, target_lengths, without_target
-
-
-class DenoisingSettings(Protocol):
-    """The settings that masked and canvas samplers have in common; see `masked.MaskedSampler`."""
-
-    @property
-    def process(self) -> NoiseProcess:
-        """The noise process."""
-        ...
-
-    @property
-    def rule(self) -> Rule:
-        """What is done in a step."""
-        ...
-
-    @property
-    def steps(self) -> int | None:
-        """Denoising steps per window."""
-        ...
-
-    @property
-    def decoding(self) -> Decoding:
-        """The settings of the draws."""
-        ...
-
-    @property
-    def guidance(self) -> float:
-        """Strength of classifier-free guidance."""
-        ...
-
-    @property
-    def self_conditioning(self) -> bool | None:
-        """Whether calls read the prediction of the call before."""
-        ...
-
-    @property
-    def candidates(self) -> int:
-        """Decodes per prompt."""
-        ...
-
-    @property
-    def alignment(self) -> Alignment:
-        """Which hidden state predicts which token."""
-        ...
-
-    @property
-    def visibility(self) -> str:
-        """Attention visibility."""
-        ...
-
-    @property
-    def keep_trace(self) -> bool:
-        """Whether to return the canvas after each step."""
-        ...
-
+from diffusion_lm.samplers.window import cut_at_end, ends_before, target_lengths, without_target
 
 Settings = TypeVar("Settings", bound=DenoisingSettings)
 
@@ -333,44 +276,6 @@ class Loop(abc.ABC, Generic[Settings]):
         return jnp.where(view.active, view.times()[0] if rate is None else rate, later_blocks.astype(jnp.float32))
 
 
-def check_rule(sampler: DenoisingSettings, name: str) -> None:
-    """Raises `ConfigError` if the rule does not reverse the sampler's process, or the draw is not defined for it."""
-    rule, where = sampler.rule, type(sampler).__name__
-    known = ", ".join(one.__name__ for one in rule.processes)
-    require(
-        isinstance(sampler.process, rule.processes),
-        f"process={type(sampler.process).__name__}: {type(rule).__name__} reverses {known}",
-        where=f"{where}.process",
-        fix=f"Use one of {known}, or another rule ({where}.{name}).",
-    )
-    require(
-        rule.output == PROBABILITIES or sampler.decoding.is_plain,
-        f"{sampler.decoding}: temperature, top_k and top_p are not defined for the ratios that {type(rule).__name__} "
-        "reads",
-        where=f"{where}.decoding",
-        fix="Use Decoding.temperature = 1.0, top_k = 0, top_p = 1.0.",
-    )
-    require(
-        sampler.guidance == 0 or not rule.mixes_noise or (sampler.decoding.top_k == 0 and sampler.decoding.top_p == 1),
-        f"guidance={sampler.guidance} with {sampler.decoding}: a guided posterior is not defined if top_k or top_p "
-        "leave one of the two passes without a token",
-        where=f"{where}.guidance",
-        fix="Use Decoding.top_k = 0 and top_p = 1.0, or guidance = 0.0.",
-    )
-    require(
-        sampler.guidance == 0 or not rule.reads_logits,
-        f"guidance={sampler.guidance}: {type(rule).__name__} reads the logits of one pass, and guidance mixes two",
-        where=f"{where}.guidance",
-        fix="Use guidance = 0.0.",
-    )
-    require(
-        sampler.decoding.temperature > 0 or not rule.draws_tokens,
-        f"temperature={sampler.decoding.temperature}: must be > 0 for {type(rule).__name__}",
-        where="Decoding.temperature",
-        fix="Use 1.0.",
-    )
-
-
 def denoise(
     loop_class: type[Loop[Settings]],
     sampler: Settings,
@@ -469,6 +374,18 @@ def denoise(
 def numbered(keys: jax.Array, number: jax.Array) -> jax.Array:
     """Returns key[R,T], the keys of step number i32[R] of each row."""
     return fold_in_each(keys, jnp.broadcast_to(number[:, None], keys.shape))
+
+
+def sampled_scores(loop: Loop[Settings], final: State, *, text_only: bool) -> jax.Array:
+    """Returns f32[R], the mean log-probability of the tokens when they were sampled.
+
+    With `text_only` the mean is over the tokens up to and including the end, else over the window.
+    """
+    rows = loop.denoiser.rows
+    scored = rows.target_mask
+    if text_only:
+        scored &= ends_before(final.canvas, rows.target_mask, rows.special) == 0
+    return mean_over(final.log_prob, scored)
 
 
 def mean_over(values: jax.Array, where: jax.Array) -> jax.Array:

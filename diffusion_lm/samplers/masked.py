@@ -18,12 +18,12 @@ from diffusion_lm.noise.process import Absorbing
 from diffusion_lm.samplers.blocks import Blocks, seed_slots
 from diffusion_lm.samplers.caching import CachedPass, CacheState
 from diffusion_lm.samplers.decoding import Decoding
-from diffusion_lm.samplers.loop import Ending, Loop, State, check_rule, denoise, mean_over
+from diffusion_lm.samplers.loop import Ending, Loop, State, denoise, sampled_scores
 from diffusion_lm.samplers.rule import MaskedRule, RuleState
+from diffusion_lm.samplers.settings import check_rule
 from diffusion_lm.samplers.stopping import TextStop, has_finished_text
 from diffusion_lm.samplers.unmasking import Ranked
 from diffusion_lm.samplers.view import Decision, View
-from diffusion_lm.samplers.window import ends_before
 
 ENDS = ("free", "defer", "stop")
 
@@ -49,7 +49,7 @@ class MaskedSampler:
       blocks: decodes the window block by block, from left to right; None = the window is one block.
       decoding: temperature, top-k, top-p and forbidden tokens.
       guidance: strength w of classifier-free guidance, logits c + w (c - u), u with the conditioning masked. 0 is off
-        and costs nothing.
+        and adds no pass.
       self_conditioning: each step reads, at its MASK slots, the mean embedding that the step before predicted, at the
         temperature of the draws (1 if that is 0), without filters; zeros in the first step of a block. None = if the
         network has the layer, True = an error if it does not, False = zeros.
@@ -91,7 +91,7 @@ class MaskedSampler:
         for setting, where in ((self.end == "stop", "MaskedSampler.end"), (seeds, "Blocks.seeds")):
             require(
                 not setting or not self.unmask.remasks,
-                f"{type(self.unmask).__name__} may remask the tokens that this setting takes for final",
+                f"{type(self.unmask).__name__} may remask tokens that this setting treats as final",
                 where=where,
                 fix="Use end = 'free' and seeds = False with rules that remask.",
             )
@@ -137,7 +137,7 @@ class MaskedSampler:
             block_size=0 if blocks is None else blocks.size,
             causal_context=blocks is not None and blocks.causal_context,
             cached=blocks is not None and blocks.cache is not None,
-            score=_sampled_scores,
+            score=_scores,
         )
 
 
@@ -281,13 +281,9 @@ def _open_only(view: View, among: jax.Array) -> View:
     return view.replace(open=stays, deferred=view.deferred + closed)
 
 
-def _sampled_scores(loop: Loop[MaskedSampler], final: State) -> jax.Array:
-    """Returns f32[R], the mean log-probability that the tokens had when they were sampled.
-
-    Rows that ended early have slots that were never sampled, so there only the text counts.
-    """
-    sampler, rows = loop.sampler, loop.denoiser.rows
-    scored = rows.target_mask
-    if sampler.score_over == "real" or sampler.end == "stop" or sampler.stop is not None:
-        scored &= ends_before(final.canvas, rows.target_mask, rows.special) == 0
-    return mean_over(final.log_prob, scored)
+def _scores(loop: Loop[MaskedSampler], final: State) -> jax.Array:
+    """Returns f32[R], see `MaskedSampler`."""
+    sampler = loop.sampler
+    # Rows that ended early have slots that were never sampled, so only their text counts.
+    ends_early = sampler.end == "stop" or sampler.stop is not None
+    return sampled_scores(loop, final, text_only=sampler.score_over == "real" or ends_early)

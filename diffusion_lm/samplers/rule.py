@@ -56,7 +56,7 @@ class Rule:
         return ()
 
     def __call__(self, view: View, state: RuleState) -> tuple[Decision, RuleState]:
-        """Returns the decision of one step and the next state. In the last step of a block no MASK is left anyway."""
+        """Returns the decision of one step and the next state."""
         return self.decide(view), state
 
     def decide(self, view: View) -> Decision:
@@ -71,7 +71,7 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__} says `reads_logits` and does not define `from_logits`")
 
     def largest_decision(self, view: View) -> Decision | None:
-        """Returns the largest sets that `decide` can return, whatever the draws are; None if only the draws can tell.
+        """Returns the largest sets that `decide` can return, for any draws; None if that depends on the draws.
 
         A step in which these are empty needs no forward pass.
         """

@@ -150,7 +150,7 @@ class PredictorCorrector(CanvasRule):
         return Decision(view.open & jnp.where(predicts | ~noises, resampled, True))
 
     def _kinds(self, view: View) -> tuple[jax.Array, jax.Array]:
-        """Returns bool[R,T] each: slots that take the ancestral step; of the others, those that turn into noise."""
+        """Returns bool[R,T] each: slots that take the ancestral step; of the others, those that are renoised."""
         t, s = view.times()
         # A slack of 0.0005 steps, so that a boundary on the grid is met in float32 too.
         slack = 5e-4 / view.steps[:, None]

@@ -98,8 +98,8 @@ class Decision:
 
     Attributes:
       sample: bool[R,T], slots that are sampled: they are unmasked, or resampled.
-      renoise: bool[R,T], active slots that turn back into noise: they are remasked, or take a fresh noise token. None
-        if the rule never renoises.
+      renoise: bool[R,T], active slots that are remasked (masked noise) or replaced by a fresh noise token (uniform
+        noise). None if the rule never renoises.
     """
 
     sample: jax.Array

@@ -108,7 +108,7 @@ def test_the_bound_is_that_of_the_open_mask():
 
 
 def test_impossible_settings_are_errors():
-    with pytest.raises(ConfigError, match="number of steps"):
+    with pytest.raises(ConfigError, match="steps=0: must be an integer >= 1"):
         MaskAnnealing(steps=0)
 
 
